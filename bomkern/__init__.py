@@ -1,0 +1,18 @@
+"""bomkern: multi-goal training by the bottleneck rule, fast and safe, in PyTorch."""
+
+from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
+from .min_goal import MinGoalStats, min_goal_loss
+
+__version__ = "0.1.0"
+__all__ = [
+    "Box",
+    "BoxAsymmetric",
+    "Constraint",
+    "ConstraintTable",
+    "Lower",
+    "MinGoalStats",
+    "Minimize",
+    "MinimizeHard",
+    "Upper",
+    "min_goal_loss",
+]

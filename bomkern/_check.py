@@ -1,0 +1,64 @@
+"""Argument checks in Python, for the implementations that are not C++ and for fake tensors. csrc/ makes the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .constraints import MAX_GOALS
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_goals(goals: Sequence[Tensor]) -> tuple[int, int, torch.dtype]:
+    """(B, K, compute dtype) of goals that are one [B, K] tensor or K tensors, each [B] or 0-dim."""
+    if len(goals) == 0:
+        raise ValueError("goals must name 1 to 64 goals, got an empty sequence")
+    for k, goal in enumerate(goals):
+        if not isinstance(goal, Tensor):
+            raise TypeError(f"goals[{k}] must be a tensor, got {type(goal).__name__}")
+        if goal.dtype not in FLOATS:
+            raise TypeError(f"goals[{k}] must be float16, bfloat16, float32 or float64, got {goal.dtype}")
+        if goal.layout != torch.strided:
+            raise TypeError(f"goals[{k}] must be a dense tensor, got layout {goal.layout}")
+        if goal.device != goals[0].device:
+            raise ValueError(f"goals[{k}] is on {goal.device}, goals[0] on {goals[0].device}: move them to one device")
+    double = any(g.dtype == torch.float64 for g in goals)
+    dtype = torch.float64 if double else torch.float32
+    if len(goals) == 1 and goals[0].dim() == 2:
+        batch, count = goals[0].shape
+    else:
+        count = len(goals)
+        batch = 1
+        first = None
+        for k, goal in enumerate(goals):
+            if goal.dim() > 1:
+                raise ValueError(f"goals[{k}] must have shape [B] or [], got {list(goal.shape)}")
+            if goal.dim() == 1:
+                if first is None:
+                    batch, first = goal.shape[0], k
+                elif goal.shape[0] != batch:
+                    raise ValueError(
+                        f"goals[{k}] has {goal.shape[0]} samples, goals[{first}] has {batch}: they must be the same"
+                    )
+    if not 1 <= count <= MAX_GOALS:
+        raise ValueError(f"goals must name 1 to {MAX_GOALS} goals, got {count}")
+    if batch == 0:
+        raise ValueError("goals must hold at least one sample, got B = 0")
+    return batch, count, dtype
+
+
+def check_params(params: Tensor | None, curves: Sequence[int], count: int, dtype: torch.dtype, device: object) -> None:
+    """That ``params`` is [K, 4] in the compute dtype beside the goals, and ``curves`` K codes."""
+    if params is None:
+        return
+    if len(curves) != count:
+        raise ValueError(f"constraints must be one, or one for each of the {count} goals, got {len(curves)}")
+    if params.dim() != 2 or params.shape[0] != count or params.shape[1] != 4:
+        raise ValueError(f"params must have shape [{count}, 4], got {list(params.shape)}")
+    if params.dtype != dtype:
+        raise TypeError(f"params must be {dtype} for these goals, got {params.dtype}")
+    if params.device != device:
+        raise ValueError(f"params is on {params.device}, the goals on {device}: move it")

@@ -1,0 +1,272 @@
+"""Constraints: how the raw value of a goal becomes a score, and so a deficit.
+
+Six constraints, one form. Each is a two-sided linear *ramp* around a centre,
+
+    r(x) = right * (x - center)  where x > center,
+           left  * (x - center)  where x < center,
+
+followed by one of three *curves* that give the deficit ``d = -log(score)``:
+
+    LINEAR   d = r                                        Minimize, Upper, Lower
+    HARD     d = log(1 + r^2)                             MinimizeHard
+    BARRIER  d = -log(1 - r)                r <= 1 - tail
+               = -log(tail) + (r - 1 + tail) / tail       Box, BoxAsymmetric
+
+`ConstraintTable` holds four numbers a goal, ``(center, right, left, tail)``, on the device, so that they can change
+without a host sync and inside a captured CUDA graph. The kernels know only the ramp and the curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+LINEAR, HARD, BARRIER = 0, 1, 2
+CURVES = (LINEAR, HARD, BARRIER)
+COLUMNS = ("center", "right", "left", "tail")
+MAX_GOALS = 64
+
+
+def _number(owner: str, name: str, value: object) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{owner}: {name} must be a Python number, got a tensor; "
+            "to keep parameters on the device, write into ConstraintTable.params"
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be finite, got {value}")
+    return value
+
+
+def _positive(owner: str, name: str, value: object) -> float:
+    number = _number(owner, name, value)
+    if number <= 0 or math.isinf(1 / number):
+        raise ValueError(f"{owner}: {name} must be greater than 0, got {number}")
+    return number
+
+
+def _tail(owner: str, value: object) -> float:
+    number = _number(owner, "tail", value)
+    if not 0 < number < 1:
+        raise ValueError(f"{owner}: tail must lie between 0 and 1, got {number}")
+    return number
+
+
+class Constraint:
+    """Base of the six constraints: immutable, hashable, equal by value.
+
+    ``curve`` is one of `CURVES`; ``ramp`` is ``(center, right, left, tail)`` as the module's docstring defines them.
+    """
+
+    curve: ClassVar[int]
+    __slots__ = ("_arguments", "_hash", "ramp")
+
+    ramp: tuple[float, float, float, float]
+
+    def _freeze(self, ramp: tuple[float, float, float, float], **arguments: float) -> None:
+        for slot, value in (("ramp", ramp), ("_arguments", arguments), ("_hash", hash((type(self), ramp)))):
+            object.__setattr__(self, slot, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable: make a new one, or write into ConstraintTable.params")
+
+    def __getattr__(self, name: str) -> float:
+        # Reached only where the slots hold no such name; the arguments as they were given.
+        if not name.startswith("_") and name in self._arguments:
+            return self._arguments[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __reduce__(self) -> tuple[type[Constraint], tuple[float, ...]]:
+        return type(self), tuple(self._arguments.values())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.ramp == other.ramp  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v:g}' for k, v in self._arguments.items())})"
+
+
+class Minimize(Constraint):
+    """Score ``exp(-(x - ideal) / scale)``: deficit 0 at ``ideal``, 1 at ``ideal + scale``.
+
+    A raw value below ``ideal`` scores above 1: better than ideal, and allowed.
+
+    Args:
+        scale: raw units per unit of deficit, > 0; ``nadir - ideal`` for an anchored goal.
+        ideal: the raw value with deficit 0.
+    """
+
+    curve = LINEAR
+    __slots__ = ()
+
+    def __init__(self, scale: float, ideal: float = 0.0) -> None:
+        scale, ideal = _positive("Minimize", "scale", scale), _number("Minimize", "ideal", ideal)
+        self._freeze((ideal, 1 / scale, 1 / scale, 0.0), scale=scale, ideal=ideal)
+
+
+class MinimizeHard(Constraint):
+    """Score ``1 / (1 + (x / scale)^2)``: flat near 0, one half at ``scale``, and a heavy tail far out.
+
+    Args:
+        scale: the raw value with score one half, > 0.
+    """
+
+    curve = HARD
+    __slots__ = ()
+
+    def __init__(self, scale: float) -> None:
+        scale = _positive("MinimizeHard", "scale", scale)
+        self._freeze((0.0, 1 / scale, -1 / scale, 0.0), scale=scale)
+
+
+class Upper(Constraint):
+    """Score 1 up to ``limit``, then ``exp(-(x - limit) / margin)``; no gradient at or below the limit.
+
+    Args:
+        limit: the largest raw value that satisfies the goal.
+        margin: raw units per unit of deficit beyond the limit, > 0.
+    """
+
+    curve = LINEAR
+    __slots__ = ()
+
+    def __init__(self, limit: float, margin: float) -> None:
+        limit, margin = _number("Upper", "limit", limit), _positive("Upper", "margin", margin)
+        self._freeze((limit, 1 / margin, 0.0, 0.0), limit=limit, margin=margin)
+
+
+class Lower(Constraint):
+    """Score 1 down to ``limit``, then ``exp(-(limit - x) / margin)``; no gradient at or above the limit.
+
+    Args:
+        limit: the smallest raw value that satisfies the goal.
+        margin: raw units per unit of deficit beyond the limit, > 0.
+    """
+
+    curve = LINEAR
+    __slots__ = ()
+
+    def __init__(self, limit: float, margin: float) -> None:
+        limit, margin = _number("Lower", "limit", limit), _positive("Lower", "margin", margin)
+        self._freeze((limit, 0.0, -1 / margin, 0.0), limit=limit, margin=margin)
+
+
+class BoxAsymmetric(Constraint):
+    """Score 1 at ``healthy``, falling to ``tail`` near ``lower`` and ``upper``, and on towards 0 outside them.
+
+    A relaxed log barrier (Hauser & Saccon 2006, "A barrier function method for the optimization of trajectory
+    functionals with constraints"): with ``r`` the distance from ``healthy`` over the half-width of its side, the score
+    is ``1 - r`` where ``r <= 1 - tail``, else ``tail * exp(-(r - 1 + tail) / tail)``. Its slope is continuous at the seam.
+
+    Args:
+        lower, healthy, upper: raw values, ``lower < healthy < upper``.
+        tail: the score at the seam, in (0, 1).
+    """
+
+    curve = BARRIER
+    __slots__ = ()
+
+    def __init__(self, lower: float, healthy: float, upper: float, tail: float = 0.05) -> None:
+        lower, healthy, upper = (
+            _number("BoxAsymmetric", name, value)
+            for name, value in (("lower", lower), ("healthy", healthy), ("upper", upper))
+        )
+        if not lower < healthy < upper:
+            raise ValueError(
+                f"BoxAsymmetric: lower < healthy < upper must hold, got lower={lower}, healthy={healthy}, upper={upper}"
+            )
+        right = 1 / _positive("BoxAsymmetric", "upper - healthy", upper - healthy)
+        left = -1 / _positive("BoxAsymmetric", "healthy - lower", healthy - lower)
+        tail = _tail("BoxAsymmetric", tail)
+        self._freeze((healthy, right, left, tail), lower=lower, healthy=healthy, upper=upper, tail=tail)
+
+
+class Box(Constraint):
+    """`BoxAsymmetric` around the middle of ``lower`` and ``upper``.
+
+    Args:
+        lower, upper: raw values, ``lower < upper``.
+        tail: the score at the seam, in (0, 1).
+    """
+
+    curve = BARRIER
+    __slots__ = ()
+
+    def __init__(self, lower: float, upper: float, tail: float = 0.05) -> None:
+        lower, upper = _number("Box", "lower", lower), _number("Box", "upper", upper)
+        if not lower < upper:
+            raise ValueError(f"Box: lower must be less than upper, got lower={lower}, upper={upper}")
+        half = _positive("Box", "upper - lower", upper / 2 - lower / 2)
+        tail = _tail("Box", tail)
+        self._freeze((lower + half, 1 / half, -1 / half, tail), lower=lower, upper=upper, tail=tail)
+
+
+class ConstraintTable:
+    """K constraints with their parameters in device memory.
+
+    Pass it as ``constraints=`` where parameters change during training, above all inside a captured CUDA graph: write
+    into ``params`` (or assign ``table[k] = Minimize(3.0)``) and the next call, or replay, sees it. No host sync is made.
+
+    Args:
+        constraints: 1 to 64 constraints.
+        device: where the goals live.
+        dtype: float32, or float64 for goals that are float64.
+
+    Attributes:
+        params: [K, 4], the columns ``center, right, left, tail`` of each goal's ramp and curve (see the module).
+        curves: K curve codes. They are fixed: a kernel launch has them baked in.
+    """
+
+    def __init__(
+        self,
+        constraints: Sequence[Constraint],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if isinstance(constraints, Constraint) or not isinstance(constraints, Sequence):
+            raise TypeError(f"constraints must be a sequence of constraints, got {type(constraints).__name__}")
+        for k, constraint in enumerate(constraints):
+            if not isinstance(constraint, Constraint):
+                raise TypeError(f"constraints[{k}] must be a constraint, got {type(constraint).__name__}")
+        if not 1 <= len(constraints) <= MAX_GOALS:
+            raise ValueError(f"constraints must name 1 to {MAX_GOALS} goals, got {len(constraints)}")
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        self.curves = [c.curve for c in constraints]
+        self.params = torch.tensor([c.ramp for c in constraints], dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return len(self.curves)
+
+    def __setitem__(self, index: int, constraint: Constraint) -> None:
+        if not isinstance(constraint, Constraint):
+            raise TypeError(f"table[{index}] must be a constraint, got {type(constraint).__name__}")
+        if constraint.curve != self.curves[index]:
+            raise ValueError(
+                f"table[{index}] cannot become {constraint!r}: its curve is fixed when the table is made; make a new table"
+            )
+        row = torch.tensor(constraint.ramp, dtype=self.params.dtype)
+        self.params[index].copy_(row, non_blocking=True)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.params)
+
+    def __repr__(self) -> str:
+        return f"ConstraintTable({len(self)} goals, {self.params.dtype}, {self.params.device})"
+
+
+@lru_cache(maxsize=256)
+def pack(constraints: tuple[Constraint, ...], device: torch.device, dtype: torch.dtype) -> ConstraintTable:
+    """The table of these constraints on this device; one copy to the device per set of values, kept."""
+    return ConstraintTable(constraints, device, dtype)

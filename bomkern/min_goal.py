@@ -1,0 +1,128 @@
+"""`min_goal_loss`: the bottleneck rule as one fused call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _impl
+from .constraints import Constraint, ConstraintTable, pack
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "min": 3}
+
+
+class MinGoalStats(NamedTuple):
+    """What happened in one call of `min_goal_loss`; every field is a tensor on the goals' device, none has a gradient.
+
+    Attributes:
+        bottleneck: [B] int64, the index of each sample's worst goal.
+        share: [K], the fraction of the samples taken into the loss whose bottleneck is that goal. With
+            ``reduction="min"`` one sample is taken, the worst, so share is 1 for the goal that gets the gradient.
+        level: [K], mean score over the batch: the water level. An infeasible entry counts as score 0.
+        finite: 0-dim bool, whether every sample's loss is finite.
+    """
+
+    bottleneck: Tensor
+    share: Tensor
+    level: Tensor
+    finite: Tensor
+
+
+def min_goal_loss(
+    goals: Tensor | Sequence[Tensor],
+    constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
+    *,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, MinGoalStats]:
+    """``-log(min over goals of score)`` per sample, and its gradient to the worst goal alone.
+
+    With the deficit ``d = -log(score)`` of goal k in sample b, ``l_b = max_k d_kb``; the scores themselves are never
+    formed, so a raw value 10,000 scales away gives loss 10,000 and the right gradient.
+
+    Args:
+        goals: [B, K], or [K] (one sample), or a sequence of K tensors, each [B] or 0-dim (a batch-level goal, used for
+            every sample). float16, bfloat16, float32 or float64, mixed as you like, any strides; 1 <= K <= 64.
+            Scores in (0, 1] where ``constraints`` is None, raw values otherwise.
+        constraints: None, one constraint for all goals, K of them, or a `ConstraintTable`.
+        reduction: "mean" (over samples), "sum", "none" ([B]), or "min": the one worst entry of the whole batch, which
+            is ``-log(goals.min())``.
+        return_stats: also return `MinGoalStats`, from the same launch.
+        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the goals' device.
+
+    Returns:
+        The loss, float32 (float64 if any goal is float64): 0-dim, or [B] for ``reduction="none"``. With
+        ``return_stats``, ``(loss, MinGoalStats)``.
+
+    Ties go to the lowest goal index, and for "min" to the lowest sample. A NaN entry is the worst there is: it makes
+    the loss NaN and is its sample's bottleneck. A score <= 0, or a raw value whose deficit is not finite, makes the loss
+    inf. Such samples get zero gradient, and ``stats.finite`` is False; no host sync is made to tell. Constraint
+    parameters get no gradient.
+
+    Raises:
+        ValueError: a shape, device, count or name that cannot serve, named in the message.
+        TypeError: an argument of the wrong type or dtype, named in the message.
+        RuntimeError: ``impl`` cannot serve here; the message says why.
+
+    Example:
+        >>> loss = min_goal_loss([recon, kl], [Minimize(0.1), Upper(30.0, margin=10.0)])
+        >>> loss.backward()
+    """
+    if isinstance(goals, Tensor):
+        tensors = [goals if goals.dim() != 1 else goals.unsqueeze(0)]
+        if goals.dim() not in (1, 2):
+            raise ValueError(f"goals must have shape [B, K] or [K], got {list(goals.shape)}")
+        count = tensors[0].shape[1]
+    elif isinstance(goals, (list, tuple)):
+        tensors = list(goals)
+        count = len(tensors)
+        if count and not isinstance(tensors[0], Tensor):
+            raise TypeError(f"goals[0] must be a tensor, got {type(tensors[0]).__name__}")
+        if count == 1 and tensors[0].dim() == 2:
+            raise ValueError(f"goals[0] must have shape [B] or [], got {list(tensors[0].shape)}")
+    else:
+        raise TypeError(f"goals must be a tensor or a sequence of tensors, got {type(goals).__name__}")
+    code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if code is None:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if count == 0:
+        raise ValueError("goals must name 1 to 64 goals, got none")
+
+    device = tensors[0].device
+    serve = _impl.resolve("min_goal", device.type, impl)
+    if constraints is None:
+        out = serve(tensors, None, [], code, return_stats)
+    else:
+        table = _table(constraints, count, tensors, device)
+        out = serve(tensors, table.params, table.curves, code, return_stats)
+    return (out[0], MinGoalStats(*out[-4:])) if return_stats else out[0]
+
+
+def _table(
+    constraints: Constraint | Sequence[Constraint] | ConstraintTable,
+    count: int,
+    tensors: list[Tensor],
+    device: torch.device,
+) -> ConstraintTable:
+    dtype = torch.float32
+    for t in tensors:
+        if isinstance(t, Tensor) and t.dtype == torch.float64:
+            dtype = torch.float64
+    if isinstance(constraints, ConstraintTable):
+        return constraints
+    if isinstance(constraints, Constraint):
+        constraints = (constraints,) * count
+    elif not isinstance(constraints, (list, tuple)):
+        raise TypeError(
+            f"constraints must be a constraint, a sequence of them, or a ConstraintTable, got {type(constraints).__name__}"
+        )
+    if len(constraints) != count:
+        raise ValueError(f"constraints must be one, or one for each of the {count} goals, got {len(constraints)}")
+    for k, constraint in enumerate(constraints):
+        if not isinstance(constraint, Constraint):
+            raise TypeError(f"constraints[{k}] must be a constraint, got {type(constraint).__name__}")
+    return pack(tuple(constraints), device, dtype)
