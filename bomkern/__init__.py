@@ -1,5 +1,7 @@
 """bomkern: multi-goal training by the bottleneck rule, fast and safe, in PyTorch."""
 
+from ._info import info
+
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
 from .min_goal import MinGoalStats, min_goal_loss
 
@@ -14,5 +16,6 @@ __all__ = [
     "Minimize",
     "MinimizeHard",
     "Upper",
+    "info",
     "min_goal_loss",
 ]

@@ -2,13 +2,88 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-IMPLS = ("reference", "cpu", "cuda", "triton")
+import torch
+
+from . import _ops, reference
+
+IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
 
 
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled extension, or None and why."""
+    try:
+        from . import _C
+    except ModuleNotFoundError:
+        return None, "bomkern was installed without its compiled kernels; install a C++ compiler and reinstall"
+    except ImportError as error:
+        return None, f"the compiled kernels do not load ({error}); reinstall bomkern in this environment"
+    built, here = _C.build()["torch"].split("+")[0], torch.__version__.split("+")[0]
+    if built.split(".")[:2] != here.split(".")[:2]:
+        return None, f"bomkern was built for torch {built}, this is {here}; reinstall bomkern"
+    return _C, ""
+
+
+extension, missing = _load()
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"bomkern::{name}", key)
+        for name in _ops.OPS
+        if name.split(".")[0].removesuffix("_backward") == op
+    )
+
+
+def why_not(op: str, impl: str, device: str) -> str | None:
+    """None where ``impl`` can serve ``op`` on this type of device, else the reason in one sentence."""
+    if impl == "reference":
+        return None
+    if impl == "triton":
+        from . import _triton
+
+        return _triton.why_not(device) if hasattr(_triton, op) else f"{op} has no Triton kernel"
+    if device != impl:
+        return f"the goals are on {device}; move them to {impl}"
+    if extension is None:
+        return missing
+    if not _has_kernel(op, impl.upper()):
+        return extension.build()["no_cuda_because"] if impl == "cuda" else f"{op} has no {impl} kernel"
+    return None
+
+
+def _compiled(op: str) -> Callable[..., Any]:
+    packet = getattr(torch.ops.bomkern, op)
+    plain, with_stats = packet.default, packet.stats
+
+    def serve(*args: Any) -> Any:
+        return with_stats(*args[:-1]) if args[-1] else plain(*args[:-1])
+
+    return serve
+
+
+@functools.cache
 def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:
-    from . import reference
+    """What serves ``op`` on this type of device: the best there is, or the one that ``impl`` names.
 
-    return getattr(reference, op)
+    Raises:
+        ValueError: there is no such implementation.
+        RuntimeError: it cannot serve here; the message says why.
+    """
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, or None, got {impl!r}")
+    if impl is None:
+        impl = next(name for name in IMPLS if why_not(op, name, device) is None)
+    elif reason := why_not(op, impl, device):
+        raise RuntimeError(f"impl={impl!r} cannot serve {op} here: {reason}")
+    if impl == "reference":
+        return getattr(reference, op)
+    if impl == "triton":
+        from . import _triton
+
+        return getattr(_triton, op)
+    return _compiled(op)

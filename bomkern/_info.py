@@ -1,0 +1,64 @@
+"""What was built, what serves each op on each device, and why not the others."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from typing import Any
+
+import torch
+
+from . import _impl
+
+OPS = ("min_goal",)
+
+
+class Info(dict[str, Any]):
+    """`bomkern.info`'s answer: a dict that prints as a table."""
+
+    def __str__(self) -> str:
+        build = self["build"]
+        lines = [f"bomkern {self['version']}, torch {self['torch']}, Python {self['python']}"]
+        if build:
+            lines.append(f"built with {build['compiler']} for torch {build['torch']}")
+            lines.append(f"CPU: {build['simd']}; this CPU runs {build['simd_here']}, {self['threads']} threads")
+            cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "no CUDA kernels"
+            lines.append(cuda + (f": {build['no_cuda_because']}" if build["no_cuda_because"] else ""))
+        else:
+            lines.append(f"not compiled: {self['not_compiled_because']}")
+        for op, devices in self["ops"].items():
+            for device, impls in devices.items():
+                best = next(name for name, reason in impls.items() if reason is None)
+                lines.append(f"{op} on {device}: {best}")
+                lines.extend(f"    {name:<10} {reason or 'ready'}" for name, reason in impls.items())
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """What was built, what serves each op on each device, and why not the others. ``print(bomkern.info())`` reads well.
+
+    Returns:
+        A dict: ``version``, ``torch``, ``python``, ``threads``, ``build`` (compiler, torch, cuda, cuda_architectures,
+        simd, simd_here; empty if not compiled), ``not_compiled_because``, and ``ops``: op -> device -> impl -> None where
+        it serves, else the reason. Implementations are listed best first.
+    """
+    from . import __version__
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return Info(
+        version=__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        threads=torch.get_num_threads(),
+        build=_impl.extension.build() if _impl.extension else {},
+        not_compiled_because=_impl.missing,
+        ops={
+            op: {d: {name: _impl.why_not(op, name, d) for name in _impl.IMPLS} for d in devices}
+            for op in OPS
+        },
+    )
+
+
+def warn_if_not_compiled() -> None:
+    if _impl.extension is None:
+        warnings.warn(f"{_impl.missing}. Until then the slow reference serves every op.", RuntimeWarning, stacklevel=3)

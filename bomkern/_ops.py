@@ -1,0 +1,73 @@
+"""Every op's schema and fake kernel, on one page. csrc/NAME.cpp registers what runs.
+
+A fake kernel gives shapes and dtypes without data, for torch.compile, torch.export and FakeTensorMode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._check import check_goals, check_params
+
+_library = torch.library.Library("bomkern", "DEF")
+
+# reduction: 0 none, 1 mean, 2 sum, 3 min. winner, slope: what backward needs. curves: see constraints.py.
+_library.define(
+    "min_goal(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> (Tensor loss, Tensor winner, Tensor slope)"
+)
+_library.define(
+    "min_goal.stats(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> "
+    "(Tensor loss, Tensor winner, Tensor slope, Tensor bottleneck, Tensor share, Tensor level, Tensor finite)"
+)
+# For each gradient wanted: index of its goal, dim of the goal's tensor (2: the [B, K] matrix), and dtype.
+_library.define(
+    "min_goal_backward(Tensor grad, Tensor winner, Tensor slope, SymInt batch, int goals, int[] index, int[] dim, "
+    "ScalarType[] dtype, int reduction) -> Tensor[]"
+)
+
+OPS = ("min_goal", "min_goal.stats", "min_goal_backward")
+MIN = 3
+
+
+@torch.library.register_fake("bomkern::min_goal", lib=_library)
+def _(
+    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count, dtype = check_goals(goals)
+    check_params(params, curves, count, dtype, goals[0].device)
+    like = goals[0]
+    rows = 1 if reduction == MIN else batch
+    loss = like.new_empty([batch] if reduction == 0 else [], dtype=dtype)
+    winner = like.new_empty([rows], dtype=torch.int64 if reduction == MIN else torch.uint8)
+    return loss, winner, like.new_empty([rows], dtype=dtype)
+
+
+@torch.library.register_fake("bomkern::min_goal.stats", lib=_library)
+def _(
+    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int
+) -> tuple[Tensor, ...]:
+    first = torch.ops.bomkern.min_goal.default(goals, params, curves, reduction)
+    batch, count, dtype = check_goals(goals)
+    like = goals[0]
+    bottleneck = like.new_empty([batch], dtype=torch.int64)
+    share, level = like.new_empty([count], dtype=dtype), like.new_empty([count], dtype=dtype)
+    return *first, bottleneck, share, level, like.new_empty([], dtype=torch.bool)
+
+
+@torch.library.register_fake("bomkern::min_goal_backward", lib=_library)
+def _(
+    grad: Tensor,
+    winner: Tensor,
+    slope: Tensor,
+    batch: int,
+    goals: int,
+    index: Sequence[int],
+    dim: Sequence[int],
+    dtype: Sequence[torch.dtype],
+    reduction: int,
+) -> list[Tensor]:
+    shapes = {0: [], 1: [batch], 2: [batch, goals]}
+    return [slope.new_empty(shapes[d], dtype=t) for d, t in zip(dim, dtype, strict=True)]

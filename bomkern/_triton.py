@@ -1,0 +1,200 @@
+"""The Triton implementation's bridge to PyTorch: ops, fakes, autograd.
+
+Import it only where impl "triton" is asked for. It imports triton itself no sooner than the first call, because that
+may touch a driver.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import FLOATS, check_goals, check_params
+from .reference import MIN, NONE
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+_SKIP = -1  # in `kinds`: no gradient wanted
+_SCALAR = len(FLOATS)  # added to a dtype's index: a 0-dim goal
+_ready: dict[str, ModuleType] = {}
+
+
+def why_not(device_type: str) -> str | None:
+    """None where Triton can serve tensors of this device type, else the reason, in one sentence."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed."
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
+        language = sys.modules.get("triton.language")
+        if language is not None and type(language.sum).__name__ != "InterpretedFunction":
+            return "triton was imported before TRITON_INTERPRET=1 was set, so its interpreter cannot run."
+        return None if device_type in ("cpu", "cuda") else f"triton's interpreter does not serve {device_type} tensors."
+    if device_type != "cuda":
+        return f"triton serves cuda tensors, not {device_type} ones, unless TRITON_INTERPRET=1 is set before it is imported."
+    return None if torch.cuda.is_available() else "torch sees no CUDA device."
+
+
+def _kernels(device_type: str) -> ModuleType:
+    kernels = _ready.get(device_type)
+    if kernels is None:
+        reason = why_not(device_type)
+        if reason is not None:
+            raise RuntimeError(f"min_goal: impl 'triton' cannot serve here: {reason}")
+        from .kernels.min_goal import triton as kernels
+
+        _ready[device_type] = kernels
+    return kernels
+
+
+def _guard(t: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's device current: Triton launches on the current one."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def _allocate(goals: Sequence[Tensor], reduction: int, stats: bool, save: bool) -> tuple[Outputs, int, int, torch.dtype]:
+    """Fresh outputs of `min_goal_triton`, empty where not asked for, then B, K and the compute dtype."""
+    batch, count, dtype = check_goals(goals)
+    new = goals[0].new_empty
+    saved = () if not save else (1,) if reduction == MIN else (batch,)
+    winner_dtype = torch.int64 if reduction == MIN else torch.uint8
+    outputs = (
+        new((batch,) if reduction == NONE else (), dtype=dtype),
+        new(saved or (0,), dtype=winner_dtype),
+        new(saved or (0,), dtype=dtype),
+        new((batch if stats else 0,), dtype=torch.int64),
+        new((count if stats else 0,), dtype=dtype),
+        new((count if stats else 0,), dtype=dtype),
+        new((), dtype=torch.bool),
+    )
+    return outputs, batch, count, dtype
+
+
+def _forward(
+    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, stats: bool, save: bool
+) -> Outputs:
+    outputs, batch, count, dtype = _allocate(goals, reduction, stats, save)
+    check_params(params, curves, count, dtype, goals[0].device)
+    kernels = _kernels(goals[0].device.type)
+    with _guard(goals[0]):
+        kernels.launch_forward(
+            [g.detach() for g in goals],
+            None if params is None else params.detach().contiguous(),
+            curves,
+            reduction,
+            stats,
+            save,
+            batch,
+            count,
+            dtype,
+            outputs,
+        )
+    return outputs
+
+
+def _forward_fake(
+    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, stats: bool, save: bool
+) -> Outputs:
+    outputs, _, count, dtype = _allocate(goals, reduction, stats, save)
+    check_params(params, curves, count, dtype, goals[0].device)
+    return outputs
+
+
+def _new_grads(slope: Tensor, kinds: Sequence[int], batch: int, columns: int) -> list[Tensor | None]:
+    """A fresh gradient for each goal, None where not wanted; ``columns`` is 0 unless goals is one [B, K] tensor."""
+    grads: list[Tensor | None] = []
+    for kind in kinds:
+        shape = () if kind >= _SCALAR else (batch, columns) if columns else (batch,)
+        grads.append(None if kind == _SKIP else slope.new_empty(shape, dtype=FLOATS[kind % _SCALAR]))
+    return grads
+
+
+def _backward(
+    grad: Tensor, winner: Tensor, slope: Tensor, kinds: Sequence[int], reduction: int, batch: int, columns: int
+) -> list[Tensor]:
+    grads = _new_grads(slope, kinds, batch, columns)
+    kernels = _kernels(slope.device.type)
+    with _guard(slope):
+        kernels.launch_backward(
+            grads, grad.detach(), winner, slope.detach(), reduction, batch, columns or len(kinds)
+        )
+    return [g for g in grads if g is not None]
+
+
+def _backward_fake(
+    grad: Tensor, winner: Tensor, slope: Tensor, kinds: Sequence[int], reduction: int, batch: int, columns: int
+) -> list[Tensor]:
+    return [g for g in _new_grads(slope, kinds, batch, columns) if g is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    goals, _, curves, ctx.reduction, _, saved = inputs
+    _, winner, slope, _, share, level, _ = output
+    # Not slope: the gradient depends on the goals through it, and so a second backward finds its way to `_twice`.
+    ctx.mark_non_differentiable(share, level)
+    ctx.set_materialize_grads(False)
+    ctx.batch, ctx.count, _ = check_goals(goals)
+    ctx.saved = saved
+    # register_autograd wants [], not None, as the gradient of an empty list.
+    ctx.others = (None, None if curves else [], None, None, None)
+    ctx.rows = len(goals) == 1 and goals[0].dim() == 2
+    ctx.kinds = [
+        FLOATS.index(g.dtype) + (_SCALAR if g.dim() == 0 else 0) if g.requires_grad else _SKIP for g in goals
+    ]
+    ctx.save_for_backward(winner, slope)
+
+
+def _pull_back(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None or all(kind == _SKIP for kind in ctx.kinds):
+        return ([None] * len(ctx.kinds), *ctx.others)
+    if not ctx.saved:
+        raise RuntimeError("bomkern::min_goal_triton was called with save=False, so it has no gradient.")
+    winner, slope = ctx.saved_tensors
+    made = iter(
+        torch.ops.bomkern.min_goal_triton_backward(
+            grad, winner, slope, ctx.kinds, ctx.reduction, ctx.batch, ctx.count if ctx.rows else 0
+        )
+    )
+    return ([None if kind == _SKIP else next(made) for kind in ctx.kinds], *ctx.others)
+
+
+def _twice(ctx: Any, *_: object) -> None:
+    raise RuntimeError("min_goal_loss cannot be differentiated twice (impl 'triton'); impl='reference' can.")
+
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library("bomkern", "FRAGMENT")
+    library.define(
+        "min_goal_triton(Tensor[] goals, Tensor? params, int[] curves, int reduction, bool stats, bool save)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    library.define(
+        "min_goal_triton_backward(Tensor grad, Tensor winner, Tensor slope, int[] kinds, int reduction, SymInt batch,"
+        " int columns) -> Tensor[]"
+    )
+    for key in ("CPU", "CUDA"):
+        library.impl("min_goal_triton", _forward, key)
+        library.impl("min_goal_triton_backward", _backward, key)
+    torch.library.register_fake("bomkern::min_goal_triton", _forward_fake, lib=library)
+    torch.library.register_fake("bomkern::min_goal_triton_backward", _backward_fake, lib=library)
+    torch.library.register_autograd("bomkern::min_goal_triton", _pull_back, setup_context=_save, lib=library)
+    torch.library.register_autograd("bomkern::min_goal_triton_backward", _twice, lib=library)
+    return library
+
+
+_library = _define()
+
+
+def min_goal(
+    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, stats: bool
+) -> tuple[Tensor, ...]:
+    """`bomkern.reference.min_goal` by Triton kernels: same arguments, same results, no stack of the inputs."""
+    save = torch.is_grad_enabled() and any(g.requires_grad for g in goals)
+    loss, _, _, *rest = torch.ops.bomkern.min_goal_triton(list(goals), params, list(curves), reduction, stats, save)
+    return (loss, *rest) if stats else (loss,)

@@ -1,0 +1,65 @@
+"""What a run can be told. No heavy import: the command line reads its defaults here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SCALES = ("anchored", "auto", "diagnosis")
+REDUCTIONS = ("mean", "min")
+IMAGE_SIZES = (32, 64, 128, 256)
+PRECISIONS = ("32-true", "bf16-mixed")
+# May differ between a run and its continuation; everything else must not.
+FREE = ("out", "steps", "epochs", "device", "impl", "log_every", "eval_every", "checkpoint_every", "overwrite", "resume")
+
+
+class TrainError(Exception):
+    """The run cannot start or go on; the message is one line for the user."""
+
+
+@dataclass
+class Config:
+    out: str = "runs/demo"
+    data: str | None = None
+    steps: int | None = None  # None and no epochs: 600
+    epochs: float | None = None
+    batch_size: int = 32
+    image_size: int = 32
+    seed: int = 0
+    scales: str = "anchored"
+    calibration_steps: int = 50
+    reduction: str = "mean"
+    lr: float = 1e-3
+    discriminator_lr: float = 3e-4
+    structure: int = 48
+    appearance: int = 16
+    width: int = 32
+    device: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    impl: str | None = None
+    log_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 200
+    overwrite: bool = False
+    resume: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def merged(self, stored: dict[str, Any], given: set[str]) -> Config:
+        """This run as the continuation of a stored one: what was not given comes from there, what must not change does not."""
+        values = self.to_dict()
+        for field in fields(self):
+            name = field.name
+            if name in ("out", "overwrite", "resume") or name not in stored:
+                continue
+            if name in given:
+                if name not in FREE and stored[name] != values[name]:
+                    raise TrainError(
+                        f"--{name.replace('_', '-')} {values[name]} differs from the {stored[name]} of the run to resume"
+                    )
+            elif not (name in ("steps", "epochs") and given & {"steps", "epochs"}):
+                values[name] = stored[name]
+        return Config(**values)

@@ -1,0 +1,114 @@
+"""What the goals see of an image: edges, colour, structural similarity, a filter bank. Images are [B, 3, S, S] in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 8  # thresholds of the colour distribution, per channel
+ORIENTATIONS = 4
+SCALES = 3
+
+
+@lru_cache(maxsize=32)
+def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Luma weights [1, 3, 1, 1], Sobel filters [2, 1, 3, 3], Gabor bank [2 * ORIENTATIONS, 1, 7, 7], thresholds [BINS]."""
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    sobel = torch.stack([across, across.T])[:, None]
+    y, x = torch.meshgrid(torch.arange(-3.0, 4.0), torch.arange(-3.0, 4.0), indexing="ij")
+    window = torch.exp(-(x.square() + y.square()) / (2 * 1.6**2))
+    bank = []
+    for k in range(ORIENTATIONS):
+        angle = math.pi * k / ORIENTATIONS
+        phase = 2 * math.pi / 5 * (x * math.cos(angle) + y * math.sin(angle))
+        for wave in (torch.cos(phase), torch.sin(phase)):
+            gabor = window * (wave - (window * wave).sum() / window.sum())  # no answer to a constant
+            bank.append(gabor / gabor.norm())
+    thresholds = (torch.arange(BINS) + 0.5) / BINS
+    moved = [t.to(device, dtype) for t in (luma, sobel, torch.stack(bank)[:, None], thresholds)]
+    return moved[0], moved[1], moved[2], moved[3]
+
+
+def luminance(image: Tensor) -> Tensor:
+    """Rec. 601 luma. [B, 3, S, S] -> [B, 1, S, S]."""
+    return (image * _constants(image.device, image.dtype)[0]).sum(1, keepdim=True)
+
+
+def edges(image: Tensor) -> Tensor:
+    """Sobel derivatives of the luminance, across and down, in units per pixel. [B, 3, S, S] -> [B, 2, S-2, S-2]."""
+    return F.conv2d(luminance(image), _constants(image.device, image.dtype)[1])
+
+
+def mean_colour(image: Tensor) -> Tensor:
+    """[B, 3, S, S] -> [B, 3]."""
+    return image.mean((2, 3))
+
+
+def flat(image: Tensor) -> Tensor:
+    """The trivial answer: every pixel takes the image's own mean colour. Same shape."""
+    return image.mean((2, 3), keepdim=True).expand_as(image)
+
+
+def colour_distribution(image: Tensor) -> Tensor:
+    """Soft cumulative histogram of each channel at `BINS` thresholds, a bin wide. [B, 3, S, S] -> [B, 3, BINS].
+
+    The squared difference of two of them is the Cramer distance: it grows with how far colours must move, as that of two
+    histograms does not.
+    """
+    thresholds = _constants(image.device, image.dtype)[3]
+    softness = 0.5 / BINS
+    return torch.sigmoid((thresholds - image.flatten(2)[..., None]) / softness).mean(2)
+
+
+def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
+    """``1 - SSIM`` (Wang et al. 2004) with a uniform 7 x 7 window. Two [B, 3, S, S] -> [B], in [0, 2]."""
+    pooled = F.avg_pool2d(torch.cat([a, b, a * a, b * b, a * b], dim=1), 7, stride=1)
+    ma, mb, aa, bb, ab = pooled.chunk(5, dim=1)
+    c1, c2 = 0.01**2, 0.03**2
+    covariance = ab - ma * mb
+    variance = aa - ma * ma + bb - mb * mb
+    ssim = (2 * ma * mb + c1) * (2 * covariance + c2) / ((ma * ma + mb * mb + c1) * (variance + c2))
+    return 1 - ssim.mean((1, 2, 3))
+
+
+def filter_energy(image: Tensor) -> list[Tensor]:
+    """Local energy of a fixed Gabor bank: 4 orientations at 3 octaves. [B, 3, S, S] -> 3 tensors [B, 4, s, s].
+
+    Each is ``sqrt(even^2 + odd^2)`` of a quadrature pair on the luminance, the contrast-energy model of early vision
+    (Adelson & Bergen 1985). It stands in for the features of a pretrained network, which cannot be had without a download,
+    and it knows far less: orientation, scale and contrast, no objects.
+    """
+    bank = _constants(image.device, image.dtype)[2]
+    level = luminance(image)
+    energies = []
+    for octave in range(SCALES):
+        if octave:
+            level = F.avg_pool2d(level, 2)
+        pair = F.conv2d(level, bank).unflatten(1, (ORIENTATIONS, 2))
+        energies.append(torch.sqrt(pair.square().sum(2) + 1e-4))  # a slope at 0, where sqrt has none
+    return energies
+
+
+def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Mean over the octaves of the mean squared difference of two `filter_energy`. -> [B]."""
+    return torch.stack([(p - q).square().mean((1, 2, 3)) for p, q in zip(a, b, strict=True)]).mean(0)
+
+
+def photometric(image: Tensor, noise: Tensor) -> Tensor:
+    """Another view with the same structure: contrast, channel gains, saturation and brightness change, edges stay in place.
+
+    Args:
+        image: [B, 3, S, S].
+        noise: [B, 6] standard normal: contrast, three gains, saturation, brightness.
+    """
+    contrast, gain, saturation, brightness = noise[..., None, None].split([1, 3, 1, 1], dim=1)
+    mean = image.mean((1, 2, 3), keepdim=True)
+    view = (image - mean) * torch.exp(0.2 * contrast) + mean
+    grey = luminance(view)
+    view = grey + (view - grey) * torch.exp(0.3 * saturation)
+    return (view * torch.exp(0.15 * gain) + 0.1 * brightness).clamp(0, 1)

@@ -1,0 +1,262 @@
+"""The nine goals. Each is a pure function with one raw value per sample, [B], lower is better.
+
+Every docstring states the formula, the *ideal* (the value a goal could reach alone) and the *nadir* (no better than doing
+nothing); `ANCHORS` holds both as numbers. B samples, D latents. The five statistics the goals stand on come last.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import features as see
+
+GOALS = (
+    "kl_divergence",
+    "disentanglement",
+    "capacity",
+    "behavioral_separation",
+    "latent_stats",
+    "reconstruction",
+    "cross_recon",
+    "realism",
+    "consistency",
+)
+RECONSTRUCTION_WEIGHTS = {"pixel": 0.55, "ssim": 0.15, "edge": 0.15, "perceptual": 0.15}
+
+
+class Anchor(NamedTuple):
+    """Deficit 0 at ``ideal``, 1 at ``nadir``."""
+
+    ideal: float
+    nadir: float
+
+
+def anchors(batch_size: int) -> dict[str, Anchor]:
+    """Ideal and nadir of every goal, from the docstrings below. Only one floor depends on the batch size."""
+    return {
+        "kl_divergence": Anchor(0.0, 120.0),
+        "disentanglement": Anchor(0.0, 20.0),
+        "capacity": Anchor(0.0, 1.0),
+        "behavioral_separation": Anchor(0.0, 1.0),
+        "latent_stats": Anchor(1 / (batch_size - 1), 1.0),
+        "reconstruction": Anchor(0.0, 1.0),
+        "cross_recon": Anchor(0.0, 1.0),
+        "realism": Anchor(0.5, 1.0),
+        "consistency": Anchor(0.0, 1.0),
+    }
+
+
+class Trivial(NamedTuple):
+    """Mean errors of trivial answers on the data, 0-dim each: what makes raw values mean the same on any data."""
+
+    pixel: Tensor  # squared error of the mean-colour image
+    ssim: Tensor  # its 1 - SSIM
+    edge: Tensor  # its squared edge error, which is the mean squared edge of the data
+    perceptual: Tensor  # its filter-bank distance
+    colour: Tensor  # squared difference of the mean colours of two unrelated images
+    histogram: Tensor  # Cramer distance of their colours
+    swap: Tensor  # `cross_recon` of the better trivial swap
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+    """Information the latent holds about the image, in nats: ``KL(N(mu, exp(logvar)) || N(0, I))``.
+
+    Ideal 0 (the prior). Nadir 120, a budget: a code that spends more has not compressed.
+    """
+    return gaussian_kl(mu, logvar)
+
+
+def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor) -> Tensor:
+    """Total correlation of the latent in nats, ``TC_b - mean(TC of the batch with every column permuted)``.
+
+    The second term is the same estimator where the latents are independent by construction; it removes the offset that
+    B and D put on the first. Ideal 0, the sampling floor: single rows scatter around it, only their mean is bounded.
+    Nadir 20.
+
+    Args:
+        z, mu, logvar: [B, D].
+        order: [B, D] int64, a permutation of the rows for each column.
+    """
+    shuffled = (t.gather(0, order) for t in (z, mu, logvar))
+    return total_correlation(z, mu, logvar) - total_correlation(*shuffled).mean()
+
+
+def capacity(mu: Tensor) -> Tensor:
+    """Latents that idle: ``((1 - active fraction) + (1 - effective fraction)) / 2``, in [0, 1]; see `active_units`.
+
+    Ideal 0 (all in use, all alike), nadir 1. A property of the batch, the same for every sample.
+    """
+    active, effective = active_units(mu)
+    return (1 - (active + effective) / 2).expand(len(mu))
+
+
+def behavioral_separation(
+    colour: Tensor, colour_moved: Tensor, edge: Tensor, edge_moved: Tensor, trivial: Trivial
+) -> Tensor:
+    """What leaks between the parts: ``(|colour - colour'|^2 / V_colour + |edge - edge'|^2 / V_edge) / 2``.
+
+    colour' is the mean colour after unit noise on the structure, edge' the edges after unit noise on the appearance; V are
+    the differences of unrelated images and the edge energy of the data. Ideal 0, nadir 1 (noise on one part changes the
+    other's business as much as another image would).
+
+    Args:
+        colour, colour_moved: [B, 3]. edge, edge_moved: [B, 2, s, s].
+    """
+    leak_colour = (colour - colour_moved).square().mean(1) / trivial.colour
+    leak_edge = (edge - edge_moved).square().mean((1, 2, 3)) / trivial.edge
+    return (leak_colour + leak_edge) / 2
+
+
+def latent_stats(z: Tensor, logvar: Tensor) -> Tensor:
+    """Health of the latent: mean squared correlation + weak dimensions + log-variance.
+
+    ``covariance_penalty(z, normalized) / (D - 1) + mean_d max(0, 1 - std(z_d)) + mean_d (logvar_bd / 4)^2``. Never negative;
+    ideal ``1 / (B - 1)``, what B samples of independent columns correlate by chance. Nadir 1: every latent a copy of
+    another, or of no spread, or posteriors e^2 narrower than the prior.
+    """
+    correlation = covariance_penalty(z, normalize=True) / (z.shape[1] - 1)
+    weak = (1 - z.std(0)).clamp(min=0).mean()
+    return correlation + weak + (logvar / 4).square().mean(1)
+
+
+def reconstruction(recon: Tensor, image: Tensor, recon_edges: Tensor, image_edges: Tensor, trivial: Trivial) -> Tensor:
+    """``0.55 pixel + 0.15 (1 - SSIM) + 0.15 edge + 0.15 perceptual``, each over its mean for the mean-colour image.
+
+    Pixel and edge (Sobel) are mean squared errors, perceptual is `features.filter_energy`. Ideal 0; nadir 1, which is what
+    answering every image with its own mean colour costs.
+
+    Args:
+        recon, image: [B, 3, S, S]. recon_edges, image_edges: [B, 2, S-2, S-2], `features.edges` of them.
+    """
+    with torch.no_grad():
+        target = see.filter_energy(image)
+    weight = RECONSTRUCTION_WEIGHTS
+    return (
+        weight["pixel"] / trivial.pixel * (recon - image).square().mean((1, 2, 3))
+        + weight["ssim"] / trivial.ssim * see.dissimilarity(recon, image)
+        + weight["edge"] / trivial.edge * (recon_edges - image_edges).square().mean((1, 2, 3))
+        + weight["perceptual"] / trivial.perceptual * see.perceptual_distance(see.filter_energy(recon), target)
+    )
+
+
+def cross_recon(swap: Tensor, swap_edges: Tensor, edges: Tensor, appearance: Tensor, trivial: Trivial) -> Tensor:
+    """Structure of one image in the colours of another: ``(edge + colour + histogram) / 3 / trivial.swap``.
+
+    Squared edge error against the structure's image; squared difference of mean colour, and Cramer distance of the colour
+    histograms, against the appearance's image; each over its trivial value. Ideal 0; nadir 1, the better of two trivial
+    swaps: the appearance's mean colour, and the structure's image unchanged.
+
+    Args:
+        swap, appearance: [B, 3, S, S]. swap_edges, edges: [B, 2, S-2, S-2], of the swap and of the structure's image.
+    """
+    edge = (swap_edges - edges).square().mean((1, 2, 3)) / trivial.edge
+    colour = (see.mean_colour(swap) - see.mean_colour(appearance)).square().mean(1) / trivial.colour
+    with torch.no_grad():
+        target = see.colour_distribution(appearance)
+    histogram = (see.colour_distribution(swap) - target).square().mean((1, 2)) / trivial.histogram
+    return (edge + colour + histogram) / 3 / trivial.swap
+
+
+def realism(logits: Tensor) -> Tensor:
+    """``1 - mean over patches of D(recon)``, D the discriminator's probability of "photograph".
+
+    Ideal 0.5, a discriminator that cannot tell; below it the discriminator is wrong more often than right. Nadir 1, certain.
+
+    Args:
+        logits: [B, 1, s, s].
+    """
+    return 1 - torch.sigmoid(logits).mean((1, 2, 3))
+
+
+def consistency(views: Tensor) -> Tensor:
+    """How far the structure moves between views of one image: variance over the views / variance over the batch.
+
+    ``mean_d Var_v(mu_vbd) / mean_d Var_b(mu_0bd)``, the denominator without gradient, so that shrinking the latent does not
+    help. Ideal 0; nadir 1, views as unlike as two images.
+
+    Args:
+        views: [V, B, D] structure means, V >= 2.
+    """
+    spread = views[0].detach().var(0).mean().clamp(min=1e-8)
+    return consistency_variance(views) / spread
+
+
+def trivial_answers(images: Tensor) -> Trivial:
+    """Measure `Trivial` on images of the training data, [N, 3, S, S] with unrelated neighbours."""
+    other, grey = images.roll(1, 0), see.flat(images)
+    edge = see.edges(images).square().mean((1, 2, 3))
+    colour = (see.mean_colour(images) - see.mean_colour(other)).square().mean()
+    distribution = see.colour_distribution(images)
+    histogram = (distribution - distribution.roll(1, 0)).square().mean()
+    one = torch.ones((), device=images.device)
+    found = Trivial(
+        pixel=(images - grey).square().mean(),
+        ssim=see.dissimilarity(grey, images).mean(),
+        edge=edge.mean(),
+        perceptual=see.perceptual_distance(see.filter_energy(grey), see.filter_energy(images)).mean(),
+        colour=colour,
+        histogram=histogram,
+        swap=one,
+    )
+    as_colour = cross_recon(grey.roll(1, 0), see.edges(grey), see.edges(images), other, found).mean()
+    unchanged = cross_recon(images, see.edges(images), see.edges(images), other, found).mean()
+    return found._replace(swap=torch.minimum(as_colour, unchanged))
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """``sum_d (mu^2 + exp(logvar) - 1 - logvar) / 2``. [B, D] -> [B]."""
+    return (mu.square() + logvar.exp() - 1 - logvar).sum(1) / 2
+
+
+def _total_correlation_rows(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    t = -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar)  # log 2 pi cancels
+    return t.sum(2).logsumexp(1) - t.logsumexp(1).sum(1)
+
+
+def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, limit: int = 2**22) -> Tensor:
+    """``log q(z) - sum_d log q(z_d)`` with q the batch's mixture of posteriors (Chen et al. 2018). [B, D] x 3 -> [B].
+
+    Rows go through in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each chunk
+    again, so memory does not grow with B x B x D.
+    """
+    batch, dims = z.shape
+    offset = (dims - 1) * math.log(batch)
+    rows = max(1, limit // (batch * dims))
+    if rows >= batch:
+        return _total_correlation_rows(z, mu, logvar) + offset
+    chunks = [
+        checkpoint(_total_correlation_rows, part, mu, logvar, use_reentrant=False, preserve_rng_state=False)
+        for part in z.split(rows)
+    ]
+    return torch.cat(chunks) + offset
+
+
+def covariance_penalty(z: Tensor, normalize: bool = False) -> Tensor:
+    """``sum_{i != j} C_ij^2 / D`` (VICReg, Bardes et al. 2022), C the covariance, or the correlation. [B, D] -> 0-dim, >= 0."""
+    x = z - z.mean(0)
+    if normalize:
+        x = x / x.square().mean(0).add(1e-8).sqrt() * ((len(z) - 1) / len(z)) ** 0.5
+    c = x.T @ x / (len(z) - 1)
+    return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+
+
+def consistency_variance(views: Tensor) -> Tensor:
+    """Mean over D of the variance over V. [V, B, D] -> [B]."""
+    return views.var(0).mean(1)
+
+
+def active_units(mu: Tensor, threshold: float = 0.1, temperature: float = 0.05) -> tuple[Tensor, Tensor]:
+    """Fractions of the latents that are active, and effective. [B, D] -> two 0-dim in [0, 1].
+
+    Active: mean over d of ``sigmoid((Var_b(mu_d) - threshold) / temperature)`` (Burda et al. 2016, softened). Effective:
+    ``exp(entropy of p) / D`` with ``p_d = Var_b(mu_d) / sum``.
+    """
+    variance = mu.var(0)
+    active = torch.sigmoid((variance - threshold) / temperature).mean()
+    p = (variance + 1e-12) / (variance + 1e-12).sum()
+    return active, torch.exp(-(p * p.log()).sum()) / mu.shape[1]

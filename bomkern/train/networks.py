@@ -1,0 +1,146 @@
+"""The networks: a VAE whose latent has a structure and an appearance part, and a patch discriminator.
+
+Normalisation is GroupNorm throughout, so a row of the batch does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALLEST = 4  # side of the innermost feature map, in pixels
+
+
+class Pass(NamedTuple):
+    """One forward pass of `VAE`, everything a step needs. B images, D = structure + appearance latents."""
+
+    z: Tensor  # [B, D] sample of the posterior
+    mu: Tensor  # [B, D]
+    logvar: Tensor  # [B, D]
+    views: Tensor  # [2, B, structure] means of the image and of its other view
+    recon: Tensor  # [B, 3, S, S]
+    swap: Tensor  # [B, 3, S, S] own structure, appearance of the next row
+    moved_structure: Tensor  # [B, 3, S, S] after unit noise on the structure
+    moved_appearance: Tensor  # [B, 3, S, S] after unit noise on the appearance
+
+
+def widths(image_size: int, width: int) -> list[int]:
+    """Channels at each halving from ``image_size`` to `SMALLEST`: ``width``, then doubling up to four times it."""
+    return [width * min(4, 2**k) for k in range(int(math.log2(image_size // SMALLEST)))]
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // 8, channels)
+
+
+class Encoder(nn.Module):
+    """[B, 3, S, S] -> mu, logvar, [B, D] each."""
+
+    def __init__(self, image_size: int, latents: int, width: int) -> None:
+        super().__init__()
+        channels = widths(image_size, width)
+        layers: list[nn.Module] = []
+        for before, after in zip([3, *channels], channels, strict=False):
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), _norm(after), nn.SiLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Linear(channels[-1] * SMALLEST**2, 2 * latents)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.head(self.trunk(image * 2 - 1).flatten(1)).chunk(2, dim=1)
+        # Bounded smoothly: exp never overflows, and the bound is out of the way of any posterior worth having.
+        return mu, 8 * torch.tanh(logvar / 8)
+
+
+class Block(nn.Module):
+    """Twice the side: nearest upsampling, 3 x 3 convolution, GroupNorm with scale and shift from the appearance, SiLU."""
+
+    def __init__(self, before: int, after: int, appearance: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(before, after, 3, padding=1)
+        self.norm = nn.GroupNorm(after // 8, after, affine=False)
+        self.style = nn.Linear(appearance, 2 * after)
+
+    def forward(self, x: Tensor, appearance: Tensor) -> Tensor:
+        x = self.norm(self.conv(F.interpolate(x, scale_factor=2.0)))
+        scale, shift = self.style(appearance)[..., None, None].chunk(2, dim=1)
+        return F.silu(torch.addcmul(shift, x, 1 + scale))
+
+
+class Decoder(nn.Module):
+    """Structure is the feature map the decoder starts from; appearance only scales and shifts its channels."""
+
+    def __init__(self, image_size: int, structure: int, appearance: int, width: int) -> None:
+        super().__init__()
+        channels = widths(image_size, width)[::-1]
+        self.start = nn.Linear(structure, channels[0] * SMALLEST**2)
+        self.mood = nn.Sequential(nn.Linear(appearance, 64), nn.SiLU())
+        self.blocks = nn.ModuleList(
+            Block(before, after, 64) for before, after in zip(channels, [*channels[1:], channels[-1]], strict=True)
+        )
+        self.out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        self.tint = nn.Linear(64, 3)
+
+    def forward(self, structure: Tensor, appearance: Tensor) -> Tensor:
+        x = self.start(structure).unflatten(1, (-1, SMALLEST, SMALLEST)).contiguous(memory_format=torch.channels_last)
+        mood = self.mood(appearance)
+        for block in self.blocks:
+            x = block(x, mood)
+        return torch.sigmoid(self.out(x) + self.tint(mood)[..., None, None])
+
+
+class VAE(nn.Module):
+    """Encoder and decoder; the latent is ``[structure, appearance]``.
+
+    Args:
+        image_size: 32, 64, 128 or 256.
+        structure, appearance: latents of each part.
+        width: channels at the full size.
+    """
+
+    def __init__(self, image_size: int, structure: int, appearance: int, width: int) -> None:
+        super().__init__()
+        self.parts = [structure, appearance]
+        self.encoder = Encoder(image_size, structure + appearance, width)
+        self.decoder = Decoder(image_size, structure, appearance, width)
+        self.to(memory_format=torch.channels_last)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """[B, D] -> [B, 3, S, S] in [0, 1]."""
+        structure, appearance = z.split(self.parts, dim=1)
+        return self.decoder(structure, appearance)
+
+    def forward(self, image: Tensor, view: Tensor, noise: Tensor, shake: Tensor) -> Pass:
+        """One encoder call for image and view, one decoder call for reconstruction, swap and the two perturbed decodes.
+
+        Args:
+            image, view: [B, 3, S, S].
+            noise: [B, D] standard normal, of the posterior sample.
+            shake: [B, D] standard normal, added to one part at a time.
+        """
+        mu, logvar = self.encoder(torch.cat([image, view]))
+        views = mu.unflatten(0, (2, len(image)))[..., : self.parts[0]]
+        mu, logvar = mu[: len(image)], logvar[: len(image)]
+        z = torch.addcmul(mu, noise, torch.exp(logvar / 2))
+        s, a = z.split(self.parts, dim=1)
+        ds, da = shake.split(self.parts, dim=1)
+        images = self.decoder(torch.cat([s, s, s + ds, s]), torch.cat([a, a.roll(-1, 0), a, a + da]))
+        return Pass(z, mu, logvar, views, *images.chunk(4))
+
+
+class Discriminator(nn.Module):
+    """Is each patch of the image a photograph? [B, 3, S, S] -> logits [B, 1, S/8, S/8] (PatchGAN, Isola et al. 2017)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, width), (width, 2 * width), (2 * width, 2 * width)):
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*layers, nn.Conv2d(2 * width, 1, 1))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.body(image * 2 - 1)

@@ -1,0 +1,166 @@
+"""One training step, without a host sync: networks, optimisers, scales and counters, and what a step does with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from bomkern import min_goal_loss
+
+from . import features as see
+from . import goals as goal
+from .config import Config
+from .data import Crops, to_float
+from .networks import VAE, Discriminator, Pass
+from .scales import Scales
+from .tally import Tally
+
+CROPS, NOISE, TRIVIAL = 0, 1, 2  # streams of random numbers
+TRIVIAL_CROPS = 256
+
+
+def raw_values(out: Pass, image: Tensor, logits: Tensor, order: Tensor, trivial: goal.Trivial) -> list[Tensor]:
+    """The nine raw values of a step, each [B], in the order of `goals.GOALS`.
+
+    Args:
+        out: the forward pass. image: [B, 3, S, S]. logits: the discriminator's for ``out.recon``.
+        order: [B, D] int64, a permutation of the rows for each latent.
+        trivial: errors of trivial answers.
+    """
+    recon_edges, swap_edges, moved_edges, image_edges = see.edges(
+        torch.cat([out.recon, out.swap, out.moved_appearance, image])
+    ).chunk(4)
+    return [
+        goal.kl_divergence(out.mu, out.logvar),
+        goal.disentanglement(out.z, out.mu, out.logvar, order),
+        goal.capacity(out.mu),
+        goal.behavioral_separation(
+            see.mean_colour(out.recon), see.mean_colour(out.moved_structure), recon_edges, moved_edges, trivial
+        ),
+        goal.latent_stats(out.z, out.logvar),
+        goal.reconstruction(out.recon, image, recon_edges, image_edges, trivial),
+        goal.cross_recon(out.swap, swap_edges, image_edges, image.roll(-1, 0), trivial),
+        goal.realism(logits),
+        goal.consistency(out.views),
+    ]
+
+
+class Trainer:
+    """The state of a run and its step. Every random number is a function of (seed, stream, step, rank): there is no
+    generator state to keep, and a resumed run draws what the run it continues would have drawn.
+
+    Args:
+        config: the run.
+        fabric: launched.
+        crops: training crops.
+    """
+
+    def __init__(self, config: Config, fabric: Fabric, crops: Crops) -> None:
+        self.config, self.fabric, self.crops = config, fabric, crops
+        self.device = fabric.device
+        self.step = 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.vae = VAE(config.image_size, config.structure, config.appearance, config.width)
+            self.discriminator = Discriminator(config.width // 2)
+        # Fused, because that step takes `found_inf` from the device and leaves everything alone where it is 1.
+        self.optimizers = [
+            torch.optim.AdamW(self.vae.parameters(), lr=config.lr, fused=True),
+            torch.optim.AdamW(self.discriminator.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.99), fused=True),
+        ]
+        self.model, self._step_vae = fabric.setup(self.vae, self.optimizers[0])
+        self.judge, self._step_judge = fabric.setup(self.discriminator, self.optimizers[1])
+        self.scales = Scales(config.scales, config.batch_size, config.calibration_steps, self.device)
+        self.tally = Tally(self.device)
+        sample = crops.batch(TRIVIAL_CROPS, self._host_rng(TRIVIAL, 0))
+        self.trivial = goal.trivial_answers(to_float(sample, self.device))
+
+    def _entropy(self, stream: int, step: int) -> list[int]:
+        return [self.config.seed, stream, step, self.fabric.global_rank]
+
+    def _host_rng(self, stream: int, step: int) -> np.random.Generator:
+        return np.random.default_rng(self._entropy(stream, step))
+
+    def images(self) -> Tensor:
+        """The crops of the coming step, [B, 3, S, S]."""
+        return to_float(self.crops.batch(self.config.batch_size, self._host_rng(CROPS, self.step)), self.device)
+
+    def _noise(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Posterior noise [B, D], shake [B, D], view [B, 6], order [B, D] of the coming step."""
+        batch, latents = self.config.batch_size, self.config.structure + self.config.appearance
+        seed = int(np.random.SeedSequence(self._entropy(NOISE, self.step)).generate_state(1, np.uint32)[0])
+        source = torch.Generator(self.device).manual_seed(seed)
+        normal = torch.randn(batch, 2 * latents + 6, generator=source, device=self.device)
+        noise, shake, view = normal.split([latents, latents, 6], dim=1)
+        return noise, shake, view, torch.rand(batch, latents, generator=source, device=self.device).argsort(0)
+
+    def advance(self) -> None:
+        """One step of the VAE and one of the discriminator, or of neither where anything is not finite."""
+        image = self.images()
+        noise, shake, view, order = self._noise()
+        out = self.model(image, see.photometric(image, view), noise, shake)
+        self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the judge's weights
+        with self.fabric.autocast():
+            logits = self.discriminator(out.recon)
+        raw = raw_values(out, image, logits.float(), order, self.trivial)
+        with torch.no_grad():
+            table = torch.stack(raw)  # [K, B], for the counters only
+            highest = self.fabric.all_reduce(table.amax(1), reduce_op="max")
+        self.scales.observe(highest, self.step)
+        loss, stats = min_goal_loss(
+            raw, self.scales.table, reduction=self.config.reduction, return_stats=True, impl=self.config.impl
+        )
+        self.fabric.backward(loss)
+
+        self.discriminator.requires_grad_(True)
+        real, fake = self.judge(torch.cat([image, out.recon.detach()])).float().chunk(2)
+        judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
+        self.fabric.backward(judge_loss)
+
+        ok = self._apply(stats.finite & loss.isfinite() & judge_loss.isfinite())
+        self.scales.settle(ok, self.step)
+        bad = ~table.isfinite().all(1)
+        bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
+        self.tally.add(ok, loss, table.mean(1), stats, torch.where(bad.any(), bad, stats.share > 0))
+        self.step += 1
+
+    def _apply(self, finite: Tensor) -> Tensor:
+        """Update both networks, or neither; returns whether, as a 0-dim bool on the device, the same on all ranks."""
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+            for module in (self.vae, self.discriminator)
+        ]
+        fine = finite & norms[0].isfinite() & norms[1].isfinite()
+        ok = self.fabric.all_reduce(fine.float(), reduce_op="min") > 0
+        for optimizer, wrapped in zip(self.optimizers, (self._step_vae, self._step_judge), strict=True):
+            optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]
+            wrapped.step()
+            optimizer.zero_grad()
+        return ok
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "config": self.config.to_dict(),
+            "vae": self.vae.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scales": self.scales.state_dict(),
+            "tally": self.tally.state_dict(),
+            "trivial": self.trivial._asdict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.vae.load_state_dict(state["vae"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        self.scales.load_state_dict(state["scales"])
+        self.tally.load_state_dict(state["tally"])
+        self.trivial = goal.Trivial(**{name: t.to(self.device) for name, t in state["trivial"].items()})

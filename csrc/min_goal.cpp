@@ -1,0 +1,451 @@
+// min_goal: argument checks, autograd node and dispatch. The arithmetic is in kernels/min_goal/.
+#include "../kernels/min_goal/min_goal.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#ifdef BOMKERN_CUDA
+#include "../kernels/min_goal/cuda.h"
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using namespace bomkern::min_goal;
+
+// (loss, winner, slope); with stats also (bottleneck, share, level, finite).
+using Result = std::tuple<Tensor, Tensor, Tensor>;
+using StatsResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Problem {
+  int64_t batch;
+  int64_t count;
+  bool matrix;  // one [B, K] tensor, not K tensors
+  bool wide;    // float64
+};
+
+DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    case at::kFloat: return DType::f32;
+    default: return DType::f64;
+  }
+}
+
+// The same checks as bomkern/_check.py makes for the implementations in Python.
+Problem check_goals(TensorList goals) {
+  TORCH_CHECK_VALUE(!goals.empty(), "goals must name 1 to 64 goals, got an empty sequence");
+  Problem p{1, static_cast<int64_t>(goals.size()), goals.size() == 1 && goals[0].dim() == 2, false};
+  int64_t first = -1;
+  for (int64_t k = 0; k < static_cast<int64_t>(goals.size()); ++k) {
+    const Tensor& goal = goals[k];
+    const auto type = goal.scalar_type();
+    TORCH_CHECK_TYPE(
+        type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble, "goals[", k,
+        "] must be float16, bfloat16, float32 or float64, got ", type);
+    TORCH_CHECK_TYPE(goal.layout() == at::kStrided, "goals[", k, "] must be a dense tensor, got layout ", goal.layout());
+    TORCH_CHECK_VALUE(goal.device() == goals[0].device(), "goals[", k, "] is on ", goal.device(), ", goals[0] on ",
+                      goals[0].device(), ": move them to one device");
+    p.wide |= type == at::kDouble;
+    if (p.matrix) {
+      p.batch = goal.size(0);
+      p.count = goal.size(1);
+      continue;
+    }
+    TORCH_CHECK_VALUE(goal.dim() <= 1, "goals[", k, "] must have shape [B] or [], got ", goal.sizes());
+    if (goal.dim() == 0) continue;
+    if (first < 0) {
+      first = k;
+      p.batch = goal.size(0);
+    }
+    TORCH_CHECK_VALUE(goal.size(0) == p.batch, "goals[", k, "] has ", goal.size(0), " samples, goals[", first, "] has ",
+                      p.batch, ": they must be the same");
+  }
+  TORCH_CHECK_VALUE(p.count >= 1 && p.count <= max_goals, "goals must name 1 to ", max_goals, " goals, got ", p.count);
+  TORCH_CHECK_VALUE(p.batch > 0, "goals must hold at least one sample, got B = 0");
+  return p;
+}
+
+Goals describe(TensorList goals, const Problem& p, at::IntArrayRef curves) {
+  Goals g;
+  g.count = static_cast<int>(p.count);
+  g.batch = p.batch;
+  for (int k = 0; k < g.count; ++k) {
+    const Tensor& goal = goals[p.matrix ? 0 : k];
+    const int64_t offset = p.matrix ? k * goal.stride(1) * static_cast<int64_t>(goal.element_size()) : 0;
+    g.data[k] = static_cast<const char*>(goal.const_data_ptr()) + offset;
+    g.stride[k] = goal.dim() == 0 ? 0 : goal.stride(0);
+    g.dtype[k] = dtype_of(goal.scalar_type());
+    g.curve[k] = curves.empty() ? 0 : static_cast<uint8_t>(curves[k]);
+  }
+  return g;
+}
+
+void check_params(const std::optional<Tensor>& params, at::IntArrayRef curves, const Problem& p, at::Device device) {
+  if (!params) return;
+  TORCH_CHECK_VALUE(static_cast<int64_t>(curves.size()) == p.count, "constraints must be one, or one for each of the ",
+                    p.count, " goals, got ", curves.size());
+  for (const int64_t curve : curves) TORCH_CHECK_VALUE(curve >= 0 && curve <= 2, "curves must be 0, 1 or 2, got ", curve);
+  TORCH_CHECK_VALUE(params->dim() == 2 && params->size(0) == p.count && params->size(1) == 4,
+                    "params must have shape [", p.count, ", 4], got ", params->sizes());
+  const auto dtype = p.wide ? at::kDouble : at::kFloat;
+  TORCH_CHECK_TYPE(params->scalar_type() == dtype, "params must be ", dtype, " for these goals, got ", params->scalar_type());
+  TORCH_CHECK_VALUE(params->device() == device, "params is on ", params->device(), ", the goals on ", device, ": move it");
+}
+
+template <class S> struct Call {
+  Forward<S> args{};
+  Tensor loss, winner, slope, bottleneck, share, level, finite, params;
+
+  Call(TensorList goals, const std::optional<Tensor>& p, at::IntArrayRef curves, Reduction reduction, bool stats,
+       const Problem& problem) {
+    check_params(p, curves, problem, goals[0].device());
+    const auto number = goals[0].options().dtype(c10::CppTypeToScalarType<S>::value);
+    const bool global = reduction == Reduction::min;
+    const int64_t rows = global ? 1 : problem.batch;
+    args.goals = describe(goals, problem, curves);
+    args.reduction = reduction;
+    if (p) {
+      params = p->contiguous();
+      args.params = params.template const_data_ptr<S>();
+    }
+    loss = reduction == Reduction::none ? at::empty({problem.batch}, number) : at::empty({}, number);
+    winner = at::empty({rows}, number.dtype(global ? at::kLong : at::kByte));
+    slope = at::empty({rows}, number);
+    args.loss = loss.template mutable_data_ptr<S>();
+    args.slope = slope.template mutable_data_ptr<S>();
+    if (global) {
+      args.worst = winner.template mutable_data_ptr<int64_t>();
+    } else {
+      args.winner = winner.template mutable_data_ptr<uint8_t>();
+    }
+    if (!stats) return;
+    bottleneck = at::empty({problem.batch}, number.dtype(at::kLong));
+    share = at::empty({problem.count}, number);
+    level = at::empty({problem.count}, number);
+    finite = at::empty({}, number.dtype(at::kBool));
+    args.bottleneck = bottleneck.template mutable_data_ptr<int64_t>();
+    args.share = share.template mutable_data_ptr<S>();
+    args.level = level.template mutable_data_ptr<S>();
+    args.finite = finite.template mutable_data_ptr<bool>();
+  }
+};
+
+const auto& forward_of(const CpuKernels& kernels, float) { return kernels.forward_f32; }
+const auto& forward_of(const CpuKernels& kernels, double) { return kernels.forward_f64; }
+const auto& backward_of(const CpuKernels& kernels, float) { return kernels.backward_f32; }
+const auto& backward_of(const CpuKernels& kernels, double) { return kernels.backward_f64; }
+
+int64_t chunks_of(int64_t batch) { return (batch + chunk - 1) / chunk; }
+
+// Adds the ranges' parts in order.
+template <class S> void finish(const Forward<S>& a, const Partial* parts, int64_t ranges) {
+  double loss = 0;
+  bool finite = true;
+  const Partial* worst = parts;
+  for (const Partial* p = parts; p < parts + ranges; ++p) {
+    loss += p->loss;
+    finite &= p->finite;
+    const bool is_nan = p->worst_loss != p->worst_loss, was_nan = worst->worst_loss != worst->worst_loss;
+    if (p->worst_loss > worst->worst_loss || (is_nan && !was_nan)) worst = p;
+  }
+  if (a.reduction == Reduction::min) {
+    *a.loss = static_cast<S>(worst->worst_loss);
+    *a.slope = static_cast<S>(worst->worst_slope);
+    *a.worst = worst->worst;
+  } else if (a.reduction != Reduction::none) {
+    *a.loss = static_cast<S>(a.reduction == Reduction::mean ? loss / static_cast<double>(a.goals.batch) : loss);
+  }
+  if (!a.bottleneck) return;
+  *a.finite = finite;
+  const auto batch = static_cast<double>(a.goals.batch);
+  for (int k = 0; k < a.goals.count; ++k) {
+    double level = 0, owned = 0;
+    for (const Partial* p = parts; p < parts + ranges; ++p) {
+      level += p->level[k];
+      owned += static_cast<double>(p->owned[k]);
+    }
+    a.level[k] = static_cast<S>(level / batch);
+    a.share[k] = static_cast<S>(a.reduction == Reduction::min ? worst->worst % a.goals.count == k : owned / batch);
+  }
+}
+
+template <class S> void run_cpu(const Forward<S>& a) {
+  const auto forward = forward_of(cpu_kernels(), S{});
+  const int64_t ranges = chunks_of(a.goals.batch);
+  if (ranges == 1) {
+    Partial part;
+    forward(a, 0, a.goals.batch, &part);
+    return finish(a, &part, 1);
+  }
+  std::vector<Partial> parts(ranges);
+  at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) forward(a, c * chunk, std::min((c + 1) * chunk, a.goals.batch), &parts[c]);
+  });
+  finish(a, parts.data(), ranges);
+}
+
+#ifdef BOMKERN_CUDA
+template <class S> void run_cuda(const Forward<S>& a, const Tensor& like) {
+  const c10::cuda::CUDAGuard guard(like.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto bytes = static_cast<int64_t>(cuda_forward_workspace(a));
+  const Tensor workspace = bytes ? at::empty({bytes}, like.options().dtype(at::kByte)) : Tensor();
+  const auto error = cuda_forward(a, bytes ? workspace.mutable_data_ptr() : nullptr, stream.stream());
+  TORCH_CHECK(error == cudaSuccess, "min_goal: the CUDA launch failed: ", cudaGetErrorString(error));
+}
+
+template <class S> void run_cuda(const Backward<S>& a, const Tensor& like) {
+  const c10::cuda::CUDAGuard guard(like.device());
+  const auto error = cuda_backward(a, c10::cuda::getCurrentCUDAStream().stream());
+  TORCH_CHECK(error == cudaSuccess, "min_goal_backward: the CUDA launch failed: ", cudaGetErrorString(error));
+}
+#endif
+
+template <class S, bool Cuda>
+Call<S> run(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves, int64_t reduction, bool stats,
+            const Problem& problem) {
+  Call<S> call(goals, params, curves, static_cast<Reduction>(reduction), stats, problem);
+  if constexpr (Cuda) {
+#ifdef BOMKERN_CUDA
+    run_cuda(call.args, goals[0]);
+#endif
+  } else {
+    run_cpu(call.args);
+  }
+  return call;
+}
+
+void check_reduction(int64_t reduction) {
+  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 3, "reduction must be 0 to 3, got ", reduction);
+}
+
+template <bool Cuda>
+Result min_goal(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves, int64_t reduction) {
+  const Problem p = check_goals(goals);
+  check_reduction(reduction);
+  const auto result = [](auto call) { return Result(call.loss, call.winner, call.slope); };
+  return p.wide ? result(run<double, Cuda>(goals, params, curves, reduction, false, p))
+                : result(run<float, Cuda>(goals, params, curves, reduction, false, p));
+}
+
+template <bool Cuda>
+StatsResult min_goal_stats(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
+                           int64_t reduction) {
+  const Problem p = check_goals(goals);
+  check_reduction(reduction);
+  const auto result = [](auto c) {
+    return StatsResult(c.loss, c.winner, c.slope, c.bottleneck, c.share, c.level, c.finite);
+  };
+  return p.wide ? result(run<double, Cuda>(goals, params, curves, reduction, true, p))
+                : result(run<float, Cuda>(goals, params, curves, reduction, true, p));
+}
+
+// The gradients wanted: for each its goal's index (0 for the [B, K] matrix), dim of the goal's tensor, and dtype.
+template <class S, bool Cuda>
+std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch,
+                                 int64_t count, at::IntArrayRef index, at::IntArrayRef dim,
+                                 at::ArrayRef<at::ScalarType> dtype, Reduction reduction) {
+  Backward<S> a{};
+  a.grad = grad.const_data_ptr<S>();
+  a.grad_stride = grad.dim() == 0 ? 0 : grad.stride(0);
+  a.divisor = reduction == Reduction::mean ? static_cast<S>(batch) : S(1);
+  if (reduction == Reduction::min) {
+    a.worst = winner.const_data_ptr<int64_t>();
+  } else {
+    a.winner = winner.const_data_ptr<uint8_t>();
+  }
+  a.slope = slope.const_data_ptr<S>();
+  a.batch = batch;
+  a.goals = static_cast<int>(count);
+  a.outputs = static_cast<int>(index.size());
+  std::vector<Tensor> grads;
+  grads.reserve(index.size());
+  for (size_t i = 0; i < index.size(); ++i) {
+    const auto options = slope.options().dtype(dtype[i]);
+    grads.push_back(dim[i] == 2   ? at::empty({batch, count}, options)
+                    : dim[i] == 1 ? at::empty({batch}, options)
+                                  : at::empty({}, options));
+    a.out[i] = {grads[i].mutable_data_ptr(), dim[i] == 2 ? -1 : static_cast<int>(index[i]), dim[i] == 0,
+                dtype_of(dtype[i])};
+  }
+  if constexpr (Cuda) {
+#ifdef BOMKERN_CUDA
+    run_cuda(a, slope);
+#endif
+    return grads;
+  }
+  const auto backward = backward_of(cpu_kernels(), S{});
+  const int64_t ranges = chunks_of(batch);
+  std::vector<double> sums(ranges * a.outputs);
+  at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      backward(a, c * chunk, std::min((c + 1) * chunk, batch), sums.data() + c * a.outputs);
+  });
+  for (int o = 0; o < a.outputs; ++o) {
+    if (!a.out[o].batch_level) continue;
+    double sum = 0;
+    for (int64_t c = 0; c < ranges; ++c) sum += sums[c * a.outputs + o];
+    grads[o].fill_(sum);
+  }
+  return grads;
+}
+
+template <bool Cuda>
+std::vector<Tensor> min_goal_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch,
+                                      int64_t count, at::IntArrayRef index, at::IntArrayRef dim,
+                                      at::ArrayRef<at::ScalarType> dtype, int64_t reduction) {
+  check_reduction(reduction);
+  TORCH_CHECK_TYPE(grad.scalar_type() == slope.scalar_type(), "grad must be ", slope.scalar_type(), ", got ",
+                   grad.scalar_type());
+  TORCH_CHECK_VALUE(index.size() <= max_goals && index.size() == dim.size() && index.size() == dtype.size(),
+                    "index, dim and dtype must have one entry for each gradient");
+  const auto code = static_cast<Reduction>(reduction);
+  return slope.scalar_type() == at::kDouble
+      ? run_backward<double, Cuda>(grad, winner, slope, batch, count, index, dim, dtype, code)
+      : run_backward<float, Cuda>(grad, winner, slope, batch, count, index, dim, dtype, code);
+}
+
+template <class Function> auto operator_named(const char* name, const char* overload) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Function>();
+}
+
+using ForwardOp = Result(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
+using StatsOp = StatsResult(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
+using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t,
+                                       at::IntArrayRef, at::IntArrayRef, at::ArrayRef<at::ScalarType>, int64_t);
+
+const char* const once = "min_goal_loss has no second derivative yet: call backward without create_graph=True";
+
+// torch 2.11 counts references to nodes with std::shared_ptr, later releases intrusively.
+using NodePtr = std::decay_t<decltype(std::declval<Tensor>().grad_fn())>;
+
+template <class T, class... Args> auto make_node(Args&&... args) {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<T>(std::forward<Args>(args)...);
+  } else {
+    return c10::make_intrusive<T>(std::forward<Args>(args)...);
+  }
+}
+
+struct MinGoalBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable winner, slope;
+  c10::SymInt batch;
+  int64_t count, reduction;
+  c10::SmallVector<int64_t, 16> dims;
+  c10::SmallVector<at::ScalarType, 16> dtypes;
+
+  std::string name() const override { return "MinGoalBackward"; }
+
+  void release_variables() override {
+    winner.reset_data();
+    slope.reset_data();
+  }
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    torch::autograd::variable_list out(dims.size());
+    if (!grads[0].defined()) return out;
+    c10::SmallVector<int64_t, 16> index, dim;
+    c10::SmallVector<at::ScalarType, 16> dtype;
+    for (size_t k = 0; k < dims.size(); ++k) {
+      if (!task_should_compute_output(k)) continue;
+      index.push_back(static_cast<int64_t>(k));
+      dim.push_back(dims[k]);
+      dtype.push_back(dtypes[k]);
+    }
+    const auto saved_winner = winner.unpack(), saved_slope = slope.unpack();
+    static const auto op = operator_named<BackwardOp>("bomkern::min_goal_backward", "");
+    const auto values = [&] {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      return op.call(grads[0], saved_winner, saved_slope, batch, count, index, dim, dtype, reduction);
+    }();
+    for (size_t i = 0; i < index.size(); ++i) out[index[i]] = values[i];
+    if (at::GradMode::is_enabled()) {  // create_graph: a later backward through these must not pass as zero
+      const auto error = make_node<torch::autograd::Error>(once);
+      for (const int64_t k : index) torch::autograd::set_history(out[k], error);
+    }
+    return out;
+  }
+};
+
+template <class Op>
+auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
+                  int64_t reduction) {
+  bool wanted = false;
+  for (const Tensor& goal : goals) {
+    wanted |= goal.requires_grad();
+    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(goal),
+                                "min_goal_loss has no forward-mode derivative: use backward()");
+  }
+  decltype(make_node<MinGoalBackward>()) node;
+  if (wanted && at::GradMode::is_enabled()) {
+    node = make_node<MinGoalBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(goals));
+  }
+  auto out = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(goals, params, curves, reduction);
+  }();
+  if (!node) return out;
+  const bool matrix = goals.size() == 1 && goals[0].dim() == 2;
+  node->batch = 1;
+  for (const Tensor& goal : goals) {
+    node->dims.push_back(goal.dim());
+    node->dtypes.push_back(goal.scalar_type());
+    if (goal.dim() > 0) node->batch = goal.sym_size(0);
+  }
+  node->count = matrix ? goals[0].size(1) : static_cast<int64_t>(goals.size());
+  node->reduction = reduction;
+  node->winner = torch::autograd::SavedVariable(std::get<1>(out), false);
+  node->slope = torch::autograd::SavedVariable(std::get<2>(out), false);
+  torch::autograd::set_history(std::get<0>(out), node);
+  return out;
+}
+
+Result min_goal_autograd(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
+                         int64_t reduction) {
+  static const auto op = operator_named<ForwardOp>("bomkern::min_goal", "");
+  return with_history(op, goals, params, curves, reduction);
+}
+
+StatsResult min_goal_stats_autograd(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
+                                    int64_t reduction) {
+  static const auto op = operator_named<StatsOp>("bomkern::min_goal", "stats");
+  return with_history(op, goals, params, curves, reduction);
+}
+
+}  // namespace
+
+// The schemas and the fake kernels are on one page: bomkern/_ops.py.
+TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
+  m.impl("min_goal", min_goal<false>);
+  m.impl("min_goal.stats", min_goal_stats<false>);
+  m.impl("min_goal_backward", min_goal_backward<false>);
+}
+
+#ifdef BOMKERN_CUDA
+TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
+  m.impl("min_goal", min_goal<true>);
+  m.impl("min_goal.stats", min_goal_stats<true>);
+  m.impl("min_goal_backward", min_goal_backward<true>);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
+  m.impl("min_goal", min_goal_autograd);
+  m.impl("min_goal.stats", min_goal_stats_autograd);
+  m.impl("min_goal_backward", torch::autograd::autogradNotImplementedFallback());
+}

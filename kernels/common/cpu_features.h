@@ -1,0 +1,27 @@
+// Which instruction set to use, asked once. BOMKERN_SIMD (baseline, avx2, avx512) lowers it, for tests.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+
+namespace bomkern {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa cpu_isa() {
+  Isa isa = Isa::baseline;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    isa = Isa::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      isa = Isa::avx512;
+  }
+#endif
+  const char* wish = std::getenv("BOMKERN_SIMD");
+  if (wish && !std::strcmp(wish, "baseline")) return Isa::baseline;
+  if (wish && !std::strcmp(wish, "avx2") && isa == Isa::avx512) return Isa::avx2;
+  return isa;
+}
+
+}  // namespace bomkern

@@ -1,0 +1,1 @@
+"""Kernels of `min_goal`: the bottleneck rule, forward and backward."""

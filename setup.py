@@ -1,0 +1,135 @@
+"""Builds ``bomkern._C`` as far as this machine's compilers reach; pyproject.toml holds everything else.
+
+The ladder: a C++ compiler gives the CPU kernels; an nvcc of torch's CUDA major gives the CUDA kernels too; no compiler
+gives a pure Python install, which says so when it is imported. ``BOMKERN_BUILD_CUDA``: unset builds what it can, 0 never
+builds CUDA, 1 makes any shortfall fatal.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+# Compiled where no GPU is visible: every architecture since Ampere that people train on; PTX of the newest for later ones.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+WISH = os.environ.get("BOMKERN_BUILD_CUDA", "")
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+
+
+def nvcc_version(home: str) -> tuple[int, int] | None:
+    try:
+        text = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def why_no_cuda() -> str | None:
+    """None where the CUDA kernels can be built, else the reason and the fix in one sentence."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if WISH == "0":
+        return "BOMKERN_BUILD_CUDA is 0; unset it to build the CUDA kernels."
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch first."
+    version = nvcc_version(CUDA_HOME) if CUDA_HOME else None
+    if version is None:
+        return f"no nvcc was found; install the CUDA {torch.version.cuda} toolkit and set CUDA_HOME to it."
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return (
+            f"nvcc is {version[0]}.{version[1]} but torch {torch.__version__} is built with CUDA {torch.version.cuda}; "
+            f"set CUDA_HOME to a CUDA {torch.version.cuda.split('.')[0]} toolkit."
+        )
+    return None
+
+
+def architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST as given, or the visible GPUs', or the default list that this nvcc can compile."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return given
+    if torch.cuda.is_available():
+        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+    text = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in text + "\n"]
+    return ";".join([*known[:-1], known[-1] + "+PTX"])
+
+
+def jobs() -> int:
+    """Parallel compilers: one a core, and 2 GiB of memory each, which a file with torch's headers needs."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        memory = 8 << 30
+    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, memory // (2 << 30)))
+
+
+def sources(suffix: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for d in ("csrc", "kernels") for p in (ROOT / d).rglob(f"*{suffix}"))
+
+
+def extension() -> dict[str, object]:
+    """The arguments of `setup` that build the extension, {} where there is no compiler."""
+    if compiler() is None:
+        if WISH == "1":
+            raise SystemExit("BOMKERN_BUILD_CUDA is 1 but there is no C++ compiler; install g++ or set CXX.")
+        print("bomkern: no C++ compiler was found; installing without compiled kernels.")
+        return {}
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    reason = why_no_cuda()
+    if reason and WISH == "1":
+        raise SystemExit(f"BOMKERN_BUILD_CUDA is 1 but {reason}")
+    os.environ.setdefault("MAX_JOBS", str(jobs()))
+    # -fno-trapping-math lets comparisons be vectorised; it changes no result. torch chooses the C++ standard.
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
+    openmp = ["-fopenmp"] if platform.system() == "Linux" else []
+    macros = {
+        "BOMKERN_TORCH_VERSION": torch.__version__,
+        "BOMKERN_CUDA_VERSION": "" if reason else torch.version.cuda,
+        "BOMKERN_CUDA_ARCHITECTURES": "",
+        "BOMKERN_NO_CUDA_BECAUSE": reason or "",
+    }
+    files, kind = sources(".cpp"), CppExtension
+    compile_flags = {"cxx": flags + openmp}
+    if reason is None:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = macros["BOMKERN_CUDA_ARCHITECTURES"] = architectures()
+        files, kind = files + sources(".cu"), CUDAExtension
+        compile_flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "--threads=2"]
+        compile_flags["cxx"].append("-DBOMKERN_CUDA")
+    else:
+        print(f"bomkern: building without CUDA kernels: {reason}")
+    module = kind(
+        "bomkern._C",
+        files,
+        define_macros=[(name, '"' + value.replace('"', "'") + '"') for name, value in macros.items()],
+        extra_compile_args=compile_flags,
+        extra_link_args=openmp,
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
+
+
+packages = ["bomkern", "bomkern.train"]
+kernels = ["bomkern.kernels", *(f"bomkern.kernels.{p.parent.name}" for p in (ROOT / "kernels").glob("*/__init__.py"))]
+setup(
+    packages=packages + kernels,
+    package_dir={"bomkern": "bomkern", "bomkern.kernels": "kernels"},
+    package_data={"bomkern": ["py.typed"]},
+    **extension(),
+)
