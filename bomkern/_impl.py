@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from . import _ops, reference
+from ._check import check_goals
 
 IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
 
@@ -60,26 +60,17 @@ def _compiled(op: str) -> Callable[..., Any]:
     packet = getattr(torch.ops.bomkern, op)
     plain, with_stats = packet.default, packet.stats
 
-    def serve(*args: Any) -> Any:
-        return with_stats(*args[:-1]) if args[-1] else plain(*args[:-1])
+    def serve(goals: Any, params: Any, curves: Any, reduction: int, stats: bool) -> Any:
+        try:
+            return with_stats(goals, params, curves, reduction) if stats else plain(goals, params, curves, reduction)
+        except RuntimeError:
+            check_goals(goals)  # what the dispatcher turned away before our own checks saw it, by name
+            raise
 
     return serve
 
 
-@functools.cache
-def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:
-    """What serves ``op`` on this type of device: the best there is, or the one that ``impl`` names.
-
-    Raises:
-        ValueError: there is no such implementation.
-        RuntimeError: it cannot serve here; the message says why.
-    """
-    if impl is not None and impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, or None, got {impl!r}")
-    if impl is None:
-        impl = next(name for name in IMPLS if why_not(op, name, device) is None)
-    elif reason := why_not(op, impl, device):
-        raise RuntimeError(f"impl={impl!r} cannot serve {op} here: {reason}")
+def _server(op: str, impl: str) -> Callable[..., Any]:
     if impl == "reference":
         return getattr(reference, op)
     if impl == "triton":
@@ -87,3 +78,36 @@ def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:
 
         return getattr(_triton, op)
     return _compiled(op)
+
+
+_chosen: dict[tuple[str, str, str | None], str] = {}
+_servers: dict[str, Callable[..., Any]] = {}
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, device: str, impl: str | None) -> str:
+    """What serves ``op`` on this type of device: the best there is, or the one that ``impl`` names. A key of `_servers`.
+
+    Raises:
+        ValueError: there is no such implementation.
+        RuntimeError: it cannot serve here; the message says why.
+    """
+    key = _chosen.get((op, device, impl))
+    if key is not None:
+        return key
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, or None, got {impl!r}")
+    if impl is None:
+        best = next(name for name in IMPLS if why_not(op, name, device) is None)
+    elif reason := why_not(op, impl, device):
+        raise RuntimeError(f"impl={impl!r} cannot serve {op} here: {reason}")
+    else:
+        best = impl
+    key = _chosen[op, device, impl] = f"{op} {best}"
+    _servers[key] = _server(op, best)
+    return key
+
+
+def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:
+    """The function that serves; `choose` says which."""
+    return _servers[choose(op, device, impl)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._check import check_goals, check_params
+from ._check import FLOATS, check_goals, check_params
 
 _library = torch.library.Library("bomkern", "DEF")
 
@@ -22,10 +22,10 @@ _library.define(
     "min_goal.stats(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> "
     "(Tensor loss, Tensor winner, Tensor slope, Tensor bottleneck, Tensor share, Tensor level, Tensor finite)"
 )
-# For each gradient wanted: index of its goal, dim of the goal's tensor (2: the [B, K] matrix), and dtype.
+# For each gradient wanted: index of its goal, dim of the goal's tensor (2: the [B, K] matrix), and dtype's place in FLOATS.
 _library.define(
     "min_goal_backward(Tensor grad, Tensor winner, Tensor slope, SymInt batch, int goals, int[] index, int[] dim, "
-    "ScalarType[] dtype, int reduction) -> Tensor[]"
+    "int[] dtype, int reduction) -> Tensor[]"
 )
 
 OPS = ("min_goal", "min_goal.stats", "min_goal_backward")
@@ -66,8 +66,8 @@ def _(
     goals: int,
     index: Sequence[int],
     dim: Sequence[int],
-    dtype: Sequence[torch.dtype],
+    dtype: Sequence[int],
     reduction: int,
 ) -> list[Tensor]:
-    shapes = {0: [], 1: [batch], 2: [batch, goals]}
-    return [slope.new_empty(shapes[d], dtype=t) for d, t in zip(dim, dtype, strict=True)]
+    shapes: dict[int, list[int]] = {0: [], 1: [batch], 2: [batch, goals]}
+    return [slope.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]

@@ -125,4 +125,6 @@ def _table(
     for k, constraint in enumerate(constraints):
         if not isinstance(constraint, Constraint):
             raise TypeError(f"constraints[{k}] must be a constraint, got {type(constraint).__name__}")
+    if torch.compiler.is_compiling():
+        return ConstraintTable(constraints, device, dtype)
     return pack(tuple(constraints), device, dtype)

@@ -13,6 +13,18 @@ from .constraints import BARRIER, HARD
 NONE, MEAN, SUM, MIN = 0, 1, 2, 3
 
 
+def _hard(r: Tensor) -> Tensor:
+    """``log(1 + r^2)``; where r^2 would overflow it is 2 log |r| to the last bit."""
+    far = r.abs() > 1e8
+    return torch.where(far, 2 * torch.log(torch.where(far, r.abs(), 1)), torch.log1p(torch.where(far, 0, r).square()))
+
+
+def _barrier(r: Tensor, tail: Tensor) -> Tensor:
+    """``-log(1 - r)`` up to ``1 - tail``, then the tangent there."""
+    inside = r <= 1 - tail
+    return torch.where(inside, -torch.log1p(-torch.where(inside, r, 0)), (r - 1 + tail) / tail - torch.log(tail))
+
+
 def deficit(x: Tensor, params: Tensor | None, curves: Tensor | None) -> Tensor:
     """``-log(score)`` of raw values, or of plain scores where ``params`` is None. NaN stays NaN.
 
@@ -29,14 +41,10 @@ def deficit(x: Tensor, params: Tensor | None, curves: Tensor | None) -> Tensor:
         flat = torch.where(right == left, right, 0)
         slope = torch.where(u > 0, right, torch.where(u < 0, left, flat))
         r = torch.where((slope == 0) & ~u.isnan(), 0, u * slope)
-        # log1p(r^2) overflows where r^2 does; there it is 2 log r to the last bit.
-        far = r.abs() > 1e8
-        hard = torch.where(far, 2 * torch.log(torch.where(far, r, 1)), torch.log1p(torch.where(far, 0, r).square()))
-        inside = r <= 1 - tail
-        barrier = torch.where(
-            inside, -torch.log1p(-torch.where(inside, r, 0)), (r - 1 + tail) / tail.clamp(min=1e-30) - torch.log(tail)
-        )
-        d = torch.where(curves == HARD, hard, torch.where(curves == BARRIER, barrier, r))
+        # Each curve sees only its own goals' r: what `where` leaves unused must not put a NaN into the gradient.
+        d = torch.where(curves == HARD, _hard(torch.where(curves == HARD, r, 0)), r)
+        box = curves == BARRIER
+        d = torch.where(box, _barrier(torch.where(box, r, 0), torch.where(box, tail, 0.5)), d)
     return torch.where(d == -torch.inf, torch.inf, d)
 
 
@@ -70,7 +78,7 @@ def min_goal(
     again = deficit(own, None if params is None else params[winner], None if codes is None else codes[winner])
     per_sample = torch.where(finite, again, worst)
 
-    row = _worst(worst, 0)
+    row = _worst(worst, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
     if reduction == NONE:
         loss = per_sample
     elif reduction == MEAN:
@@ -78,9 +86,9 @@ def min_goal(
     elif reduction == SUM:
         loss = per_sample.sum()
     else:
-        loss = per_sample[row]
+        loss = per_sample.index_select(0, row).reshape(())
     if not stats:
         return (loss,)
-    takers = winner[row][None] if reduction == MIN else winner
+    takers = winner.index_select(0, row) if reduction == MIN else winner
     share = (takers[:, None] == torch.arange(count, device=x.device)).to(dtype).mean(0)
     return loss, winner, share, torch.exp(-every).mean(0), finite.all()

@@ -45,6 +45,8 @@ DType dtype_of(at::ScalarType type) {
   }
 }
 
+constexpr at::ScalarType types[] = {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble};  // by DType
+
 // The same checks as bomkern/_check.py makes for the implementations in Python.
 Problem check_goals(TensorList goals) {
   TORCH_CHECK_VALUE(!goals.empty(), "goals must name 1 to 64 goals, got an empty sequence");
@@ -254,11 +256,11 @@ StatsResult min_goal_stats(TensorList goals, const std::optional<Tensor>& params
                 : result(run<float, Cuda>(goals, params, curves, reduction, true, p));
 }
 
-// The gradients wanted: for each its goal's index (0 for the [B, K] matrix), dim of the goal's tensor, and dtype.
+// The gradients wanted: for each its goal's index (0 for the [B, K] matrix), dim of the goal's tensor, and DType.
 template <class S, bool Cuda>
 std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch,
                                  int64_t count, at::IntArrayRef index, at::IntArrayRef dim,
-                                 at::ArrayRef<at::ScalarType> dtype, Reduction reduction) {
+                                 at::IntArrayRef dtype, Reduction reduction) {
   Backward<S> a{};
   a.grad = grad.const_data_ptr<S>();
   a.grad_stride = grad.dim() == 0 ? 0 : grad.stride(0);
@@ -275,12 +277,12 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
   std::vector<Tensor> grads;
   grads.reserve(index.size());
   for (size_t i = 0; i < index.size(); ++i) {
-    const auto options = slope.options().dtype(dtype[i]);
+    const auto options = slope.options().dtype(types[dtype[i]]);
     grads.push_back(dim[i] == 2   ? at::empty({batch, count}, options)
                     : dim[i] == 1 ? at::empty({batch}, options)
                                   : at::empty({}, options));
     a.out[i] = {grads[i].mutable_data_ptr(), dim[i] == 2 ? -1 : static_cast<int>(index[i]), dim[i] == 0,
-                dtype_of(dtype[i])};
+                static_cast<DType>(dtype[i])};
   }
   if constexpr (Cuda) {
 #ifdef BOMKERN_CUDA
@@ -307,12 +309,13 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
 template <bool Cuda>
 std::vector<Tensor> min_goal_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch,
                                       int64_t count, at::IntArrayRef index, at::IntArrayRef dim,
-                                      at::ArrayRef<at::ScalarType> dtype, int64_t reduction) {
+                                      at::IntArrayRef dtype, int64_t reduction) {
   check_reduction(reduction);
   TORCH_CHECK_TYPE(grad.scalar_type() == slope.scalar_type(), "grad must be ", slope.scalar_type(), ", got ",
                    grad.scalar_type());
   TORCH_CHECK_VALUE(index.size() <= max_goals && index.size() == dim.size() && index.size() == dtype.size(),
                     "index, dim and dtype must have one entry for each gradient");
+  for (const int64_t code : dtype) TORCH_CHECK_VALUE(code >= 0 && code < 4, "dtype must be 0 to 3, got ", code);
   const auto code = static_cast<Reduction>(reduction);
   return slope.scalar_type() == at::kDouble
       ? run_backward<double, Cuda>(grad, winner, slope, batch, count, index, dim, dtype, code)
@@ -326,7 +329,7 @@ template <class Function> auto operator_named(const char* name, const char* over
 using ForwardOp = Result(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
 using StatsOp = StatsResult(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
 using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t,
-                                       at::IntArrayRef, at::IntArrayRef, at::ArrayRef<at::ScalarType>, int64_t);
+                                       at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
 
 const char* const once = "min_goal_loss has no second derivative yet: call backward without create_graph=True";
 
@@ -346,7 +349,7 @@ struct MinGoalBackward : torch::autograd::Node {
   c10::SymInt batch;
   int64_t count, reduction;
   c10::SmallVector<int64_t, 16> dims;
-  c10::SmallVector<at::ScalarType, 16> dtypes;
+  c10::SmallVector<int64_t, 16> dtypes;
 
   std::string name() const override { return "MinGoalBackward"; }
 
@@ -358,8 +361,7 @@ struct MinGoalBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     torch::autograd::variable_list out(dims.size());
     if (!grads[0].defined()) return out;
-    c10::SmallVector<int64_t, 16> index, dim;
-    c10::SmallVector<at::ScalarType, 16> dtype;
+    c10::SmallVector<int64_t, 16> index, dim, dtype;
     for (size_t k = 0; k < dims.size(); ++k) {
       if (!task_should_compute_output(k)) continue;
       index.push_back(static_cast<int64_t>(k));
@@ -404,7 +406,7 @@ auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& p
   node->batch = 1;
   for (const Tensor& goal : goals) {
     node->dims.push_back(goal.dim());
-    node->dtypes.push_back(goal.scalar_type());
+    node->dtypes.push_back(static_cast<int64_t>(dtype_of(goal.scalar_type())));
     if (goal.dim() > 0) node->batch = goal.sym_size(0);
   }
   node->count = matrix ? goals[0].size(1) : static_cast<int64_t>(goals.size());

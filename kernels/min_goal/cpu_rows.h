@@ -208,18 +208,42 @@ void write_matrix(To* out, const S* value, const uint8_t* winner, int count, int
   for (int i = 0; i < n; ++i) out[int64_t(i) * count + winner[i]] = narrow_to<To>(value[i], dtype);
 }
 
+// One gradient for samples [b, b + n).
+template <class To, class S>
+void write_gradient(To* out, const Backward<S>& a, const min_goal::Gradient& g, int64_t b, int n, const S* value,
+                    const uint8_t* winner) {
+  if (g.goal < 0) {
+    write_matrix(out + b * a.goals, value, winner, a.goals, n, g.dtype);
+  } else {
+    write_column(out + b, value, winner, g.goal, n, g.dtype);
+  }
+}
+
+// What backward knows of samples [b, b + n): their bottlenecks, and the loss's gradient there.
+template <class S>
+const uint8_t* gradients_of(const Backward<S>& a, int64_t b, int n, S* value, uint8_t* scratch) {
+  if (a.worst) {  // one entry of the whole batch takes it all
+    const int64_t at = *a.worst / a.goals - b;
+    for (int i = 0; i < n; ++i) value[i] = i == at ? a.grad[0] * a.slope[0] : S(0);
+    __builtin_memset(scratch, int(*a.worst % a.goals), n);
+    return scratch;
+  }
+  if (a.grad_stride == 0) {
+    const S grad = a.grad[0] / a.divisor;
+    for (int i = 0; i < n; ++i) value[i] = grad * a.slope[b + i];
+  } else {
+    for (int i = 0; i < n; ++i) value[i] = a.grad[(b + i) * a.grad_stride] / a.divisor * a.slope[b + i];
+  }
+  return a.winner + b;
+}
+
 template <class S> void backward(const Backward<S>& a, int64_t begin, int64_t end, double* batch_level) {
   S value[block];
+  uint8_t scratch[block];
   for (int o = 0; o < a.outputs; ++o) batch_level[o] = 0;
   for (int64_t b = begin; b < end; b += block) {
     const int n = end - b < block ? int(end - b) : block;
-    const uint8_t* winner = a.winner + b;
-    if (a.grad_stride == 0) {
-      const S grad = a.grad[0] / a.divisor;
-      for (int i = 0; i < n; ++i) value[i] = grad * a.slope[b + i];
-    } else {
-      for (int i = 0; i < n; ++i) value[i] = a.grad[(b + i) * a.grad_stride] / a.divisor * a.slope[b + i];
-    }
+    const uint8_t* winner = gradients_of(a, b, n, value, scratch);
     for (int o = 0; o < a.outputs; ++o) {
       const min_goal::Gradient& g = a.out[o];
       if (g.batch_level) {
@@ -228,17 +252,10 @@ template <class S> void backward(const Backward<S>& a, int64_t begin, int64_t en
         batch_level[o] += sum;
         continue;
       }
-      const auto write = [&](auto* data) {
-        if (g.goal < 0) {
-          write_matrix(data + b * a.goals, value, winner, a.goals, n, g.dtype);
-        } else {
-          write_column(data + b, value, winner, g.goal, n, g.dtype);
-        }
-      };
       switch (g.dtype) {
-        case DType::f32: write(static_cast<float*>(g.data)); break;
-        case DType::f64: write(static_cast<double*>(g.data)); break;
-        default: write(static_cast<uint16_t*>(g.data));
+        case DType::f32: write_gradient(static_cast<float*>(g.data), a, g, b, n, value, winner); break;
+        case DType::f64: write_gradient(static_cast<double*>(g.data), a, g, b, n, value, winner); break;
+        default: write_gradient(static_cast<uint16_t*>(g.data), a, g, b, n, value, winner);
       }
     }
   }

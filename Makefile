@@ -1,0 +1,52 @@
+# Everything a newcomer types. `make demo` and `make test` need Python 3.10+ and a C++ compiler, and set up the rest.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin
+# A CUDA build of torch to check the CUDA extension against; no GPU is needed.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+
+.PHONY: demo test fast lint bench cuda-check gpu clean
+
+demo: $(VENV)/.ready
+	$(RUN)/bomkern train --out runs/demo --overwrite
+
+test: $(VENV)/.ready
+	$(RUN)/python -m pytest tests
+
+fast: $(VENV)/.ready
+	$(RUN)/python -m pytest tests -m "not slow"
+
+lint: $(VENV)/.ready
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy bomkern
+
+bench: $(VENV)/.ready
+	$(RUN)/python -m pytest bench --benchmark-only
+
+# Builds every CUDA kernel, imports the extension, and checks that each op has one and that none spills registers.
+cuda-check: $(CUDA_VENV)/.ready
+	BOMKERN_BUILD_CUDA=1 $(CUDA_VENV)/bin/pip install --no-deps --force-reinstall .
+	cd $(CUDA_VENV) && bin/python $(CURDIR)/tools/cuda_check.py
+
+# On a machine with a GPU, in the Python that has its torch: build in place, test, sanitize, measure.
+gpu:
+	bash tools/gpu.sh
+
+# Reinstalled when what it is built from changes.
+SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml tools/build_backend.py
+
+$(VENV)/.ready: $(SOURCES)
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade 'pip>=23'
+	$(RUN)/python -m pip install -e '.[dev]'
+	touch $@
+
+$(CUDA_VENV)/.ready:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(CUDA_TORCH) numpy
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info bomkern/_C*.so

@@ -1,0 +1,122 @@
+"""The command line: `bomkern train` and `bomkern info`. Exit code 2 for bad arguments, 1 for a run that failed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import NoReturn
+
+from .train.config import IMAGE_SIZES, PRECISIONS, REDUCTIONS, SCALES, Config, TrainError
+
+EXTRA = ("lightning_fabric", "matplotlib", "PIL", "skimage", "sklearn", "tensorboard", "torchmetrics", "tqdm")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _at_least(kind: Callable[[str], float], low: float, exclusive: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if not math.isfinite(value) or value < low or (exclusive and value == low):
+            raise argparse.ArgumentTypeError(f"must be {'greater than' if exclusive else 'at least'} {low}, got {text}")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="bomkern", description="Multi-goal training by the bottleneck rule.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands.add_parser("info", help="what was built, and what serves each op here")
+    # Without defaults, so that a resumed run knows which settings were asked for.
+    train = commands.add_parser(
+        "train", help="train a VAE with nine goals on photographs", argument_default=argparse.SUPPRESS
+    )
+    add, default, one = train.add_argument, Config(), _at_least(int, 1)
+    add("--out", metavar="FOLDER", help=f"run folder ({default.out})")
+    add("--data", metavar="FOLDER", help="your own images (the photographs inside scikit-image and scikit-learn)")
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=one, help="how long to train (600)")
+    length.add_argument(
+        "--epochs", type=_at_least(float, 0, True), help="how long, in passes over the training regions"
+    )
+    add("--batch-size", type=_at_least(int, 2), help=f"samples a step, of each process ({default.batch_size})")
+    add("--image-size", type=int, choices=IMAGE_SIZES, help=f"side of a crop in pixels ({default.image_size})")
+    add("--seed", type=_at_least(int, 0), help=f"of weights, data order and noise ({default.seed})")
+    add("--scales", choices=SCALES, help=f"where each goal's scale comes from ({default.scales})")
+    add("--calibration-steps", type=one, help=f"of the auto scales ({default.calibration_steps})")
+    add("--reduction", choices=REDUCTIONS, help=f"of the per-sample losses ({default.reduction})")
+    add("--lr", type=_at_least(float, 0, True), help=f"learning rate ({default.lr:g})")
+    add("--discriminator-lr", type=_at_least(float, 0, True), help=f"({default.discriminator_lr:g})")
+    add("--structure", type=_at_least(int, 2), help=f"latents of the structure ({default.structure})")
+    add("--appearance", type=_at_least(int, 2), help=f"latents of the appearance ({default.appearance})")
+    add("--device", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--devices", type=one, help="how many processes, each with a device (1)")
+    add("--strategy", help="of Lightning Fabric: ddp, fsdp, ... (auto)")
+    add("--precision", choices=PRECISIONS, help=f"({default.precision})")
+    add("--impl", choices=("reference", "cpu", "cuda", "triton"), help="implementation of the loss (the best there is)")
+    add("--log-every", type=one, help=f"steps between lines of metrics.jsonl ({default.log_every})")
+    add("--eval-every", type=one, help=f"steps between held-out evaluations ({default.eval_every})")
+    add("--checkpoint-every", type=one, help=f"steps between checkpoints ({default.checkpoint_every})")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    return parser
+
+
+def _info() -> int:
+    import bomkern
+
+    describe = getattr(bomkern, "info", None)
+    if describe is None:
+        print(f"bomkern {bomkern.__version__}")
+    else:
+        print(describe())
+    return 0
+
+
+def _train(given: dict[str, object]) -> int:
+    for name in EXTRA:
+        try:
+            __import__(name)
+        except ImportError as why:
+            print(f"bomkern train needs {why.name or name}: pip install 'bomkern[train]'", file=sys.stderr)
+            return 1
+    from .train import loop
+
+    config = Config(**given)  # type: ignore[arg-type]
+    try:
+        summary = loop.train(config, set(given))
+    except TrainError as why:
+        print(f"bomkern train: error: {why}", file=sys.stderr)
+        return 1
+    except loop.Interrupted as why:
+        print(f"{why}; go on with: bomkern train --out {config.out} --resume", file=sys.stderr)
+        return 128 + why.number
+    if summary:
+        print(loop.report(summary, config.out))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code; bad arguments exit with 2."""
+    arguments = vars(_parser().parse_args(argv))
+    if arguments.pop("command") == "info":
+        return _info()
+    known = {field.name for field in fields(Config)}
+    given = {name: value for name, value in arguments.items() if name in known}
+    if given.get("resume") and given.get("overwrite"):
+        _parser().error("--resume and --overwrite exclude each other")
+    device = str(given.get("device", "auto"))
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        _parser().error(f"argument --device: must be auto, cpu, cuda or cuda:N, got {device!r}")
+    return _train(given)

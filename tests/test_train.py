@@ -1,0 +1,430 @@
+"""The trainer end to end: a run folder, resuming to the bit, signals, rejected steps, no host sync, the command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lightning_fabric")
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bomkern import cli
+from bomkern.train import checkpoint, data, loop, record, step
+from bomkern.train.config import Config, TrainError
+from bomkern.train.goals import GOALS, anchors
+from bomkern.train.networks import VAE, Discriminator
+from bomkern.train.scales import DIAGNOSIS
+
+TINY: dict[str, Any] = {"width": 8, "structure": 6, "appearance": 4, "batch_size": 4, "device": "cpu", "log_every": 2}
+
+
+def config(out: Path, **changes: Any) -> Config:
+    return Config(**{**TINY, "out": str(out), "steps": 3, **changes})
+
+
+def trainer(**changes: Any) -> step.Trainer:
+    run = config(Path("unused"), **changes)
+    return step.Trainer(run, Fabric(accelerator="cpu", devices=1), data.load(None, run.image_size).train)
+
+
+def leaves(state: Any, name: str = "") -> dict[str, Any]:
+    """Every tensor and number of a nested state, by its path."""
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in leaves(value, f"{name}/{key}").items()}
+    if isinstance(state, (list, tuple)):
+        return {k: v for i, value in enumerate(state) for k, v in leaves(value, f"{name}/{i}").items()}
+    return {name: state.clone() if isinstance(state, Tensor) else state}
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    different = [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], Tensor) else a[k] == b[k])]
+    assert not different, different
+
+
+# A run folder.
+
+
+@pytest.mark.parametrize("scales", ["anchored", "auto", "diagnosis"])
+@pytest.mark.parametrize("reduction", ["mean", "min"])
+def test_every_preset_runs_and_leaves_its_folder(tmp_path: Path, scales: str, reduction: str) -> None:
+    out = tmp_path / "run"
+    summary = loop.train(config(out, scales=scales, reduction=reduction, calibration_steps=2, eval_every=2))
+    names = {path.name for path in out.iterdir()}
+    assert set(record.OWN) <= names and any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if name.endswith(".tmp")]
+
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["steps"] == 3 and summary["rejected_steps"] == 0 and summary["steps_per_second"] > 0
+    assert 0 < summary["psnr"] < 60 and -1 <= summary["ssim"] <= 1 and summary["baseline_psnr"] > 10
+    assert set(summary["share"]) == set(summary["longest_starvation"]) == set(GOALS)
+    assert sum(summary["share"].values()) == pytest.approx(1)
+    assert all((share > 0) == (summary["longest_starvation"][name] < 3) for name, share in summary["share"].items())
+    assert {"torch", "bomkern", "lightning-fabric"} <= set(summary["versions"]) and summary["impl"]
+    assert json.loads((out / "config.json").read_text())["scales"] == scales
+
+    lines = record.read_lines(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 3]
+    assert set(lines[0]["goals"]) == set(GOALS) and set(lines[0]["goals"]["realism"]) == {"raw", "level", "share"}
+    assert lines[0]["psnr"] > 0 and lines[0]["loss"] == lines[0]["loss"]
+    if scales == "anchored":
+        expected = {name: {"ideal": a.ideal, "scale": a.nadir - a.ideal} for name, a in anchors(4).items()}
+        for name in GOALS:
+            assert summary["constraints"][name] == pytest.approx(expected[name])
+    if scales == "diagnosis":
+        for name, scale in DIAGNOSIS.items():
+            assert summary["constraints"][name] == pytest.approx({"ideal": 0, "scale": scale})
+
+
+def test_pictures_are_pictures(tmp_path: Path) -> None:
+    from PIL import Image
+
+    loop.train(config(tmp_path / "run", image_size=64))
+    for name in record.PICTURES:
+        with Image.open(tmp_path / "run" / name) as image:
+            assert image.width > 400 and image.height > 200 and len(image.convert("RGB").getcolors(2**24) or []) > 50
+
+
+def test_a_folder_with_a_run_is_not_lost(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    loop.train(config(out, steps=1))
+    (out / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(TrainError, match="--resume to go on with it, or --overwrite"):
+        loop.train(config(out, steps=1))
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert loop.train(config(out, steps=2, overwrite=True))["steps"] == 2
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainError, match="cannot write there"):
+        loop.train(config(tmp_path / "file" / "run"))
+    with pytest.raises(TrainError, match="nothing to resume"):
+        loop.train(config(tmp_path / "absent", resume=True))
+    monkeypatch.setattr(record, "ROOM", 2**70)
+    with pytest.raises(TrainError, match="MiB free, a run needs"):
+        loop.train(config(tmp_path / "full"))
+
+
+def test_a_users_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        Image.effect_noise((80, 80), 50).convert("RGB").save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "bad.jpg").write_bytes(b"bad")
+    summary = loop.train(config(tmp_path / "run", data=str(tmp_path / "images"), steps=1))
+    assert summary["steps"] == 1
+    printed = capsys.readouterr()
+    assert "skipped 1 files" in printed.out + printed.err and "bad.jpg" in printed.out + printed.err
+
+
+# Checkpoints and resuming.
+
+
+@pytest.mark.parametrize("scales", ["anchored", "auto"])
+def test_resuming_is_bit_for_bit(tmp_path: Path, scales: str) -> None:
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    settings = {"scales": scales, "calibration_steps": 5, "eval_every": 2}
+    loop.train(config(straight, steps=6, **settings))
+    loop.train(config(parts, steps=3, **settings))
+    torch.manual_seed(1234)  # nothing hangs on the global generator
+    loop.train(Config(out=str(parts), steps=6, resume=True), {"out", "steps", "resume"})
+
+    a, b = (leaves(checkpoint.load(out / record.CHECKPOINT)) for out in (straight, parts))
+    for name in ("/config/out", "/config/steps", "/config/resume"):
+        a.pop(name), b.pop(name)
+    assert_same(a, b)
+    assert (straight / record.METRICS).read_text() == (parts / record.METRICS).read_text()
+
+
+def test_what_must_not_change_when_resuming(tmp_path: Path) -> None:
+    loop.train(config(tmp_path, steps=2))
+    with pytest.raises(TrainError, match="--seed 5 differs from the 0"):
+        loop.train(config(tmp_path, steps=3, seed=5, resume=True), {"seed", "steps"})
+    with pytest.raises(TrainError, match="is at step 2 already"):
+        loop.train(config(tmp_path, steps=1, resume=True), {"steps"})
+    assert loop.train(config(tmp_path, resume=True), set())["steps"] == 2
+
+
+def test_checkpoints_are_loaded_with_weights_only_and_written_whole(tmp_path: Path) -> None:
+    loop.train(config(tmp_path, steps=1))
+    path = tmp_path / record.CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    assert state["step"] == 1 and {"vae", "discriminator", "optimizers", "scales", "tally"} <= set(state)
+    before = path.read_bytes()
+
+    def fail(file: Any) -> None:
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == before and not list(tmp_path.glob(".*tmp"))
+    path.write_bytes(before[: len(before) // 2])
+    with pytest.raises(TrainError, match="not a readable checkpoint"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    arguments = ["--batch-size", "2", "--structure", "4", "--appearance", "4", "--log-every", "1", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bomkern", "train", "--out", str(tmp_path), "--steps", "100000", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        metrics = tmp_path / record.METRICS
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert f"by {number.name}" in errors and "--resume" in errors and "Traceback" not in errors
+    reached = checkpoint.load(tmp_path / record.CHECKPOINT)["step"]
+    assert reached >= 2
+    summary = loop.train(Config(out=str(tmp_path), steps=reached + 1, resume=True), {"out", "steps", "resume"})
+    assert summary["steps"] == reached + 1
+
+
+# Rejected steps.
+
+
+def poison_image(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def images() -> Tensor:
+        image = torch.rand(4, 3, 32, 32)
+        image[1, 0, 5, 5] = torch.nan
+        return image
+
+    monkeypatch.setattr(run, "images", images)
+
+
+def poison_goal(name: str, value: float) -> Callable[[step.Trainer, pytest.MonkeyPatch], None]:
+    def poison(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        true = step.raw_values
+
+        def raw_values(*arguments: Any) -> list[Tensor]:
+            raw = true(*arguments)
+            k = GOALS.index(name)
+            raw[k] = raw[k] * torch.tensor([1.0, value, 1.0, 1.0])
+            return raw
+
+        monkeypatch.setattr(step, "raw_values", raw_values)
+
+    return poison
+
+
+def poison_gradient(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    next(run.vae.decoder.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+
+
+@pytest.mark.parametrize("scales", ["anchored", "auto"])
+@pytest.mark.parametrize(
+    "poison",
+    [poison_image, poison_goal("consistency", torch.nan), poison_goal("realism", torch.inf), poison_gradient],
+    ids=["image", "nan-goal", "inf-goal", "gradient"],
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None], scales: str
+) -> None:
+    run = trainer(scales=scales, calibration_steps=3)
+    run.advance()
+    run.advance()
+    before = leaves(run.state_dict())
+    with monkeypatch.context() as patch:
+        poison(run, patch)
+        run.advance()
+    after = leaves(run.state_dict())
+    counted = {"/step": 3, "/tally/rejected": 1.0, "/tally/in_a_row": 1.0}
+    for name, value in counted.items():
+        assert after.pop(name) == value
+        before.pop(name)
+    assert after.pop("/tally/blame").sum() >= 1
+    before.pop("/tally/blame")
+    assert_same(before, after)
+    if poison is not poison_gradient:  # its hook stays
+        run.advance()
+        assert run.tally.totals()["rejected_steps"] == 1 and run.tally.values["in_a_row"] == 0
+        assert not torch.equal(next(run.vae.parameters()), before["/vae/encoder.trunk.0.weight"])
+
+
+def test_training_stops_after_50_rejected_steps_and_names_the_goal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison_goal("cross_recon", torch.nan)(None, monkeypatch)  # type: ignore[arg-type]
+    with pytest.raises(TrainError, match="cross_recon is not finite, .* 50 steps in a row"):
+        loop.train(config(tmp_path, steps=200))
+
+
+# What a step may not do.
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators that make the host wait for the device."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "equal", "unique", "index.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = str(func).removeprefix("aten.")
+        mask = name.startswith("index") and any(
+            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in (args[1] if len(args) > 1 else [])
+        )
+        if mask or name.split(".")[0] in self.waits:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scales", ["anchored", "auto"])
+def test_no_host_sync_in_a_step(scales: str) -> None:
+    run = trainer(scales=scales)
+    run.advance()
+    with Watch() as watch:
+        float(torch.ones(1))
+        assert watch.found == ["_local_scalar_dense.default"]  # the watch works
+        watch.found.clear()
+        run.advance()
+    assert not watch.found
+
+
+def test_nothing_is_decoded_twice() -> None:
+    run = trainer()
+    sizes: dict[str, list[int]] = {"encoder": [], "decoder": [], "discriminator": []}
+    run.vae.encoder.register_forward_pre_hook(lambda _, x: sizes["encoder"].append(len(x[0])))
+    run.vae.decoder.register_forward_pre_hook(lambda _, x: sizes["decoder"].append(len(x[0])))
+    run.discriminator.register_forward_pre_hook(lambda _, x: sizes["discriminator"].append(len(x[0])))
+    run.advance()
+    # Image and view; reconstruction, swap and two perturbed; the judge on the reconstruction, then on both.
+    assert sizes == {"encoder": [8], "decoder": [16], "discriminator": [4, 8]}
+
+
+def test_each_goal_reaches_what_it_should() -> None:
+    run = trainer()
+    image = run.images()
+    noise, shake, view, order = run._noise()
+    out = run.vae(image, step.see.photometric(image, view), noise, shake)
+    raw = step.raw_values(out, image, run.discriminator(out.recon), order, run.trivial)
+    assert len(raw) == 9 and all(value.shape == (4,) for value in raw)
+    encoder, decoder = run.vae.encoder.head.weight, run.vae.decoder.out.weight
+    for name, value in zip(GOALS, raw, strict=True):
+        reached = torch.autograd.grad(value.sum(), [encoder, decoder], retain_graph=True, allow_unused=True)
+        sees_images = name in ("behavioral_separation", "reconstruction", "cross_recon", "realism")
+        assert reached[0] is not None and reached[0].abs().sum() > 0, name
+        assert (reached[1] is not None) == sees_images, name
+
+
+def test_rows_are_independent() -> None:
+    vae, judge = VAE(32, 6, 4, 16).double(), Discriminator(8).double()
+    image, z = torch.rand(2, 3, 32, 32).double(), torch.randn(2, 10).double()
+    for network, x in ((vae.encoder, image), (vae.decode, z), (judge, image)):
+        together = network(x)
+        together = together if isinstance(together, Tensor) else torch.cat(together, 1)
+        for row in range(2):
+            alone = network(x[row : row + 1])
+            alone = alone if isinstance(alone, Tensor) else torch.cat(alone, 1)
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_auto_scales_are_the_largest_values_seen() -> None:
+    run = trainer(scales="auto", calibration_steps=2)
+    seen: list[Tensor] = []
+    true = run.scales.observe
+    run.scales.observe = lambda highest, n: (seen.append(highest.clone()), true(highest, n))[1]  # type: ignore
+    slopes = []
+    for _ in range(4):
+        run.advance()
+        slopes.append(run.scales.table.params.clone())
+    largest = torch.stack(seen[:2]).amax(0)
+    torch.testing.assert_close(slopes[0][:, 1], 1 / (seen[0] * 1.1))
+    torch.testing.assert_close(slopes[1][:, 1], 1 / largest)
+    assert torch.equal(slopes[1], slopes[3]) and slopes[3][:, 0].abs().max() == 0
+
+
+def test_seeds_decide() -> None:
+    runs = [trainer(seed=seed) for seed in (1, 1, 2)]
+    for run in runs:
+        run.advance()
+    a, b, c = (leaves(run.vae.state_dict()) for run in runs)
+    assert_same(a, b)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+# The command line.
+
+
+def test_bad_arguments_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = (
+        ["--steps", "0"],
+        ["--steps", "3", "--epochs", "1"],
+        ["--batch-size", "1"],
+        ["--image-size", "48"],
+        ["--scales", "none"],
+        ["--lr", "nan"],
+        ["--device", "tpu"],
+        ["--resume", "--overwrite"],
+        ["--nonsense"],
+    )
+    for arguments in bad:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", "--out", str(tmp_path / "x"), *arguments])
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and printed.err.count("\n") == 1 and "error" in printed.err, arguments
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_cannot_start_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "empty")]) == 1
+    assert "no images" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main(["train", "--out", str(tmp_path / "run"), "--device", "cuda"]) == 1
+        assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    assert cli.main(["train", "--steps", "1"]) == 1
+    assert "pip install 'bomkern[train]'" in capsys.readouterr().err
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, bomkern.cli; print(*[m for m in bomkern.cli.EXTRA if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_info_and_train_print_something_useful(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    assert "bomkern" in capsys.readouterr().out
+    small = ["--batch-size", "2", "--structure", "4", "--appearance", "4", "--epochs", "0.01", "--device", "cpu"]
+    assert cli.main(["train", "--out", str(tmp_path), *small]) == 0
+    printed = capsys.readouterr().out
+    assert "mean colour" in printed and all(name in printed for name in GOALS) and str(tmp_path) in printed
+
+
+@pytest.mark.slow
+def test_training_beats_the_mean_colour(tmp_path: Path) -> None:
+    summary = loop.train(Config(out=str(tmp_path), steps=150, device="cpu"))
+    assert summary["psnr"] > summary["baseline_psnr"]
+    assert summary["share"]["reconstruction"] > 0.02 and summary["share"]["realism"] < 0.5

@@ -1,0 +1,231 @@
+"""The nine goals and the statistics under them: shapes, ideals, nadirs, gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytest.importorskip("lightning_fabric")
+
+import torch
+from torch import Tensor
+
+from bomkern.train import features as see
+from bomkern.train import goals as goal
+
+B, D, S = 16, 6, 32
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(count: int = B, seed: int = 0) -> Tensor:
+    """Smooth coloured images with contours, in [0, 1]."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=(S, S), mode="bicubic").clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def trivial() -> goal.Trivial:
+    return goal.trivial_answers(pictures(64, seed=9))
+
+
+def permutations(rows: int, columns: int) -> Tensor:
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(5)).argsort(0)
+
+
+def test_every_goal_has_an_anchor_and_no_other() -> None:
+    anchors = goal.anchors(32)
+    assert tuple(anchors) == goal.GOALS and len(goal.GOALS) == 9
+    assert all(a.nadir > a.ideal for a in anchors.values())
+    assert anchors["realism"].ideal == 0.5 and anchors["latent_stats"].ideal == 1 / 31
+
+
+def test_kl_divergence_is_that_of_torch_and_zero_at_the_prior() -> None:
+    mu, logvar = draw(B, D), draw(B, D, seed=1)
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(normal(mu, (logvar / 2).exp()), normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(goal.kl_divergence(mu, logvar), exact)
+    assert goal.kl_divergence(torch.zeros(B, D), torch.zeros(B, D)).abs().max() == 0
+    assert (goal.kl_divergence(mu, logvar) >= 0).all()
+
+
+def test_total_correlation_is_its_definition() -> None:
+    z, mu, logvar = draw(B, D), draw(B, D, seed=1), draw(B, D, seed=2)
+    density = torch.distributions.Normal(mu, (logvar / 2).exp()).log_prob(z[:, None])  # [b, i, d]
+    joint = density.sum(2).logsumexp(1) - math.log(B)
+    apart = (density.logsumexp(1) - math.log(B)).sum(1)
+    torch.testing.assert_close(goal.total_correlation(z, mu, logvar), joint - apart)
+
+
+def test_total_correlation_in_chunks_has_the_same_values_and_gradients() -> None:
+    values, gradients = [], []
+    for limit in (2**22, 3 * B * D):  # one chunk; three rows at a time
+        leaves = [draw(B, D, seed=s).requires_grad_() for s in range(3)]
+        value = goal.total_correlation(*leaves, limit=limit)
+        (value * draw(B, seed=7)).sum().backward()
+        values.append(value.detach())
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_total_correlation_memory_is_bounded() -> None:
+    """No tensor of more than ``limit`` elements is saved or made on the way."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.size = max(self.size, out.numel())
+            return out
+
+    leaves = [draw(128, D, seed=s).requires_grad_() for s in range(3)]
+    with Largest() as largest:
+        goal.total_correlation(*leaves, limit=4 * 128 * D).sum().backward()
+    assert largest.size <= 4 * 128 * D < 128 * 128 * D / 10
+
+
+def test_disentanglement_is_zero_for_independent_latents_and_large_for_copies() -> None:
+    rows = 512
+    order, tight = permutations(rows, 3), torch.full((rows, 3), -3.0)
+    mu = draw(rows, 3)
+    z = mu + draw(rows, 3, seed=1) * math.exp(-1.5)
+    assert goal.disentanglement(z, mu, tight, order).mean().abs() < 0.15
+    copies = mu[:, :1].expand(rows, 3)
+    z = copies + draw(rows, 3, seed=2) * math.exp(-1.5)
+    value = goal.disentanglement(z, copies, tight, order)
+    assert value.shape == (rows,) and value.mean() > 1.5
+
+
+def test_capacity_stays_within_0_and_1() -> None:
+    for mu in (torch.zeros(B, D), draw(B, D) * 1e4, torch.eye(B, D) * 1e3, draw(B, D) * 1e-6):
+        value = goal.capacity(mu)
+        assert value.shape == (B,) and (value >= 0).all() and (value <= 1).all()
+    signs = torch.tensor([[1.0], [-1.0]]).repeat(B // 2, D)
+    assert goal.capacity(signs).max() < 1e-3  # all in use, all alike: the ideal
+    one = torch.zeros(B, D)
+    one[:, 0] = signs[:, 0]
+    active, effective = goal.active_units(one)
+    assert effective.item() == pytest.approx(1 / D, rel=1e-3) and active < 0.35
+
+
+def test_behavioral_separation_counts_each_leak(trivial: goal.Trivial) -> None:
+    image = pictures()
+    colour, edge = see.mean_colour(image), see.edges(image)
+    still = goal.behavioral_separation(colour, colour, edge, edge, trivial)
+    assert still.shape == (B,) and still.abs().max() == 0
+    other = image.roll(1, 0)
+    moved_colour = goal.behavioral_separation(colour, see.mean_colour(other), edge, edge, trivial)
+    moved_edge = goal.behavioral_separation(colour, colour, edge, torch.zeros_like(edge), trivial)
+    assert 0.2 < moved_colour.mean() < 1.2 and moved_edge.mean().item() == pytest.approx(0.5, rel=0.3)
+
+
+def test_covariance_penalty_is_never_negative_and_has_its_floor() -> None:
+    values = torch.stack([goal.covariance_penalty(draw(B, 40, seed=s), normalize=True) for s in range(200)])
+    assert (values >= 0).all()
+    assert values.mean().item() == pytest.approx(39 / (B - 1), rel=0.05)
+    x = draw(B, D)
+    c = torch.cov(x.T)
+    off = (c - c.diag().diag()).square().sum() / D
+    torch.testing.assert_close(goal.covariance_penalty(x), off)
+    r = torch.corrcoef(x.T)
+    torch.testing.assert_close(goal.covariance_penalty(x, normalize=True), (r - torch.eye(D)).square().sum() / D)
+
+
+def test_latent_stats_at_its_floor_and_at_its_nadir() -> None:
+    rows = 4096
+    value = goal.latent_stats(draw(rows, D), torch.zeros(rows, D))
+    assert value.shape == (rows,) and (value >= 0).all() and value.mean() < 0.03
+    copies = draw(rows, 1).expand(rows, D)
+    assert goal.latent_stats(copies, torch.zeros(rows, D)).mean().item() == pytest.approx(1, abs=0.03)
+    assert goal.latent_stats(draw(rows, D), torch.full((rows, D), -4.0)).mean().item() == pytest.approx(1, abs=0.05)
+    assert goal.latent_stats(draw(rows, D) * 1e-3, torch.zeros(rows, D)).mean().item() == pytest.approx(1, abs=0.05)
+    assert goal.latent_stats(torch.zeros(rows, D), torch.zeros(rows, D)).isfinite().all()
+
+
+def test_reconstruction_is_0_for_the_image_and_1_for_its_mean_colour() -> None:
+    images = pictures(64)
+    trivial = goal.trivial_answers(images)
+    edge = see.edges(images)
+    exact = goal.reconstruction(images, images, edge, edge, trivial)
+    assert exact.shape == (64,) and exact.abs().max() < 1e-4
+    grey = see.flat(images)
+    assert goal.reconstruction(grey, images, see.edges(grey), edge, trivial).mean().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_cross_recon_is_0_for_the_perfect_swap_and_1_for_the_better_trivial_one() -> None:
+    images = pictures(64)
+    trivial, edge, other = goal.trivial_answers(images), see.edges(images), images.roll(1, 0)
+    assert goal.cross_recon(images, edge, edge, images, trivial).abs().max() < 1e-6
+    grey = see.flat(other)
+    trivials = [
+        goal.cross_recon(grey, see.edges(grey), edge, other, trivial).mean().item(),
+        goal.cross_recon(images, edge, edge, other, trivial).mean().item(),
+    ]
+    assert min(trivials) == pytest.approx(1, rel=1e-3)
+
+
+def test_realism_is_one_half_for_a_discriminator_that_cannot_tell() -> None:
+    assert goal.realism(torch.zeros(B, 1, 4, 4)).tolist() == [0.5] * B
+    assert goal.realism(torch.full((B, 1, 4, 4), -50.0)).tolist() == [1.0] * B
+    assert (goal.realism(torch.full((B, 1, 4, 4), 50.0)) < 1e-6).all()
+
+
+def test_consistency_is_0_for_equal_views_1_for_unrelated_and_blind_to_scale() -> None:
+    mu = draw(2048, D)
+    assert goal.consistency(torch.stack([mu, mu])).abs().max() == 0
+    unrelated = torch.stack([mu, draw(2048, D, seed=1)])
+    assert goal.consistency(unrelated).mean().item() == pytest.approx(1, rel=0.05)
+    torch.testing.assert_close(goal.consistency(unrelated * 1e-2), goal.consistency(unrelated))
+    views = draw(5, B, D)
+    torch.testing.assert_close(goal.consistency_variance(views), views.var(0).mean(1))
+    leaf = unrelated.clone().requires_grad_()
+    goal.consistency(leaf).sum().backward()
+    assert (leaf.grad * leaf).sum() > 0  # shrinking still helps the variance, the denominator gives nothing back
+
+
+def test_features_of_constant_and_shifted_images() -> None:
+    constant = torch.full((2, 3, S, S), 0.3)
+    assert see.edges(constant).abs().max() < 1e-6
+    assert see.filter_energy(constant)[0].max() == pytest.approx(1e-2, rel=1e-3)
+    assert see.dissimilarity(constant, constant).abs().max() < 1e-5
+    ramp = torch.linspace(0, 1, S).expand(1, 3, S, S)
+    across, down = see.edges(ramp)[0]
+    torch.testing.assert_close(across, torch.full_like(across, 2 / (S - 1)))
+    assert down.abs().max() < 1e-6
+    distribution = see.colour_distribution(pictures())
+    assert distribution.shape == (B, 3, see.BINS) and (distribution.diff(dim=2) >= 0).all()
+
+
+def test_ssim_is_that_of_scikit_image() -> None:
+    from skimage.metrics import structural_similarity
+
+    a = pictures(4)
+    b = (a + 0.1 * draw(4, 3, S, S)).clamp(0, 1)
+    theirs = [
+        structural_similarity(
+            x.double().numpy(),
+            y.double().numpy(),
+            win_size=7,
+            channel_axis=0,
+            data_range=1,
+            use_sample_covariance=False,
+        )
+        for x, y in zip(a, b, strict=True)
+    ]
+    assert (1 - see.dissimilarity(a, b)).tolist() == pytest.approx(theirs, abs=1e-4)
+
+
+def test_views_keep_their_range_and_their_contours() -> None:
+    image = pictures()
+    view = see.photometric(image, draw(B, 6))
+    assert view.min() >= 0 and view.max() <= 1 and not torch.equal(view, image)
+    torch.testing.assert_close(see.photometric(image, torch.zeros(B, 6)), image)
+    a, b = see.edges(image).flatten(1), see.edges(view).flatten(1)
+    assert torch.cosine_similarity(a, b).mean() > 0.9
