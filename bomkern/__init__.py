@@ -1,5 +1,6 @@
 """bomkern: multi-goal training by the bottleneck rule, fast and safe, in PyTorch."""
 
+from . import _info
 from ._info import info
 
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
@@ -19,3 +20,5 @@ __all__ = [
     "info",
     "min_goal_loss",
 ]
+
+_info.warn_if_not_compiled()

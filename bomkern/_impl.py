@@ -19,7 +19,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         from . import _C
     except ModuleNotFoundError:
-        return None, "bomkern was installed without its compiled kernels; install a C++ compiler and reinstall"
+        return None, "bomkern was installed without its compiled kernels; install a C++ compiler and reinstall bomkern"
     except ImportError as error:
         return None, f"the compiled kernels do not load ({error}); reinstall bomkern in this environment"
     built, here = _C.build()["torch"].split("+")[0], torch.__version__.split("+")[0]
