@@ -26,6 +26,16 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
 
+def find_cuda_home() -> None:
+    """Set CUDA_HOME to the toolkit that nvcc itself says it belongs to: a wrapper script may stand on the PATH."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    done = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
+    if found := re.search(r"^#\$ _?TOP=(.+)$", done.stderr, re.MULTILINE):
+        os.environ["CUDA_HOME"] = os.path.realpath(found[1])
+
+
 def nvcc_version(home: str) -> tuple[int, int] | None:
     try:
         text = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
@@ -90,6 +100,7 @@ def extension() -> dict[str, object]:
             raise SystemExit("BOMKERN_BUILD_CUDA is 1 but there is no C++ compiler; install g++ or set CXX.")
         print("bomkern: no C++ compiler was found; installing without compiled kernels.")
         return {}
+    find_cuda_home()
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 

@@ -15,49 +15,47 @@ BOMKERN_HD Seen<S> see(const ForwardLaunch<S>& l, Shared<S>& s, double* level, u
   const Forward<S>& a = l.a;
   const int count = a.goals.count, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int goal_bytes = blockDim.x * rows * sizeof(S);
+  const bool adjacent = l.access == Access::adjacent;
   const int64_t step = int64_t(gridDim.x) * blockDim.x * rows;
   unsigned char* const slot = stage + threadIdx.x * 16;
   Place p;
   p.batch = a.goals.batch;
-  p.pitch = l.adjacent ? 1 : 32;
+  p.pitch = adjacent ? 1 : 32;
   int64_t first = (int64_t(blockIdx.x) * blockDim.x + warp * 32) * rows;  // of the warp: its loop is uniform
-  p.first = first + (l.adjacent ? lane * rows : lane);
+  p.first = first + (adjacent ? lane * rows : lane);
 
-  // The first copies travel while the parameters do.
-  fetch(a.goals, 0, min(l.group, count), p, l.adjacent, goal_bytes, slot);
-  prepare<Scores, Stats>(a, s, level);
   Seen<S> seen;
-  for (; first < p.batch; first += step, p.first += step) {
+  // Warps without samples come by once too, for the barrier in prepare().
+  for (bool ready = false; !ready || first < p.batch; first += step, p.first += step) {
     Worst<S> w;
 #pragma unroll
     for (int r = 0; r < rows; ++r) w.deficit[r] = -S(__builtin_inff()), w.x[r] = 0, w.goal[r] = 0;
     for (int begin = 0; begin < count; begin += l.group) {
       const int end = min(begin + l.group, count);
+      fetch(a.goals, begin, end, p, l.access, goal_bytes, slot);
+      __pipeline_commit();
+      if (!ready) prepare<Scores, Stats>(a, s, level);  // while the first copies travel
+      ready = true;
       __pipeline_wait_prior(0);
 #pragma unroll 1
       for (int k = begin; k < end; ++k) {
+        const DType dtype = a.goals.dtype[k];
+        const int curve = a.goals.curve[k];
+        const Ramp<S> ramp = s.ramp[k];
         S x[rows];
-        read_slot(slot + (k - begin) * goal_bytes, a.goals.dtype[k], x);
-        if constexpr (Scores) {
-          meet<LINEAR, true>(k, s.ramp[0], x, w);
+        read_slot(slot + (k - begin) * goal_bytes, dtype, x);
+        if (Scores || curve == LINEAR) {
+          meet<LINEAR, Scores>(k, ramp, x, w);
+        } else if (curve == HARD) {
+          meet<HARD, Scores>(k, ramp, x, w);
         } else {
-          switch (a.goals.curve[k]) {
-            case HARD: meet<HARD, false>(k, s.ramp[k], x, w); break;
-            case BARRIER: meet<BARRIER, false>(k, s.ramp[k], x, w); break;
-            default: meet<LINEAR, false>(k, s.ramp[k], x, w);
-          }
+          meet<BARRIER, Scores>(k, ramp, x, w);
         }
         if constexpr (Stats) add_level<Scores>(level + warp * count + k, x, p);
       }
-      Place next = p;
-      if (end == count) next.first += step;
-      if (end < count || first + step < p.batch) {
-        const int from = end < count ? end : 0;
-        fetch(a.goals, from, min(from + l.group, count), next, l.adjacent, goal_bytes, slot);
-      }
     }
     settle<Scores>(s, w);
-    write_rows<Stats>(a, w, p, l.adjacent && p.inside(rows - 1));
+    write_rows<Stats>(a, w, p, adjacent && p.inside(rows - 1));
     seen.take(w, p, count);
     if constexpr (Stats) {
 #pragma unroll
@@ -136,9 +134,9 @@ struct WorkspaceView {
   BOMKERN_HD unsigned owned(int k, int b) const { return w.owned[int64_t(k) * blocks + b]; }
 };
 
-// 64 registers at most in float32, so that a multiprocessor holds 1024 threads of it; float64 needs more.
+// The explicit 1 lets the compiler use all registers it wants; without it, it stops at 64 and spills.
 template <class S, bool Scores, bool Stats>
-__global__ void __launch_bounds__(max_threads, sizeof(S) == 4 ? 2 : 1) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
+__global__ void __launch_bounds__(max_threads, 1) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
   const Forward<S>& a = l.a;
   const int count = a.goals.count, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   BOMKERN_SHARED_BYTES(bytes);

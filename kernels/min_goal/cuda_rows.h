@@ -34,6 +34,9 @@ struct Total {
   int finite = 1;
 };
 
+// Where a thread's four samples lie: neighbours, for accesses of 16 bytes, or 32 apart, for small ones that coalesce.
+enum class Access : int { adjacent, apart, halves };  // halves: apart, and every goal a half type
+
 // The partial results of a grid's blocks in device memory.
 struct Workspace {
   Total* total;     // [blocks]
@@ -45,7 +48,7 @@ template <class S> struct ForwardLaunch {
   Forward<S> a;
   Workspace partials;  // null where the blocks are one cluster and finish the work themselves
   int group;           // goals staged at a time
-  bool adjacent;       // a thread's samples are neighbours, for 16-byte accesses; else 32 apart, for coalesced small ones
+  Access access;
 };
 
 // A block's shared memory; behind it lie the water levels, double [warps, K], and the stage, [group, threads, rows].
@@ -95,43 +98,62 @@ struct Place {
   int pitch;
   BOMKERN_HD int64_t row(int r) const { return first + r * pitch; }
   BOMKERN_HD bool inside(int r) const { return row(r) < batch; }
+  BOMKERN_HD int64_t nearest(int r) const { return inside(r) ? row(r) : batch - 1; }
 };
 
+// Strided halves are smaller than an asynchronous copy can be: ordinary loads, those of two goals in flight at once.
+BOMKERN_HD void fetch_halves(const Goals& g, int begin, int end, const Place& p, int goal_bytes, unsigned char* slot) {
+  constexpr int together = 2;
+#pragma unroll 1
+  for (int k = begin; k < end; k += together, slot += together * goal_bytes) {
+    Pack<uint16_t> v[together];
+#pragma unroll
+    for (int j = 0; j < together; ++j) {
+      const int goal = min(k + j, end - 1);
+      const uint16_t* const data = static_cast<const uint16_t*>(g.data[goal]);
+      for (int r = 0; r < rows; ++r) v[j].at[r] = data[p.nearest(r) * g.stride[goal]];
+    }
+#pragma unroll
+    for (int j = 0; j < together; ++j) {
+      if (k + j < end) *reinterpret_cast<Pack<uint16_t>*>(slot + j * goal_bytes) = v[j];
+    }
+  }
+}
+
 // Starts the copies of goals [begin, end) of this thread's samples. Samples past the end repeat the last one.
-BOMKERN_HD void fetch(const Goals& g, int begin, int end, const Place& p, bool adjacent, int goal_bytes,
+BOMKERN_HD void fetch(const Goals& g, int begin, int end, const Place& p, Access access, int goal_bytes,
                       unsigned char* slot) {
   const int plane = blockDim.x * 16;  // 8-byte values take two planes of 16 bytes a thread
-  if (p.first < p.batch) {
+  if (p.first >= p.batch) return;
+  if (access == Access::halves) return fetch_halves(g, begin, end, p, goal_bytes, slot);
 #pragma unroll 1
-    for (int k = begin; k < end; ++k, slot += goal_bytes) {
-      const char* const data = static_cast<const char*>(g.data[k]);
-      const DType dtype = g.dtype[k];
-      const int64_t stride = g.stride[k];
-      const int size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-      if (adjacent && stride == 1 && p.inside(rows - 1)) {
-        const char* const from = data + p.first * size;
-        if (size == 2) {
-          __pipeline_memcpy_async(slot, from, 8);
-        } else {
-          __pipeline_memcpy_async(slot, from, 16);
-          if (size == 8) __pipeline_memcpy_async(slot + plane, from + 16, 16);
-        }
-        continue;
+  for (int k = begin; k < end; ++k, slot += goal_bytes) {
+    const char* const data = static_cast<const char*>(g.data[k]);
+    const int64_t stride = g.stride[k];
+    const int size = g.dtype[k] == DType::f64 ? 8 : g.dtype[k] == DType::f32 ? 4 : 2;
+    if (access == Access::adjacent && stride == 1 && p.inside(rows - 1)) {
+      const char* const from = data + p.first * size;
+      if (size == 2) {
+        __pipeline_memcpy_async(slot, from, 8);
+      } else {
+        __pipeline_memcpy_async(slot, from, 16);
+        if (size == 8) __pipeline_memcpy_async(slot + plane, from + 16, 16);
       }
-#pragma unroll
+    } else if (size == 2) {
+      fetch_halves(g, k, k + 1, p, goal_bytes, slot);
+    } else {
+      const int64_t pitch = stride * size;
+#pragma unroll 1
       for (int r = 0; r < rows; ++r) {
-        const char* const from = data + (p.inside(r) ? p.row(r) : p.batch - 1) * stride * size;
+        const char* const from = data + p.nearest(r) * pitch;
         if (size == 4) {
           __pipeline_memcpy_async(slot + r * 4, from, 4);
-        } else if (size == 8) {
-          __pipeline_memcpy_async(slot + r / 2 * plane + r % 2 * 8, from, 8);
         } else {
-          *reinterpret_cast<uint16_t*>(slot + r * 2) = *reinterpret_cast<const uint16_t*>(from);
+          __pipeline_memcpy_async(slot + r / 2 * plane + r % 2 * 8, from, 8);
         }
       }
     }
   }
-  __pipeline_commit();
 }
 
 template <class S> BOMKERN_HD void read_slot(const unsigned char* slot, DType dtype, S (&x)[rows]) {
@@ -193,7 +215,7 @@ template <class T> BOMKERN_HD void store(T* out, const T (&v)[rows], const Place
   if (whole) {
     Pack<T> pack;
     for (int r = 0; r < rows; ++r) pack.at[r] = v[r];
-    *reinterpret_cast<Pack<T>*>(out + p.first) = pack;
+    store_pack(out + p.first, pack);
   } else {
     for (int r = 0; r < rows; ++r) {
       if (p.inside(r)) out[p.row(r)] = v[r];

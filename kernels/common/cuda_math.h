@@ -1,0 +1,71 @@
+// What score.h and the GPU kernels need of mathematics: one number a thread, the names of simd.h. CUDA C++ only.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#define BOMKERN_ISA cuda
+#define BOMKERN_HD __device__ __forceinline__
+
+// A block's dynamic shared memory (tests/cuda_emulator brings its own).
+#ifndef BOMKERN_SHARED_BYTES
+#define BOMKERN_SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace bomkern {
+namespace BOMKERN_ISA {
+
+template <class V, class S> BOMKERN_HD V splat(S value) { return value; }
+
+// The precise functions, not the fast intrinsics: a deficit near 0 must keep its digits.
+BOMKERN_HD float log_of(float x) { return logf(x); }
+BOMKERN_HD float exp_of(float x) { return expf(x); }
+BOMKERN_HD double log_of(double x) { return log(x); }
+BOMKERN_HD double exp_of(double x) { return exp(x); }
+
+BOMKERN_HD float widen(uint16_t half, bool bfloat) {
+  return bfloat ? __bfloat162float(__ushort_as_bfloat16(half)) : __half2float(__ushort_as_half(half));
+}
+
+// Round to nearest, ties to even.
+BOMKERN_HD uint16_t narrow(float value, bool bfloat) {
+  return bfloat ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
+}
+
+// Four neighbours, moved by the widest access their size allows.
+template <class T> struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) Pack {
+  T at[4];
+};
+
+// Stores a pack as wide as it is; a plain assignment is sometimes taken apart into four.
+template <class T> BOMKERN_HD void store_pack(T* to, const Pack<T>& pack) {
+  if constexpr (sizeof pack >= 16) {
+    uint4 words[sizeof pack / 16];
+    __builtin_memcpy(words, &pack, sizeof pack);
+    for (size_t i = 0; i < sizeof pack / 16; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, words[i]);
+  } else {
+    *reinterpret_cast<Pack<T>*>(to) = pack;
+  }
+}
+
+// A running sum that keeps what rounding drops (Knuth's TwoSum); double would be 64 times slower on consumer GPUs.
+template <class S> struct Sum {
+  S high = 0, low = 0;
+  BOMKERN_HD void add(S x) {
+    const S total = high + x, part = total - high;
+    low += (high - (total - part)) + (x - part);
+    high = total;
+  }
+  // Infinities and NaN come out as a plain sum gives them.
+  BOMKERN_HD double value() const { return high - high == 0 ? double(high) + double(low) : double(high); }
+};
+
+// The sum over a warp, in lane 0; the tree is fixed, so the bits are.
+template <class T> BOMKERN_HD T warp_sum(T x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_down_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+}  // namespace BOMKERN_ISA
+}  // namespace bomkern

@@ -1,0 +1,325 @@
+// Runs CUDA kernels on the CPU, one fiber a CUDA thread: enough of CUDA for this project's kernels, and strict about it.
+//
+// The fibers of a block (of a cluster, where there is one) take turns; a barrier or a shuffle is where a turn ends.
+// Running the turns in several orders shows a missing barrier as a wrong result, and a barrier that not all threads
+// reach as a deadlock. Shared memory starts as NaN and ends in a guard; asynchronous copies arrive only when waited for.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __CUDA_ARCH__ 900
+#define BOMKERN_SHARED_BYTES(name) unsigned char* const name = emu::self->block->shared.data()
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace emu {
+
+[[noreturn]] inline void fail(const char* why) {
+  fprintf(stderr, "emulator: %s\n", why);
+  exit(1);
+}
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  unsigned char slot[2][32][8];
+};
+
+struct Block {
+  dim3 index;
+  Barrier barrier;
+  std::vector<unsigned char> shared;
+  std::vector<Warp> warps;
+  size_t shared_bytes;
+  int running;
+  Block* cluster;  // its first block
+  int cluster_size;
+  Barrier cluster_barrier;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  dim3 thread;
+  Block* block;
+  const Barrier* waits_for = nullptr;
+  uint64_t until = 0;
+  bool done = false;
+  std::vector<Copy> copies;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[stack_bytes]};
+  static constexpr size_t stack_bytes = 1 << 16;
+};
+
+enum class Order { ascending, descending, shuffled };
+
+struct Machine {
+  // What the driver would tell.
+  int architecture = 90, multiprocessors = 3;
+  Order order = Order::ascending;
+  dim3 grid_dim, block_dim;
+  int launches = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::function<void()> kernel;
+  ucontext_t scheduler;
+};
+
+inline Machine machine;
+inline Fiber* self = nullptr;
+
+inline void wait(Barrier& barrier) {
+  const uint64_t until = barrier.generation + 1;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  self->waits_for = &barrier;
+  self->until = until;
+  swapcontext(&self->context, &machine.scheduler);
+}
+
+inline void fiber_main() {
+  machine.kernel();
+  if (!self->copies.empty()) fail("a thread ended with asynchronous copies not waited for");
+  self->done = true;
+  // A block's shared memory ends with its last thread: who reads it from the cluster after that reads NaN.
+  Block& block = *self->block;
+  if (--block.running == 0) memset(block.shared.data(), 0xff, block.shared_bytes);
+  swapcontext(&self->context, &machine.scheduler);
+}
+
+inline void run_cluster(std::vector<Block>& blocks) {
+  const int threads = machine.block_dim.x, count = threads * int(blocks.size());
+  while (int(machine.fibers.size()) < count) machine.fibers.emplace_back(new Fiber);
+  std::vector<Fiber*> turn;
+  for (int i = 0; i < count; ++i) {
+    Fiber& f = *machine.fibers[i];
+    f.thread = dim3(i % threads, 0, 0);
+    f.block = &blocks[i / threads];
+    f.waits_for = nullptr;
+    f.done = false;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = Fiber::stack_bytes;
+    makecontext(&f.context, fiber_main, 0);
+    turn.push_back(&f);
+  }
+  if (machine.order == Order::descending) std::reverse(turn.begin(), turn.end());
+  static std::mt19937 random(7);
+  while (!turn.empty()) {
+    if (machine.order == Order::shuffled) std::shuffle(turn.begin(), turn.end(), random);
+    bool moved = false;
+    for (Fiber* f : turn) {
+      if (f->waits_for && f->waits_for->generation < f->until) continue;
+      moved = true;
+      self = f;
+      swapcontext(&machine.scheduler, &f->context);
+    }
+    if (!moved) fail("deadlock: a barrier that not every thread reaches");
+    turn.erase(std::remove_if(turn.begin(), turn.end(), [](Fiber* f) { return f->done; }), turn.end());
+  }
+  self = nullptr;
+}
+
+inline void run(dim3 grid, dim3 block, size_t shared, int cluster, std::function<void()> kernel) {
+  constexpr size_t guard = 256;
+  if (block.x % 32 || block.x > 1024 || grid.x % cluster || shared > 49152) fail("a launch that no GPU would accept");
+  machine.grid_dim = grid;
+  machine.block_dim = block;
+  machine.kernel = std::move(kernel);
+  ++machine.launches;
+  for (unsigned first = 0; first < grid.x; first += cluster) {
+    std::vector<Block> blocks(cluster);
+    for (int i = 0; i < cluster; ++i) {
+      Block& b = blocks[i];
+      b.index = dim3(first + i, 0, 0);
+      b.barrier.expected = block.x;
+      b.shared.assign(shared + guard, 0xff);
+      b.shared_bytes = shared;
+      b.running = block.x;
+      b.warps.resize(block.x / 32);
+      for (Warp& w : b.warps) w.barrier.expected = 32;
+      b.cluster = blocks.data();
+      b.cluster_size = cluster;
+    }
+    blocks[0].cluster_barrier.expected = block.x * cluster;
+    run_cluster(blocks);
+    for (const Block& b : blocks) {
+      for (size_t i = 0; i < guard; ++i) {
+        if (b.shared[shared + i] != 0xff) fail("a write past the end of shared memory");
+      }
+    }
+  }
+}
+
+template <class T> T shuffle(T value, int from) {
+  static_assert(sizeof(T) <= 8, "a shuffle moves 8 bytes at most");
+  Warp& warp = self->block->warps[self->thread.x / 32];
+  auto& slots = warp.slot[warp.barrier.generation % 2];
+  const int lane = self->thread.x % 32;
+  memcpy(slots[lane], &value, sizeof value);
+  wait(warp.barrier);
+  memcpy(&value, slots[from < 32 ? from : lane], sizeof value);
+  return value;
+}
+
+inline float half_to_float(uint16_t h) {
+  _Float16 v;
+  memcpy(&v, &h, 2);
+  return v;
+}
+
+inline unsigned thread_index() { return self->thread.x; }
+inline unsigned block_index() { return self->block->index.x; }
+inline unsigned block_size() { return machine.block_dim.x; }
+inline unsigned grid_size() { return machine.grid_dim.x; }
+
+template <unsigned (*get)()> struct Index {
+  struct {
+    operator unsigned() const { return get(); }
+  } x;
+};
+
+}  // namespace emu
+
+inline emu::Index<emu::thread_index> threadIdx;
+inline emu::Index<emu::block_index> blockIdx;
+inline emu::Index<emu::block_size> blockDim;
+inline emu::Index<emu::grid_size> gridDim;
+
+inline void __syncthreads() { emu::wait(emu::self->block->barrier); }
+template <class T> T __shfl_down_sync(unsigned, T value, int offset) {
+  return emu::shuffle(value, emu::self->thread.x % 32 + offset);
+}
+template <class T> T __shfl_sync(unsigned, T value, int lane) { return emu::shuffle(value, lane); }
+inline unsigned atomicAdd(unsigned* to, unsigned value) { return *to += value, *to - value; }
+
+inline void __stwb(uint4* to, uint4 value) {
+  if (uintptr_t(to) % 16) emu::fail("a misaligned store");
+  memcpy(to, &value, 16);
+}
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  if ((uintptr_t(to) | uintptr_t(from)) % bytes || (bytes != 4 && bytes != 8 && bytes != 16)) emu::fail("a misaligned copy");
+  emu::self->copies.push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(int) {
+  for (const emu::Copy& c : emu::self->copies) memcpy(c.to, c.from, c.bytes);
+  emu::self->copies.clear();
+}
+
+namespace cooperative_groups {
+struct cluster_group {
+  void sync() const { emu::wait(emu::self->block->cluster->cluster_barrier); }
+  template <class T> T* map_shared_rank(T* p, int rank) const {
+    const emu::Block* block = emu::self->block;
+    if (rank < 0 || rank >= block->cluster_size) emu::fail("a rank outside the cluster");
+    const size_t offset = reinterpret_cast<const unsigned char*>(p) - block->shared.data();
+    if (offset >= block->shared_bytes) emu::fail("a pointer that is not into shared memory");
+    return reinterpret_cast<T*>(block->cluster[rank].shared.data() + offset);
+  }
+};
+inline cluster_group this_cluster() { return {}; }
+}  // namespace cooperative_groups
+
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
+inline uint16_t __half_as_ushort(__half h) { return h.bits; }
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 h) { return h.bits; }
+inline float __half2float(__half h) { return emu::half_to_float(h.bits); }
+inline float __bfloat162float(__nv_bfloat16 h) {
+  const uint32_t word = uint32_t(h.bits) << 16;
+  float v;
+  memcpy(&v, &word, 4);
+  return v;
+}
+inline __half __float2half_rn(float value) {
+  const _Float16 h = _Float16(value);
+  __half out;
+  memcpy(&out, &h, 2);
+  return out;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  if (value != value) return {0x7fff};
+  return {uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16)};
+}
+
+// The few functions of the runtime that a launch takes.
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+typedef struct CUstream_st* cudaStream_t;
+enum { cudaLaunchAttributeClusterDimension, cudaDevAttrMultiProcessorCount };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* id) { return *id = 64, cudaSuccess; }  // so high that nothing is remembered of it
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
+  return out->ptxVersion = emu::machine.architecture, cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* out, int, int) { return *out = emu::machine.multiprocessors, cudaSuccess; }
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), const A&... arguments) {
+  emu::run(c->gridDim, c->blockDim, c->dynamicSmemBytes, c->numAttrs ? int(c->attrs[0].val.clusterDim.x) : 1,
+           [&] { kernel(arguments...); });
+  return cudaSuccess;
+}

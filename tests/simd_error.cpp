@@ -1,0 +1,52 @@
+// Largest error in ulp of log_of and exp_of over a dense grid of floats, against double. Prints "log exp".
+// The target header comes first, as in the kernels: -DTARGET=\"target_avx2.h\" or nothing.
+#ifdef TARGET
+#include TARGET
+#else
+#define BOMKERN_VECTOR_BYTES 16
+#endif
+#define BOMKERN_ISA tested
+#include "simd.h"
+
+#include <math.h>
+#include <stdio.h>
+
+using namespace bomkern::tested;
+
+static double ulps(float got, double want) {
+  if (isnan(want)) return isnan(got) ? 0 : INFINITY;
+  const float rounded = (float)want;
+  if (got == rounded) return fabs((double)got - want) / (nextafterf(fabsf(rounded), INFINITY) - fabsf(rounded) + 1e-300);
+  if (isinf(rounded) || isinf(got)) return INFINITY;
+  return fabs((double)got - want) / ((double)nextafterf(fabsf(rounded), INFINITY) - fabsf(rounded));
+}
+
+template <class Ours, class Exact> static double worst(uint32_t first, uint32_t last, uint32_t step, Ours ours, Exact exact) {
+  double most = 0;
+  constexpr int width = Lanes<float>::width;
+  for (uint64_t word = first; word <= last; word += (uint64_t)step * width) {
+    VecU words;
+    for (int i = 0; i < width; ++i) words[i] = word + (uint64_t)step * i <= last ? (uint32_t)(word + (uint64_t)step * i) : last;
+    const VecF x = bits<VecF>(words), y = ours(x);
+    for (int i = 0; i < width; ++i) {
+      const double error = ulps(y[i], exact((double)x[i]));
+      if (error > most) most = error;
+    }
+  }
+  return most;
+}
+
+int main() {
+  // Every 61st float from the smallest subnormal to inf and NaN, and each one of the two octaves around 1.
+  auto log_v = [](VecF x) { return log_of(x); };
+  auto log_d = [](double x) { return log(x); };
+  double l = worst(1, 0x7fc00000, 61, log_v, log_d);
+  l = fmax(l, worst(0x3f000000, 0x40000000, 1, log_v, log_d));
+  // exp flushes below -86.6 (1e-38 of a score of 1) and is exact about inf and NaN.
+  auto exp_v = [](VecF x) { return exp_of(x); };
+  auto exp_d = [](double x) { return exp(x); };
+  double e = worst(0, 0x42b17217, 31, exp_v, exp_d);                        // 0 .. 88.72
+  e = fmax(e, worst(0x80000000u, 0x80000000u | 0x42ad3333u, 31, exp_v, exp_d));  // -0 .. -86.6
+  e = fmax(e, worst(0x7f800000, 0x7fc00000, 0x400000, exp_v, exp_d));
+  printf("%.4f %.4f\n", l, e);
+}

@@ -1,0 +1,29 @@
+"""The vector log and exp of kernels/common/simd.h in a plain C++ program, for each instruction set this CPU has."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import bomkern
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = shutil.which("g++") or shutil.which("c++")
+HERE = ("baseline", "avx2", "avx512")
+BUILD = bomkern.info()["build"]
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("simd", HERE)
+def test_error_in_ulp(simd: str, tmp_path: Path) -> None:
+    if not BUILD or HERE.index(simd) > HERE.index(BUILD["simd_here"]):
+        pytest.skip(f"this CPU does not run {simd}")
+    target = [] if simd == "baseline" else [f'-DTARGET="target_{simd}.h"']
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-std=c++20", f"-I{ROOT}/kernels/common"]
+    program = tmp_path / "simd_error"
+    subprocess.run([COMPILER, *flags, *target, f"{ROOT}/tests/simd_error.cpp", "-o", str(program)], check=True)
+    log_error, exp_error = map(float, subprocess.run([program], capture_output=True, text=True, check=True).stdout.split())
+    assert log_error < 1.0 and exp_error < 1.0, (log_error, exp_error)
