@@ -1,8 +1,8 @@
 """Builds ``bomkern._C`` as far as this machine's compilers reach; pyproject.toml holds everything else.
 
 The ladder: a C++ compiler gives the CPU kernels; an nvcc of torch's CUDA major gives the CUDA kernels too; no compiler
-gives a pure Python install, which says so when it is imported. ``BOMKERN_BUILD_CUDA``: unset builds what it can, 0 never
-builds CUDA, 1 makes any shortfall fatal.
+gives a pure Python install, which says so when it is imported. ``BOMKERN_BUILD_CUDA``: unset builds what it can, 0
+never builds CUDA, 1 makes any shortfall fatal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-# Compiled where no GPU is visible: every architecture since Ampere that people train on; PTX of the newest for later ones.
+# Compiled where no GPU is visible: what people train on since Ampere, and PTX of the newest for what comes later.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 WISH = os.environ.get("BOMKERN_BUILD_CUDA", "")
 

@@ -2,7 +2,6 @@
 
 from . import _info
 from ._info import info
-
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
 from .min_goal import MinGoalStats, min_goal_loss
 

@@ -1,4 +1,4 @@
-"""Argument checks in Python, for the implementations that are not C++ and for fake tensors. csrc/ makes the same ones."""
+"""Argument checks in Python, for fake tensors and the implementations that are not C++. csrc/ makes the same ones."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,15 +18,15 @@ IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled extension, or None and why."""
     try:
-        from . import _C
+        module = importlib.import_module("bomkern._C")
     except ModuleNotFoundError:
         return None, "bomkern was installed without its compiled kernels; install a C++ compiler and reinstall bomkern"
     except ImportError as error:
         return None, f"the compiled kernels do not load ({error}); reinstall bomkern in this environment"
-    built, here = _C.build()["torch"].split("+")[0], torch.__version__.split("+")[0]
+    built, here = module.build()["torch"].split("+")[0], torch.__version__.split("+")[0]
     if built.split(".")[:2] != here.split(".")[:2]:
         return None, f"bomkern was built for torch {built}, this is {here}; reinstall bomkern"
-    return _C, ""
+    return module, ""
 
 
 extension, missing = _load()
@@ -86,7 +87,7 @@ _servers: dict[str, Callable[..., Any]] = {}
 
 @torch.compiler.assume_constant_result
 def choose(op: str, device: str, impl: str | None) -> str:
-    """What serves ``op`` on this type of device: the best there is, or the one that ``impl`` names. A key of `_servers`.
+    """What serves ``op`` on this type of device: the best, or the one ``impl`` names; a key of `_servers`.
 
     Raises:
         ValueError: there is no such implementation.

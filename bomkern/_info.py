@@ -39,8 +39,8 @@ def info() -> Info:
 
     Returns:
         A dict: ``version``, ``torch``, ``python``, ``threads``, ``build`` (compiler, torch, cuda, cuda_architectures,
-        simd, simd_here; empty if not compiled), ``not_compiled_because``, and ``ops``: op -> device -> impl -> None where
-        it serves, else the reason. Implementations are listed best first.
+        simd, simd_here; empty if not compiled), ``not_compiled_because``, and ``ops``: op -> device -> impl -> None
+        where it serves, else the reason. Implementations are listed best first.
     """
     from . import __version__
 
@@ -52,10 +52,7 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         build=_impl.extension.build() if _impl.extension else {},
         not_compiled_because=_impl.missing,
-        ops={
-            op: {d: {name: _impl.why_not(op, name, d) for name in _impl.IMPLS} for d in devices}
-            for op in OPS
-        },
+        ops={op: {d: {name: _impl.why_not(op, name, d) for name in _impl.IMPLS} for d in devices} for op in OPS},
     )
 
 

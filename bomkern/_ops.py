@@ -16,13 +16,14 @@ _library = torch.library.Library("bomkern", "DEF")
 
 # reduction: 0 none, 1 mean, 2 sum, 3 min. winner, slope: what backward needs. curves: see constraints.py.
 _library.define(
-    "min_goal(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> (Tensor loss, Tensor winner, Tensor slope)"
+    "min_goal(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> "
+    "(Tensor loss, Tensor winner, Tensor slope)"
 )
 _library.define(
     "min_goal.stats(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> "
     "(Tensor loss, Tensor winner, Tensor slope, Tensor bottleneck, Tensor share, Tensor level, Tensor finite)"
 )
-# For each gradient wanted: index of its goal, dim of the goal's tensor (2: the [B, K] matrix), and dtype's place in FLOATS.
+# For each gradient wanted: index of its goal, dim of that tensor (2: the [B, K] matrix), place of its dtype in FLOATS.
 _library.define(
     "min_goal_backward(Tensor grad, Tensor winner, Tensor slope, SymInt batch, int goals, int[] index, int[] dim, "
     "int[] dtype, int reduction) -> Tensor[]"
@@ -46,9 +47,7 @@ def _(
 
 
 @torch.library.register_fake("bomkern::min_goal.stats", lib=_library)
-def _(
-    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int
-) -> tuple[Tensor, ...]:
+def _(goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int) -> tuple[Tensor, ...]:
     first = torch.ops.bomkern.min_goal.default(goals, params, curves, reduction)
     batch, count, dtype = check_goals(goals)
     like = goals[0]

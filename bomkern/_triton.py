@@ -6,6 +6,7 @@ may touch a driver.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -37,7 +38,7 @@ def why_not(device_type: str) -> str | None:
             return "triton was imported before TRITON_INTERPRET=1 was set, so its interpreter cannot run."
         return None if device_type in ("cpu", "cuda") else f"triton's interpreter does not serve {device_type} tensors."
     if device_type != "cuda":
-        return f"triton serves cuda tensors, not {device_type} ones, unless TRITON_INTERPRET=1 is set before it is imported."
+        return f"triton serves cuda tensors, not {device_type} ones (its interpreter would: TRITON_INTERPRET=1)."
     return None if torch.cuda.is_available() else "torch sees no CUDA device."
 
 
@@ -47,9 +48,7 @@ def _kernels(device_type: str) -> ModuleType:
         reason = why_not(device_type)
         if reason is not None:
             raise RuntimeError(f"min_goal: impl 'triton' cannot serve here: {reason}")
-        from .kernels.min_goal import triton as kernels
-
-        _ready[device_type] = kernels
+        kernels = _ready[device_type] = importlib.import_module("bomkern.kernels.min_goal.triton")
     return kernels
 
 
@@ -58,7 +57,9 @@ def _guard(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
-def _allocate(goals: Sequence[Tensor], reduction: int, stats: bool, save: bool) -> tuple[Outputs, int, int, torch.dtype]:
+def _allocate(
+    goals: Sequence[Tensor], reduction: int, stats: bool, save: bool
+) -> tuple[Outputs, int, int, torch.dtype]:
     """Fresh outputs of `min_goal_triton`, empty where not asked for, then B, K and the compute dtype."""
     batch, count, dtype = check_goals(goals)
     new = goals[0].new_empty
@@ -121,9 +122,7 @@ def _backward(
     grads = _new_grads(slope, kinds, batch, columns)
     kernels = _kernels(slope.device.type)
     with _guard(slope):
-        kernels.launch_backward(
-            grads, grad.detach(), winner, slope.detach(), reduction, batch, columns or len(kinds)
-        )
+        kernels.launch_backward(grads, grad.detach(), winner, slope.detach(), reduction, batch, columns or len(kinds))
     return [g for g in grads if g is not None]
 
 
@@ -144,9 +143,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     # register_autograd wants [], not None, as the gradient of an empty list.
     ctx.others = (None, None if curves else [], None, None, None)
     ctx.rows = len(goals) == 1 and goals[0].dim() == 2
-    ctx.kinds = [
-        FLOATS.index(g.dtype) + (_SCALAR if g.dim() == 0 else 0) if g.requires_grad else _SKIP for g in goals
-    ]
+    ctx.kinds = [FLOATS.index(g.dtype) + (_SCALAR if g.dim() == 0 else 0) if g.requires_grad else _SKIP for g in goals]
     ctx.save_for_backward(winner, slope)
 
 

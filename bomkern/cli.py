@@ -46,11 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="FOLDER", help=f"run folder ({default.out})")
     add("--data", metavar="FOLDER", help="your own images (the photographs inside scikit-image and scikit-learn)")
     length = train.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=one, help="how long to train (600)")
+    length.add_argument("--steps", type=one, help="how long to train (1000)")
     length.add_argument(
         "--epochs", type=_at_least(float, 0, True), help="how long, in passes over the training regions"
     )
-    add("--batch-size", type=_at_least(int, 2), help=f"samples a step, of each process ({default.batch_size})")
+    add("--batch-size", type=_at_least(int, 4), help=f"samples a step, of each process ({default.batch_size})")
     add("--image-size", type=int, choices=IMAGE_SIZES, help=f"side of a crop in pixels ({default.image_size})")
     add("--seed", type=_at_least(int, 0), help=f"of weights, data order and noise ({default.seed})")
     add("--scales", choices=SCALES, help=f"where each goal's scale comes from ({default.scales})")

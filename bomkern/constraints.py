@@ -70,13 +70,17 @@ class Constraint:
     __slots__ = ("_arguments", "_hash", "ramp")
 
     ramp: tuple[float, float, float, float]
+    _arguments: dict[str, float]
+    _hash: int
 
     def _freeze(self, ramp: tuple[float, float, float, float], **arguments: float) -> None:
         for slot, value in (("ramp", ramp), ("_arguments", arguments), ("_hash", hash((type(self), ramp)))):
             object.__setattr__(self, slot, value)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__} is immutable: make a new one, or write into ConstraintTable.params")
+        raise AttributeError(
+            f"{type(self).__name__} is immutable: make a new one, or write into ConstraintTable.params"
+        )
 
     def __getattr__(self, name: str) -> float:
         # Reached only where the slots hold no such name; the arguments as they were given.
@@ -91,7 +95,7 @@ class Constraint:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.ramp == other.ramp  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.ramp == other.ramp
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v:g}' for k, v in self._arguments.items())})"
@@ -167,7 +171,8 @@ class BoxAsymmetric(Constraint):
 
     A relaxed log barrier (Hauser & Saccon 2006, "A barrier function method for the optimization of trajectory
     functionals with constraints"): with ``r`` the distance from ``healthy`` over the half-width of its side, the score
-    is ``1 - r`` where ``r <= 1 - tail``, else ``tail * exp(-(r - 1 + tail) / tail)``. Its slope is continuous at the seam.
+    is ``1 - r`` where ``r <= 1 - tail``, else ``tail * exp(-(r - 1 + tail) / tail)``. Its slope has
+    no jump at the seam.
 
     Args:
         lower, healthy, upper: raw values, ``lower < healthy < upper``.
@@ -216,7 +221,7 @@ class ConstraintTable:
     """K constraints with their parameters in device memory.
 
     Pass it as ``constraints=`` where parameters change during training, above all inside a captured CUDA graph: write
-    into ``params`` (or assign ``table[k] = Minimize(3.0)``) and the next call, or replay, sees it. No host sync is made.
+    into ``params``, or assign ``table[k] = Minimize(3.0)``, and the next call or replay sees it. No host sync is made.
 
     Args:
         constraints: 1 to 64 constraints.
@@ -253,9 +258,7 @@ class ConstraintTable:
         if not isinstance(constraint, Constraint):
             raise TypeError(f"table[{index}] must be a constraint, got {type(constraint).__name__}")
         if constraint.curve != self.curves[index]:
-            raise ValueError(
-                f"table[{index}] cannot become {constraint!r}: its curve is fixed when the table is made; make a new table"
-            )
+            raise ValueError(f"table[{index}] cannot become {constraint!r}: its curve is fixed; make a new table")
         row = torch.tensor(constraint.ramp, dtype=self.params.dtype)
         self.params[index].copy_(row, non_blocking=True)
 

@@ -59,8 +59,8 @@ def min_goal_loss(
         ``return_stats``, ``(loss, MinGoalStats)``.
 
     Ties go to the lowest goal index, and for "min" to the lowest sample. A NaN entry is the worst there is: it makes
-    the loss NaN and is its sample's bottleneck. A score <= 0, or a raw value whose deficit is not finite, makes the loss
-    inf. Such samples get zero gradient, and ``stats.finite`` is False; no host sync is made to tell. Constraint
+    the loss NaN and is its sample's bottleneck. A score <= 0, or a raw value whose deficit is not finite, makes the
+    loss inf. Such samples get zero gradient, and ``stats.finite`` is False; no host sync is made to tell. Constraint
     parameters get no gradient.
 
     Raises:
@@ -118,7 +118,8 @@ def _table(
         constraints = (constraints,) * count
     elif not isinstance(constraints, (list, tuple)):
         raise TypeError(
-            f"constraints must be a constraint, a sequence of them, or a ConstraintTable, got {type(constraints).__name__}"
+            "constraints must be a constraint, a sequence of them, or a ConstraintTable, "
+            f"got {type(constraints).__name__}"
         )
     if len(constraints) != count:
         raise ValueError(f"constraints must be one, or one for each of the {count} goals, got {len(constraints)}")

@@ -10,26 +10,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bomkern import Box, BoxAsymmetric, ConstraintTable, Lower, Minimize, MinimizeHard, MinGoalStats, Upper, min_goal_loss
+from bomkern import (
+    Box,
+    BoxAsymmetric,
+    ConstraintTable,
+    Lower,
+    MinGoalStats,
+    Minimize,
+    MinimizeHard,
+    Upper,
+    min_goal_loss,
+)
 from tests.conftest import assert_as_good_as_eager, servers
 
 IMPLS = pytest.mark.parametrize("server", servers("min_goal"))
 REDUCTIONS = ("none", "mean", "sum", "min")
-SIX = (Minimize(0.4), MinimizeHard(0.3), Upper(0.5, 0.1), Lower(0.5, 0.1), Box(-0.1, 1.2), BoxAsymmetric(-0.2, 0.3, 1.4))
+SIX = (
+    Minimize(0.4),
+    MinimizeHard(0.3),
+    Upper(0.5, 0.1),
+    Lower(0.5, 0.1),
+    Box(-0.1, 1.2),
+    BoxAsymmetric(-0.2, 0.3, 1.4),
+)
 
 
 def leaf(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     return x.to(device=device, dtype=dtype).detach().clone().requires_grad_()
 
 
-def run(goals: list[Tensor] | Tensor, constraints: object, reduction: str, impl: str | None) -> tuple[Tensor, MinGoalStats]:
+def run(
+    goals: list[Tensor] | Tensor, constraints: object, reduction: str, impl: str | None
+) -> tuple[Tensor, MinGoalStats]:
     loss, stats = min_goal_loss(goals, constraints, reduction=reduction, return_stats=True, impl=impl)  # type: ignore[arg-type]
     weight = torch.arange(1, loss.numel() + 1, dtype=loss.dtype, device=loss.device).reshape(loss.shape)
     (loss * weight).sum().backward()
     return loss, stats
 
 
-def check_against_oracle(raw: list[Tensor], constraints: object, reduction: str, server: tuple[str, str], lay: object) -> None:
+def check_against_oracle(
+    raw: list[Tensor], constraints: object, reduction: str, server: tuple[str, str], lay: object
+) -> None:
     """Loss, gradients and stats of ``server`` on goals laid out by ``lay``, against float64; bottlenecks exactly."""
     impl, device = server
     ours = [leaf(x, x.dtype, device) for x in raw]
@@ -239,9 +260,9 @@ def test_properties(server: tuple[str, str], rows: list[list[float]], reduction:
     order.shuffle(rows_order)  # type: ignore[attr-defined]
     assert torch.equal(min_goal_loss(x[rows_order], SIX, reduction="none", impl=impl), none[rows_order])
     more = torch.cat([x, torch.full_like(x[:, :1], -9.0)], 1)
-    assert torch.equal(min_goal_loss(more, [*SIX, Upper(0.0, 1.0)], reduction=reduction, impl=impl), loss.clamp(min=0)) or (
-        none.min() < 0
-    )
+    assert torch.equal(
+        min_goal_loss(more, [*SIX, Upper(0.0, 1.0)], reduction=reduction, impl=impl), loss.clamp(min=0)
+    ) or (none.min() < 0)
     # Raw values and scales times a power of two: the same bits.
     scaled = min_goal_loss(x * 4, Minimize(2.0), reduction=reduction, impl=impl)
     assert torch.equal(scaled, min_goal_loss(x, Minimize(0.5), reduction=reduction, impl=impl))

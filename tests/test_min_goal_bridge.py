@@ -106,7 +106,9 @@ def test_no_host_sync(server: tuple[str, str], reduction: str) -> None:
     table = ConstraintTable(SIX, device=device)
     for constraints in (None, SIX, table):
         with CountSyncs() as counter:
-            loss, _ = min_goal_loss(goals_of(32, device), constraints, reduction=reduction, return_stats=True, impl=impl)
+            loss, _ = min_goal_loss(
+                goals_of(32, device), constraints, reduction=reduction, return_stats=True, impl=impl
+            )
             loss.sum().backward()
         assert not counter.seen
 
@@ -279,3 +281,28 @@ def test_a_thousand_random_calls(impl: str | None) -> None:
     for bad in (lambda: Minimize(-0.5), lambda: bomkern.Box(1.0, 0.0)):
         with pytest.raises(ValueError):
             bad()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_cuda_graph_replay_sees_a_changed_scale() -> None:
+    table = ConstraintTable([Minimize(1.0)] * 3, device="cuda")
+    x = torch.full((100, 3), 4.0, device="cuda", requires_grad=True)
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = min_goal_loss(x, table)
+        assert isinstance(loss, Tensor)
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = step()
+    for scale in (1.0, 2.0, 8.0):
+        for k in range(3):
+            table[k] = Minimize(scale)
+        graph.replay()
+        assert loss.item() == 4 / scale and grad[:, 0].sum().item() == pytest.approx(1 / scale)
