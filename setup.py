@@ -95,6 +95,8 @@ def sources(suffix: str) -> list[str]:
 
 def extension() -> dict[str, object]:
     """The arguments of `setup` that build the extension, {} where there is no compiler."""
+    if WISH not in ("", "0", "1"):
+        raise SystemExit(f"BOMKERN_BUILD_CUDA must be 0, 1 or unset, got {WISH!r}.")
     if compiler() is None:
         if WISH == "1":
             raise SystemExit("BOMKERN_BUILD_CUDA is 1 but there is no C++ compiler; install g++ or set CXX.")

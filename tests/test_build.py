@@ -1,0 +1,74 @@
+"""The build ladder: what the backend asks for, and what setup.py says where a rung is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def setup_py(**env: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py --name`: it decides what to build and builds nothing."""
+    return subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env={**os.environ, "BOMKERN_BUILD_CUDA": "", **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_no_compiler_is_a_pure_python_install(tmp_path: Path) -> None:
+    done = setup_py(PATH=str(tmp_path), CXX="nowhere")
+    assert done.returncode == 0 and "no C++ compiler was found" in done.stdout and "bomkern" in done.stdout
+
+
+def test_no_compiler_is_fatal_where_cuda_is_demanded(tmp_path: Path) -> None:
+    done = setup_py(PATH=str(tmp_path), CXX="nowhere", BOMKERN_BUILD_CUDA="1")
+    assert done.returncode != 0 and "install g++" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_cuda_demanded_of_a_torch_without_it_is_fatal() -> None:
+    done = setup_py(BOMKERN_BUILD_CUDA="1")
+    assert done.returncode != 0 and "install a CUDA build of torch first" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_cuda_refused() -> None:
+    done = setup_py(BOMKERN_BUILD_CUDA="0")
+    assert done.returncode == 0 and "unset it to build the CUDA kernels" in done.stdout
+
+
+@pytest.mark.parametrize("wish", ["yes", "2"])
+def test_a_wish_that_is_neither_is_refused(wish: str) -> None:
+    done = setup_py(BOMKERN_BUILD_CUDA=wish)
+    assert done.returncode != 0 and "BOMKERN_BUILD_CUDA must be 0, 1 or unset" in done.stderr
+
+
+def ask_backend(purelib: Path, setuptools_only: Path) -> str:
+    """What the backend requires in an isolated build whose target keeps its packages in ``purelib``."""
+    code = (
+        f"import sys, sysconfig; sys.path[:0] = [{str(ROOT / 'tools')!r}, {str(setuptools_only)!r}]\n"
+        f"sysconfig.get_paths = lambda: dict(purelib={str(purelib)!r}, platlib={str(purelib)!r})\n"
+        "import build_backend; print(build_backend.get_requires_for_build_editable())"
+    )
+    return subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_backend_asks_for_torch_only_where_there_is_none(tmp_path: Path) -> None:
+    packages = Path(setuptools.__file__).parent.parent
+    isolated = tmp_path / "isolated"
+    isolated.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        (isolated / name).symlink_to(packages / name)
+    (tmp_path / "empty").mkdir()
+    assert ask_backend(tmp_path / "empty", isolated) == "['torch>=2.11,<2.14']"
+    assert ask_backend(Path(torch.__file__).parent.parent, isolated) == "[]"
