@@ -11,7 +11,14 @@ from bomkern import _impl
 torch.manual_seed(0)
 
 
-PAIRS = (("reference", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), ("cuda", "cuda"), ("triton", "cuda"), ("reference", "cuda"))
+PAIRS = (
+    ("reference", "cpu"),
+    ("cpu", "cpu"),
+    ("triton", "cpu"),
+    ("cuda", "cuda"),
+    ("triton", "cuda"),
+    ("reference", "cuda"),
+)
 
 
 def why_skipped(op: str, impl: str, device: str) -> str | None:

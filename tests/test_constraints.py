@@ -51,7 +51,9 @@ def test_continuous_and_monotone(constraint: Constraint) -> None:
         assert (d[x <= center].diff() <= 0).all()
 
 
-@pytest.mark.parametrize("constraint", [Box(-1.0, 3.0), Box(0.0, 1.0, tail=0.4), BoxAsymmetric(-1.0, 0.5, 4.0)], ids=repr)
+@pytest.mark.parametrize(
+    "constraint", [Box(-1.0, 3.0), Box(0.0, 1.0, tail=0.4), BoxAsymmetric(-1.0, 0.5, 4.0)], ids=repr
+)
 def test_box_is_smooth_at_the_seam(constraint: Constraint) -> None:
     center, right, _, tail = constraint.ramp
     seam = center + (1 - tail) / right

@@ -25,5 +25,7 @@ def test_error_in_ulp(simd: str, tmp_path: Path) -> None:
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-std=c++20", f"-I{ROOT}/kernels/common"]
     program = tmp_path / "simd_error"
     subprocess.run([COMPILER, *flags, *target, f"{ROOT}/tests/simd_error.cpp", "-o", str(program)], check=True)
-    log_error, exp_error = map(float, subprocess.run([program], capture_output=True, text=True, check=True).stdout.split())
+    log_error, exp_error = map(
+        float, subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert log_error < 1.0 and exp_error < 1.0, (log_error, exp_error)
