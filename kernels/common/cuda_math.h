@@ -37,12 +37,22 @@ template <class T> struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) Pack 
   T at[4];
 };
 
-// Stores a pack as wide as it is; a plain assignment is sometimes taken apart into four.
+// Spelled out because the compiler sometimes takes a plain assignment apart into four stores.
+BOMKERN_HD void store_16_bytes(void* to, uint4 v) {
+#if defined(__CUDACC__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = v;
+#endif
+}
+
 template <class T> BOMKERN_HD void store_pack(T* to, const Pack<T>& pack) {
   if constexpr (sizeof pack >= 16) {
     uint4 words[sizeof pack / 16];
     __builtin_memcpy(words, &pack, sizeof pack);
-    for (size_t i = 0; i < sizeof pack / 16; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, words[i]);
+    for (size_t i = 0; i < sizeof pack / 16; ++i) store_16_bytes(reinterpret_cast<uint4*>(to) + i, words[i]);
   } else {
     *reinterpret_cast<Pack<T>*>(to) = pack;
   }

@@ -9,8 +9,8 @@ namespace bomkern {
 namespace BOMKERN_ISA {
 namespace {
 
-// Up to `one_block` samples, spreading the work would cost more than it saves; without clusters, up to where a second launch
-// is cheaper than one multiprocessor doing all. Eight blocks is the largest cluster that every GPU grants.
+// Up to `one_block` samples, spreading the work would cost more than it saves; without clusters, up to where a second
+// launch is cheaper than one multiprocessor doing all. Eight blocks is the largest cluster that every GPU grants.
 constexpr int64_t one_block = 1024, one_block_without_clusters = 8192, one_cluster = 65536;
 constexpr int cluster_blocks = 8;
 
@@ -58,7 +58,9 @@ template <class S> Plan plan_of(const Device& device, int64_t batch, Reduction r
     return {min(ceil_div(batch, 128 * rows), int64_t(device.multiprocessors) * 8), 128, false, false};
   }
   if (batch <= (clusters ? one_block : one_block_without_clusters)) return {1, threads_for(batch), false, false};
-  if (clusters && batch <= one_cluster) return {cluster_blocks, threads_for(ceil_div(batch, cluster_blocks)), true, false};
+  if (clusters && batch <= one_cluster) {
+    return {cluster_blocks, threads_for(ceil_div(batch, cluster_blocks)), true, false};
+  }
   const int together = sizeof(S) == 4 ? 3 : 2;  // blocks that a multiprocessor has registers for
   return {min(ceil_div(batch, 256 * rows), int64_t(device.multiprocessors) * together), 256, false, true};
 }

@@ -41,7 +41,10 @@ BOMKERN_HD void share_out(const BackwardLaunch<S>& l, const Place& p, S (&value)
   if (a.worst) {
     const int64_t entry = *a.worst, sample = entry / a.goals;
     const S v = a.grad[0] / a.divisor * a.slope[0];
-    for (int r = 0; r < rows; ++r) value[r] = v, winner[r] = p.row(r) == sample ? uint8_t(entry - sample * a.goals) : nobody;
+    for (int r = 0; r < rows; ++r) {
+      value[r] = v;
+      winner[r] = p.row(r) == sample ? uint8_t(entry - sample * a.goals) : nobody;
+    }
     return;
   }
   S slope[rows], grad[rows];
@@ -66,7 +69,8 @@ BOMKERN_HD void share_out(const BackwardLaunch<S>& l, const Place& p, S (&value)
 }
 
 template <class To, class S>
-BOMKERN_HD void write_column(const min_goal::Gradient& g, const Place& p, const S (&value)[rows], const uint8_t (&winner)[rows]) {
+BOMKERN_HD void write_column(const min_goal::Gradient& g, const Place& p, const S (&value)[rows],
+                             const uint8_t (&winner)[rows]) {
   To out[rows];
   for (int r = 0; r < rows; ++r) out[r] = winner[r] == g.goal ? cast<To>(value[r], g.dtype) : To(0);
   const bool aligned = reinterpret_cast<uintptr_t>(g.data) % alignof(Pack<To>) == 0;
@@ -153,7 +157,10 @@ __global__ void __launch_bounds__(max_threads) backward_kernel(const __grid_cons
       with_storage(g.dtype, [&](auto to) { write_column<decltype(to)>(g, p, value, winner); });
       continue;
     }
-    for (int r = 0; r < rows; ++r) s.value[threadIdx.x * rows + r] = value[r], s.winner[threadIdx.x * rows + r] = winner[r];
+    for (int r = 0; r < rows; ++r) {
+      s.value[threadIdx.x * rows + r] = value[r];
+      s.winner[threadIdx.x * rows + r] = winner[r];
+    }
     __syncthreads();
     const int n = int(min(int64_t(blockDim.x) * rows, a.batch - begin));
     with_storage(g.dtype, [&](auto to) { write_matrix<decltype(to)>(g, s, begin, n, a.goals); });

@@ -1,8 +1,8 @@
-// min_goal's forward pass on the GPU: a warp takes 128 samples at a time, and the blocks' sums meet in one of three ways.
+// min_goal's forward pass on the GPU: a warp takes 128 samples at a time, and what the blocks saw meets in one place.
 //
-// One block, or the blocks of one cluster, which read each other's shared memory: a single launch. A larger grid: partial
-// results in a workspace, and one block in a second launch. No counter or flag is kept, so that replays of a captured
-// graph on several streams share nothing.
+// One block, or the blocks of one cluster, which read each other's shared memory: a single launch. A larger grid:
+// partial results in a workspace, and one block in a second launch. No counter or flag is kept, so that replays of a
+// captured graph on several streams share nothing.
 #pragma once
 #include "cuda_rows.h"
 

@@ -1,4 +1,4 @@
-// What one GPU thread does with its four samples: fetch their raw values, meet one goal after another, write the result.
+// What one GPU thread does with its four samples: fetch the raw values, meet one goal after another, write the result.
 //
 // Raw values come through shared memory by asynchronous copies (cp.async), each thread staging what it alone will read:
 // a whole group of goals is in flight at once, of any mixture of dtypes and strides, and costs no register.
@@ -70,7 +70,8 @@ BOMKERN_HD bool finite_of(double d) { return d - d == 0; }
 BOMKERN_HD void merge(Total& t, const Total& other) {
   t.loss += other.loss;
   t.finite &= other.finite;
-  const bool equal = t.worst_loss == other.worst_loss || (t.worst_loss != t.worst_loss && other.worst_loss != other.worst_loss);
+  const bool both_nan = t.worst_loss != t.worst_loss && other.worst_loss != other.worst_loss;
+  const bool equal = t.worst_loss == other.worst_loss || both_nan;
   if (worse(other.worst_loss, t.worst_loss) || (equal && other.worst < t.worst)) {
     t.worst_loss = other.worst_loss;
     t.worst_slope = other.worst_slope;
@@ -224,7 +225,8 @@ template <class T> BOMKERN_HD void store(T* out, const T (&v)[rows], const Place
 }
 
 // Writes what is kept of each sample; `whole` says that the four lie in one aligned piece.
-template <bool Stats, class S> BOMKERN_HD void write_rows(const Forward<S>& a, const Worst<S>& w, const Place& p, bool whole) {
+template <bool Stats, class S>
+BOMKERN_HD void write_rows(const Forward<S>& a, const Worst<S>& w, const Place& p, bool whole) {
   if (a.reduction == Reduction::none) store(a.loss, w.deficit, p, whole);
   if (a.reduction != Reduction::min) {
     const uint8_t winner[rows] = {uint8_t(w.goal[0]), uint8_t(w.goal[1]), uint8_t(w.goal[2]), uint8_t(w.goal[3])};

@@ -1,8 +1,8 @@
-// Runs CUDA kernels on the CPU, one fiber a CUDA thread: enough of CUDA for this project's kernels, and strict about it.
+// Runs CUDA kernels on the CPU, one fiber a CUDA thread: enough of CUDA for this project's kernels, and strict.
 //
 // The fibers of a block (of a cluster, where there is one) take turns; a barrier or a shuffle is where a turn ends.
 // Running the turns in several orders shows a missing barrier as a wrong result, and a barrier that not all threads
-// reach as a deadlock. Shared memory starts as NaN and ends in a guard; asynchronous copies arrive only when waited for.
+// reach as a deadlock. Shared memory starts as NaN and ends in a guard; an asynchronous copy arrives when waited for.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -230,13 +230,9 @@ template <class T> T __shfl_down_sync(unsigned, T value, int offset) {
 template <class T> T __shfl_sync(unsigned, T value, int lane) { return emu::shuffle(value, lane); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return *to += value, *to - value; }
 
-inline void __stwb(uint4* to, uint4 value) {
-  if (uintptr_t(to) % 16) emu::fail("a misaligned store");
-  memcpy(to, &value, 16);
-}
-
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-  if ((uintptr_t(to) | uintptr_t(from)) % bytes || (bytes != 4 && bytes != 8 && bytes != 16)) emu::fail("a misaligned copy");
+  if (bytes != 4 && bytes != 8 && bytes != 16) emu::fail("a copy of a size that cp.async has not");
+  if ((uintptr_t(to) | uintptr_t(from)) % bytes) emu::fail("a misaligned copy");
   emu::self->copies.push_back({to, from, bytes});
 }
 inline void __pipeline_commit() {}
@@ -316,7 +312,9 @@ inline cudaError_t cudaGetDevice(int* id) { return *id = 64, cudaSuccess; }  // 
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
   return out->ptxVersion = emu::machine.architecture, cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* out, int, int) { return *out = emu::machine.multiprocessors, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* out, int, int) {
+  return *out = emu::machine.multiprocessors, cudaSuccess;
+}
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), const A&... arguments) {
   emu::run(c->gridDim, c->blockDim, c->dynamicSmemBytes, c->numAttrs ? int(c->attrs[0].val.clusterDim.x) : 1,
