@@ -144,5 +144,6 @@ setup(
     packages=packages + kernels,
     package_dir={"bomkern": "bomkern", "bomkern.kernels": "kernels"},
     package_data={"bomkern": ["py.typed"]},
+    include_package_data=False,
     **extension(),
 )

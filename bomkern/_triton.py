@@ -31,15 +31,15 @@ _ready: dict[str, ModuleType] = {}
 def why_not(device_type: str) -> str | None:
     """None where Triton can serve tensors of this device type, else the reason, in one sentence."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed."
+        return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
         language = sys.modules.get("triton.language")
         if language is not None and type(language.sum).__name__ != "InterpretedFunction":
-            return "triton was imported before TRITON_INTERPRET=1 was set, so its interpreter cannot run."
-        return None if device_type in ("cpu", "cuda") else f"triton's interpreter does not serve {device_type} tensors."
+            return "triton was imported before TRITON_INTERPRET=1 was set, so its interpreter cannot run"
+        return None if device_type in ("cpu", "cuda") else f"triton's interpreter does not serve {device_type} tensors"
     if device_type != "cuda":
-        return f"triton serves cuda tensors, not {device_type} ones (its interpreter would: TRITON_INTERPRET=1)."
-    return None if torch.cuda.is_available() else "torch sees no CUDA device."
+        return f"triton serves cuda tensors, not {device_type} ones (its interpreter would: TRITON_INTERPRET=1)"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def _kernels(device_type: str) -> ModuleType:
@@ -54,7 +54,8 @@ def _kernels(device_type: str) -> ModuleType:
 
 def _guard(t: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's device current: Triton launches on the current one."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    elsewhere = t.is_cuda and t.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(t.device) if elsewhere else nullcontext()
 
 
 def _allocate(
@@ -85,8 +86,8 @@ def _forward(
     kernels = _kernels(goals[0].device.type)
     with _guard(goals[0]):
         kernels.launch_forward(
-            [g.detach() for g in goals],
-            None if params is None else params.detach().contiguous(),
+            goals,
+            None if params is None else params.contiguous(),
             curves,
             reduction,
             stats,
@@ -122,7 +123,7 @@ def _backward(
     grads = _new_grads(slope, kinds, batch, columns)
     kernels = _kernels(slope.device.type)
     with _guard(slope):
-        kernels.launch_backward(grads, grad.detach(), winner, slope.detach(), reduction, batch, columns or len(kinds))
+        kernels.launch_backward(grads, grad, winner, slope, reduction, batch, columns or len(kinds))
     return [g for g in grads if g is not None]
 
 

@@ -63,7 +63,9 @@ def check_against_oracle(
     assert_as_good_as_eager(loss, loss32, loss64)
     assert torch.equal(stats.bottleneck.cpu(), stats64.bottleneck)
     assert_as_good_as_eager(stats.share, stats32.share, stats64.share)
-    assert_as_good_as_eager(stats.level, stats32.level, stats64.level)
+    # A GPU adds scores up in a tree; Triton's interpreter does it one by one.
+    one_by_one = impl == "triton" and device == "cpu"
+    assert_as_good_as_eager(stats.level, stats32.level, stats64.level, slack=1e-5 if one_by_one else 1e-6)
     assert bool(stats.finite) == bool(stats64.finite)
     for x, x32, x64 in zip(ours, eager, exact, strict=True):
         assert x.grad is not None and x.grad.dtype == x.dtype

@@ -306,3 +306,15 @@ def test_cuda_graph_replay_sees_a_changed_scale() -> None:
             table[k] = Minimize(scale)
         graph.replay()
         assert loss.item() == 4 / scale and grad[:, 0].sum().item() == pytest.approx(1 / scale)
+
+
+@pytest.mark.slow
+def test_triton_passes_the_same_oracle_tests() -> None:
+    """tests/test_min_goal.py on Triton's interpreter, which must be chosen before triton is imported."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_min_goal.py"]
+    selection = ["-k", "triton-cpu and not properties and not 20000 and not gradcheck"]
+    done = subprocess.run(
+        [*command, *selection], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
