@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import NoReturn
 
-from .train.config import IMAGE_SIZES, PRECISIONS, REDUCTIONS, SCALES, Config, TrainError
+from .train.config import IMAGE_SIZES, PRECISIONS, REDUCTIONS, SCALES, STRATEGIES, Config, TrainError
 
 EXTRA = ("lightning_fabric", "matplotlib", "PIL", "skimage", "sklearn", "tensorboard", "torchmetrics", "tqdm")
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--appearance", type=_at_least(int, 2), help=f"latents of the appearance ({default.appearance})")
     add("--device", help="auto, cpu, cuda or cuda:N (auto)")
     add("--devices", type=one, help="how many processes, each with a device (1)")
-    add("--strategy", help="of Lightning Fabric: ddp, fsdp, ... (auto)")
+    add("--strategy", choices=STRATEGIES, help="how several processes work together, by Lightning Fabric (auto)")
     add("--precision", choices=PRECISIONS, help=f"({default.precision})")
     add("--impl", choices=("reference", "cpu", "cuda", "triton"), help="implementation of the loss (the best there is)")
     add("--log-every", type=one, help=f"steps between lines of metrics.jsonl ({default.log_every})")
@@ -96,9 +96,12 @@ def _train(given: dict[str, object]) -> int:
     config = Config(**given)  # type: ignore[arg-type]
     try:
         summary = loop.train(config, set(given))
-    except TrainError as why:
+    except (TrainError, OSError) as why:
         print(f"bomkern train: error: {why}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped before the first step", file=sys.stderr)
+        return 130
     except loop.Interrupted as why:
         print(f"{why}; go on with: bomkern train --out {config.out} --resume", file=sys.stderr)
         return 128 + why.number

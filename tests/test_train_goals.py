@@ -193,14 +193,14 @@ def test_consistency_is_0_for_equal_views_1_for_unrelated_and_blind_to_scale() -
 def test_features_of_constant_and_shifted_images() -> None:
     constant = torch.full((2, 3, S, S), 0.3)
     assert see.edges(constant).abs().max() < 1e-6
-    assert see.filter_energy(constant)[0].max() == pytest.approx(1e-2, rel=1e-3)
+    assert see.early_vision(constant)[0].max() == pytest.approx(1e-2, rel=1e-3)
     assert see.dissimilarity(constant, constant).abs().max() < 1e-5
     ramp = torch.linspace(0, 1, S).expand(1, 3, S, S)
     across, down = see.edges(ramp)[0]
     torch.testing.assert_close(across, torch.full_like(across, 2 / (S - 1)))
     assert down.abs().max() < 1e-6
     distribution = see.colour_distribution(pictures())
-    assert distribution.shape == (B, 3, see.BINS) and (distribution.diff(dim=2) >= 0).all()
+    assert distribution.shape == (B, 6, see.BINS) and (distribution.diff(dim=2) >= 0).all()
 
 
 def test_ssim_is_that_of_scikit_image() -> None:

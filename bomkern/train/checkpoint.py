@@ -33,7 +33,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
     except (OSError, RuntimeError) as why:  # torch reports a full disk as RuntimeError
-        raise TrainError(f"cannot write {path}: {str(why).splitlines()[0]}; the checkpoint before it is intact") from why
+        raise TrainError(
+            f"cannot write {path}: {str(why).splitlines()[0]}; the checkpoint before it is intact"
+        ) from why
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -9,8 +9,20 @@ SCALES = ("anchored", "auto", "diagnosis")
 REDUCTIONS = ("mean", "min")
 IMAGE_SIZES = (32, 64, 128, 256)
 PRECISIONS = ("32-true", "bf16-mixed")
+STRATEGIES = ("auto", "ddp")
 # May differ between a run and its continuation; everything else must not.
-FREE = ("out", "steps", "epochs", "device", "impl", "log_every", "eval_every", "checkpoint_every", "overwrite", "resume")
+FREE = (
+    "out",
+    "steps",
+    "epochs",
+    "device",
+    "impl",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "overwrite",
+    "resume",
+)
 
 
 class TrainError(Exception):
@@ -21,7 +33,7 @@ class TrainError(Exception):
 class Config:
     out: str = "runs/demo"
     data: str | None = None
-    steps: int | None = None  # None and no epochs: 600
+    steps: int | None = None  # None and no epochs: 1000
     epochs: float | None = None
     batch_size: int = 32
     image_size: int = 32
@@ -49,7 +61,11 @@ class Config:
         return asdict(self)
 
     def merged(self, stored: dict[str, Any], given: set[str]) -> Config:
-        """This run as the continuation of a stored one: what was not given comes from there, what must not change does not."""
+        """This run as the continuation of a stored one: what was not ``given`` comes from there.
+
+        Raises:
+            TrainError: something was given that must not change.
+        """
         values = self.to_dict()
         for field in fields(self):
             name = field.name
@@ -57,9 +73,8 @@ class Config:
                 continue
             if name in given:
                 if name not in FREE and stored[name] != values[name]:
-                    raise TrainError(
-                        f"--{name.replace('_', '-')} {values[name]} differs from the {stored[name]} of the run to resume"
-                    )
+                    flag = f"--{name.replace('_', '-')}"
+                    raise TrainError(f"{flag} {values[name]} differs from the {stored[name]} of the run to resume")
             elif not (name in ("steps", "epochs") and given & {"steps", "epochs"}):
                 values[name] = stored[name]
         return Config(**values)

@@ -111,8 +111,8 @@ class Crops:
         images: RGB images; every pixel of them may be used.
         image_size: side of a crop in pixels, S.
 
-    Each image is kept once per window that fits: reduced so that the window becomes the crop. Where none fits, it is kept
-    as it is.
+    Each image is kept once per window that fits: reduced so that the window becomes the crop. Where none fits, it is
+    kept as it is.
     """
 
     def __init__(self, images: list[Image.Image], image_size: int) -> None:
@@ -137,7 +137,7 @@ class Crops:
         return sheet[top : top + self.image_size, left : left + self.image_size]
 
     def batch(self, count: int, rng: np.random.Generator) -> Tensor:
-        """Random crops, half of them mirrored: every photograph equally likely, then every window. -> uint8 [count, S, S, 3]."""
+        """Random crops, half of them mirrored: any photograph, then any window of it. -> uint8 [count, S, S, 3]."""
         crops = np.empty((count, self.image_size, self.image_size, 3), np.uint8)
         for i, (photo, window, y, x, mirror) in enumerate(rng.random((count, 5))):
             sheets = self.sheets[int(photo * len(self.sheets))]
@@ -148,7 +148,7 @@ class Crops:
         return torch.from_numpy(crops)
 
     def grid(self, limit: int) -> Tensor:
-        """At most ``limit`` crops, side by side, spread evenly over the images; the same every time. -> uint8 [n, S, S, 3]."""
+        """At most ``limit`` crops side by side, spread over the images; always the same. -> uint8 [n, S, S, 3]."""
         s, each = self.image_size, max(1, limit // max(1, len(self.sheets)))
         chosen = []
         for sheets in self.sheets[:limit]:
@@ -184,8 +184,8 @@ def load(folder: Path | None, image_size: int) -> Data:
     data = Data(Crops(train, image_size), Crops(held, image_size), [p.name for p in photographs], skipped)
     if not data.train.sheets or not data.held_out.sheets:
         raise DataError(
-            f"{len(photographs)} image{'s' * (len(photographs) > 1)} cannot be split into training and held-out regions of "
-            f"{image_size} px: give {WHOLE_FILES} images or more, larger ones, or a smaller --image-size"
+            f"{len(photographs)} image{'s' * (len(photographs) > 1)} cannot be split into training and held-out "
+            f"regions of {image_size} px: give {WHOLE_FILES} images or more, larger ones, or a smaller --image-size"
         )
     return data
 

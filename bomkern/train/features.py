@@ -1,4 +1,7 @@
-"""What the goals see of an image: edges, colour, structural similarity, a filter bank. Images are [B, 3, S, S] in [0, 1]."""
+"""What the goals see of an image: edges, colour, structural similarity, a filter bank.
+
+Images are [B, 3, S, S] in [0, 1].
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from torch import Tensor
 BINS = 8  # thresholds of the colour distribution, per channel
 ORIENTATIONS = 4
 SCALES = 3
+CHROMA = 4.0  # makes coarse colour weigh as much as two octaves of the bank, in photographs
 
 
 @lru_cache(maxsize=32)
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Luma weights [1, 3, 1, 1], Sobel filters [2, 1, 3, 3], Gabor bank [2 * ORIENTATIONS, 1, 7, 7], thresholds [BINS]."""
+    """Luma [1, 3, 1, 1], Sobel filters [2, 1, 3, 3], Gabor bank [2 * ORIENTATIONS, 1, 7, 7], thresholds [BINS]."""
     luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
     sobel = torch.stack([across, across.T])[:, None]
@@ -40,8 +44,11 @@ def luminance(image: Tensor) -> Tensor:
 
 
 def edges(image: Tensor) -> Tensor:
-    """Sobel derivatives of the luminance, across and down, in units per pixel. [B, 3, S, S] -> [B, 2, S-2, S-2]."""
-    return F.conv2d(luminance(image), _constants(image.device, image.dtype)[1])
+    """Sobel derivatives of the luminance at half size, across and down. [B, 3, S, S] -> [B, 2, S/2-2, S/2-2].
+
+    At half size they are contours; the finest octave is mostly texture and noise, which pixel error and SSIM see.
+    """
+    return F.conv2d(F.avg_pool2d(luminance(image), 2), _constants(image.device, image.dtype)[1])
 
 
 def mean_colour(image: Tensor) -> Tensor:
@@ -55,14 +62,17 @@ def flat(image: Tensor) -> Tensor:
 
 
 def colour_distribution(image: Tensor) -> Tensor:
-    """Soft cumulative histogram of each channel at `BINS` thresholds, a bin wide. [B, 3, S, S] -> [B, 3, BINS].
+    """Soft cumulative histograms of R, G, B, R-G, G-B, B-R at `BINS` thresholds. [B, 3, S, S] -> [B, 6, BINS].
 
-    The squared difference of two of them is the Cramer distance: it grows with how far colours must move, as that of two
-    histograms does not.
+    The squared difference of two of them is the Cramer distance: it grows with how far colours must move, as that of
+    two histograms does not. The channels' differences are there because each channel can be right and the hues wrong:
+    magenta beside green where grey should be.
     """
     thresholds = _constants(image.device, image.dtype)[3]
     softness = 0.5 / BINS
-    return torch.sigmoid((thresholds - image.flatten(2)[..., None]) / softness).mean(2)
+    pixels = image.flatten(2)
+    pixels = torch.cat([pixels, pixels - pixels.roll(-1, 1) + 0.5], dim=1)
+    return torch.sigmoid((thresholds - pixels[..., None]) / softness).mean(2)
 
 
 def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
@@ -76,12 +86,13 @@ def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     return 1 - ssim.mean((1, 2, 3))
 
 
-def filter_energy(image: Tensor) -> list[Tensor]:
-    """Local energy of a fixed Gabor bank: 4 orientations at 3 octaves. [B, 3, S, S] -> 3 tensors [B, 4, s, s].
+def early_vision(image: Tensor) -> list[Tensor]:
+    """Contrast energy of a fixed Gabor bank, 4 orientations at 3 octaves, and coarse opponent colours.
 
-    Each is ``sqrt(even^2 + odd^2)`` of a quadrature pair on the luminance, the contrast-energy model of early vision
-    (Adelson & Bergen 1985). It stands in for the features of a pretrained network, which cannot be had without a download,
-    and it knows far less: orientation, scale and contrast, no objects.
+    The energies are ``sqrt(even^2 + odd^2)`` of quadrature pairs on the luminance (Adelson & Bergen 1985), 3 tensors
+    [B, 4, s, s]; then R-G and (R+G)/2-B at a quarter of the size, [B, 2, S/4, S/4], times `CHROMA`. This stands in for
+    the features of a pretrained network, which cannot be had without a download, and it knows far less: orientation,
+    scale, contrast and colour, no objects.
     """
     bank = _constants(image.device, image.dtype)[2]
     level = luminance(image)
@@ -91,16 +102,17 @@ def filter_energy(image: Tensor) -> list[Tensor]:
             level = F.avg_pool2d(level, 2)
         pair = F.conv2d(level, bank).unflatten(1, (ORIENTATIONS, 2))
         energies.append(torch.sqrt(pair.square().sum(2) + 1e-4))  # a slope at 0, where sqrt has none
-    return energies
+    red, green, blue = F.avg_pool2d(image, 4).unbind(1)
+    return [*energies, CHROMA * torch.stack([red - green, (red + green) / 2 - blue], dim=1)]
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Mean over the octaves of the mean squared difference of two `filter_energy`. -> [B]."""
-    return torch.stack([(p - q).square().mean((1, 2, 3)) for p, q in zip(a, b, strict=True)]).mean(0)
+    """Sum over the parts of the mean squared difference of two `early_vision`. -> [B]."""
+    return torch.stack([(p - q).square().mean((1, 2, 3)) for p, q in zip(a, b, strict=True)]).sum(0)
 
 
 def photometric(image: Tensor, noise: Tensor) -> Tensor:
-    """Another view with the same structure: contrast, channel gains, saturation and brightness change, edges stay in place.
+    """Another view with the same structure: contrast, gains, saturation and brightness change, edges stay.
 
     Args:
         image: [B, 3, S, S].

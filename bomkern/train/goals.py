@@ -1,7 +1,7 @@
 """The nine goals. Each is a pure function with one raw value per sample, [B], lower is better.
 
-Every docstring states the formula, the *ideal* (the value a goal could reach alone) and the *nadir* (no better than doing
-nothing); `ANCHORS` holds both as numbers. B samples, D latents. The five statistics the goals stand on come last.
+Every docstring states the formula, the *ideal* (the value a goal could reach alone) and the *nadir* (no better than
+doing nothing); `anchors` holds both as numbers. B samples, D latents. The five statistics the goals stand on come last.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor) -> Ten
         z, mu, logvar: [B, D].
         order: [B, D] int64, a permutation of the rows for each column.
     """
-    shuffled = (t.gather(0, order) for t in (z, mu, logvar))
-    return total_correlation(z, mu, logvar) - total_correlation(*shuffled).mean()
+    shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order))
+    return total_correlation(z, mu, logvar) - shuffled.mean()
 
 
 def capacity(mu: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ def behavioral_separation(
 ) -> Tensor:
     """What leaks between the parts: ``(|colour - colour'|^2 / V_colour + |edge - edge'|^2 / V_edge) / 2``.
 
-    colour' is the mean colour after unit noise on the structure, edge' the edges after unit noise on the appearance; V are
-    the differences of unrelated images and the edge energy of the data. Ideal 0, nadir 1 (noise on one part changes the
-    other's business as much as another image would).
+    colour' is the mean colour after unit noise on the structure, edge' the edges after unit noise on the appearance; V
+    are the differences of unrelated images and the edge energy of the data. Ideal 0; nadir 1, noise on one part changes
+    the other's business as much as another image would.
 
     Args:
         colour, colour_moved: [B, 3]. edge, edge_moved: [B, 2, s, s].
@@ -115,9 +115,9 @@ def behavioral_separation(
 def latent_stats(z: Tensor, logvar: Tensor) -> Tensor:
     """Health of the latent: mean squared correlation + weak dimensions + log-variance.
 
-    ``covariance_penalty(z, normalized) / (D - 1) + mean_d max(0, 1 - std(z_d)) + mean_d (logvar_bd / 4)^2``. Never negative;
-    ideal ``1 / (B - 1)``, what B samples of independent columns correlate by chance. Nadir 1: every latent a copy of
-    another, or of no spread, or posteriors e^2 narrower than the prior.
+    ``covariance_penalty(z, normalized) / (D - 1) + mean_d max(0, 1 - std(z_d)) + mean_d (logvar_bd / 4)^2``. Never
+    negative; ideal ``1 / (B - 1)``, what B samples of independent columns correlate by chance. Nadir 1: every latent a
+    copy of another, or of no spread, or posteriors e^2 narrower than the prior.
     """
     correlation = covariance_penalty(z, normalize=True) / (z.shape[1] - 1)
     weak = (1 - z.std(0)).clamp(min=0).mean()
@@ -127,32 +127,32 @@ def latent_stats(z: Tensor, logvar: Tensor) -> Tensor:
 def reconstruction(recon: Tensor, image: Tensor, recon_edges: Tensor, image_edges: Tensor, trivial: Trivial) -> Tensor:
     """``0.55 pixel + 0.15 (1 - SSIM) + 0.15 edge + 0.15 perceptual``, each over its mean for the mean-colour image.
 
-    Pixel and edge (Sobel) are mean squared errors, perceptual is `features.filter_energy`. Ideal 0; nadir 1, which is what
-    answering every image with its own mean colour costs.
+    Pixel and edge (Sobel) are mean squared errors, perceptual is `features.early_vision`. Ideal 0; nadir 1, which is
+    what answering every image with its own mean colour costs.
 
     Args:
-        recon, image: [B, 3, S, S]. recon_edges, image_edges: [B, 2, S-2, S-2], `features.edges` of them.
+        recon, image: [B, 3, S, S]. recon_edges, image_edges: [B, 2, s, s], `features.edges` of them.
     """
     with torch.no_grad():
-        target = see.filter_energy(image)
+        target = see.early_vision(image)
     weight = RECONSTRUCTION_WEIGHTS
     return (
         weight["pixel"] / trivial.pixel * (recon - image).square().mean((1, 2, 3))
         + weight["ssim"] / trivial.ssim * see.dissimilarity(recon, image)
         + weight["edge"] / trivial.edge * (recon_edges - image_edges).square().mean((1, 2, 3))
-        + weight["perceptual"] / trivial.perceptual * see.perceptual_distance(see.filter_energy(recon), target)
+        + weight["perceptual"] / trivial.perceptual * see.perceptual_distance(see.early_vision(recon), target)
     )
 
 
 def cross_recon(swap: Tensor, swap_edges: Tensor, edges: Tensor, appearance: Tensor, trivial: Trivial) -> Tensor:
     """Structure of one image in the colours of another: ``(edge + colour + histogram) / 3 / trivial.swap``.
 
-    Squared edge error against the structure's image; squared difference of mean colour, and Cramer distance of the colour
-    histograms, against the appearance's image; each over its trivial value. Ideal 0; nadir 1, the better of two trivial
-    swaps: the appearance's mean colour, and the structure's image unchanged.
+    Squared edge error against the structure's image; squared difference of mean colour, and Cramer distance of the
+    colour histograms, against the appearance's image; each over its trivial value. Ideal 0; nadir 1, the better of two
+    trivial swaps: the appearance's mean colour, and the structure's image unchanged.
 
     Args:
-        swap, appearance: [B, 3, S, S]. swap_edges, edges: [B, 2, S-2, S-2], of the swap and of the structure's image.
+        swap, appearance: [B, 3, S, S]. swap_edges, edges: [B, 2, s, s], of the swap and of the structure's image.
     """
     edge = (swap_edges - edges).square().mean((1, 2, 3)) / trivial.edge
     colour = (see.mean_colour(swap) - see.mean_colour(appearance)).square().mean(1) / trivial.colour
@@ -165,7 +165,8 @@ def cross_recon(swap: Tensor, swap_edges: Tensor, edges: Tensor, appearance: Ten
 def realism(logits: Tensor) -> Tensor:
     """``1 - mean over patches of D(recon)``, D the discriminator's probability of "photograph".
 
-    Ideal 0.5, a discriminator that cannot tell; below it the discriminator is wrong more often than right. Nadir 1, certain.
+    Ideal 0.5, a discriminator that cannot tell; below it the discriminator is wrong more often than
+    right. Nadir 1, certain.
 
     Args:
         logits: [B, 1, s, s].
@@ -176,8 +177,8 @@ def realism(logits: Tensor) -> Tensor:
 def consistency(views: Tensor) -> Tensor:
     """How far the structure moves between views of one image: variance over the views / variance over the batch.
 
-    ``mean_d Var_v(mu_vbd) / mean_d Var_b(mu_0bd)``, the denominator without gradient, so that shrinking the latent does not
-    help. Ideal 0; nadir 1, views as unlike as two images.
+    ``mean_d Var_v(mu_vbd) / mean_d Var_b(mu_0bd)``, the denominator without gradient, so that shrinking the latent
+    does not help. Ideal 0; nadir 1, views as unlike as two images.
 
     Args:
         views: [V, B, D] structure means, V >= 2.
@@ -198,7 +199,7 @@ def trivial_answers(images: Tensor) -> Trivial:
         pixel=(images - grey).square().mean(),
         ssim=see.dissimilarity(grey, images).mean(),
         edge=edge.mean(),
-        perceptual=see.perceptual_distance(see.filter_energy(grey), see.filter_energy(images)).mean(),
+        perceptual=see.perceptual_distance(see.early_vision(grey), see.early_vision(images)).mean(),
         colour=colour,
         histogram=histogram,
         swap=one,
@@ -221,8 +222,8 @@ def _total_correlation_rows(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, limit: int = 2**22) -> Tensor:
     """``log q(z) - sum_d log q(z_d)`` with q the batch's mixture of posteriors (Chen et al. 2018). [B, D] x 3 -> [B].
 
-    Rows go through in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each chunk
-    again, so memory does not grow with B x B x D.
+    Rows go through in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each
+    chunk again, so memory does not grow with B x B x D.
     """
     batch, dims = z.shape
     offset = (dims - 1) * math.log(batch)
@@ -237,7 +238,7 @@ def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, limit: int = 2**22)
 
 
 def covariance_penalty(z: Tensor, normalize: bool = False) -> Tensor:
-    """``sum_{i != j} C_ij^2 / D`` (VICReg, Bardes et al. 2022), C the covariance, or the correlation. [B, D] -> 0-dim, >= 0."""
+    """``sum_{i != j} C_ij^2 / D`` (VICReg, Bardes et al. 2022), C covariance or correlation. [B, D] -> 0-dim, >= 0."""
     x = z - z.mean(0)
     if normalize:
         x = x / x.square().mean(0).add(1e-8).sqrt() * ((len(z) - 1) / len(z)) ** 0.5
@@ -253,10 +254,11 @@ def consistency_variance(views: Tensor) -> Tensor:
 def active_units(mu: Tensor, threshold: float = 0.1, temperature: float = 0.05) -> tuple[Tensor, Tensor]:
     """Fractions of the latents that are active, and effective. [B, D] -> two 0-dim in [0, 1].
 
-    Active: mean over d of ``sigmoid((Var_b(mu_d) - threshold) / temperature)`` (Burda et al. 2016, softened). Effective:
-    ``exp(entropy of p) / D`` with ``p_d = Var_b(mu_d) / sum``.
+    Active: mean over d of ``sigmoid((Var_b(mu_d) - threshold) / temperature)`` (Burda et al. 2016, softened).
+    Effective: ``exp(entropy of p) / D`` with ``p_d = Var_b(mu_d) / sum``.
     """
     variance = mu.var(0)
     active = torch.sigmoid((variance - threshold) / temperature).mean()
     p = (variance + 1e-12) / (variance + 1e-12).sum()
-    return active, torch.exp(-(p * p.log()).sum()) / mu.shape[1]
+    effective = torch.exp(-(p * p.log()).sum()) / mu.shape[1]
+    return active, effective.clamp(max=1)  # rounding can pass 1

@@ -6,6 +6,7 @@ Normalisation is GroupNorm throughout, so a row of the batch does not depend on 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ def widths(image_size: int, width: int) -> list[int]:
     return [width * min(4, 2**k) for k in range(int(math.log2(image_size // SMALLEST)))]
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // 8, channels)
+def _norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+    return nn.GroupNorm(max(1, channels // 8), channels, affine=affine)
 
 
 class Encoder(nn.Module):
@@ -56,16 +57,16 @@ class Encoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Twice the side: nearest upsampling, 3 x 3 convolution, GroupNorm with scale and shift from the appearance, SiLU."""
+    """Twice the side: bilinear upsampling, 3 x 3 convolution, GroupNorm scaled and shifted by the appearance, SiLU."""
 
     def __init__(self, before: int, after: int, appearance: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(before, after, 3, padding=1)
-        self.norm = nn.GroupNorm(after // 8, after, affine=False)
+        self.conv = nn.Conv2d(before, after, 3, padding=1, padding_mode="replicate")  # zeros draw a frame
+        self.norm = _norm(after, affine=False)
         self.style = nn.Linear(appearance, 2 * after)
 
     def forward(self, x: Tensor, appearance: Tensor) -> Tensor:
-        x = self.norm(self.conv(F.interpolate(x, scale_factor=2.0)))
+        x = self.norm(self.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear")))
         scale, shift = self.style(appearance)[..., None, None].chunk(2, dim=1)
         return F.silu(torch.addcmul(shift, x, 1 + scale))
 
@@ -75,13 +76,12 @@ class Decoder(nn.Module):
 
     def __init__(self, image_size: int, structure: int, appearance: int, width: int) -> None:
         super().__init__()
-        channels = widths(image_size, width)[::-1]
+        # Half the channels at the full size, where most of the time goes.
+        channels = [*widths(image_size, width)[::-1], width // 2]
         self.start = nn.Linear(structure, channels[0] * SMALLEST**2)
         self.mood = nn.Sequential(nn.Linear(appearance, 64), nn.SiLU())
-        self.blocks = nn.ModuleList(
-            Block(before, after, 64) for before, after in zip(channels, [*channels[1:], channels[-1]], strict=True)
-        )
-        self.out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        self.blocks = nn.ModuleList(Block(before, after, 64) for before, after in pairwise(channels))
+        self.out = nn.Conv2d(channels[-1], 3, 3, padding=1, padding_mode="replicate")
         self.tint = nn.Linear(64, 3)
 
     def forward(self, structure: Tensor, appearance: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class VAE(nn.Module):
         self.parts = [structure, appearance]
         self.encoder = Encoder(image_size, structure + appearance, width)
         self.decoder = Decoder(image_size, structure, appearance, width)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def decode(self, z: Tensor) -> Tensor:
         """[B, D] -> [B, 3, S, S] in [0, 1]."""
@@ -132,7 +132,7 @@ class VAE(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Is each patch of the image a photograph? [B, 3, S, S] -> logits [B, 1, S/8, S/8] (PatchGAN, Isola et al. 2017)."""
+    """Is each patch of a photograph? [B, 3, S, S] -> logits [B, 1, S/8, S/8] (PatchGAN, Isola et al. 2017)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Discriminator(nn.Module):
         for before, after in ((3, width), (width, 2 * width), (2 * width, 2 * width)):
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers, nn.Conv2d(2 * width, 1, 1))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor) -> Tensor:
         return self.body(image * 2 - 1)

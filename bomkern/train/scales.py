@@ -18,7 +18,9 @@ DIAGNOSIS = {"realism": 2.0, "consistency": 500.0, "capacity": 0.4}
 class Scales:
     """A `Minimize` constraint for each of the nine goals, in device memory, calibrated without a host sync.
 
-    - ``anchored``: ideal and nadir of `goals.anchors`, known before the first step; ``scale = nadir - ideal``.
+    - ``anchored``: ideal and nadir of `goals.anchors`, ``scale = nadir - ideal``. Every goal has both before the first
+      step, the image goals because their raw values are fractions of what trivial answers cost (`goals.Trivial`), so
+      nothing is calibrated against networks, or an adversary, that have not trained.
     - ``auto``: ideal 0; the scale is the largest raw value of the first ``calibration_steps`` steps, and until they are
       over 1.1 times the largest so far.
     - ``diagnosis``: auto, but with the fixed scales of `DIAGNOSIS`.
@@ -47,9 +49,7 @@ class Scales:
         return self.preset != "anchored" and step < self.calibration_steps
 
     def observe(self, highest: Tensor, step: int) -> None:
-        """Take in the [K] largest raw values of this step, before its loss."""
-        if not self.calibrating(step):
-            return
+        """Take in the [K] largest raw values of a calibration step, before its loss."""
         self._before = (self.table.params.clone(), self.largest.clone())
         torch.fmax(self.largest, highest, out=self.largest)
         margin = MARGIN if step + 1 < self.calibration_steps else 1.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .tally import Tally
 
 CROPS, NOISE, TRIVIAL = 0, 1, 2  # streams of random numbers
 TRIVIAL_CROPS = 256
+AVERAGE = 0.01  # weight of a step in the moving average of the weights
 
 
 def raw_values(out: Pass, image: Tensor, logits: Tensor, order: Tensor, trivial: goal.Trivial) -> list[Tensor]:
@@ -58,6 +60,11 @@ class Trainer:
         config: the run.
         fabric: launched.
         crops: training crops.
+
+    Attributes:
+        vae, discriminator: the networks, as they are trained.
+        average: moving average of the VAE's weights over about 100 steps, which is what gets evaluated and pictured.
+        step: how many steps are done.
     """
 
     def __init__(self, config: Config, fabric: Fabric, crops: Crops) -> None:
@@ -68,10 +75,13 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.vae = VAE(config.image_size, config.structure, config.appearance, config.width)
             self.discriminator = Discriminator(config.width // 2)
+        self.average = copy.deepcopy(self.vae).requires_grad_(False).to(self.device)
         # Fused, because that step takes `found_inf` from the device and leaves everything alone where it is 1.
         self.optimizers = [
             torch.optim.AdamW(self.vae.parameters(), lr=config.lr, fused=True),
-            torch.optim.AdamW(self.discriminator.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.99), fused=True),
+            torch.optim.AdamW(
+                self.discriminator.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.99), fused=True
+            ),
         ]
         self.model, self._step_vae = fabric.setup(self.vae, self.optimizers[0])
         self.judge, self._step_judge = fabric.setup(self.discriminator, self.optimizers[1])
@@ -81,7 +91,8 @@ class Trainer:
         self.trivial = goal.trivial_answers(to_float(sample, self.device))
 
     def _entropy(self, stream: int, step: int) -> list[int]:
-        return [self.config.seed, stream, step, self.fabric.global_rank]
+        rank = 0 if stream == TRIVIAL else self.fabric.global_rank  # what goals are measured by is common to all ranks
+        return [self.config.seed, stream, step, rank]
 
     def _host_rng(self, stream: int, step: int) -> np.random.Generator:
         return np.random.default_rng(self._entropy(stream, step))
@@ -109,9 +120,9 @@ class Trainer:
             logits = self.discriminator(out.recon)
         raw = raw_values(out, image, logits.float(), order, self.trivial)
         with torch.no_grad():
-            table = torch.stack(raw)  # [K, B], for the counters only
-            highest = self.fabric.all_reduce(table.amax(1), reduce_op="max")
-        self.scales.observe(highest, self.step)
+            table = torch.stack(raw)  # [K, B], for the counters and the calibration
+            if self.scales.calibrating(self.step):
+                self.scales.observe(self.agree(table.amax(1), "max"), self.step)
         loss, stats = min_goal_loss(
             raw, self.scales.table, reduction=self.config.reduction, return_stats=True, impl=self.config.impl
         )
@@ -131,23 +142,32 @@ class Trainer:
 
     def _apply(self, finite: Tensor) -> Tensor:
         """Update both networks, or neither; returns whether, as a 0-dim bool on the device, the same on all ranks."""
-        norms = [
+        norms: list[Tensor] = [
             torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
             for module in (self.vae, self.discriminator)
         ]
         fine = finite & norms[0].isfinite() & norms[1].isfinite()
-        ok = self.fabric.all_reduce(fine.float(), reduce_op="min") > 0
+        ok = self.agree(fine.float(), "min") > 0
         for optimizer, wrapped in zip(self.optimizers, (self._step_vae, self._step_judge), strict=True):
             optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]
             wrapped.step()
             optimizer.zero_grad()
+        # A rejected step has weight 0; the first steps weigh more, or the average would remember the untrained weights.
+        weight = ok.float() * max(AVERAGE, 1 / (self.step + 1))
+        for mean, now in zip(self.average.parameters(), self.vae.parameters(), strict=True):
+            mean.lerp_(now.detach(), weight)
         return ok
+
+    def agree(self, tensor: Tensor, how: str) -> Tensor:
+        """The "max" or "min" over the ranks, on all of them."""
+        return cast(Tensor, self.fabric.all_reduce(tensor, reduce_op=how))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "config": self.config.to_dict(),
             "vae": self.vae.state_dict(),
+            "average": self.average.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scales": self.scales.state_dict(),
@@ -158,6 +178,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.vae.load_state_dict(state["vae"])
+        self.average.load_state_dict(state["average"])
         self.discriminator.load_state_dict(state["discriminator"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)

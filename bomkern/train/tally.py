@@ -12,32 +12,27 @@ from bomkern import MinGoalStats
 from .goals import GOALS
 
 REJECTED_IN_A_ROW = 50  # after so many, training stops
+PER_GOAL = ("raw", "level", "share", "share_total", "starving", "longest", "blame")
+PLAIN = ("loss", "taken", "steps", "rejected", "in_a_row")
 
 
 class Tally:
-    """Counters over steps, all tensors on the device. K goals.
+    """Counters over steps, float64 on the device: `PER_GOAL` are [K], `PLAIN` are 0-dim.
 
-    Attributes:
-        loss, raw, level, share, taken: sums over the accepted steps since the last `window`, and their number.
-        share_total, steps: sum of the shares of all accepted steps, and their number.
-        starving, longest: [K] current and longest run of accepted steps in which a goal owned no sample.
-        rejected, in_a_row: rejected steps, all and since the last accepted one.
-        blame: [K] how often each goal was at fault in the current run of rejected steps.
+    ``loss``, ``raw``, ``level``, ``share`` are sums over the accepted steps since the last `window`, ``taken`` is their
+    number; ``share_total`` and ``steps`` over all accepted steps. ``starving`` and ``longest`` are the current and
+    the longest run of accepted steps in which a goal owned no sample. ``rejected`` counts rejected steps, ``in_a_row``
+    those since the last accepted one, ``blame`` how often each goal was at fault in them.
     """
 
     def __init__(self, device: torch.device) -> None:
-        count = len(GOALS)
-        self.values = {name: torch.zeros(count, device=device, dtype=torch.float64) for name in ("raw", "level", "share", "blame")}
-        self.values |= {name: torch.zeros(count, device=device, dtype=torch.float64) for name in ("share_total", "starving", "longest")}
-        self.values |= {
-            name: torch.zeros((), device=device, dtype=torch.float64) for name in ("loss", "taken", "steps", "rejected", "in_a_row")
-        }
+        self.values = {name: torch.zeros(len(GOALS), device=device, dtype=torch.float64) for name in PER_GOAL}
+        self.values |= {name: torch.zeros((), device=device, dtype=torch.float64) for name in PLAIN}
 
     def add(self, ok: Tensor, loss: Tensor, raw: Tensor, stats: MinGoalStats, blame: Tensor) -> None:
         """Count one step. ok: 0-dim bool; raw: [K] batch means; blame: [K] bool, only read where not ok."""
         v = self.values
-        share = stats.share.double()
-        zero = v["loss"].new_zeros(())
+        share, zero = stats.share.double(), v["loss"].new_zeros(())
         for name, value in (("loss", loss), ("raw", raw), ("level", stats.level), ("share", share)):
             v[name].add_(torch.where(ok, value.detach().double(), zero))
         v["share_total"].add_(torch.where(ok, share, zero))
@@ -49,37 +44,31 @@ class Tally:
         v["in_a_row"].copy_(torch.where(ok, zero, v["in_a_row"] + 1))
         v["blame"].copy_(torch.where(ok, zero, v["blame"] + blame))
 
-    def window(self) -> dict[str, Any] | None:
-        """Means over the accepted steps since the last call, read from the device; None if there was none."""
-        v = self.values
-        packed = torch.cat([v["raw"], v["level"], v["share"], v["loss"][None], v["taken"][None]]).tolist()
-        for name in ("loss", "raw", "level", "share", "taken"):
-            v[name].zero_()
-        taken, k = packed[-1], len(GOALS)
+    def window(self) -> dict[str, Any]:
+        """Means over the accepted steps since the last call, read from the device; empty if there was none."""
+        names = ("raw", "level", "share")
+        packed = torch.cat([*(self.values[name] for name in names), self.values["loss"][None]])
+        *means, taken = torch.cat([packed, self.values["taken"][None]]).tolist()
+        for name in (*names, "loss", "taken"):
+            self.values[name].zero_()
         if not taken:
-            return None
-        mean = [x / taken for x in packed[:-1]]
-        goals = {
-            name: {"raw": mean[i], "level": mean[k + i], "share": mean[2 * k + i]} for i, name in enumerate(GOALS)
-        }
-        return {"loss": mean[3 * k], "goals": goals}
+            return {}
+        rows = [[x / taken for x in means[i :: len(GOALS)][:3]] for i in range(len(GOALS))]
+        goals = {name: dict(zip(names, row, strict=True)) for name, row in zip(GOALS, rows, strict=True)}
+        return {"loss": means[-1] / taken, "goals": goals}
 
     def stuck(self) -> str | None:
         """The goal at fault, if too many steps in a row were rejected."""
-        v = self.values
-        packed = torch.cat([v["in_a_row"][None], v["blame"]]).tolist()
-        if packed[0] < REJECTED_IN_A_ROW:
-            return None
-        return GOALS[max(range(len(GOALS)), key=lambda i: packed[1 + i])]
+        in_a_row, *blame = torch.cat([self.values["in_a_row"][None], self.values["blame"]]).tolist()
+        return GOALS[max(range(len(GOALS)), key=blame.__getitem__)] if in_a_row >= REJECTED_IN_A_ROW else None
 
     def totals(self) -> dict[str, Any]:
         """share and longest starvation per goal over all accepted steps, and how many were rejected."""
-        v = {name: tensor.tolist() for name, tensor in self.values.items()}
-        steps = max(1.0, v["steps"])
+        share = (self.values["share_total"] / self.values["steps"].clamp(min=1)).tolist()
         return {
-            "share": {name: v["share_total"][i] / steps for i, name in enumerate(GOALS)},
-            "longest_starvation": {name: int(v["longest"][i]) for i, name in enumerate(GOALS)},
-            "rejected_steps": int(v["rejected"]),
+            "share": dict(zip(GOALS, share, strict=True)),
+            "longest_starvation": dict(zip(GOALS, map(int, self.values["longest"].tolist()), strict=True)),
+            "rejected_steps": int(self.values["rejected"]),
         }
 
     def state_dict(self) -> dict[str, Tensor]:

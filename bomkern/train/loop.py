@@ -1,0 +1,244 @@
+"""A run from start to end: folder, data, steps, lines, checkpoints, pictures, summary."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from tqdm import tqdm
+
+import bomkern
+
+from . import checkpoint, evaluate, record
+from .config import REDUCTIONS, SCALES, Config, TrainError
+from .data import DataError, load, to_float
+from .goals import GOALS
+from .step import Trainer
+from .tally import REJECTED_IN_A_ROW
+
+DEFAULT_STEPS = 1000
+
+
+class Interrupted(Exception):
+    """Training was asked to stop by a signal, and has saved a checkpoint."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step} by {signal.Signals(number).name}")
+        self.number, self.step = number, step
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps; the second is the usual one."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        in_main = threading.current_thread() is threading.main_thread()  # others may not handle signals
+        self.old = {number: signal.signal(number, self._note) for number in numbers} if in_main else {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def launch(config: Config) -> Fabric:
+    """Fabric for the device, strategy and precision of the config."""
+    accelerator = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.split(":")[0]
+    accelerator = "cpu" if accelerator == "auto" else accelerator
+    devices: int | list[int] = config.devices
+    if accelerator == "cuda" and ":" in config.device:
+        devices = [int(config.device.split(":")[1])]
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise TrainError(f"--device {config.device}: this PyTorch sees no CUDA device")
+    precision: Any = config.precision
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, strategy=config.strategy, precision=precision)
+    except (TypeError, ValueError, RuntimeError) as why:  # more devices than there are, above all
+        raise TrainError(f"--device {config.device} --devices {config.devices}: {str(why).splitlines()[0]}") from why
+    fabric.launch()
+    return fabric
+
+
+def total_steps(config: Config, crops: int, ranks: int) -> int:
+    """Steps of the run; an epoch is as many samples as crops fit side by side into the training regions."""
+    if config.epochs is not None:
+        return max(1, math.ceil(config.epochs * crops / (config.batch_size * ranks)))
+    return config.steps if config.steps is not None else DEFAULT_STEPS
+
+
+def serving(device: str, impl: str | None) -> str:
+    """Which implementation of `bomkern.min_goal_loss` serves on this type of device: ``impl``, or the best there is."""
+    reasons = bomkern.info()["ops"]["min_goal"].get(device, {})
+    if impl is None:
+        return next((name for name, reason in reasons.items() if reason is None), "reference")
+    if reasons.get(impl):
+        raise TrainError(f"--impl {impl} cannot serve on {device}: {reasons[impl]}")
+    return impl
+
+
+def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
+    """Run, or continue, a training run and return its summary; see the README for what the run folder holds.
+
+    Args:
+        config: the run.
+        given: the names of the settings that were asked for; when resuming, the others come from the run's checkpoint.
+
+    Raises:
+        TrainError: one line on why the run cannot start or go on.
+        Interrupted: a signal came; a checkpoint was saved.
+    """
+    folder = Path(config.out)
+    stored = None
+    if config.resume:
+        stored = checkpoint.load(folder / record.CHECKPOINT)
+        config = config.merged(stored["config"], given if given is not None else set())
+    if config.scales not in SCALES or config.reduction not in REDUCTIONS:
+        raise TrainError(f"unknown --scales {config.scales} or --reduction {config.reduction}")
+    fabric = launch(config)
+    chief = fabric.is_global_zero
+    impl = serving(fabric.device.type, config.impl)
+    try:
+        data = load(Path(config.data) if config.data else None, config.image_size)
+    except DataError as why:
+        raise TrainError(str(why)) from why
+    if chief:
+        if data.skipped:
+            fabric.print(f"skipped {len(data.skipped)} files of {config.data}:", *data.skipped, sep="\n  ")
+        record.prepare(folder, config.overwrite, config.resume)
+    fabric.barrier()
+    trainer = Trainer(config, fabric, data.train)
+    if stored:
+        trainer.load_state_dict(stored)
+    steps = total_steps(config, len(data.train), fabric.world_size)
+    if trainer.step > steps:
+        raise TrainError(f"the run in {folder} is at step {trainer.step} already: ask for more than {steps} steps")
+    if chief:
+        record.write_json(folder / record.CONFIG, {**config.to_dict(), "total_steps": steps, "images": data.names})
+    images = to_float(data.held_out.grid(evaluate.HELD_OUT_CROPS), trainer.device)
+    recorder, stop = record.Recorder(folder, trainer.step, chief), Stop()
+    try:
+        speed = _steps(trainer, steps, images, recorder, stop, folder)
+    finally:
+        stop.restore()
+        recorder.close()
+    return _finish(trainer, images, folder, speed, impl) if chief else {}
+
+
+def _steps(
+    trainer: Trainer, steps: int, images: torch.Tensor, recorder: record.Recorder, stop: Stop, folder: Path
+) -> float | None:
+    """Train up to ``steps``; returns steps per second without evaluation and checkpoints."""
+    config, fabric = trainer.config, trainer.fabric
+    chief, first = fabric.is_global_zero, trainer.step
+    aside = 0.0  # seconds that are not training
+    begun = time.perf_counter()
+    bar = tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=0.5, dynamic_ncols=True)
+    with bar:
+        while trainer.step < steps:
+            trainer.advance()
+            bar.update()
+            n = trainer.step
+            log, look = n % config.log_every == 0, n % config.eval_every == 0
+            if log or n % REJECTED_IN_A_ROW == 0:
+                _check(trainer)
+            line: dict[str, Any] = {"step": n}
+            if log and (window := trainer.tally.window()):
+                line |= window
+                worst = max(GOALS, key=lambda name: window["goals"][name]["share"])
+                bar.set_postfix_str(f"loss {window['loss']:.3f}, {worst} {window['goals'][worst]['share']:.0%}")
+            paused = time.perf_counter()
+            if look and chief:
+                line |= evaluate.quality(trainer.average, images)
+            if len(line) > 1:
+                recorder.line(line)
+            asked = stop.asked if fabric.world_size == 1 or log else 0
+            if fabric.world_size > 1 and log:  # every rank must leave at the same step
+                asked = int(trainer.agree(torch.tensor(float(asked), device=trainer.device), "max"))
+            if chief and (asked or n == steps or n % config.checkpoint_every == 0):
+                checkpoint.save(folder / record.CHECKPOINT, trainer.state_dict())
+            aside += time.perf_counter() - paused
+            if asked:
+                raise Interrupted(asked, n)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+    seconds = time.perf_counter() - begun - aside
+    # After the checkpoint, which keeps the open window for a run that goes on.
+    if steps % config.log_every and (window := trainer.tally.window()):
+        recorder.line({"step": steps, **window, "partial": True})
+    return (steps - first) / seconds if steps > first else None
+
+
+def _check(trainer: Trainer) -> None:
+    goal = trainer.tally.stuck()
+    if goal:
+        raise TrainError(
+            f"{goal} is not finite, or its gradient is not: {REJECTED_IN_A_ROW} steps in a row were rejected, the last "
+            f"at step {trainer.step}; the weights are those of the last good step. Try a smaller --lr or another --seed"
+        )
+
+
+def _finish(trainer: Trainer, images: torch.Tensor, folder: Path, speed: float | None, impl: str) -> dict[str, Any]:
+    """Evaluate, write summary and pictures."""
+    from . import plots
+
+    found = {**evaluate.quality(trainer.average, images), **evaluate.baseline(images)}
+    totals = trainer.tally.totals()
+    lines = [line for line in record.read_lines(folder / record.METRICS) if "goals" in line]
+    last = lines[-1]["goals"] if lines else {}
+    config = trainer.config
+    summary = {
+        **found,
+        "steps": trainer.step,
+        "steps_per_second": speed,
+        **totals,
+        "raw": {name: last[name]["raw"] for name in last},
+        "level": {name: last[name]["level"] for name in last},
+        "constraints": trainer.scales.values(),
+        "held_out_crops": len(images),
+        "scales": config.scales,
+        "reduction": config.reduction,
+        "seed": config.seed,
+        "impl": impl,
+        "device": str(trainer.device),
+        "threads": torch.get_num_threads(),
+        "versions": record.versions(),
+    }
+    record.write_json(folder / record.SUMMARY, summary)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        plots.curves(folder)
+        plots.contact_sheets(folder, trainer.average, images, found)
+    return summary
+
+
+def report(summary: dict[str, Any], folder: str) -> str:
+    """The summary as a short table for a terminal."""
+    verdict = "above" if summary["psnr"] > summary["baseline_psnr"] else "NOT above"
+    rows = [
+        "",
+        f"held-out PSNR {summary['psnr']:.2f} dB, {verdict} the {summary['baseline_psnr']:.2f} dB of each crop's "
+        f"mean colour; SSIM {summary['ssim']:.3f} (mean colour {summary['baseline_ssim']:.3f})",
+        f"{summary['steps']} steps, {summary['rejected_steps']} rejected"
+        + (f", {summary['steps_per_second']:.2f} steps/s" if summary["steps_per_second"] else ""),
+        "",
+        f"{'goal':<22}{'raw':>10}{'level':>8}{'share':>8}{'longest starvation':>20}",
+    ]
+    for name in GOALS:
+        raw, level = summary["raw"].get(name, math.nan), summary["level"].get(name, math.nan)
+        rows.append(
+            f"{name:<22}{raw:>10.3f}{level:>8.3f}{summary['share'][name]:>8.1%}"
+            f"{summary['longest_starvation'][name]:>14} steps"
+        )
+    return "\n".join([*rows, "", f"pictures, metrics and checkpoint: {folder}"])
