@@ -102,21 +102,41 @@ def min_goal_loss(
     return (out[0], MinGoalStats(*out[-4:])) if return_stats else out[0]
 
 
+# The tables of the tuples seen last, by identity: a tuple of immutable constraints cannot change, and hashing each of
+# them is what a small call would otherwise spend its time on.
+_recent: dict[tuple[int, torch.device, bool], tuple[object, ConstraintTable]] = {}
+
+
 def _table(
     constraints: Constraint | Sequence[Constraint] | ConstraintTable,
     count: int,
     tensors: list[Tensor],
     device: torch.device,
 ) -> ConstraintTable:
-    dtype = torch.float32
-    for t in tensors:
-        if isinstance(t, Tensor) and t.dtype == torch.float64:
-            dtype = torch.float64
+    """The constraints as a table on the goals' device, in the dtype they are computed in."""
     if isinstance(constraints, ConstraintTable):
         return constraints
+    wide = False
+    for t in tensors:
+        wide = wide or getattr(t, "dtype", None) is torch.float64
+    if torch.compiler.is_compiling():
+        return ConstraintTable(_all(constraints, count), device, torch.float64 if wide else torch.float32)
+    key = (id(constraints), device, wide)
+    held, table = _recent.get(key, (None, None))
+    if table is None or held is not constraints or len(table) != count:
+        table = pack(_all(constraints, count), device, torch.float64 if wide else torch.float32)
+        if isinstance(constraints, (tuple, Constraint)):
+            if len(_recent) >= 64:
+                _recent.clear()
+            _recent[key] = (constraints, table)
+    return table
+
+
+def _all(constraints: Constraint | Sequence[Constraint], count: int) -> tuple[Constraint, ...]:
+    """K constraints, checked."""
     if isinstance(constraints, Constraint):
-        constraints = (constraints,) * count
-    elif not isinstance(constraints, (list, tuple)):
+        return (constraints,) * count
+    if not isinstance(constraints, (list, tuple)):
         raise TypeError(
             "constraints must be a constraint, a sequence of them, or a ConstraintTable, "
             f"got {type(constraints).__name__}"
@@ -126,6 +146,4 @@ def _table(
     for k, constraint in enumerate(constraints):
         if not isinstance(constraint, Constraint):
             raise TypeError(f"constraints[{k}] must be a constraint, got {type(constraint).__name__}")
-    if torch.compiler.is_compiling():
-        return ConstraintTable(constraints, device, dtype)
-    return pack(tuple(constraints), device, dtype)
+    return tuple(constraints)

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -108,7 +109,16 @@ void check_params(const std::optional<Tensor>& params, at::IntArrayRef curves, c
   TORCH_CHECK_VALUE(params->device() == device, "params is on ", params->device(), ", the goals on ", device, ": move it");
 }
 
-template <class S> struct Call {
+// Straight to the CPU's allocator: a small call makes a dozen tensors, and dispatch is most of what each costs.
+template <bool Cuda> Tensor fresh(at::IntArrayRef size, const at::TensorOptions& options) {
+  if constexpr (Cuda) {
+    return at::empty(size, options);
+  } else {
+    return at::cpu::empty(size, options);
+  }
+}
+
+template <class S, bool Cuda> struct Call {
   Forward<S> args{};
   Tensor loss, winner, slope, bottleneck, share, level, finite, params;
 
@@ -124,9 +134,9 @@ template <class S> struct Call {
       params = p->contiguous();
       args.params = params.template const_data_ptr<S>();
     }
-    loss = reduction == Reduction::none ? at::empty({problem.batch}, number) : at::empty({}, number);
-    winner = at::empty({rows}, number.dtype(global ? at::kLong : at::kByte));
-    slope = at::empty({rows}, number);
+    loss = reduction == Reduction::none ? fresh<Cuda>({problem.batch}, number) : fresh<Cuda>({}, number);
+    winner = fresh<Cuda>({rows}, number.dtype(global ? at::kLong : at::kByte));
+    slope = fresh<Cuda>({rows}, number);
     args.loss = loss.template mutable_data_ptr<S>();
     args.slope = slope.template mutable_data_ptr<S>();
     if (global) {
@@ -135,10 +145,10 @@ template <class S> struct Call {
       args.winner = winner.template mutable_data_ptr<uint8_t>();
     }
     if (!stats) return;
-    bottleneck = at::empty({problem.batch}, number.dtype(at::kLong));
-    share = at::empty({problem.count}, number);
-    level = at::empty({problem.count}, number);
-    finite = at::empty({}, number.dtype(at::kBool));
+    bottleneck = fresh<Cuda>({problem.batch}, number.dtype(at::kLong));
+    share = fresh<Cuda>({problem.count}, number);
+    level = fresh<Cuda>({problem.count}, number);
+    finite = fresh<Cuda>({}, number.dtype(at::kBool));
     args.bottleneck = bottleneck.template mutable_data_ptr<int64_t>();
     args.share = share.template mutable_data_ptr<S>();
     args.level = level.template mutable_data_ptr<S>();
@@ -218,9 +228,9 @@ template <class S> void run_cuda(const Backward<S>& a, const Tensor& like) {
 #endif
 
 template <class S, bool Cuda>
-Call<S> run(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves, int64_t reduction, bool stats,
+Call<S, Cuda> run(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves, int64_t reduction, bool stats,
             const Problem& problem) {
-  Call<S> call(goals, params, curves, static_cast<Reduction>(reduction), stats, problem);
+  Call<S, Cuda> call(goals, params, curves, static_cast<Reduction>(reduction), stats, problem);
   if constexpr (Cuda) {
 #ifdef BOMKERN_CUDA
     run_cuda(call.args, goals[0]);
@@ -278,9 +288,8 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
   grads.reserve(index.size());
   for (size_t i = 0; i < index.size(); ++i) {
     const auto options = slope.options().dtype(types[dtype[i]]);
-    grads.push_back(dim[i] == 2   ? at::empty({batch, count}, options)
-                    : dim[i] == 1 ? at::empty({batch}, options)
-                                  : at::empty({}, options));
+    const int64_t sizes[] = {batch, count};
+    grads.push_back(fresh<Cuda>(at::IntArrayRef(sizes, dim[i]), options));
     a.out[i] = {grads[i].mutable_data_ptr(), dim[i] == 2 ? -1 : static_cast<int>(index[i]), dim[i] == 0,
                 static_cast<DType>(dtype[i])};
   }

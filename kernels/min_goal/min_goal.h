@@ -67,7 +67,7 @@ struct Partial {
   int64_t owned[max_goals];
 };
 
-constexpr int64_t chunk = 8192;
+constexpr int64_t chunk = 4096;
 
 struct CpuKernels {
   const char* name;
