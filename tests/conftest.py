@@ -43,3 +43,11 @@ def assert_as_good_as_eager(ours: Tensor, eager: Tensor, exact: Tensor, slack: f
     error, allowed = (ours - exact)[~same].abs().max(), 2 * (eager - exact)[~same].nan_to_num().abs().max()
     size = exact[~same].abs().max()
     assert error <= allowed + slack * size, f"error {error:.3g}, allowed {allowed:.3g} + {slack} of {size:.3g}"
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without pictures, which take longer than the few steps of a test."""
+    plots = pytest.importorskip("bomkern.train.plots")
+    monkeypatch.setattr(plots, "curves", lambda *_: None)
+    monkeypatch.setattr(plots, "contact_sheets", lambda *_: None)

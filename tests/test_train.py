@@ -1,4 +1,4 @@
-"""The trainer end to end: run folder, resuming to the bit, signals, rejected steps, no host sync, command line."""
+"""The trainer end to end: run folder, resuming to the bit, signals, command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +15,13 @@ import pytest
 pytest.importorskip("lightning_fabric")
 
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bomkern import cli
-from bomkern.train import checkpoint, data, loop, plots, record, step
+from bomkern.train import checkpoint, loop, record
 from bomkern.train.config import Config, TrainError
 from bomkern.train.goals import GOALS, anchors
-from bomkern.train.networks import VAE, Discriminator
 from bomkern.train.scales import DIAGNOSIS
-
-TINY: dict[str, Any] = {"width": 8, "structure": 6, "appearance": 4, "batch_size": 4, "device": "cpu", "log_every": 2}
-
-
-def config(out: Path, **changes: Any) -> Config:
-    return Config(**{**TINY, "out": str(out), "steps": 3, **changes})
-
-
-def trainer(**changes: Any) -> step.Trainer:
-    run = config(Path("unused"), **changes)
-    return step.Trainer(run, Fabric(accelerator="cpu", devices=1), data.load(None, run.image_size).train)
-
-
-def leaves(state: Any, name: str = "") -> dict[str, Any]:
-    """Every tensor and number of a nested state, by its path."""
-    if isinstance(state, dict):
-        return {k: v for key, value in state.items() for k, v in leaves(value, f"{name}/{key}").items()}
-    if isinstance(state, (list, tuple)):
-        return {k: v for i, value in enumerate(state) for k, v in leaves(value, f"{name}/{i}").items()}
-    return {name: state.clone() if isinstance(state, Tensor) else state}
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    different = [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], Tensor) else a[k] == b[k])]
-    assert not different, different
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without pictures, which take longer than the few steps of a test."""
-    monkeypatch.setattr(plots, "curves", lambda *_: None)
-    monkeypatch.setattr(plots, "contact_sheets", lambda *_: None)
-
+from tests.train_helpers import assert_same, config, leaves
 
 # A run folder.
 
@@ -219,172 +181,6 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) ->
     assert reached >= 2
     summary = loop.train(Config(out=str(tmp_path), steps=reached + 1, resume=True), {"out", "steps", "resume"})
     assert summary["steps"] == reached + 1
-
-
-# Rejected steps.
-
-
-def poison_image(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def images() -> Tensor:
-        image = torch.rand(4, 3, 32, 32)
-        image[1, 0, 5, 5] = torch.nan
-        return image
-
-    monkeypatch.setattr(run, "images", images)
-
-
-def poison_goal(name: str, value: float) -> Callable[[step.Trainer, pytest.MonkeyPatch], None]:
-    def poison(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-        true = step.raw_values
-
-        def raw_values(*arguments: Any) -> list[Tensor]:
-            raw = true(*arguments)
-            k = GOALS.index(name)
-            raw[k] = raw[k] * torch.tensor([1.0, value, 1.0, 1.0])
-            return raw
-
-        monkeypatch.setattr(step, "raw_values", raw_values)
-
-    return poison
-
-
-def poison_gradient(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    next(run.vae.decoder.parameters()).register_hook(lambda gradient: gradient * torch.nan)
-
-
-@pytest.mark.parametrize("scales", ["anchored", "auto"])
-@pytest.mark.parametrize(
-    "poison",
-    [poison_image, poison_goal("consistency", torch.nan), poison_goal("realism", torch.inf), poison_gradient],
-    ids=["image", "nan-goal", "inf-goal", "gradient"],
-)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
-    monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None], scales: str
-) -> None:
-    run = trainer(scales=scales, calibration_steps=3)
-    run.advance()
-    run.advance()
-    before = leaves(run.state_dict())
-    with monkeypatch.context() as patch:
-        poison(run, patch)
-        run.advance()
-    after = leaves(run.state_dict())
-    counted = {"/step": 3, "/tally/rejected": 1.0, "/tally/in_a_row": 1.0}
-    for name, value in counted.items():
-        assert after.pop(name) == value
-        before.pop(name)
-    assert after.pop("/tally/blame").sum() >= 1
-    before.pop("/tally/blame")
-    assert_same(before, after)
-    if poison is not poison_gradient:  # its hook stays
-        run.advance()
-        assert run.tally.totals()["rejected_steps"] == 1 and run.tally.values["in_a_row"] == 0
-        assert not torch.equal(next(run.vae.parameters()), before["/vae/encoder.trunk.0.weight"])
-
-
-@pytest.mark.usefixtures("plain")
-def test_training_stops_after_50_rejected_steps_and_names_the_goal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poison_goal("cross_recon", torch.nan)(None, monkeypatch)  # type: ignore[arg-type]
-    with pytest.raises(TrainError, match=r"cross_recon is not finite, .* 50 steps in a row"):
-        loop.train(config(tmp_path, steps=200))
-
-
-# What a step may not do.
-
-
-class Watch(TorchDispatchMode):
-    """Counts operators that make the host wait for the device."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "equal", "unique", "index.Tensor")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = str(func).removeprefix("aten.")
-        mask = name.startswith("index") and any(
-            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in (args[1] if len(args) > 1 else [])
-        )
-        if mask or name.split(".")[0] in self.waits:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("scales", ["anchored", "auto"])
-def test_no_host_sync_in_a_step(scales: str) -> None:
-    run = trainer(scales=scales)
-    run.advance()
-    with Watch() as watch:
-        float(torch.ones(1))
-        assert watch.found == ["_local_scalar_dense.default"]  # the watch works
-        watch.found.clear()
-        run.advance()
-    assert not watch.found
-
-
-def test_nothing_is_decoded_twice() -> None:
-    run = trainer()
-    sizes: dict[str, list[int]] = {"encoder": [], "decoder": [], "discriminator": []}
-    run.vae.encoder.register_forward_pre_hook(lambda _, x: sizes["encoder"].append(len(x[0])))
-    run.vae.decoder.register_forward_pre_hook(lambda _, x: sizes["decoder"].append(len(x[0])))
-    run.discriminator.register_forward_pre_hook(lambda _, x: sizes["discriminator"].append(len(x[0])))
-    run.advance()
-    # Image and view; reconstruction, swap and two perturbed; the judge on the reconstruction, then on both.
-    assert sizes == {"encoder": [8], "decoder": [16], "discriminator": [4, 8]}
-
-
-def test_each_goal_reaches_what_it_should() -> None:
-    run = trainer()
-    image = run.images()
-    noise, shake, view, order = run._noise()
-    out = run.vae(image, step.see.photometric(image, view), noise, shake)
-    raw = step.raw_values(out, image, run.discriminator(out.recon), order, run.trivial)
-    assert len(raw) == 9 and all(value.shape == (4,) for value in raw)
-    encoder, decoder = run.vae.encoder.head.weight, run.vae.decoder.out.weight
-    for name, value in zip(GOALS, raw, strict=True):
-        reached = torch.autograd.grad(value.sum(), [encoder, decoder], retain_graph=True, allow_unused=True)
-        sees_images = name in ("behavioral_separation", "reconstruction", "cross_recon", "realism")
-        assert reached[0] is not None and reached[0].abs().sum() > 0, name
-        assert (reached[1] is not None) == sees_images, name
-
-
-def test_rows_are_independent() -> None:
-    vae, judge = VAE(32, 6, 4, 16).double(), Discriminator(8).double()
-    image, z = torch.rand(2, 3, 32, 32).double(), torch.randn(2, 10).double()
-    for network, x in ((vae.encoder, image), (vae.decode, z), (judge, image)):
-        together = network(x)
-        together = together if isinstance(together, Tensor) else torch.cat(together, 1)
-        for row in range(2):
-            alone = network(x[row : row + 1])
-            alone = alone if isinstance(alone, Tensor) else torch.cat(alone, 1)
-            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-12, atol=1e-12)
-
-
-def test_auto_scales_are_the_largest_values_seen() -> None:
-    run = trainer(scales="auto", calibration_steps=2)
-    seen: list[Tensor] = []
-    true = run.scales.observe
-    run.scales.observe = lambda highest, n: (seen.append(highest.clone()), true(highest, n))[1]  # type: ignore
-    slopes = []
-    for _ in range(4):
-        run.advance()
-        slopes.append(run.scales.table.params.clone())
-    largest = torch.stack(seen[:2]).amax(0)
-    torch.testing.assert_close(slopes[0][:, 1], 1 / (seen[0] * 1.1))
-    torch.testing.assert_close(slopes[1][:, 1], 1 / largest)
-    assert torch.equal(slopes[1], slopes[3]) and slopes[3][:, 0].abs().max() == 0
-
-
-def test_seeds_decide() -> None:
-    runs = [trainer(seed=seed) for seed in (1, 1, 2)]
-    for run in runs:
-        run.advance()
-    a, b, c = (leaves(run.vae.state_dict()) for run in runs)
-    assert_same(a, b)
-    assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
 # The command line.
