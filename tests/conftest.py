@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from bomkern import _impl
 
 torch.manual_seed(0)
+settings.register_profile("bomkern", deadline=None)  # a busy machine is no failure
+settings.load_profile("bomkern")
 
 
 PAIRS = (

@@ -241,7 +241,7 @@ def test_far_away_and_satisfied(server: tuple[str, str]) -> None:
 
 
 @IMPLS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6), min_size=1, max_size=40),
     reduction=st.sampled_from(REDUCTIONS),
