@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
+TORCH ?= torch>=2.11,<2.14
 # A CUDA build of torch to check the CUDA extension against; no GPU is needed.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
@@ -44,6 +45,8 @@ SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu
 $(VENV)/.ready: $(SOURCES)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade 'pip>=23'
+	# torch first: an isolated build that finds one does not fetch its own.
+	$(RUN)/python -m pip install --quiet '$(TORCH)'
 	$(RUN)/python -m pip install -e '.[dev]'
 	touch $@
 
