@@ -19,7 +19,7 @@ without a host sync and inside a captured CUDA graph. The kernels know only the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar
 
@@ -27,8 +27,6 @@ import torch
 from torch import Tensor
 
 LINEAR, HARD, BARRIER = 0, 1, 2
-CURVES = (LINEAR, HARD, BARRIER)
-COLUMNS = ("center", "right", "left", "tail")
 MAX_GOALS = 64
 
 
@@ -63,7 +61,7 @@ def _tail(owner: str, value: object) -> float:
 class Constraint:
     """Base of the six constraints: immutable, hashable, equal by value.
 
-    ``curve`` is one of `CURVES`; ``ramp`` is ``(center, right, left, tail)`` as the module's docstring defines them.
+    ``curve`` is LINEAR, HARD or BARRIER; ``ramp`` is ``(center, right, left, tail)``: see the docstring of the module.
     """
 
     curve: ClassVar[int]
@@ -261,9 +259,6 @@ class ConstraintTable:
             raise ValueError(f"table[{index}] cannot become {constraint!r}: its curve is fixed; make a new table")
         row = torch.tensor(constraint.ramp, dtype=self.params.dtype)
         self.params[index].copy_(row, non_blocking=True)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.params)
 
     def __repr__(self) -> str:
         return f"ConstraintTable({len(self)} goals, {self.params.dtype}, {self.params.device})"
