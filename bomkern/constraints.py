@@ -215,6 +215,13 @@ class Box(Constraint):
         self._freeze((lower + half, 1 / half, -1 / half, tail), lower=lower, upper=upper, tail=tail)
 
 
+def check_constraints(constraints: Sequence[object]) -> None:
+    """That each is a constraint; a TypeError names the first that is not."""
+    for k, constraint in enumerate(constraints):
+        if not isinstance(constraint, Constraint):
+            raise TypeError(f"constraints[{k}] must be a constraint, got {type(constraint).__name__}")
+
+
 class ConstraintTable:
     """K constraints with their parameters in device memory.
 
@@ -239,9 +246,7 @@ class ConstraintTable:
     ) -> None:
         if isinstance(constraints, Constraint) or not isinstance(constraints, Sequence):
             raise TypeError(f"constraints must be a sequence of constraints, got {type(constraints).__name__}")
-        for k, constraint in enumerate(constraints):
-            if not isinstance(constraint, Constraint):
-                raise TypeError(f"constraints[{k}] must be a constraint, got {type(constraint).__name__}")
+        check_constraints(constraints)
         if not 1 <= len(constraints) <= MAX_GOALS:
             raise ValueError(f"constraints must name 1 to {MAX_GOALS} goals, got {len(constraints)}")
         if dtype not in (torch.float32, torch.float64):

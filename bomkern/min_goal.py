@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _impl
-from .constraints import Constraint, ConstraintTable, pack
+from ._check import check_goals
+from .constraints import Constraint, ConstraintTable, check_constraints, pack
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "min": 3}
 
@@ -80,18 +81,15 @@ def min_goal_loss(
     elif isinstance(goals, (list, tuple)):
         tensors = list(goals)
         count = len(tensors)
-        if count and not isinstance(tensors[0], Tensor):
-            raise TypeError(f"goals[0] must be a tensor, got {type(tensors[0]).__name__}")
-        if count == 1 and tensors[0].dim() == 2:
+        if count == 1 and isinstance(tensors[0], Tensor) and tensors[0].dim() == 2:
             raise ValueError(f"goals[0] must have shape [B] or [], got {list(tensors[0].shape)}")
     else:
         raise TypeError(f"goals must be a tensor or a sequence of tensors, got {type(goals).__name__}")
     code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    if count == 0:
-        raise ValueError("goals must name 1 to 64 goals, got none")
-
+    if count == 0 or not isinstance(tensors[0], Tensor):
+        check_goals(tensors)  # raises; all else is checked by the implementation
     device = tensors[0].device
     serve = _impl.resolve("min_goal", device.type, impl)
     if constraints is None:
@@ -143,7 +141,5 @@ def _all(constraints: Constraint | Sequence[Constraint], count: int) -> tuple[Co
         )
     if len(constraints) != count:
         raise ValueError(f"constraints must be one, or one for each of the {count} goals, got {len(constraints)}")
-    for k, constraint in enumerate(constraints):
-        if not isinstance(constraint, Constraint):
-            raise TypeError(f"constraints[{k}] must be a constraint, got {type(constraint).__name__}")
+    check_constraints(constraints)
     return tuple(constraints)

@@ -59,12 +59,19 @@ def test_no_kernel_spills(compiled: tuple[str, Path, str]) -> None:
     assert set(frames) == {("0", "0", "0")}
 
 
-@pytest.mark.slow
-def test_machine_code_moves_16_bytes_and_touches_no_local_memory(compiled: tuple[str, Path, str]) -> None:
-    _, cubin, _ = compiled
-    cuobjdump = cuda_check.find_cuobjdump()
-    if cuobjdump is None:
+@pytest.fixture
+def cuobjdump() -> str:
+    found = cuda_check.find_cuobjdump()
+    if found is None:
         pytest.skip("no cuobjdump, neither the CUDA toolkit's nor Triton's")
+    return found
+
+
+@pytest.mark.slow
+def test_machine_code_moves_16_bytes_and_touches_no_local_memory(
+    compiled: tuple[str, Path, str], cuobjdump: str
+) -> None:
+    _, cubin, _ = compiled
     sass = run(cuobjdump, "-sass", cubin)
     assert not re.search(r"\b(LDL|STL)\b", sass)
     for name, wanted in (("forward_kernel", r"LDGSTS\.E\.BYPASS\.128"), ("forward_kernel", r"STG\.E\.128"),
@@ -74,11 +81,8 @@ def test_machine_code_moves_16_bytes_and_touches_no_local_memory(compiled: tuple
 
 
 @pytest.mark.slow
-def test_cuda_check_reads_the_resources_of_a_kernel(compiled: tuple[str, Path, str]) -> None:
+def test_cuda_check_reads_the_resources_of_a_kernel(compiled: tuple[str, Path, str], cuobjdump: str) -> None:
     arch, cubin, _ = compiled
-    cuobjdump = cuda_check.find_cuobjdump()
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump, neither the CUDA toolkit's nor Triton's")
     kernels = cuda_check.resource_usage(cuobjdump, cubin, arch)
     assert len(kernels) == 14
     assert all(k.stack == k.local == 0 and 0 < k.registers <= 128 for k in kernels)
