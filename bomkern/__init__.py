@@ -4,6 +4,7 @@ from . import _info
 from ._info import info
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
 from .min_goal import MinGoalStats, min_goal_loss
+from .total_correlation import gaussian_total_correlation, total_correlation
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "Minimize",
     "MinimizeHard",
     "Upper",
+    "gaussian_total_correlation",
     "info",
     "min_goal_loss",
+    "total_correlation",
 ]
 
 _info.warn_if_not_compiled()

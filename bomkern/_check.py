@@ -62,3 +62,37 @@ def check_params(params: Tensor | None, curves: Sequence[int], count: int, dtype
         raise TypeError(f"params must be {dtype} for these goals, got {params.dtype}")
     if params.device != device:
         raise ValueError(f"params is on {params.device}, the goals on {device}: move it")
+
+
+def check_latents(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[int, int, torch.dtype]:
+    """(B, D, compute dtype) of a sample and its posterior, three [B, D] tensors."""
+    given = {"z": z, "mu": mu, "logvar": logvar}
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+        if x.device != z.device:
+            raise ValueError(f"{name} is on {x.device}, z on {z.device}: move them to one device")
+        if x.dim() != 2:
+            raise ValueError(f"{name} must have shape [B, D], got {list(x.shape)}")
+        if x.shape[0] != z.shape[0] or x.shape[1] != z.shape[1]:
+            raise ValueError(f"{name} must have the shape of z, {list(z.shape)}, got {list(x.shape)}")
+    batch, dims = z.shape
+    if batch == 0 or dims == 0:
+        raise ValueError(f"z must hold at least one sample of at least one dimension, got shape {list(z.shape)}")
+    return batch, dims, torch.float64 if any(x.dtype == torch.float64 for x in given.values()) else torch.float32
+
+
+def check_estimator(batch: int, dataset_size: int | None, stratified: bool) -> None:
+    """That the estimator has what it needs: MSS a data set and two samples, and no batch larger than its data set."""
+    if dataset_size is None:
+        if stratified:
+            raise ValueError("dataset_size must be given for estimator 'mss': its weights depend on it")
+        return
+    if dataset_size < batch:
+        raise ValueError(f"dataset_size must be at least the batch size, {batch}, got {dataset_size}")
+    if stratified and batch < 2:
+        raise ValueError("z must hold at least 2 samples for estimator 'mss', got 1")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _ops, reference
-from ._check import check_goals
+from ._check import check_goals, check_latents
 
 IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
 
@@ -49,7 +49,7 @@ def why_not(op: str, impl: str, device: str) -> str | None:
 
         return _triton.why_not(device) if hasattr(_triton, op) else f"{op} has no Triton kernel"
     if device != impl:
-        return f"the goals are on {device}; move them to {impl}"
+        return f"the input is on {device}; move it to {impl}"
     if extension is None:
         return missing
     if not _has_kernel(op, impl.upper()):
@@ -57,9 +57,8 @@ def why_not(op: str, impl: str, device: str) -> str | None:
     return None
 
 
-def _compiled(op: str) -> Callable[..., Any]:
-    packet = getattr(torch.ops.bomkern, op)
-    plain, with_stats = packet.default, packet.stats
+def _min_goal() -> Callable[..., Any]:
+    plain, with_stats = torch.ops.bomkern.min_goal.default, torch.ops.bomkern.min_goal.stats
 
     def serve(goals: Any, params: Any, curves: Any, reduction: int, stats: bool) -> Any:
         try:
@@ -71,6 +70,24 @@ def _compiled(op: str) -> Callable[..., Any]:
     return serve
 
 
+def _total_correlation() -> Callable[..., Any]:
+    op = torch.ops.bomkern.total_correlation.default
+
+    def serve(z: Any, mu: Any, logvar: Any, dataset_size: int | None, stratified: bool) -> Any:
+        try:
+            return op(z, mu, logvar, dataset_size, stratified)[0]
+        except RuntimeError:
+            check_latents(z, mu, logvar)
+            raise
+
+    return serve
+
+
+# How each op's compiled implementation is called with the reference's arguments.
+_COMPILED = {"min_goal": _min_goal, "total_correlation": _total_correlation}
+OPS = tuple(_COMPILED)
+
+
 def _server(op: str, impl: str) -> Callable[..., Any]:
     if impl == "reference":
         return getattr(reference, op)
@@ -78,7 +95,7 @@ def _server(op: str, impl: str) -> Callable[..., Any]:
         from . import _triton
 
         return getattr(_triton, op)
-    return _compiled(op)
+    return _COMPILED[op]()
 
 
 _chosen: dict[tuple[str, str, str | None], str] = {}

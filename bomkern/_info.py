@@ -10,8 +10,6 @@ import torch
 
 from . import _impl
 
-OPS = ("min_goal",)
-
 
 class Info(dict[str, Any]):
     """`bomkern.info`'s answer: a dict that prints as a table."""
@@ -52,7 +50,7 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         build=_impl.extension.build() if _impl.extension else {},
         not_compiled_because=_impl.missing,
-        ops={op: {d: {name: _impl.why_not(op, name, d) for name in _impl.IMPLS} for d in devices} for op in OPS},
+        ops={op: {d: {name: _impl.why_not(op, name, d) for name in _impl.IMPLS} for d in devices} for op in _impl.OPS},
     )
 
 

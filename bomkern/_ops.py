@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, check_goals, check_params
+from ._check import FLOATS, check_estimator, check_goals, check_latents, check_params
 
 _library = torch.library.Library("bomkern", "DEF")
 
@@ -29,7 +29,21 @@ _library.define(
     "int[] dtype, int reduction) -> Tensor[]"
 )
 
-OPS = ("min_goal", "min_goal.stats", "min_goal_backward")
+# joint [B], marginal [D, B]: what backward needs, in an implementation's own units. dataset_size None: plain 1/B.
+_library.define(
+    "total_correlation(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified) -> "
+    "(Tensor out, Tensor joint, Tensor marginal)"
+)
+# want: which of the gradients of z, mu and logvar to make; the others come back with no elements.
+_library.define(
+    "total_correlation_backward(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginal, "
+    "int? dataset_size, bool stratified, bool[3] want) -> (Tensor, Tensor, Tensor)"
+)
+
+OPS = (
+    *("min_goal", "min_goal.stats", "min_goal_backward"),
+    *("total_correlation", "total_correlation_backward"),
+)
 MIN = 3
 
 
@@ -70,3 +84,32 @@ def _(
 ) -> list[Tensor]:
     shapes: dict[int, list[int]] = {0: [], 1: [batch], 2: [batch, goals]}
     return [slope.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]
+
+
+@torch.library.register_fake("bomkern::total_correlation", lib=_library)
+def _(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dims, dtype = check_latents(z, mu, logvar)
+    check_estimator(batch, dataset_size, stratified)
+    return (
+        z.new_empty([batch], dtype=dtype),
+        z.new_empty([batch], dtype=dtype),
+        z.new_empty([dims, batch], dtype=dtype),
+    )
+
+
+@torch.library.register_fake("bomkern::total_correlation_backward", lib=_library)
+def _(
+    grad: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    joint: Tensor,
+    marginal: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    want: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (z, mu, logvar)
+    return tuple(x.new_empty(x.shape if w else [0]) for x, w in zip(inputs, want, strict=True))

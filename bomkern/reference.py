@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ._check import check_goals, check_params
+from ._check import check_estimator, check_goals, check_latents, check_params
 from .constraints import BARRIER, HARD
 
 NONE, MEAN, SUM, MIN = 0, 1, 2, 3
@@ -92,3 +94,52 @@ def min_goal(
     takers = winner.index_select(0, row) if reduction == MIN else winner
     share = (takers[:, None] == torch.arange(count, device=x.device)).to(dtype).mean(0)
     return loss, winner, share, torch.exp(-every).mean(0), finite.all()
+
+
+def log_weights(rows: Tensor, batch: int, dataset_size: int | None, stratified: bool) -> Tensor:
+    """Log weight of each component in the mixture of each of the given rows (Chen et al. 2018, appendix C).
+
+    Plain 1/B, or MWS: 1 / (N B). MSS, with M = B - 1: 1/N for the row's own component, (N - M) / (N M) for the next
+    one, 1/M for the rest: a row sums to 1.
+    """
+    if dataset_size is None or not stratified:
+        return rows.new_full((len(rows), batch), -math.log(batch * (dataset_size or 1)), dtype=torch.float64)
+    m, n = batch - 1, dataset_size
+    weights = rows.new_full((len(rows), batch), 1 / m, dtype=torch.float64)
+    weights.scatter_(1, ((rows + 1) % batch)[:, None], (n - m) / (n * m))
+    return weights.scatter_(1, rows[:, None], 1 / n).log()
+
+
+def log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """``log N(z_bd; mu_id, exp(logvar_id))``, [rows, B, D]."""
+    return -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+
+
+def _total_correlation_of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor) -> Tensor:
+    log_q = log_density(z, mu, logvar)
+    joint = (log_q.sum(2) + weights).logsumexp(1)
+    marginals = (log_q + weights[:, :, None]).logsumexp(1)
+    return joint - marginals.sum(1)
+
+
+def total_correlation(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, limit: int = 2**22
+) -> Tensor:
+    """``log q(z_b) - sum_d log q(z_bd)``, [B]. See `bomkern.total_correlation`.
+
+    Rows go in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each again: the
+    memory is bounded, whatever B and D. One chunk is the textbook's formula, as it stands.
+    """
+    batch, dims, dtype = check_latents(z, mu, logvar)
+    check_estimator(batch, dataset_size, stratified)
+    z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
+    rows = max(1, limit // (batch * dims))
+    out = []
+    for chunk in torch.arange(batch, device=z.device).split(rows):
+        weights = log_weights(chunk, batch, dataset_size, stratified).to(dtype)
+        arguments = (z[chunk[0] : chunk[-1] + 1] if rows < batch else z, mu, logvar, weights)
+        if rows < batch:
+            out.append(checkpoint(_total_correlation_of, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(_total_correlation_of(*arguments))
+    return torch.cat(out)

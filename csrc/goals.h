@@ -9,7 +9,6 @@ namespace bomkern {
 
 using at::Tensor;
 using at::TensorList;
-using min_goal::DType;
 using min_goal::Goals;
 using min_goal::max_goals;
 

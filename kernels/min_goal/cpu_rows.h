@@ -9,7 +9,6 @@ namespace bomkern {
 namespace BOMKERN_ISA {
 
 using min_goal::Backward;
-using min_goal::DType;
 using min_goal::Forward;
 using min_goal::Goals;
 using min_goal::max_goals;

@@ -1,12 +1,11 @@
 // min_goal: l_b = max_k d_kb, forward and backward. What the bridge fills in and the kernels read. No torch here.
 #pragma once
-#include <stdint.h>
+#include "../common/dtype.h"
 
 namespace bomkern {
 namespace min_goal {
 
 constexpr int max_goals = 64;
-enum class DType : uint8_t { f16, bf16, f32, f64 };
 enum class Reduction : int { none, mean, sum, min };
 
 // K columns of B values. Passed by value to a launch: 1.2 KB, so that no table of pointers has to reach the device.

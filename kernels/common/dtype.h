@@ -1,0 +1,16 @@
+// Float types of inputs, in the order of FLOATS in bomkern/_check.py. No torch here.
+#pragma once
+#include <stdint.h>
+
+namespace bomkern {
+
+enum class DType : uint8_t { f16, bf16, f32, f64 };
+
+// A [rows, columns] input as it lies: any strides (in elements), any float type.
+struct Matrix {
+  const void* data;
+  int64_t stride[2];
+  DType dtype;
+};
+
+}  // namespace bomkern

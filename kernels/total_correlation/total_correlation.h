@@ -1,0 +1,51 @@
+// total_correlation: TC_b = log q(z_b) - sum_d log q(z_bd), q the batch's mixture of posteriors. No torch here.
+//
+// Everything is in bits (base 2), where an exponential is one instruction's work. With
+//   s_id = sqrt(log2(e) / 2) exp(-logvar_id / 2),   c_id = -log2(e) / 2 logvar_id,   C_d = max_i c_id,
+//   t_bid = (c_id - C_d) - (s_id (z_bd - mu_id))^2  <=  0,
+// the forward pass gives
+//   joint_b    = log2 sum_i w_bi 2^(sum_d t_bid),
+//   marginal_bd = log2 sum_i w_bi 2^t_bid,
+//   TC_b = ln 2 (joint_b - sum_d marginal_bd) + (1 - D) log_weight,
+// because log 2 pi and every C_d stand once in the joint and once in the marginals. w_bi is the weight of component i in
+// the mixture of row b over exp(log_weight): 1 everywhere, or the stratified weights of MSS (Chen et al. 2018, appendix C).
+#pragma once
+#include "../common/dtype.h"
+
+namespace bomkern {
+namespace total_correlation {
+
+// S is float, or double where any input is double.
+template <class S> struct Inputs {
+  Matrix z, mu, logvar;  // [B, D] each
+  int64_t batch, dims;
+  bool stratified;  // else own = next = 1
+  S own;            // w_bi for i = b
+  S next;           // w_bi for i = (b + 1) mod B; all others are 1. With B = 2 there are no others.
+};
+
+template <class S> struct Forward {
+  Inputs<S> in;
+  double offset;  // (1 - D) log_weight
+  S* out;         // [B]
+  S* joint;       // [B] in bits
+  S* marginal;    // [D, B] in bits: rows lie side by side
+};
+
+// With p_bi = w_bi 2^(sum_d t_bid - joint_b), q_bid = w_bi 2^(t_bid - marginal_bd) and grad_b = dL / dTC_b:
+//   a_bid = grad_b (p_bi - q_bid) is dL / d(natural log density of z_bd under component i), and
+//   grad_mu_id = sum_b a_bid (z_bd - mu_id) exp(-logvar_id),  grad_z_bd = - sum_i of the same,
+//   grad_logvar_id = 1/2 sum_b a_bid ((z_bd - mu_id)^2 exp(-logvar_id) - 1).
+template <class S> struct Backward {
+  Inputs<S> in;
+  const S* grad;
+  int64_t grad_stride;  // 0 for an expanded scalar
+  const S* joint;       // as forward wrote them
+  const S* marginal;
+  S* grad_z;  // [B, D], contiguous; null where not wanted
+  S* grad_mu;
+  S* grad_logvar;
+};
+
+}  // namespace total_correlation
+}  // namespace bomkern
