@@ -123,7 +123,7 @@ def _total_correlation_of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor
 
 
 def total_correlation(
-    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, limit: int = 2**22
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, limit: int = 2**23
 ) -> Tensor:
     """``log q(z_b) - sum_d log q(z_bd)``, [B]. See `bomkern.total_correlation`.
 
@@ -135,9 +135,10 @@ def total_correlation(
     z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
     rows = max(1, limit // (batch * dims))
     out = []
-    for chunk in torch.arange(batch, device=z.device).split(rows):
-        weights = log_weights(chunk, batch, dataset_size, stratified).to(dtype)
-        arguments = (z[chunk[0] : chunk[-1] + 1] if rows < batch else z, mu, logvar, weights)
+    for first in range(0, batch, rows):
+        part = slice(first, min(first + rows, batch))
+        chunk = torch.arange(part.start, part.stop, device=z.device)
+        arguments = (z[part], mu, logvar, log_weights(chunk, batch, dataset_size, stratified).to(dtype))
         if rows < batch:
             out.append(checkpoint(_total_correlation_of, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:

@@ -1,13 +1,12 @@
 // Goals as PyTorch passes them, checked, and as the kernels read them.
 #pragma once
 #include "../kernels/min_goal/min_goal.h"
+#include "op.h"
 
-#include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 namespace bomkern {
 
-using at::Tensor;
 using at::TensorList;
 using min_goal::Goals;
 using min_goal::max_goals;
@@ -19,17 +18,6 @@ struct Problem {
   bool wide;    // float64
 };
 
-inline DType dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
-    case at::kFloat: return DType::f32;
-    default: return DType::f64;
-  }
-}
-
-constexpr at::ScalarType types[] = {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble};  // by DType
-
 // The same checks as bomkern/_check.py makes for the implementations in Python.
 inline Problem check_goals(TensorList goals) {
   TORCH_CHECK_VALUE(!goals.empty(), "goals must name 1 to 64 goals, got an empty sequence");
@@ -39,8 +27,7 @@ inline Problem check_goals(TensorList goals) {
     const Tensor& goal = goals[k];
     const auto type = goal.scalar_type();
     TORCH_CHECK_TYPE(
-        type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble, "goals[", k,
-        "] must be float16, bfloat16, float32 or float64, got ", type);
+        is_float(type), "goals[", k, "] must be float16, bfloat16, float32 or float64, got ", type);
     TORCH_CHECK_TYPE(goal.layout() == at::kStrided, "goals[", k, "] must be a dense tensor, got layout ", goal.layout());
     TORCH_CHECK_VALUE(goal.device() == goals[0].device(), "goals[", k, "] is on ", goal.device(), ", goals[0] on ",
                       goals[0].device(), ": move them to one device");

@@ -1,16 +1,9 @@
 // min_goal: argument checks, autograd node and dispatch. The arithmetic is in kernels/min_goal/.
 #include "goals.h"
+#include "op.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #ifdef BOMKERN_CUDA
@@ -28,22 +21,18 @@ using namespace bomkern::min_goal;
 using bomkern::check_goals;
 using bomkern::check_params;
 using bomkern::describe;
+using bomkern::DType;
 using bomkern::dtype_of;
+using bomkern::fresh;
+using bomkern::make_node;
+using bomkern::operator_named;
 using bomkern::Problem;
+using bomkern::refuse_second_derivative;
 using bomkern::types;
 
 // (loss, winner, slope); with stats also (bottleneck, share, level, finite).
 using Result = std::tuple<Tensor, Tensor, Tensor>;
 using StatsResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// Straight to the CPU's allocator: a small call makes a dozen tensors, and dispatch is most of what each costs.
-template <bool Cuda> Tensor fresh(at::IntArrayRef size, const at::TensorOptions& options) {
-  if constexpr (Cuda) {
-    return at::empty(size, options);
-  } else {
-    return at::cpu::empty(size, options);
-  }
-}
 
 template <class S, bool Cuda> struct Call {
   Forward<S> args{};
@@ -258,27 +247,12 @@ std::vector<Tensor> min_goal_backward(const Tensor& grad, const Tensor& winner, 
       : run_backward<float, Cuda>(grad, winner, slope, batch, count, index, dim, dtype, code);
 }
 
-template <class Function> auto operator_named(const char* name, const char* overload) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Function>();
-}
-
 using ForwardOp = Result(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
 using StatsOp = StatsResult(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
 using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t,
                                        at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
 
 const char* const once = "min_goal_loss has no second derivative yet: call backward without create_graph=True";
-
-// torch 2.11 counts references to nodes with std::shared_ptr, later releases intrusively.
-using NodePtr = std::decay_t<decltype(std::declval<Tensor>().grad_fn())>;
-
-template <class T, class... Args> auto make_node(Args&&... args) {
-  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<torch::autograd::Node>>) {
-    return std::make_shared<T>(std::forward<Args>(args)...);
-  } else {
-    return c10::make_intrusive<T>(std::forward<Args>(args)...);
-  }
-}
 
 struct MinGoalBackward : torch::autograd::Node {
   torch::autograd::SavedVariable winner, slope;
@@ -311,10 +285,7 @@ struct MinGoalBackward : torch::autograd::Node {
       return op.call(grads[0], saved_winner, saved_slope, batch, count, index, dim, dtype, reduction);
     }();
     for (size_t i = 0; i < index.size(); ++i) out[index[i]] = values[i];
-    if (at::GradMode::is_enabled()) {  // create_graph: a later backward through these must not pass as zero
-      const auto error = make_node<torch::autograd::Error>(once);
-      for (const int64_t k : index) torch::autograd::set_history(out[k], error);
-    }
+    refuse_second_derivative(out, once);
     return out;
   }
 };

@@ -1,4 +1,5 @@
-// Largest error in ulp of log_of and exp_of over a dense grid of floats, against double. Prints "log exp".
+// Largest error in ulp of log_of, exp_of, log2_of and exp2_of over a dense grid of floats, against double.
+// Prints "log exp log2 exp2".
 // The target header comes first, as in the kernels: -DTARGET=\"target_avx2.h\" or nothing.
 #ifdef TARGET
 #include TARGET
@@ -48,5 +49,16 @@ int main() {
   double e = worst(0, 0x42b17217, 31, exp_v, exp_d);                        // 0 .. 88.72
   e = fmax(e, worst(0x80000000u, 0x80000000u | 0x42ad3333u, 31, exp_v, exp_d));  // -0 .. -86.6
   e = fmax(e, worst(0x7f800000, 0x7fc00000, 0x400000, exp_v, exp_d));
-  printf("%.4f %.4f\n", l, e);
+  auto log2_v = [](VecF x) { return log2_of(x); };
+  auto log2_d = [](double x) { return log2(x); };
+  double l2 = worst(1, 0x7fc00000, 61, log2_v, log2_d);
+  l2 = fmax(l2, worst(0x3f000000, 0x40000000, 1, log2_v, log2_d));
+  // exp2 stays at 2^-125 below -125.
+  auto exp2_v = [](VecF x) { return exp2_of(x); };
+  auto exp2_d = [](double x) { return exp2(x < -125 ? -125 : x); };
+  double e2 = worst(0, 0x42fe0000, 31, exp2_v, exp2_d);                                // 0 .. 127
+  e2 = fmax(e2, worst(0x80000000u, 0xff800000u, 31, exp2_v, exp2_d));                  // -0 .. -inf
+  e2 = fmax(e2, worst(0xbf800000u, 0xc1000000u, 1, exp2_v, exp2_d));                   // every float from -1 to -8
+  e2 = fmax(e2, worst(0x7fc00000, 0x7fc00000, 1, exp2_v, exp2_d));                     // NaN
+  printf("%.4f %.4f %.4f %.4f\n", l, e, l2, e2);
 }

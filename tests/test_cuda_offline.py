@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
-KERNELS = ROOT / "kernels" / "min_goal"
+KERNELS = ROOT / "kernels"
 
-spec = importlib.util.spec_from_file_location("cuda_check", ROOT / "tools" / "cuda_check.py")
-assert spec and spec.loader
-cuda_check = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cuda_check)
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_check  # noqa: E402
+import sass_count  # noqa: E402
+
+# Of each op: what is compiled with its emulated kernels, how many kernels it has, and which accesses they must have.
+COMPANIONS = {"min_goal": ["kernels/min_goal/cpu_baseline.cpp"], "total_correlation": []}
+COUNTS = {"min_goal": 14, "total_correlation": 20}
+ACCESSES = {
+    "min_goal": [
+        ("forward_kernel", r"LDGSTS\.E\.BYPASS\.128"),
+        ("forward_kernel", r"STG\.E\.128"),
+        ("backward_kernel", r"LDG\.E\.128"),
+        ("backward_kernel", r"STG\.E\.128"),
+    ],
+    "total_correlation": [
+        (name, wanted)
+        for name in ("forward_kernel", "responsibility_kernel", "gradient_kernel")
+        for wanted in (r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", r"STG\.E\.128")
+    ],
+}
 
 
 def run(*command: object) -> str:
@@ -26,36 +43,44 @@ def run(*command: object) -> str:
     return done.stdout + done.stderr
 
 
-def test_min_goal_agrees_with_the_cpu_under_the_emulator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", COMPANIONS)
+def test_the_emulated_kernels_agree(op: str, tmp_path: Path) -> None:
     gxx = shutil.which("g++")
     if gxx is None:
         pytest.skip("g++ is not installed")
     compile_it = [gxx, "-std=c++20", "-O1", "-w", f"-I{EMULATOR}"]
+    sources = [KERNELS / op / "cuda.cu", EMULATOR / f"check_{op}.cpp", *(ROOT / name for name in COMPANIONS[op])]
     jobs = [
         subprocess.Popen([*compile_it, "-x", "c++", "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o")])
-        for source in (KERNELS / "cuda.cu", KERNELS / "cpu_baseline.cpp", EMULATOR / "check_min_goal.cpp")
+        for source in sources
     ]
     assert [job.wait(timeout=600) for job in jobs] == [0] * len(jobs)
     run(gxx, *sorted(tmp_path.glob("*.o")), "-o", tmp_path / "check")
     assert "agree" in run(tmp_path / "check")
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_120"])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+class Compiled(NamedTuple):
+    op: str
+    arch: str
+    cubin: Path
+    log: str
+
+
+@pytest.fixture(scope="module", params=[(op, arch) for op in COMPANIONS for arch in ("sm_80", "sm_90", "sm_120")])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    arch = request.param
-    out = tmp_path_factory.mktemp(arch) / "min_goal.cubin"
+    op, arch = request.param
+    out = tmp_path_factory.mktemp(arch) / f"{op}.cubin"
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", f"-arch={arch}"]
-    return arch, out, run(nvcc, *flags, "-o", out, KERNELS / "cuda.cu")
+    return Compiled(op, arch, out, run(nvcc, *flags, "-o", out, KERNELS / op / "cuda.cu"))
 
 
 @pytest.mark.slow
-def test_no_kernel_spills(compiled: tuple[str, Path, str]) -> None:
-    _, _, log = compiled
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert len(frames) >= 14
+def test_no_kernel_spills(compiled: Compiled) -> None:
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
+    assert len(frames) >= COUNTS[compiled.op]
     assert set(frames) == {("0", "0", "0")}
 
 
@@ -68,24 +93,33 @@ def cuobjdump() -> str:
 
 
 @pytest.mark.slow
-def test_machine_code_moves_16_bytes_and_touches_no_local_memory(
-    compiled: tuple[str, Path, str], cuobjdump: str
-) -> None:
-    _, cubin, _ = compiled
-    sass = run(cuobjdump, "-sass", cubin)
+def test_machine_code_moves_16_bytes_and_touches_no_local_memory(compiled: Compiled, cuobjdump: str) -> None:
+    sass = run(cuobjdump, "-sass", compiled.cubin)
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    for name, wanted in (("forward_kernel", r"LDGSTS\.E\.BYPASS\.128"), ("forward_kernel", r"STG\.E\.128"),
-                         ("backward_kernel", r"LDG\.E\.128"), ("backward_kernel", r"STG\.E\.128")):  # fmt: skip
+    for name, wanted in ACCESSES[compiled.op]:
         bodies = [part for part in sass.split("Function :")[1:] if name in part.splitlines()[0]]
         assert bodies and all(re.search(wanted, body) for body in bodies), f"{name} has no {wanted}"
 
 
 @pytest.mark.slow
-def test_cuda_check_reads_the_resources_of_a_kernel(compiled: tuple[str, Path, str], cuobjdump: str) -> None:
-    arch, cubin, _ = compiled
-    kernels = cuda_check.resource_usage(cuobjdump, cubin, arch)
-    assert len(kernels) == 14
-    assert all(k.stack == k.local == 0 and 0 < k.registers <= 128 for k in kernels)
+def test_cuda_check_reads_the_resources_of_a_kernel(compiled: Compiled, cuobjdump: str) -> None:
+    kernels = cuda_check.resource_usage(cuobjdump, compiled.cubin, compiled.arch)
+    assert len(kernels) == COUNTS[compiled.op]
+    assert all(k.stack == k.local == 0 and 0 < k.registers <= 255 for k in kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [("total_correlation", "sm_90")], indirect=True)
+def test_total_correlation_is_bound_by_exponentials(compiled: Compiled, cuobjdump: str) -> None:
+    loops = sass_count.loops(run(cuobjdump, "-sass", compiled.cubin))
+    assert set(loops) == {"forward_kernel<1>", "forward_kernel<2>", "gradient_kernel<rows>",
+                          "gradient_kernel<components>"}  # fmt: skip
+    for name, loop in loops.items():
+        forward = name.startswith("forward")
+        assert loop.exponentials == (32 if name == "forward_kernel<2>" else 16)
+        assert loop.polynomials * 16 == (loop.exponentials if forward else 0)
+        # Exponentials a clock and multiprocessor; the hardware alone gives 16.
+        assert loop.bound >= 16 * (0.85 if forward or "rows" in name else 0.75), f"{name}: {loop}"
 
 
 def test_cuda_check_sees_a_spill() -> None:

@@ -23,6 +23,50 @@ BOMKERN_HD float exp_of(float x) { return expf(x); }
 BOMKERN_HD double log_of(double x) { return log(x); }
 BOMKERN_HD double exp_of(double x) { return exp(x); }
 
+// 2^x by the hardware, 2 ulp; what is below 2^-126 becomes 0.
+BOMKERN_HD float ex2(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x < -126 ? 0.0f : exp2f(x);
+#endif
+}
+
+// 2^x for x <= 0 without the hardware's exponential: 9 instructions on the FMA pipe and 2 on the ALU; 2 ulp. What is
+// below 2^-126 becomes 2^-126; NaN stays NaN.
+BOMKERN_HD float ex2_fma(float x) {
+#if defined(__CUDACC__)
+  asm("max.NaN.f32 %0, %0, 0fC2FC0000;" : "+f"(x));
+#else
+  x = x < -126 ? -126.0f : x;
+#endif
+  const float shifted = x + 12583039.0f;  // 1.5 * 2^23 + 127: the nearest integer, biased, stands in the lowest bits
+  const float f = x - (shifted - 12583039.0f);
+  float p = 0x1.5c08e6p-10f;  // the minimax polynomial of 2^f, |f| <= 1/2
+  p = fmaf(p, f, 0x1.3d0c54p-7f);
+  p = fmaf(p, f, 0x1.c6b6e4p-5f);
+  p = fmaf(p, f, 0x1.ebf918p-3f);
+  p = fmaf(p, f, 0x1.62e428p-1f);
+  p = fmaf(p, f, 1.0f);
+  return p * __uint_as_float(__float_as_uint(shifted) << 23);
+}
+
+// Shorter than exp2(), whose many constants cost registers; 2 ulp. What is below 2^-1022 becomes 0; NaN stays NaN.
+BOMKERN_HD double ex2(double x) {
+  const double shifted = x + 6755399441056767.0;  // 1.5 * 2^52 + 1023
+  const double g = 0.69314718055994530942 * (x - (shifted - 6755399441056767.0));
+  double p = 1;  // Taylor's polynomial of e^g
+#pragma unroll
+  for (int k = 13; k > 0; --k) p = fma(p * g, 1.0 / k, 1.0);
+  return x < -1022 ? 0.0 : p * __longlong_as_double(__double_as_longlong(shifted) << 52);
+}
+BOMKERN_HD double ex2_fma(double x) { return ex2(x); }
+
+BOMKERN_HD float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
+BOMKERN_HD double fma_of(double a, double b, double c) { return fma(a, b, c); }
+
 BOMKERN_HD float widen(uint16_t half, bool bfloat) {
   return bfloat ? __bfloat162float(__ushort_as_bfloat16(half)) : __half2float(__ushort_as_half(half));
 }

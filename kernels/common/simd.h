@@ -3,8 +3,13 @@
 // Included once in each instruction set's translation unit, inside which BOMKERN_ISA names a namespace of its own: the
 // linker would otherwise keep one copy of an inline function for all, and it might be the one this CPU cannot run. For
 // the same reason nothing here calls an inline function of the standard library.
-#include <stdint.h>
 #include <stddef.h>
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
 
 #ifndef BOMKERN_ISA
 #error "define BOMKERN_ISA (a namespace) and BOMKERN_VECTOR_BYTES before including simd.h"
@@ -36,7 +41,7 @@ template <> struct Lanes<double> {
   static constexpr int width = sizeof(VecD) / sizeof(double);
 };
 
-template <class V, class S> inline V splat(S value) { return V{} + value; }
+template <class V, class S> inline V splat(S value) { return value - V{}; }
 
 template <class V> inline V load(const void* from) {
   V v;
@@ -70,15 +75,48 @@ inline VecF half_to_float(VecH half) {
 
 inline VecF bfloat_to_float(VecH half) { return bits<VecF>(__builtin_convertvector(half, VecU) << 16); }
 
-// log x for x > 0, subnormals included; inf and NaN pass through. Below 1 ulp (tests/test_simd.py).
-inline VecF log_of(VecF x) {
+inline float widen(uint16_t half, bool bfloat) {
+  VecH v{};
+  v[0] = half;
+  return (bfloat ? bfloat_to_float(v) : half_to_float(v))[0];
+}
+
+template <class S> S load_one(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::f32: return static_cast<const float*>(data)[i];
+    case DType::f64: return static_cast<S>(static_cast<const double*>(data)[i]);
+    default: return widen(static_cast<const uint16_t*>(data)[i], dtype == DType::bf16);
+  }
+}
+
+// The larger of each pair; where x is NaN, x. One instruction, which compilers do not make of a comparison.
+inline VecF at_least(VecF x, float bound) {
+#if defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (VecF)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 32
+  return (VecF)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+#elif defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 16
+  return (VecF)_mm_max_ps(_mm_set1_ps(bound), (__m128)x);
+#else
+  return x < bound ? splat<VecF>(bound) : x;
+#endif
+}
+
+// x = 2^exponent (1 + fraction), the mantissa in [sqrt(1/2), sqrt(2)) so that a logarithm stays relative near 1.
+struct Split {
+  VecF exponent, fraction;
+};
+inline Split split_of(VecF x) {
   const VecI tiny = x < 0x1p-126f;
   const VecF scaled = tiny ? x * 0x1p23f : x;
-  // Split so that the mantissa lies in [sqrt(1/2), sqrt(2)) and log stays relative near 1.
   const VecI offset = bits<VecI>(scaled) - 0x3f3504f3;
   const VecI exponent = offset >> 23;
-  const VecF f = bits<VecF>(bits<VecI>(scaled) - (exponent << 23)) - 1.0f;
-  const VecF e = __builtin_convertvector(exponent + (tiny & -23), VecF);
+  return {__builtin_convertvector(exponent + (tiny & -23), VecF),
+          bits<VecF>(bits<VecI>(scaled) - (exponent << 23)) - 1.0f};
+}
+
+// log(1 + f) - f for a fraction of split_of.
+inline VecF log1p_rest(VecF f) {
   VecF p = f * -0.07634493f + 0.12761575f;
   p = p * f - 0.13160183f;
   p = p * f + 0.14201759f;
@@ -87,10 +125,45 @@ inline VecF log_of(VecF x) {
   p = p * f - 0.2500082f;
   p = p * f + 0.3333333f;
   const VecF square = f * f;
-  // ln 2 in two parts; the first has few enough bits that e * part is exact.
-  const VecF low = (square * f) * p + e * -2.12194440e-4f - 0.5f * square;
-  const VecF value = (low + f) + e * 0.693359375f;
+  return (square * f) * p - 0.5f * square;
+}
+
+// log x for x > 0, subnormals included; inf and NaN pass through. Below 1 ulp (tests/test_simd.py).
+inline VecF log_of(VecF x) {
+  const Split s = split_of(x);
+  // ln 2 in two parts; the first has few enough bits that exponent * part is exact.
+  const VecF low = log1p_rest(s.fraction) + s.exponent * -2.12194440e-4f;
+  const VecF value = (low + s.fraction) + s.exponent * 0.693359375f;
   return x < __builtin_inff() ? value : x;
+}
+
+// log2 x, as log_of. Below 1.5 ulp (tests/test_simd.py).
+inline VecF log2_of(VecF x) {
+  const Split s = split_of(x);
+  // log2(e) and the fraction in two parts each, the first of 12 bits: their product is exact.
+  const VecF rest = log1p_rest(s.fraction), high = bits<VecF>(bits<VecI>(s.fraction) & ~0xfff);
+  const VecF low = (s.fraction - high) + rest;
+  const VecF value = (low * 1.44269504f + high * 3.1222839e-4f) + high * 1.4423828125f + s.exponent;
+  return x < __builtin_inff() ? value : x;
+}
+
+// 2^x = x * scale for N vectors at once, x changed in place: whoever sums them multiplies and adds in one instruction.
+// For x <= 127; below -125 it stays at 2^-125, and 2^0 is 1. NaN passes through. Below 2.2 ulp (tests/test_simd.py).
+// Stage by stage, because a chain of a dozen dependent instructions does not fill the machine on its own.
+template <int N> inline void exp2_parts(VecF (&x)[N], VecF (&scale)[N]) {
+  constexpr float magic = 0x1.8p23f + 127;  // x + magic holds round(x) + 127, an exponent field, in its low bits
+  VecF p[N];
+  for (int i = 0; i < N; ++i) x[i] = at_least(x[i], -125.0f);
+  for (int i = 0; i < N; ++i) scale[i] = x[i] + magic;
+  for (int i = 0; i < N; ++i) p[i] = scale[i] - magic;
+  for (int i = 0; i < N; ++i) x[i] -= p[i];
+  // Minimax on [-1/2, 1/2] with p(0) = 1: relative error 9.3e-8.
+  for (int i = 0; i < N; ++i) p[i] = x[i] * 0.00132695213f + 0.00967129134f;
+  for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 0.0555071086f;
+  for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 0.240222469f;
+  for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 0.693147004f;
+  for (int i = 0; i < N; ++i) x[i] = p[i] * x[i] + 1.0f;
+  for (int i = 0; i < N; ++i) scale[i] = bits<VecF>(bits<VecI>(scale[i]) << 23);
 }
 
 // exp x; above 88.7228 inf, below -86.6 zero, NaN passes through. Below 1 ulp (tests/test_simd.py).
@@ -120,6 +193,21 @@ inline VecD log_of(VecD x) {
 }
 inline VecD exp_of(VecD x) {
   return each_lane(x, [](double v) { return __builtin_exp(v); });
+}
+inline VecD log2_of(VecD x) {
+  return each_lane(x, [](double v) { return __builtin_log2(v); });
+}
+template <int N> inline void exp2_parts(VecD (&x)[N], VecD (&scale)[N]) {
+  for (int i = 0; i < N; ++i) {
+    x[i] = each_lane(x[i], [](double v) { return __builtin_exp2(v); });
+    scale[i] = splat<VecD>(1.0);
+  }
+}
+
+template <class V> inline V exp2_of(V x) {
+  V value[1] = {x}, scale[1];
+  exp2_parts(value, scale);
+  return value[0] * scale[0];
 }
 
 // A running sum that keeps what rounding drops (Knuth's TwoSum). Infinities and NaN come out as a plain sum gives them.

@@ -17,20 +17,6 @@ using min_goal::Reduction;
 
 constexpr int block = 512;  // samples of a backward block: its gradients stay in L1 while K columns are written
 
-inline float widen(uint16_t half, bool bfloat) {
-  VecH v{};
-  v[0] = half;
-  return (bfloat ? bfloat_to_float(v) : half_to_float(v))[0];
-}
-
-template <class S> S load_one(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f32: return static_cast<const float*>(data)[i];
-    case DType::f64: return static_cast<S>(static_cast<const double*>(data)[i]);
-    default: return widen(static_cast<const uint16_t*>(data)[i], dtype == DType::bf16);
-  }
-}
-
 // Samples [b, b + n) of goal k. Short vectors repeat their last sample, so that the padding is an ordinary value.
 template <class S> inline typename Lanes<S>::Vec load_goal(const Goals& g, int k, int64_t b, int n) {
   typedef typename Lanes<S>::Vec V;

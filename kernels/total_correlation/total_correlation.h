@@ -1,8 +1,8 @@
 // total_correlation: TC_b = log q(z_b) - sum_d log q(z_bd), q the batch's mixture of posteriors. No torch here.
 //
 // Everything is in bits (base 2), where an exponential is one instruction's work. With
-//   s_id = sqrt(log2(e) / 2) exp(-logvar_id / 2),   c_id = -log2(e) / 2 logvar_id,   C_d = max_i c_id,
-//   t_bid = (c_id - C_d) - (s_id (z_bd - mu_id))^2  <=  0,
+//   a_id = log2(e) / 2 exp(-logvar_id),   c_id = -log2(e) / 2 logvar_id,   C_d = max_i c_id,
+//   t_bid = (c_id - C_d) - a_id (z_bd - mu_id)^2  <=  0,
 // the forward pass gives
 //   joint_b    = log2 sum_i w_bi 2^(sum_d t_bid),
 //   marginal_bd = log2 sum_i w_bi 2^t_bid,
@@ -33,9 +33,9 @@ template <class S> struct Forward {
 };
 
 // With p_bi = w_bi 2^(sum_d t_bid - joint_b), q_bid = w_bi 2^(t_bid - marginal_bd) and grad_b = dL / dTC_b:
-//   a_bid = grad_b (p_bi - q_bid) is dL / d(natural log density of z_bd under component i), and
-//   grad_mu_id = sum_b a_bid (z_bd - mu_id) exp(-logvar_id),  grad_z_bd = - sum_i of the same,
-//   grad_logvar_id = 1/2 sum_b a_bid ((z_bd - mu_id)^2 exp(-logvar_id) - 1).
+//   e_bid = grad_b (p_bi - q_bid) is dL / d(natural log density of z_bd under component i), and
+//   grad_mu_id = sum_b e_bid (z_bd - mu_id) exp(-logvar_id),  grad_z_bd = - sum_i of the same,
+//   grad_logvar_id = 1/2 sum_b e_bid ((z_bd - mu_id)^2 exp(-logvar_id) - 1).
 template <class S> struct Backward {
   Inputs<S> in;
   const S* grad;
@@ -46,6 +46,24 @@ template <class S> struct Backward {
   S* grad_mu;
   S* grad_logvar;
 };
+
+// On the CPU: runs run(state, 0) to run(state, tasks - 1), in any order, on any number of threads. The kernels cut the
+// work into tasks by B and D alone, so the bits do not depend on that number.
+typedef void (*Parallel)(int64_t tasks, void (*run)(void* state, int64_t task), void* state);
+
+struct CpuKernels {
+  const char* name;
+  void (*forward_f32)(const Forward<float>&, void* workspace, Parallel);
+  void (*forward_f64)(const Forward<double>&, void* workspace, Parallel);
+  void (*backward_f32)(const Backward<float>&, void* workspace, Parallel);
+  void (*backward_f64)(const Backward<double>&, void* workspace, Parallel);
+  // Bytes at `workspace`, aligned to 64, for B and D.
+  int64_t (*forward_workspace)(int64_t batch, int64_t dims, int64_t size_of_number);
+  int64_t (*backward_workspace)(int64_t batch, int64_t dims, int64_t size_of_number);
+};
+
+// The widest instruction set this CPU has of those compiled in.
+const CpuKernels& cpu_kernels();
 
 }  // namespace total_correlation
 }  // namespace bomkern

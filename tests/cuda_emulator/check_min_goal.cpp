@@ -11,6 +11,7 @@ extern const CpuKernels kernels;
 }  // namespace min_goal
 }  // namespace bomkern
 
+using namespace bomkern;
 using namespace bomkern::min_goal;
 
 namespace {

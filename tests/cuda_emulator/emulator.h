@@ -20,6 +20,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -92,6 +93,7 @@ enum class Order { ascending, descending, shuffled };
 struct Machine {
   // What the driver would tell.
   int architecture = 90, multiprocessors = 3;
+  size_t shared_limit = 49152;  // of the next launch
   Order order = Order::ascending;
   dim3 grid_dim, block_dim;
   int launches = 0;
@@ -159,7 +161,10 @@ inline void run_cluster(std::vector<Block>& blocks) {
 
 inline void run(dim3 grid, dim3 block, size_t shared, int cluster, std::function<void()> kernel) {
   constexpr size_t guard = 256;
-  if (block.x % 32 || block.x > 1024 || grid.x % cluster || shared > 49152) fail("a launch that no GPU would accept");
+  if (block.x % 32 || block.x > 1024 || grid.x % cluster || grid.x == 0 || shared > machine.shared_limit) {
+    fail("a launch that no GPU would accept");
+  }
+  machine.shared_limit = 49152;
   machine.grid_dim = grid;
   machine.block_dim = block;
   machine.kernel = std::move(kernel);
@@ -228,6 +233,14 @@ template <class T> T __shfl_down_sync(unsigned, T value, int offset) {
   return emu::shuffle(value, emu::self->thread.x % 32 + offset);
 }
 template <class T> T __shfl_sync(unsigned, T value, int lane) { return emu::shuffle(value, lane); }
+template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emu::shuffle(value, int(emu::self->thread.x % 32) ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  unsigned out = 0;
+  for (int lane = 0; lane < 32; ++lane) out |= unsigned(emu::shuffle(predicate, lane)) << lane;
+  return out;
+}
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return *to += value, *to - value; }
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
@@ -285,6 +298,17 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   return {uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16)};
 }
 
+template <class To, class From> To emu_bits(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline float __uint_as_float(unsigned bits) { return emu_bits<float>(bits); }
+inline unsigned __float_as_uint(float value) { return emu_bits<unsigned>(value); }
+inline double __longlong_as_double(long long bits) { return emu_bits<double>(bits); }
+inline long long __double_as_longlong(double value) { return emu_bits<long long>(value); }
+
 // The few functions of the runtime that a launch takes.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 typedef struct CUstream_st* cudaStream_t;
@@ -314,6 +338,11 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* out, int, int) {
   return *out = emu::machine.multiprocessors, cudaSuccess;
+}
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void*, int, int bytes) {
+  if (bytes > 101376) return cudaErrorInvalidValue;  // what every GPU since 8.0 can give
+  return emu::machine.shared_limit = size_t(bytes), cudaSuccess;
 }
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), const A&... arguments) {

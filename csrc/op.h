@@ -1,0 +1,66 @@
+// What every op's bridge needs: fresh tensors, its own ops by name, and autograd nodes.
+#pragma once
+#include "../kernels/common/dtype.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+namespace bomkern {
+
+using at::Tensor;
+
+inline DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf: return DType::f16;
+    case at::kBFloat16: return DType::bf16;
+    case at::kFloat: return DType::f32;
+    default: return DType::f64;
+  }
+}
+
+constexpr at::ScalarType types[] = {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble};  // by DType
+
+inline bool is_float(at::ScalarType type) {
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
+}
+
+// Straight to the CPU's allocator: a small call makes a dozen tensors, and dispatch is most of what each costs.
+template <bool Cuda> Tensor fresh(at::IntArrayRef size, const at::TensorOptions& options) {
+  if constexpr (Cuda) {
+    return at::empty(size, options);
+  } else {
+    return at::cpu::empty(size, options);
+  }
+}
+
+template <class Function> auto operator_named(const char* name, const char* overload) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Function>();
+}
+
+// torch 2.11 counts references to nodes with std::shared_ptr, later releases intrusively.
+using NodePtr = std::decay_t<decltype(std::declval<Tensor>().grad_fn())>;
+
+template <class T, class... Args> auto make_node(Args&&... args) {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<T>(std::forward<Args>(args)...);
+  } else {
+    return c10::make_intrusive<T>(std::forward<Args>(args)...);
+  }
+}
+
+// Under create_graph: a later backward through these gradients must not pass as zero.
+inline void refuse_second_derivative(const torch::autograd::variable_list& gradients, const char* why) {
+  if (!at::GradMode::is_enabled()) return;
+  const auto error = make_node<torch::autograd::Error>(why);
+  for (const Tensor& gradient : gradients) {
+    if (gradient.defined()) torch::autograd::set_history(gradient, error);
+  }
+}
+
+}  // namespace bomkern

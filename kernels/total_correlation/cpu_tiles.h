@@ -1,0 +1,202 @@
+// total_correlation on the CPU for one instruction set: what both directions share. Lanes of a vector are rows.
+#include "../common/simd.h"
+
+#include "total_correlation.h"
+
+namespace bomkern {
+namespace total_correlation {
+namespace BOMKERN_ISA {
+
+using namespace bomkern::BOMKERN_ISA;
+
+constexpr int vectors = 4;        // of rows in a tile: each broadcast of a component serves them all
+constexpr int components = 64;    // in a block: its joint terms, components x rows, stay in L1
+constexpr int dims_at_once = 32;  // summed on their own before they join the joint's total, which keeps rounding small
+constexpr int dims_of_a_task = 16;  // where inputs are transposed: a row's share of them is one line
+constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
+
+template <class S> constexpr int tile_rows = vectors * Lanes<S>::width;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// parallel_for over any callable.
+template <class F> void each(Parallel parallel, int64_t tasks, const F& f) {
+  parallel(tasks, [](void* state, int64_t task) { (*static_cast<const F*>(state))(task); }, const_cast<F*>(&f));
+}
+
+// The inputs as the kernels want them. Rows and components past B repeat the last one: padding is an ordinary value.
+template <class S> struct Columns {
+  int64_t batch, dims, stride;
+  S* z;  // [D, stride]; the stride is no power of two, which would put all dimensions of a row into a few lines of a cache
+  // [blocks of components, D, 3, components]: mu, a and c - C_d in the order in which a tile of rows reads them.
+  S* parameters;
+  // [D] minus what t is for a component's own sample, on average: added to the joint, it keeps the terms that count small
+  // and so their rounding. Forward takes the total off again.
+  S* shift;
+
+  static constexpr int64_t line = 64 / int64_t(sizeof(S));
+  static int64_t stride_of(int64_t batch) { return round_up(batch, tile_rows<S>) + line; }
+  static int64_t numbers(int64_t batch, int64_t dims) {
+    return dims * stride_of(batch) + 3 * dims * round_up(batch, components) + round_up(dims, line);
+  }
+
+  Columns(int64_t batch, int64_t dims, S* at) : batch(batch), dims(dims), stride(stride_of(batch)), z(at) {
+    parameters = z + dims * stride;
+    shift = parameters + 3 * dims * round_up(batch, components);
+  }
+  S* mu(int64_t d, int64_t i) const {
+    return parameters + (i / components * dims + d) * 3 * components + i % components;
+  }
+  S* precision(int64_t d, int64_t i) const { return mu(d, i) + components; }
+  S* peak(int64_t d, int64_t i) const { return mu(d, i) + 2 * components; }
+};
+
+// Dimensions [d, d + n) of an input to where place(d, b) says, for b up to `padded`.
+template <class S, class Place>
+void transpose(const Matrix& from, int64_t batch, int64_t padded, int64_t d, int n, Place place) {
+  const bool plain = from.dtype == (sizeof(S) == 4 ? DType::f32 : DType::f64);
+  const S* values = static_cast<const S*>(from.data);
+  for (int64_t b = 0; b < padded; ++b) {
+    const int64_t row = (b < batch ? b : batch - 1) * from.stride[0];
+    for (int64_t k = d; k < d + n; ++k) {
+      const int64_t at = row + k * from.stride[1];
+      *place(k, b) = plain ? values[at] : load_one<S>(from.data, from.dtype, at);
+    }
+  }
+}
+
+// One dimension's precisions and peaks from its log-variances (where the peaks will be), and its shift.
+template <class S> void precisions_of(const Columns<S>& x, int64_t d) {
+  typedef typename Lanes<S>::Vec V;
+  constexpr int width = Lanes<S>::width;
+  S highest = -__builtin_inff();
+  double sum = 0;
+  const auto for_each_block = [&](auto f) {
+    for (int64_t i = 0; i < x.batch; i += components) f(i, x.precision(d, i), x.peak(d, i));
+  };
+  for_each_block([&](int64_t i, S* precision, S* peak) {
+    for (int k = 0; k < components; k += width) {
+      const V logvar = load<V>(peak + k);
+      store(precision + k, exp_of(-logvar) * S(log2_e / 2));
+      store(peak + k, logvar * S(-log2_e / 2));
+    }
+    for (int k = 0; k < components && i + k < x.batch; ++k) {
+      highest = peak[k] > highest ? peak[k] : highest;
+      sum += double(peak[k]);
+    }
+  });
+  for_each_block([&](int64_t, S*, S* peak) {
+    for (int k = 0; k < components; k += width) store(peak + k, load<V>(peak + k) - highest);
+  });
+  x.shift[d] = S(log2_e / 2 - (sum / double(x.batch) - double(highest)));
+}
+
+template <class S> void prepare(const Inputs<S>& in, const Columns<S>& to, Parallel parallel) {
+  const int64_t padded = round_up(in.batch, components);
+  each(parallel, (in.dims + dims_of_a_task - 1) / dims_of_a_task, [&](int64_t task) {
+    const int64_t d = task * dims_of_a_task;
+    const int n = in.dims - d < dims_of_a_task ? int(in.dims - d) : dims_of_a_task;
+    transpose<S>(in.z, in.batch, to.stride, d, n, [&](int64_t k, int64_t b) { return to.z + k * to.stride + b; });
+    transpose<S>(in.mu, in.batch, padded, d, n, [&](int64_t k, int64_t i) { return to.mu(k, i); });
+    transpose<S>(in.logvar, in.batch, padded, d, n, [&](int64_t k, int64_t i) { return to.peak(k, i); });
+    for (int64_t k = d; k < d + n; ++k) precisions_of(to, k);
+  });
+}
+
+// The stratified weights: component i is some row's own, and the row's before it next one.
+template <class S> struct Weights {
+  typedef typename Lanes<S>::Vec V;
+  typedef typename Lanes<S>::Int I;
+  S own, next;  // in bits: added to t, so that where one component is all there is, backward's q is 1 to the bit
+  int64_t batch;
+  bool stratified;
+
+  explicit Weights(const Inputs<S>& in)
+      : own(S(__builtin_log2(double(in.own)))),
+        next(S(__builtin_log2(double(in.next)))),
+        batch(in.batch),
+        stratified(in.stratified) {}
+
+  // Whether any of the components [i, i + n) weighs other than 1 in any of the rows [b, b + m).
+  bool touch(int64_t b, int m, int64_t i, int64_t n) const {
+    return stratified && ((i < b + m + 1 && b < i + n) || (i == 0 && b + m >= batch));
+  }
+  // Those of component i in the rows from b on.
+  V at(int64_t b, int64_t i) const {
+    V w{};
+    for (int lane = 0; lane < Lanes<S>::width; ++lane) {
+      const int64_t row = b + lane;
+      w[lane] = row == i ? own : (row + 1 == batch ? 0 : row + 1) == i ? next : S(0);
+    }
+    return w;
+  }
+  // f(row, component, weight) for the pairs in rows [b, b + m) x components [i, i + n) that do not weigh 1.
+  template <class F> void visit(int64_t b, int m, int64_t i, int64_t n, F f) const {
+    if (!touch(b, m, i, n)) return;
+    for (int64_t row = b; row < b + m && row < batch; ++row) {
+      const int64_t after = row + 1 == batch ? 0 : row + 1;
+      if (row >= i && row < i + n) f(row, row, own);
+      if (after >= i && after < i + n) f(row, after, next);
+    }
+  }
+};
+
+// One dimension of rows x components: adds every t to `joint` [n, rows], and with Marginals every w 2^t to sum.
+// No running maximum: t <= 0 by construction.
+template <class S, bool Marginals, bool Weighted>
+inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d, int64_t b, int64_t i, int n, S* joint,
+                      typename Lanes<S>::Vec* sum) {
+  typedef typename Lanes<S>::Vec V;
+  constexpr int width = Lanes<S>::width;
+  const S *mu = x.mu(d, i), *precision = x.precision(d, i), *peak = x.peak(d, i), *z = x.z + d * x.stride + b;
+  V total[vectors];
+  for (int r = 0; r < vectors; ++r) total[r] = V{};
+  for (int k = 0; k < n; ++k) {
+    const V m = splat<V>(mu[k]), a = splat<V>(precision[k]), c = splat<V>(peak[k]);
+    S* out = joint + k * tile_rows<S>;
+    V u[vectors], t[vectors], power[vectors];
+    for (int r = 0; r < vectors; ++r) u[r] = m - load<V>(z + r * width);  // this way round, z stays in memory
+    for (int r = 0; r < vectors; ++r) t[r] = u[r] * a;
+    for (int r = 0; r < vectors; ++r) t[r] = c - t[r] * u[r];
+    for (int r = 0; r < vectors; ++r) store(out + r * width, load<V>(out + r * width) + t[r]);
+    if constexpr (!Marginals) continue;
+    if constexpr (Weighted) {
+      for (int r = 0; r < vectors; ++r) t[r] += weights.at(b + r * width, i + k);
+    }
+    exp2_parts(t, power);
+    for (int r = 0; r < vectors; ++r) total[r] += t[r] * power[r];
+  }
+  if constexpr (Marginals) {
+    for (int r = 0; r < vectors; ++r) sum[r] += total[r];
+  }
+}
+
+// A block of the joint's logarithms, [n, rows], weights included; with Marginals also adds to `sums` [D, rows].
+// The same order of operations in both directions, so that backward's terms cancel against forward's to the bit.
+template <class S, bool Marginals>
+void joint_block(const Columns<S>& x, const Weights<S>& weights, int64_t b, int64_t i, int n, S* joint,
+                 typename Lanes<S>::Vec* sums) {
+  typedef typename Lanes<S>::Vec V;
+  constexpr int rows = tile_rows<S>, width = Lanes<S>::width;
+  S part[components * rows];
+  __builtin_memset(joint, 0, sizeof(S) * n * rows);
+  const bool weighted = Marginals && weights.touch(b, rows, i, n);
+  for (int64_t first = 0; first < x.dims; first += dims_at_once) {
+    const int64_t last = first + dims_at_once < x.dims ? first + dims_at_once : x.dims;
+    S shift = 0;
+    for (int64_t d = first; d < last; ++d) shift += x.shift[d];
+    for (int k = 0; k < n * rows; k += width) store(part + k, splat<V>(shift));
+    for (int64_t d = first; d < last; ++d) {
+      (weighted ? add_terms<S, Marginals, true> : add_terms<S, Marginals, false>)(x, weights, d, b, i, n, part,
+                                                                                Marginals ? sums + d * vectors : sums);
+    }
+    for (int k = 0; k < n * rows; k += width) store(joint + k, load<V>(joint + k) + load<V>(part + k));
+  }
+  weights.visit(b, rows, i, n, [&](int64_t row, int64_t component, S w) {
+    joint[(component - i) * rows + (row - b)] += w;
+  });
+}
+
+}  // namespace BOMKERN_ISA
+}  // namespace total_correlation
+}  // namespace bomkern
