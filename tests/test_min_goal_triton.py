@@ -321,12 +321,14 @@ class Recorder:
 def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     import bomkern.kernels.min_goal.triton as kernels
 
+    from bomkern._triton.min_goal import _allocate as allocate
+
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     for name in ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"):
         setattr(kernels, name, Recorder(getattr(kernels, name), launches))
 
     def both(goals: list[Tensor], constraints: list[Constraint] | None, reduction: int) -> None:
-        outputs, batch, count, dtype = bridge._allocate(goals, reduction, True, True)
+        outputs, batch, count, dtype = allocate(goals, reduction, True, True)
         params, curves = table(constraints, dtype)
         kernels.launch_forward(goals, params, curves, reduction, True, True, batch, count, dtype, outputs)
         grads = [torch.empty(g.shape, dtype=g.dtype) for g in goals]
@@ -355,30 +357,31 @@ def source(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     constants: dict[tuple[int, ...], Any] = {}
     hints: dict[tuple[int, ...], Any] = {}
 
-    def describe(value: Any, path: tuple[int, ...]) -> Any:
+    def describe(value: Any, path: tuple[int, ...], plain: bool) -> Any:
         if isinstance(value, tuple):
-            return tuple(describe(v, (*path, i)) for i, v in enumerate(value))
-        if value is None or (isinstance(value, int) and value == 1):
+            return tuple(describe(v, (*path, i), plain) for i, v in enumerate(value))
+        if value is None or (isinstance(value, int) and value == 1 and not plain):
             constants[path] = value
             return "constexpr"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if isinstance(value, Tensor) or (value % 16 == 0 and not plain):
             hints[path] = [["tt.divisibility", 16]]
         return f"*{names[value.dtype]}" if isinstance(value, Tensor) else "i32"
 
-    signature = {p.name: describe(v, (i,)) for i, (p, v) in enumerate(zip(kernel.params, args, strict=False))}
+    given = enumerate(zip(kernel.params, args, strict=False))
+    signature = {p.name: describe(v, (i,), p.do_not_specialize) for i, (p, v) in given}
     for i, parameter in enumerate(kernel.params[len(args) :], len(args)):
         signature[parameter.name] = "constexpr"
         constants[(i,)] = kwargs[parameter.name]
     return ASTSource(kernel, signature, constants, hints)
 
 
-def compile_all() -> None:
-    """Prints the registers of each distinct launch, and what it keeps in local memory."""
+def compile_all(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], shown: tuple[str, ...]) -> None:
+    """Prints the registers of each distinct launch, what it keeps in local memory, and the arguments ``shown``."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     seen = set()
-    for kernel, args, kwargs in record_launches():
+    for kernel, args, kwargs in launches:
         options = {name: kwargs[name] for name in ("num_warps", "enable_fp_fusion")}
         asked = source(kernel, args, kwargs)
         if asked.hash() in seen:
@@ -391,9 +394,9 @@ def compile_all() -> None:
             command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
             usage = subprocess.run(command, capture_output=True, text=True).stdout
         used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        shape = " ".join(f"{n}={kwargs[n]}" for n in ("K", "BLOCK", "num_warps", "REDUCTION", "WHOLE") if n in kwargs)
+        shape = " ".join(f"{n}={kwargs[n]}" for n in shown if n in kwargs)
         print(f"{kernel.__name__} {shape}: {used['REG']} registers, stack {used['STACK']} local {used['LOCAL']}")
 
 
 if __name__ == "__main__":
-    compile_all()
+    compile_all(record_launches(), ("K", "BLOCK", "num_warps", "REDUCTION", "WHOLE"))

@@ -1,61 +1,21 @@
-"""The Triton implementation's bridge to PyTorch: ops, fakes, autograd.
-
-Import it only where impl "triton" is asked for. It imports triton itself no sooner than the first call, because that
-may touch a driver.
-"""
+"""Ops, fakes and autograd of `min_goal` by Triton."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, check_goals, check_params
-from .reference import MIN, NONE
+from .._check import FLOATS, check_goals, check_params
+from ..reference import MIN, NONE
+from . import guard, load
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _SKIP = -1  # in `kinds`: no gradient wanted
 _SCALAR = len(FLOATS)  # added to a dtype's index: a 0-dim goal
-_ready: dict[str, ModuleType] = {}
-
-
-def why_not(device_type: str) -> str | None:
-    """None where Triton can serve tensors of this device type, else the reason, in one sentence."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
-        language = sys.modules.get("triton.language")
-        if language is not None and type(language.sum).__name__ != "InterpretedFunction":
-            return "triton was imported before TRITON_INTERPRET=1 was set, so its interpreter cannot run"
-        return None if device_type in ("cpu", "cuda") else f"triton's interpreter does not serve {device_type} tensors"
-    if device_type != "cuda":
-        return f"triton serves cuda tensors, not {device_type} ones (its interpreter would: TRITON_INTERPRET=1)"
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
-
-def _kernels(device_type: str) -> ModuleType:
-    kernels = _ready.get(device_type)
-    if kernels is None:
-        reason = why_not(device_type)
-        if reason is not None:
-            raise RuntimeError(f"min_goal: impl 'triton' cannot serve here: {reason}")
-        kernels = _ready[device_type] = importlib.import_module("bomkern.kernels.min_goal.triton")
-    return kernels
-
-
-def _guard(t: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's device current: Triton launches on the current one."""
-    elsewhere = t.is_cuda and t.get_device() != torch.cuda.current_device()
-    return torch.cuda.device(t.device) if elsewhere else nullcontext()
 
 
 def _allocate(
@@ -83,8 +43,8 @@ def _forward(
 ) -> Outputs:
     outputs, batch, count, dtype = _allocate(goals, reduction, stats, save)
     check_params(params, curves, count, dtype, goals[0].device)
-    kernels = _kernels(goals[0].device.type)
-    with _guard(goals[0]):
+    kernels = load("min_goal", goals[0].device.type)
+    with guard(goals[0]):
         kernels.launch_forward(
             goals,
             None if params is None else params.contiguous(),
@@ -121,8 +81,8 @@ def _backward(
     grad: Tensor, winner: Tensor, slope: Tensor, kinds: Sequence[int], reduction: int, batch: int, columns: int
 ) -> list[Tensor]:
     grads = _new_grads(slope, kinds, batch, columns)
-    kernels = _kernels(slope.device.type)
-    with _guard(slope):
+    kernels = load("min_goal", slope.device.type)
+    with guard(slope):
         kernels.launch_backward(grads, grad, winner, slope, reduction, batch, columns or len(kinds))
     return [g for g in grads if g is not None]
 

@@ -1,0 +1,118 @@
+"""Ops, fakes and autograd of `total_correlation` by Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import check_estimator, check_latents
+from . import guard, load
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _allocate(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool) -> Three:
+    """Fresh outputs: the result [B], then what backward needs of the joint [2, B] and of the marginals [2, D, B]."""
+    batch, dims, dtype = check_latents(z, mu, logvar)
+    check_estimator(batch, dataset_size, stratified)
+    shapes: tuple[tuple[int, ...], ...] = ((batch,), (2, batch), (2, dims, batch))
+    out, joint, marginal = (z.new_empty(shape, dtype=dtype) for shape in shapes)
+    return out, joint, marginal
+
+
+def _forward(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool) -> Three:
+    outputs = _allocate(z, mu, logvar, dataset_size, stratified)
+    kernels = load("total_correlation", z.device.type)
+    with guard(z):
+        kernels.launch_forward(z, mu, logvar, dataset_size, stratified, *outputs)
+    return outputs
+
+
+def _backward(
+    grad: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    joint: Tensor,
+    marginal: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    want: Sequence[bool],
+) -> Three:
+    kernels = load("total_correlation", z.device.type)
+    with guard(z):
+        made = kernels.launch_backward(grad, z, mu, logvar, joint, marginal, dataset_size, stratified, want)
+    first, second, third = (
+        x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(made, (z, mu, logvar), strict=True)
+    )
+    return first, second, third
+
+
+def _backward_fake(
+    grad: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    joint: Tensor,
+    marginal: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    want: Sequence[bool],
+) -> Three:
+    first, second, third = (
+        x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((z, mu, logvar), want, strict=True)
+    )
+    return first, second, third
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+    z, mu, logvar, ctx.dataset_size, ctx.stratified = inputs
+    _, joint, marginal = output
+    ctx.mark_non_differentiable(joint, marginal)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, mu, logvar, joint, marginal)
+
+
+def _pull_back(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    want = list(ctx.needs_input_grad[:3])
+    if grad is None or not any(want):
+        return (None,) * 5
+    made = torch.ops.bomkern.total_correlation_triton_backward(
+        grad, *ctx.saved_tensors, ctx.dataset_size, ctx.stratified, want
+    )
+    return (*(g if wanted else None for g, wanted in zip(made, want, strict=True)), None, None)
+
+
+def _twice(ctx: Any, *_: object) -> None:
+    raise RuntimeError("total_correlation cannot be differentiated twice (impl 'triton'); impl='reference' can.")
+
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library("bomkern", "FRAGMENT")
+    library.define(
+        "total_correlation_triton(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified)"
+        " -> (Tensor, Tensor, Tensor)"
+    )
+    library.define(
+        "total_correlation_triton_backward(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint,"
+        " Tensor marginal, int? dataset_size, bool stratified, bool[3] want) -> (Tensor, Tensor, Tensor)"
+    )
+    for key in ("CPU", "CUDA"):
+        library.impl("total_correlation_triton", _forward, key)
+        library.impl("total_correlation_triton_backward", _backward, key)
+    torch.library.register_fake("bomkern::total_correlation_triton", _allocate, lib=library)
+    torch.library.register_fake("bomkern::total_correlation_triton_backward", _backward_fake, lib=library)
+    torch.library.register_autograd("bomkern::total_correlation_triton", _pull_back, setup_context=_save, lib=library)
+    torch.library.register_autograd("bomkern::total_correlation_triton_backward", _twice, lib=library)
+    return library
+
+
+_library = _define()
+
+
+def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool) -> Tensor:
+    """`bomkern.reference.total_correlation` by Triton kernels: same arguments, same results, memory O(B D)."""
+    return torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified)[0]
