@@ -1,17 +1,17 @@
 """The nine goals. Each is a pure function with one raw value per sample, [B], lower is better.
 
 Every docstring states the formula, the *ideal* (the value a goal could reach alone) and the *nadir* (no better than
-doing nothing); `anchors` holds both as numbers. B samples, D latents. The five statistics the goals stand on come last.
+doing nothing); `anchors` holds both as numbers. B samples, D latents. Statistics the goals stand on come last.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from bomkern import total_correlation
 
 from . import features as see
 
@@ -212,29 +212,6 @@ def trivial_answers(images: Tensor) -> Trivial:
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     """``sum_d (mu^2 + exp(logvar) - 1 - logvar) / 2``. [B, D] -> [B]."""
     return (mu.square() + logvar.exp() - 1 - logvar).sum(1) / 2
-
-
-def _total_correlation_rows(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    t = -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar)  # log 2 pi cancels
-    return t.sum(2).logsumexp(1) - t.logsumexp(1).sum(1)
-
-
-def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, limit: int = 2**22) -> Tensor:
-    """``log q(z) - sum_d log q(z_d)`` with q the batch's mixture of posteriors (Chen et al. 2018). [B, D] x 3 -> [B].
-
-    Rows go through in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each
-    chunk again, so memory does not grow with B x B x D.
-    """
-    batch, dims = z.shape
-    offset = (dims - 1) * math.log(batch)
-    rows = max(1, limit // (batch * dims))
-    if rows >= batch:
-        return _total_correlation_rows(z, mu, logvar) + offset
-    chunks = [
-        checkpoint(_total_correlation_rows, part, mu, logvar, use_reentrant=False, preserve_rng_state=False)
-        for part in z.split(rows)
-    ]
-    return torch.cat(chunks) + offset
 
 
 def covariance_penalty(z: Tensor, normalize: bool = False) -> Tensor:
