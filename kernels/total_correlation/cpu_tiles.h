@@ -69,7 +69,7 @@ void transpose(const Matrix& from, int64_t batch, int64_t padded, int64_t d, int
 template <class S> void precisions_of(const Columns<S>& x, int64_t d) {
   typedef typename Lanes<S>::Vec V;
   constexpr int width = Lanes<S>::width;
-  S highest = -__builtin_inff();
+  S highest = -__builtin_inff(), lowest = __builtin_inff();
   double sum = 0;
   const auto for_each_block = [&](auto f) {
     for (int64_t i = 0; i < x.batch; i += components) f(i, x.precision(d, i), x.peak(d, i));
@@ -82,13 +82,16 @@ template <class S> void precisions_of(const Columns<S>& x, int64_t d) {
     }
     for (int k = 0; k < components && i + k < x.batch; ++k) {
       highest = peak[k] > highest ? peak[k] : highest;
+      lowest = peak[k] < lowest ? peak[k] : lowest;
       sum += double(peak[k]);
     }
   });
+  // C_d: the middle keeps the logarithms small, and so their rounding; 2^64 is far from overflow.
+  const S middle = (highest + lowest) / 2, base = middle > highest - 64 ? middle : highest - 64;
   for_each_block([&](int64_t, S*, S* peak) {
-    for (int k = 0; k < components; k += width) store(peak + k, load<V>(peak + k) - highest);
+    for (int k = 0; k < components; k += width) store(peak + k, load<V>(peak + k) - base);
   });
-  x.shift[d] = S(log2_e / 2 - (sum / double(x.batch) - double(highest)));
+  x.shift[d] = S(log2_e / 2 - (sum / double(x.batch) - double(base)));
 }
 
 template <class S> void prepare(const Inputs<S>& in, const Columns<S>& to, Parallel parallel) {
@@ -142,7 +145,7 @@ template <class S> struct Weights {
 };
 
 // One dimension of rows x components: adds every t to `joint` [n, rows], and with Marginals every w 2^t to sum.
-// No running maximum: t <= 0 by construction.
+// No running maximum: t <= 64 by construction.
 template <class S, bool Marginals, bool Weighted>
 inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d, int64_t b, int64_t i, int n, S* joint,
                       typename Lanes<S>::Vec* sum) {
