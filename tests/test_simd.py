@@ -29,3 +29,13 @@ def test_error_in_ulp(simd: str, tmp_path: Path) -> None:
     errors = dict(zip(("log", "exp", "log2", "exp2"), map(float, printed), strict=True))
     limits = {"log": 1.0, "exp": 1.0, "log2": 1.5, "exp2": 2.2}
     assert all(errors[name] < limit for name, limit in limits.items()), errors
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+def test_total_correlation_on_64_byte_vectors(tmp_path: Path) -> None:
+    flags = ["-O1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-std=c++20"]
+    program = tmp_path / "wide"
+    sources = [f"{ROOT}/tests/total_correlation_wide.cpp", f"{ROOT}/kernels/total_correlation/cpu_baseline.cpp"]
+    subprocess.run([COMPILER, *flags, *sources, "-o", str(program)], check=True)
+    single, double = map(float, subprocess.run([program], capture_output=True, text=True, check=True).stdout.split())
+    assert single < 2e-5 and double < 1e-12, (single, double)

@@ -24,7 +24,8 @@ step tests $PYTHON -m pytest tests -q -k "not train"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do
     step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      $PYTHON -m pytest tests/test_min_goal.py -q -p no:cacheprovider -k "cuda-cuda and (oracle or layouts) and not 20000"
+      $PYTHON -m pytest tests/test_min_goal.py tests/test_total_correlation.py -q -p no:cacheprovider \
+      -k "cuda-cuda and (oracle or layouts) and not 20000"
   done
 fi
 step bench $PYTHON -m pytest bench --benchmark-only --benchmark-json "$RESULTS/$GPU.json"

@@ -51,16 +51,23 @@ template <class S> struct Columns {
   S* peak(int64_t d, int64_t i) const { return mu(d, i) + 2 * components; }
 };
 
-// Dimensions [d, d + n) of an input to where place(d, b) says, for b up to `padded`.
+// Dimensions [d, d + n) of an input to where place(d, b) says, for b up to `padded`: whole lines at a time.
 template <class S, class Place>
 void transpose(const Matrix& from, int64_t batch, int64_t padded, int64_t d, int n, Place place) {
+  constexpr int line = int(Columns<S>::line);
   const bool plain = from.dtype == (sizeof(S) == 4 ? DType::f32 : DType::f64);
   const S* values = static_cast<const S*>(from.data);
-  for (int64_t b = 0; b < padded; ++b) {
-    const int64_t row = (b < batch ? b : batch - 1) * from.stride[0];
+  for (int64_t b = 0; b < padded; b += line) {
+    int64_t row[line];
+    for (int j = 0; j < line; ++j) row[j] = (b + j < batch ? b + j : batch - 1) * from.stride[0];
     for (int64_t k = d; k < d + n; ++k) {
-      const int64_t at = row + k * from.stride[1];
-      *place(k, b) = plain ? values[at] : load_one<S>(from.data, from.dtype, at);
+      S* to = place(k, b);
+      const int64_t column = k * from.stride[1];
+      if (plain) {
+        for (int j = 0; j < line; ++j) to[j] = values[row[j] + column];
+      } else {
+        for (int j = 0; j < line; ++j) to[j] = load_one<S>(from.data, from.dtype, row[j] + column);
+      }
     }
   }
 }
@@ -145,7 +152,7 @@ template <class S> struct Weights {
 };
 
 // One dimension of rows x components: adds every t to `joint` [n, rows], and with Marginals every w 2^t to sum.
-// No running maximum: t <= 64 by construction.
+// No running maximum: t <= 64 by construction. A term costs 15 vector instructions, 10 of them in exp2_parts.
 template <class S, bool Marginals, bool Weighted>
 inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d, int64_t b, int64_t i, int n, S* joint,
                       typename Lanes<S>::Vec* sum) {
@@ -182,17 +189,18 @@ void joint_block(const Columns<S>& x, const Weights<S>& weights, int64_t b, int6
   typedef typename Lanes<S>::Vec V;
   constexpr int rows = tile_rows<S>, width = Lanes<S>::width;
   S part[components * rows];
-  __builtin_memset(joint, 0, sizeof(S) * n * rows);
   const bool weighted = Marginals && weights.touch(b, rows, i, n);
   for (int64_t first = 0; first < x.dims; first += dims_at_once) {
     const int64_t last = first + dims_at_once < x.dims ? first + dims_at_once : x.dims;
+    S* to = first ? part : joint;
     S shift = 0;
     for (int64_t d = first; d < last; ++d) shift += x.shift[d];
-    for (int k = 0; k < n * rows; k += width) store(part + k, splat<V>(shift));
+    for (int k = 0; k < n * rows; k += width) store(to + k, splat<V>(shift));
     for (int64_t d = first; d < last; ++d) {
-      (weighted ? add_terms<S, Marginals, true> : add_terms<S, Marginals, false>)(x, weights, d, b, i, n, part,
+      (weighted ? add_terms<S, Marginals, true> : add_terms<S, Marginals, false>)(x, weights, d, b, i, n, to,
                                                                                 Marginals ? sums + d * vectors : sums);
     }
+    if (!first) continue;
     for (int k = 0; k < n * rows; k += width) store(joint + k, load<V>(joint + k) + load<V>(part + k));
   }
   weights.visit(b, rows, i, n, [&](int64_t row, int64_t component, S w) {
