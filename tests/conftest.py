@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import settings
@@ -49,6 +53,13 @@ def assert_as_good_as_eager(ours: Tensor, eager: Tensor, exact: Tensor, slack: f
     error, allowed = (ours - exact)[~same].abs().max(), 2 * (eager - exact)[~same].nan_to_num().abs().max()
     size = max(exact[~same].abs().max().item(), unit)
     assert error <= allowed + slack * size, f"error {error:.3g}, allowed {allowed:.3g} + {slack} of {size:.3g}"
+
+
+def run_again(file: str, selection: str, **environment: str) -> None:
+    """Runs a selection of a file's tests in a process of its own, with more in its environment."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selection]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.fixture

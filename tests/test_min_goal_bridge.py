@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
@@ -16,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bomkern
 from bomkern import ConstraintTable, Minimize, min_goal_loss
-from tests.conftest import servers
+from tests.conftest import run_again, servers
 from tests.test_min_goal import REDUCTIONS, SIX, leaf
 
 IMPLS = pytest.mark.parametrize("server", servers("min_goal"))
@@ -160,12 +157,9 @@ def test_other_instruction_sets(simd: str) -> None:
     """The oracle tests again, on the narrower vectors that another CPU would use."""
     if simd not in bomkern.info()["build"]["simd"].split():
         pytest.skip(f"{simd} is not built for this processor")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_min_goal.py"]
-    selection = ["-k", "cpu-cpu and (oracle or layouts or nan or infeasible or dtypes)"]
-    done = subprocess.run(
-        [*command, *selection], env={**os.environ, "BOMKERN_SIMD": simd}, capture_output=True, text=True
+    run_again(
+        "tests/test_min_goal.py", "cpu-cpu and (oracle or layouts or nan or infeasible or dtypes)", BOMKERN_SIMD=simd
     )
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @COMPILED
@@ -312,9 +306,6 @@ def test_cuda_graph_replay_sees_a_changed_scale() -> None:
 def test_triton_passes_the_same_oracle_tests() -> None:
     """tests/test_min_goal.py on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_min_goal.py"]
-    selection = ["-k", "triton-cpu and not properties and not 20000 and not gradcheck"]
-    done = subprocess.run(
-        [*command, *selection], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    run_again(
+        "tests/test_min_goal.py", "triton-cpu and not properties and not 20000 and not gradcheck", TRITON_INTERPRET="1"
     )
-    assert done.returncode == 0, done.stdout[-3000:]

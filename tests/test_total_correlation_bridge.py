@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 
 import bomkern
 from bomkern import total_correlation
-from tests.conftest import servers
+from tests.conftest import run_again, servers
 from tests.test_min_goal_bridge import CountSyncs
 from tests.test_total_correlation import ESTIMATORS, latents, leaves, run
 
@@ -103,12 +100,11 @@ def test_other_instruction_sets(simd: str) -> None:
     """The oracle tests again, on the narrower vectors that another CPU would use."""
     if simd not in bomkern.info()["build"]["simd"].split():
         pytest.skip(f"{simd} is not built for this processor")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_total_correlation.py"]
-    selection = ["-k", "cpu-cpu and (oracle or layouts or nan or extremes or dtypes)"]
-    done = subprocess.run(
-        [*command, *selection], env={**os.environ, "BOMKERN_SIMD": simd}, capture_output=True, text=True
+    run_again(
+        "tests/test_total_correlation.py",
+        "cpu-cpu and (oracle or layouts or nan or extremes or dtypes)",
+        BOMKERN_SIMD=simd,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @IMPLS
@@ -217,9 +213,6 @@ def test_cuda_graph_replay() -> None:
 def test_triton_passes_the_same_oracle_tests() -> None:
     """tests/test_total_correlation.py on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_total_correlation.py"]
-    selection = ["-k", "triton-cpu and not properties and not gradcheck"]
-    done = subprocess.run(
-        [*command, *selection], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    run_again(
+        "tests/test_total_correlation.py", "triton-cpu and not properties and not gradcheck", TRITON_INTERPRET="1"
     )
-    assert done.returncode == 0, done.stdout[-3000:]
