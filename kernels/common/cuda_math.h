@@ -34,7 +34,7 @@ BOMKERN_HD float ex2(float x) {
 #endif
 }
 
-// 2^x for x <= 0 without the hardware's exponential: 9 instructions on the FMA pipe and 2 on the ALU; 2 ulp. What is
+// 2^x for x <= 127 without the hardware's exponential: 9 instructions on the FMA pipe and 2 on the ALU; 2 ulp. What is
 // below 2^-126 becomes 2^-126; NaN stays NaN.
 BOMKERN_HD float ex2_fma(float x) {
 #if defined(__CUDACC__)

@@ -2,6 +2,7 @@
 #include "cuda.h"
 
 #include <array>
+#include <cmath>
 
 #include "cuda_backward.h"
 #include "cuda_forward.h"
@@ -82,16 +83,21 @@ int64_t splits_of(int64_t tiles, int64_t length, int64_t slots, int64_t bytes) {
   return best;
 }
 
+template <class S> Weights<S> weights_of(const Inputs<S>& in) {
+  return {S(std::log2(double(in.own))), S(std::log2(double(in.next))), in.batch};
+}
+
 template <class S> PackLaunch<S> pack_of(const Inputs<S>& in, const S* marginal, Workspace& workspace) {
   PackLaunch<S> l{};
   l.in = in;
+  l.weights = weights_of(in);
   l.marginal = marginal;
   l.chunks = chunks_of<S>(in.dims);
   l.slice_rows = max(int64_t(64), ceil_div(in.batch, 256));
   l.slices = int(ceil_div(in.batch, l.slice_rows));
   l.dim_blocks = int(ceil_div(int64_t(l.chunks) * width, pack_dims));
   const int64_t padded = int64_t(l.chunks) * width;
-  l.lowest = workspace.take<S>(l.slices * padded);
+  l.columns = workspace.take<Column<S>>(l.slices * padded);
   l.components = workspace.take<S>(in.batch * padded * component_fields);
   l.rows = workspace.take<S>(in.batch * padded * (marginal ? 2 : 1));
   return l;
@@ -99,8 +105,8 @@ template <class S> PackLaunch<S> pack_of(const Inputs<S>& in, const S* marginal,
 
 template <class S> cudaError_t pack(const PackLaunch<S>& l, cudaStream_t stream) {
   const int64_t blocks = int64_t(l.slices) * l.dim_blocks;
-  const size_t shared = pack_threads * sizeof(S);
-  const cudaError_t error = launch(lowest_kernel<S>, blocks, pack_threads, shared, stream, l);
+  const size_t shared = pack_threads * sizeof(Column<S>);
+  const cudaError_t error = launch(column_kernel<S>, blocks, pack_threads, shared, stream, l);
   return error != cudaSuccess ? error : launch(pack_kernel<S>, blocks, pack_threads, shared, stream, l);
 }
 
@@ -136,6 +142,7 @@ template <class S> struct ForwardPlan {
     n = thread_chunks<S>(a.in.dims);
     l.a = a;
     l.in = {pack.components, pack.rows, pack.chunks};
+    l.weights = weights_of(a.in);
     l.geometry = geometry_of<S>(batch, pack.chunks, n);
     l.tiles = ceil_div(batch, l.geometry.quads * owned<S>);
     l.padded_rows = l.tiles * l.geometry.quads * owned<S>;
@@ -180,6 +187,7 @@ template <class S, Side side> struct GradientPlan {
     constexpr int most_chunks = 8, most_quads = 64;  // what of one element fits into shared memory
     l.a = a;
     l.in = in;
+    l.weights = weights_of(a.in);
     l.slices = int(ceil_div(in.chunks, most_chunks));
     l.slice_chunks = int(ceil_div(in.chunks, l.slices));
     l.quads = int(min(int64_t(min(backward_threads / l.slice_chunks, most_quads)), ceil_div(owners, owned<S>)));
@@ -262,6 +270,7 @@ cudaError_t responsibilities(const BackwardPlan<S>& plan, const Backward<S>& a, 
     ResponsibilityLaunch<S> l{};
     l.a = a;
     l.in = plan.in;
+    l.weights = weights_of(a.in);
     l.rows = rows;
     l.components = components;
     l.row_tiles = int(ceil_div(rows.count, tile.rows));

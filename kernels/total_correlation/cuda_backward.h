@@ -24,6 +24,7 @@ struct Range {
 template <class S> struct ResponsibilityLaunch {
   Backward<S> a;
   Packed<S> in;
+  Weights<S> weights;
   Range rows, components;
   int row_tiles;
   S* by_row;        // [rows, square], and the other way round; 0 where there is no row or component
@@ -132,10 +133,7 @@ __global__ void __launch_bounds__(backward_threads, 1)
     Vec<S> v;
 #pragma unroll
     for (int c = 0; c < Tile::component_count; ++c) {
-      if (in.stratified) {
-        const S weight = weight_of(in, b, l.components.begin + component + c);
-        if (weight != 1) joint[c][r] += log2(weight);
-      }
+      if (in.stratified) joint[c][r] += l.weights.at(b, l.components.begin + component + c);
       const bool both = inside && component + c < l.components.count;
       joint[c][r] = both ? grad * ex2(joint[c][r] - total) : S(0);
       v.at[c] = joint[c][r];
@@ -166,6 +164,7 @@ template <class S> constexpr int gradient_blocks = sizeof(S) == 8 ? 1 : 2;
 template <class S> struct GradientLaunch {
   Backward<S> a;
   Packed<S> in;
+  Weights<S> weights;
   Range owners, met;
   int tiles, slices, slice_chunks, quads;  // a block: one tile of owners, one slice of the chunks, one split of the met
   int split_met;
@@ -185,7 +184,8 @@ template <class S, Side side> struct MetElement {
 constexpr int met_tile = 16;
 
 // Per exponential, sm_90 (tools/sass_count.py): for rows 7.6 instructions and one MUFU, 8 slots, which bounds it: 16
-// exponentials a clock and multiprocessor. For components 9.7 instructions: 13.2. So no polynomials here.
+// exponentials a clock and multiprocessor. For components 9.7 instructions: 13.2. So no polynomials here. To add a
+// segment's sums to the workspace takes about 60 and 120 instructions each 32 * 16 exponentials: 0.1 and 0.2 more.
 template <class S, Side side>
 __global__ void __launch_bounds__(backward_threads, gradient_blocks<S>)
     gradient_kernel(const __grid_constant__ GradientLaunch<S> l) {
@@ -251,13 +251,12 @@ __global__ void __launch_bounds__(backward_threads, gradient_blocks<S>)
       const auto first = load<Chunk<S>>(record), second = load<Chunk<S>>(record + width);
       const auto third = load<Chunk<S>>(by_rows ? record + 2 * width : record);
       const S grad = by_rows ? S(0) : -at[element.grad];
-      S scale[R];
+      S weight[R] = {};
+      if constexpr (decltype(banded)::value) {
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        scale[r] = by_rows ? negative_grad[r] : grad;
-        if constexpr (decltype(banded)::value) {
+        for (int r = 0; r < R; ++r) {
           const int64_t owner = l.owners.begin + first_owner + q * R + r, met = l.met.begin + first_met + from + j;
-          scale[r] *= by_rows ? weight_of(in, owner, met) : weight_of(in, met, owner);
+          weight[r] = by_rows ? l.weights.at(owner, met) : l.weights.at(met, owner);
         }
       }
 #pragma unroll
@@ -267,7 +266,8 @@ __global__ void __launch_bounds__(backward_threads, gradient_blocks<S>)
           const S z = by_rows ? mine[0][d][r] : first.at[d], marginal = by_rows ? mine[1][d][r] : second.at[d];
           const S mu = by_rows ? first.at[d] : mine[0][d][r], a = by_rows ? second.at[d] : mine[1][d][r];
           const Term<S> term(z, mu, a, by_rows ? third.at[d] : mine[owned_fields<side> - 1][d][r]);
-          const S e = fma_of(scale[r], ex2(term.t - marginal), p.at[r]);
+          const S bits = decltype(banded)::value ? term.t + weight[r] : term.t;
+          const S e = fma_of(by_rows ? negative_grad[r] : grad, ex2(bits - marginal), p.at[r]);
           if constexpr (by_rows) {
             sum[0][d][r] = fma_of(e, term.slope, sum[0][d][r]);
           } else {
@@ -298,9 +298,9 @@ __global__ void __launch_bounds__(backward_threads, gradient_blocks<S>)
     } else {
       meet(from, n, at, Constant<false>());
     }
-    if ((from + n) % segment != 0 && from + n != count) continue;
+    if ((from + n) % gradient_segment != 0 && from + n != count) continue;
 #pragma unroll
-    for (int k = 0; k < K; ++k) flush<S, width>(sums + k * plane, l.padded_owners, sum[k], from < segment);
+    for (int k = 0; k < K; ++k) flush<S, width>(sums + k * plane, l.padded_owners, sum[k], from < gradient_segment);
   }
 }
 

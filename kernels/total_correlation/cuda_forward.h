@@ -1,7 +1,7 @@
 // total_correlation's forward pass on the GPU: every exponential once, marginals and joint from the same term.
 //
 // A thread owns four rows (two in double) of 4 or 8 dimensions, keeps their z and sums in registers, and meets one
-// component after another, which come through shared memory by asynchronous copies. Since every t <= 0, the sums of
+// component after another, which come through shared memory by asynchronous copies. Since no t is large, the sums of
 // 2^t need no maximum; finish_kernel() redoes those that ended too small to be exact. A thread's part of sum_d t goes
 // through shared memory to whoever adds it to the row's joint.
 #pragma once
@@ -22,6 +22,7 @@ struct Geometry {
 template <class S> struct ForwardLaunch {
   Forward<S> a;
   Packed<S> in;
+  Weights<S> weights;
   Geometry geometry;
   int64_t tiles, splits, split_components;  // tiles of rows times splits of the components: a block each
   int64_t padded_rows;
@@ -47,16 +48,16 @@ template <class S> struct ForwardShared {
 
 // Per exponential and thread, sm_90, N = 2, read off the machine code (tools/sass_count.py prints the counts):
 //   MUFU 30/32 at 8 issue slots of a scheduler       7.50
-//   issue 224/32, the 30 MUFUs among them            7.00    (FMA 177, ALU 6, memory 9, control 2)
-//   FMA pipe 177/32, a warp instruction a clock      5.53
-//   ALU 6/32, half as wide                           0.38
+//   issue 220/32, the 30 MUFUs among them            6.88    (FMA 174, ALU 7, memory 8, control 1)
+//   FMA pipe 174/32, a warp instruction a clock      5.44
+//   ALU 7/32, half as wide                           0.44
 //   shared memory 28 clocks/32 of the 4 schedulers   3.50
 // so the bound is the MUFU's: 16 * 32 / 30 = 17.07 exponentials a clock and multiprocessor, 107% of what ex2 alone
 // gives. Outside this loop a barrier of 4 components costs, at D = 128 (16 groups, 8 warps), about 200 instructions in
 // each of the two warps that collect() and 35 in every warp: (2 * 200 + 8 * 35) / (8 * 128) = 0.66 slots per
 // exponential. A share p of polynomials, 11 instructions instead of one, makes
-//   MUFU 8 (1 - p) + 0.06 (the joint's),   issue 7.66 - 10/16 + 10 p,
-// equal at p = 0.057: one in 16 it is, where both are as good as full.
+//   MUFU 8 (1 - p) + 0.06 (the joint's),   issue 7.54 - 10/16 + 10 p,
+// equal at p = 0.064: one in 16 it is, where both are as good as full.
 template <class S, int N>
 __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
   constexpr int R = owned<S>, dims = N * width;
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
     joint[e] = e / shared.partials % 2 == 0 ? PowerSum<S>().max : PowerSum<S>().sum;
   }
 
-  S z[dims][R], sum[dims][R], weight[R];
+  S z[dims][R], sum[dims][R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t row = min(first_row + q * R + r, in.batch - 1);
@@ -87,7 +88,6 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
 #pragma unroll
       for (int d = 0; d < width; ++d) z[k * width + d][r] = values.at[d], sum[k * width + d][r] = 0;
     }
-    weight[r] = 1;
   }
   S* const sums = l.sums + (split * l.in.chunks * width + g * dims) * l.padded_rows + first_row + q * R;
 
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
       if (band) {
         const int64_t row = first_row + e % geometry.quads * R, component = begin + from + e / geometry.quads;
 #pragma unroll
-        for (int r = 0; r < R; ++r) total.at[r] += log2(weight_of(in, row + r, component));
+        for (int r = 0; r < R; ++r) total.at[r] += l.weights.at(row + r, component);
       }
       S* const state = joint + e * R;
       auto most = load<Vec<S>>(state), sum = load<Vec<S>>(state + shared.partials);
@@ -148,6 +148,39 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
     turn += turn < threads - shift ? shift : shift - threads;
   };
 
+  // Meets the components [from, from + n). `banded` says that some weights are not 1.
+  const auto meet = [&](int from, int n, int buffer, auto banded) {
+    const S* c = memory + shared.stage(buffer) + g * N * (component_fields * width);
+    S* partial = memory + shared.partial(buffer) + g * shared.partials + q * R;
+#pragma unroll 1
+    for (int j = 0; j < n; ++j, c += shared.record, partial += block_rows) {
+      S weight[R] = {};
+      if constexpr (decltype(banded)::value) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) weight[r] = l.weights.at(first_row + q * R + r, begin + from + j);
+      }
+      Vec<S> total;
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const S* const chunk = c + k * (component_fields * width);
+        const auto mu = load<Chunk<S>>(chunk), a = load<Chunk<S>>(chunk + width);
+        const auto log_scale = load<Chunk<S>>(chunk + 2 * width);
+#pragma unroll
+        for (int d = 0; d < width; ++d) {
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const int at = k * width + d;
+            const S t = Term<S>(z[at][r], mu.at[d], a.at[d], log_scale.at[d]).t;
+            total.at[r] = at == 0 ? t : total.at[r] + t;
+            const S bits = decltype(banded)::value ? t + weight[r] : t;
+            sum[at][r] += (at * R + r) % poly_period == poly_period - 1 ? ex2_fma(bits) : ex2(bits);
+          }
+        }
+      }
+      save(partial, total);
+    }
+  };
+
   fetch(0, 0);
   for (int from = 0, buffer = 0;; from += T, buffer ^= 1) {
     __pipeline_wait_prior(0);
@@ -157,40 +190,8 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
     fetch(from + T, buffer ^ 1);
     const int n = min(T, count - from);
     const bool band = in.stratified && in_band(begin + from, n, first_row, block_rows, in.batch);
-    if (works) {
-      const S* c = memory + shared.stage(buffer) + g * N * (component_fields * width);
-      S* partial = memory + shared.partial(buffer) + g * shared.partials + q * R;
-#pragma unroll 1
-      for (int j = 0; j < n; ++j, c += shared.record, partial += block_rows) {
-        if (band) {
-#pragma unroll
-          for (int r = 0; r < R; ++r) weight[r] = weight_of(in, first_row + q * R + r, begin + from + j);
-        }
-        Vec<S> total;
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          const S* const chunk = c + k * (component_fields * width);
-          const auto mu = load<Chunk<S>>(chunk), a = load<Chunk<S>>(chunk + width);
-          const auto log_scale = load<Chunk<S>>(chunk + 2 * width);
-#pragma unroll
-          for (int d = 0; d < width; ++d) {
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-              const int at = k * width + d;
-              const Term<S> term(z[at][r], mu.at[d], a.at[d], log_scale.at[d]);
-              total.at[r] = at == 0 ? term.t : total.at[r] + term.t;
-              const S power = (at * R + r) % poly_period == poly_period - 1 ? ex2_fma(term.t) : ex2(term.t);
-              sum[at][r] = fma_of(power, weight[r], sum[at][r]);
-            }
-          }
-        }
-        save(partial, total);
-      }
-      if (band) {
-#pragma unroll
-        for (int r = 0; r < R; ++r) weight[r] = 1;
-      }
-    }
+    if (works && band) meet(from, n, buffer, Constant<true>());
+    if (works && !band) meet(from, n, buffer, Constant<false>());
     const bool segment_ends = (from + n) % segment == 0 || from + n == count;
     if (works && segment_ends) flush<S, dims>(sums, l.padded_rows, sum, from < segment);
   }
@@ -217,7 +218,8 @@ template <class S> BOMKERN_HD S exact_marginal(const ForwardLaunch<S>& l, int64_
   const S z = l.in.rows[row * record + d];
   const auto term = [&](int64_t i) {
     const S* const c = l.in.components + i * (component_fields * record) + at;
-    return Term<S>(z, c[0], c[width], c[2 * width]).t;
+    const S t = Term<S>(z, c[0], c[width], c[2 * width]).t;
+    return in.stratified ? t + l.weights.at(row, i) : t;
   };
   const int lane = threadIdx.x % warp_size;
   S most = -S(__builtin_inff());
@@ -226,9 +228,7 @@ template <class S> BOMKERN_HD S exact_marginal(const ForwardLaunch<S>& l, int64_
   for (int offset = warp_size / 2; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(all_lanes, most, offset));
   if (most == -S(__builtin_inff())) return most;
   S sum = 0;
-  for (int64_t i = lane; i < in.batch; i += warp_size) {
-    sum = fma_of(ex2(term(i) - most), in.stratified ? weight_of(in, row, i) : S(1), sum);
-  }
+  for (int64_t i = lane; i < in.batch; i += warp_size) sum += ex2(term(i) - most);
   return most + log2(__shfl_sync(all_lanes, warp_sum(sum), 0));
 }
 

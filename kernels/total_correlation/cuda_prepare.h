@@ -9,10 +9,29 @@ namespace cuda {
 constexpr int pack_threads = 256, pack_dims = 32;
 constexpr int pack_rows = pack_threads / pack_dims;  // rows in flight
 
+BOMKERN_HD float lower(float a, float b) { return fminf(a, b); }
+BOMKERN_HD double lower(double a, double b) { return fmin(a, b); }
+
+// What there is to know of a column of log-variances.
+template <class S> struct Column {
+  double sum = 0;
+  S least = S(__builtin_inff());
+  BOMKERN_HD void add(const Column& other) {
+    sum += other.sum;
+    least = lower(least, other.least);
+  }
+  // The log-variance whose c is C_d of cuda_terms.h. A mean that is NaN or +inf gives way.
+  BOMKERN_HD double center(const Weights<S>& weights) const {
+    const double highest = highest_term - double(weights.own);
+    return fmin(sum / double(weights.batch) + 1, double(least) + highest / half_log2_e);
+  }
+};
+
 template <class S> struct PackLaunch {
   Inputs<S> in;
+  Weights<S> weights;
   const S* marginal;  // null in forward
-  S* lowest;          // [slices, chunks * 4]: the lowest logvar of each slice of rows
+  Column<S>* columns;  // [slices, chunks * 4]: of each slice of rows
   S* components;
   S* rows;
   int64_t slice_rows;
@@ -28,48 +47,44 @@ template <class S> BOMKERN_HD S element(const Matrix& m, int64_t row, int64_t co
   }
 }
 
-BOMKERN_HD float lower(float a, float b) { return fminf(a, b); }
-BOMKERN_HD double lower(double a, double b) { return fmin(a, b); }
-
-// C_d = -log2(e) / 2 min_i logvar_id. A NaN is passed over: its own component carries it on.
 template <class S>
-__global__ void __launch_bounds__(pack_threads) lowest_kernel(const __grid_constant__ PackLaunch<S> l) {
+__global__ void __launch_bounds__(pack_threads) column_kernel(const __grid_constant__ PackLaunch<S> l) {
   BOMKERN_SHARED_BYTES(bytes);
-  S* const found = reinterpret_cast<S*>(bytes);  // [pack_rows, pack_dims]
+  Column<S>* const found = reinterpret_cast<Column<S>*>(bytes);  // [pack_rows, pack_dims]
   const int lane = threadIdx.x % pack_dims, group = threadIdx.x / pack_dims;
   const int64_t slice = blockIdx.x / l.dim_blocks, d = int64_t(blockIdx.x % l.dim_blocks) * pack_dims + lane;
   const int64_t end = min((slice + 1) * l.slice_rows, l.in.batch);
-  S least = S(__builtin_inff());
+  Column<S> column;
   if (d < l.in.dims) {
 #pragma unroll 4
     for (int64_t i = slice * l.slice_rows + group; i < end; i += pack_rows) {
-      least = lower(least, element<S>(l.in.logvar, i, d));
+      const S logvar = element<S>(l.in.logvar, i, d);
+      column.add({double(logvar), logvar});
     }
   }
-  found[threadIdx.x] = least;
+  found[threadIdx.x] = column;
   __syncthreads();
   if (group != 0 || d >= l.chunks * width) return;
-  for (int g = 1; g < pack_rows; ++g) least = lower(least, found[g * pack_dims + lane]);
-  l.lowest[slice * l.chunks * width + d] = least;
+  for (int g = 1; g < pack_rows; ++g) column.add(found[g * pack_dims + lane]);
+  l.columns[slice * l.chunks * width + d] = column;
 }
 
 template <class S>
 __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constant__ PackLaunch<S> l) {
   BOMKERN_SHARED_BYTES(bytes);
-  S* const found = reinterpret_cast<S*>(bytes);
+  Column<S>* const found = reinterpret_cast<Column<S>*>(bytes);
   const int lane = threadIdx.x % pack_dims, group = threadIdx.x / pack_dims;
   const int64_t slice = blockIdx.x / l.dim_blocks, d = int64_t(blockIdx.x % l.dim_blocks) * pack_dims + lane;
   const bool padded = d < l.chunks * width, inside = d < l.in.dims;
-  S least = S(__builtin_inff());
+  Column<S> column, all;
   if (padded) {
-    for (int s = group; s < l.slices; s += pack_rows) {
-      least = lower(least, l.lowest[int64_t(s) * l.chunks * width + d]);
-    }
+    for (int s = group; s < l.slices; s += pack_rows) column.add(l.columns[int64_t(s) * l.chunks * width + d]);
   }
-  found[threadIdx.x] = least;
+  found[threadIdx.x] = column;
   __syncthreads();
   if (!padded) return;
-  for (int g = 0; g < pack_rows; ++g) least = lower(least, found[g * pack_dims + lane]);
+  for (int g = 0; g < pack_rows; ++g) all.add(found[g * pack_dims + lane]);  // in every block the same bits
+  const double center = all.center(l.weights);
 
   const int64_t chunk = d / width, at = d % width, end = min((slice + 1) * l.slice_rows, l.in.batch);
   const int fields = l.marginal ? 2 : 1;
@@ -81,7 +96,7 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constan
       z = element<S>(l.in.z, i, d);
       mu = element<S>(l.in.mu, i, d);
       a = S(half_log2_e * exp(-double(logvar)));
-      c = S(-half_log2_e * double(logvar - least));
+      c = S(half_log2_e * (center - double(logvar)));
       if (l.marginal) marginal = l.marginal[d * l.in.batch + i];
     }
     S* const component = l.components + (i * l.chunks + chunk) * (component_fields * width) + at;

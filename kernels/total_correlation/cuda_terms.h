@@ -1,5 +1,11 @@
 // What total_correlation's GPU kernels share: the packed inputs, the term t_bid, the weights, a running log-sum-exp.
 //
+// C_d of total_correlation.h may be any constant, since it stands once in the joint and once in the marginals. Here it
+// makes t 0, on average, for a component's own sample: C_d = mean_i c_id - log2(e) / 2. So the terms that count are
+// small, one by one and in the joint's sum over dimensions, and so is their rounding. But C_d is high enough that no
+// component's t of its own sample, weight added, is above highest_term: where log-variances spread far, the narrow
+// components have the large gradients, which stand on the last digits of that t.
+//
 // The inputs, of any dtype and strides, are packed once into records of four dimensions that 16-byte copies can move:
 //   components: [B, chunks, 3, 4]  mu, a, c - C  of total_correlation.h
 //   rows:       [B, chunks, fields, 4]  z, and in backward the marginal
@@ -22,9 +28,12 @@ constexpr int warp_size = 32;
 constexpr int width = 4;  // dimensions of a chunk
 constexpr int component_fields = 3;
 constexpr double half_log2_e = 0.72134752044448170368;
+constexpr int highest_term = 8;  // a weight's logarithm adds 63 at most, and 2^30 components 30: no sum overflows
 constexpr int poly_period = 16;  // one exponential in so many is a polynomial: see forward_kernel()
 constexpr int joint_block = 8;  // groups of dimensions that are added up before they join a row's sum over all
-constexpr int segment = 256;  // so many terms are added up one by one before they join a larger sum; whole tiles
+// So many terms are added up one by one before they join a larger sum; whole tiles. The gradients' have both signs, and
+// their sums are small beside what was added: longer segments would cost digits.
+constexpr int segment = 256, gradient_segment = 32;
 
 // What one thread owns side by side: 16 bytes of rows, or of components.
 template <class S> constexpr int owned = 16 / int(sizeof(S));
@@ -59,11 +68,16 @@ template <class S> struct Term {
   }
 };
 
-// Into a joint the weights go as logarithms, which backward can repeat to the same bits.
-template <class S> BOMKERN_HD S weight_of(const Inputs<S>& in, int64_t row, int64_t component) {
-  if (component == row) return in.own;
-  return component == (row + 1 == in.batch ? 0 : row + 1) ? in.next : S(1);
-}
+// The stratified weights in bits: added to t, so that backward's q is 1 to the bit in exact_marginal()'s marginals too,
+// where one component is all there is.
+template <class S> struct Weights {
+  S own, next;
+  int64_t batch;
+  BOMKERN_HD S at(int64_t row, int64_t component) const {
+    if (component == row) return own;
+    return component == (row + 1 == batch ? 0 : row + 1) ? next : S(0);
+  }
+};
 
 // Whether any of the components [from, from + n) is a row's own, or its next, among the rows [first, first + count).
 BOMKERN_HD bool in_band(int64_t from, int n, int64_t first, int count, int64_t batch) {
@@ -96,16 +110,16 @@ BOMKERN_HD void copy_async(void* to, const void* from, int pieces, int thread, i
 
 // Adds a thread's sums of this segment to its own places in the workspace.
 template <class S, int dims> BOMKERN_HD void flush(S* to, int64_t pitch, S (&sum)[dims][owned<S>], bool first) {
+  Vec<S> v[dims] = {};
+  if (!first) {
 #pragma unroll
-  for (int d = 0; d < dims; ++d, to += pitch) {
-    Vec<S> v;
-    if (!first) v = load<Vec<S>>(to);
+    for (int d = 0; d < dims; ++d) v[d] = load<Vec<S>>(to + d * pitch);  // together: one wait
+  }
 #pragma unroll
-    for (int r = 0; r < owned<S>; ++r) {
-      v.at[r] = first ? sum[d][r] : v.at[r] + sum[d][r];
-      sum[d][r] = 0;
-    }
-    save(to, v);
+  for (int d = 0; d < dims; ++d) {
+#pragma unroll
+    for (int r = 0; r < owned<S>; ++r) v[d].at[r] += sum[d][r], sum[d][r] = 0;
+    save(to + d * pitch, v[d]);
   }
 }
 

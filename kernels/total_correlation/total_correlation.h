@@ -3,8 +3,8 @@
 // Everything is in bits (base 2), where an exponential is one instruction's work. With
 //   a_id = log2(e) / 2 exp(-logvar_id),   c_id = -log2(e) / 2 logvar_id,
 //   t_bid = (c_id - C_d) - a_id (z_bd - mu_id)^2,
-// C_d of an implementation's choosing, max_i c_id or at most 64 less, so that t <= 64 and a sum of 2^t needs no maximum,
-// the forward pass gives
+// C_d of an implementation's choosing, so near max_i c_id (within 72) that a sum of 2^t cannot overflow and needs no
+// running maximum, the forward pass gives
 //   joint_b    = log2 sum_i w_bi 2^(sum_d t_bid),
 //   marginal_bd = log2 sum_i w_bi 2^t_bid,
 //   TC_b = ln 2 (joint_b - sum_d marginal_bd) + (1 - D) log_weight,
