@@ -149,11 +149,14 @@ inline VecF log2_of(VecF x) {
 
 // 2^x = x * scale for N vectors at once, x changed in place: whoever sums them multiplies and adds in one instruction.
 // For x <= 127; below -125 it stays at 2^-125, and 2^0 is 1. NaN passes through. Below 2.2 ulp (tests/test_simd.py).
-// Stage by stage, because a chain of a dozen dependent instructions does not fill the machine on its own.
-template <int N> inline void exp2_parts(VecF (&x)[N], VecF (&scale)[N]) {
+// Bounded: the caller knows that no x is below -125. Stage by stage, because a chain of a dozen dependent instructions
+// does not fill the machine on its own.
+template <bool Bounded = false, int N> inline void exp2_parts(VecF (&x)[N], VecF (&scale)[N]) {
   constexpr float magic = 0x1.8p23f + 127;  // x + magic holds round(x) + 127, an exponent field, in its low bits
   VecF p[N];
-  for (int i = 0; i < N; ++i) x[i] = at_least(x[i], -125.0f);
+  if constexpr (!Bounded) {
+    for (int i = 0; i < N; ++i) x[i] = at_least(x[i], -125.0f);
+  }
   for (int i = 0; i < N; ++i) scale[i] = x[i] + magic;
   for (int i = 0; i < N; ++i) p[i] = scale[i] - magic;
   for (int i = 0; i < N; ++i) x[i] -= p[i];
@@ -197,7 +200,7 @@ inline VecD exp_of(VecD x) {
 inline VecD log2_of(VecD x) {
   return each_lane(x, [](double v) { return __builtin_log2(v); });
 }
-template <int N> inline void exp2_parts(VecD (&x)[N], VecD (&scale)[N]) {
+template <bool Bounded = false, int N> inline void exp2_parts(VecD (&x)[N], VecD (&scale)[N]) {
   for (int i = 0; i < N; ++i) {
     x[i] = each_lane(x[i], [](double v) { return __builtin_exp2(v); });
     scale[i] = splat<VecD>(1.0);

@@ -77,7 +77,7 @@ template <class S> void joint_weights(const Gradients<S>& g, const Weights<S>& w
   S block[components * rows];
   for (int64_t i = 0; i < g.x.batch; i += components) {
     const int n = g.x.batch - i < components ? int(g.x.batch - i) : components;
-    joint_block<S, false>(g.x, weights, b, i, n, block, nullptr);
+    joint_block<S, false>(g.x, weights, b, i, n, block, nullptr, nullptr);
     for (int r = 0; r < vectors; ++r) {
       const V grad = load<V>(g.grad + b + r * width), joint = load<V>(g.joint + b + r * width);
       for (int k = 0; k < n; ++k) {
@@ -130,12 +130,12 @@ template <class S> S lanes_of(typename Lanes<S>::Vec v) {
   return sum;
 }
 
-struct Range {
+struct Rows {
   int64_t begin, end;
 };
 
 // Whole tiles of the chunk's rows [b, b + n) that hold all in which component i weighs other than 1.
-template <class S> Range weighted_rows(const Weights<S>& weights, int64_t i, int64_t b, int64_t n) {
+template <class S> Rows weighted_rows(const Weights<S>& weights, int64_t i, int64_t b, int64_t n) {
   constexpr int rows = tile_rows<S>;
   if (!weights.touch(b, int(n), i, 1)) return {0, 0};
   if (i == 0) return {0, n};  // its rows are the first and the last
@@ -155,7 +155,7 @@ void pull_dimension(const Gradients<S>& g, const Weights<S>& weights, int64_t d,
     __builtin_memset(part, 0, n * sizeof(S));
     for (int64_t i = first; i < last; ++i) {
       Sums<V> sums;
-      const Range special = weighted_rows(weights, i, b, n);
+      const Rows special = weighted_rows(weights, i, b, n);
       pull<S, false>(g, weights, d, i, b, 0, special.begin, part, sums);
       pull<S, true>(g, weights, d, i, b, special.begin, special.end, part, sums);
       pull<S, false>(g, weights, d, i, b, special.end, n, part, sums);

@@ -61,8 +61,22 @@ typename Lanes<S>::Vec far_marginal(const Columns<S>& x, const Weights<S>& weigh
   return highest + log2_of(sum);
 }
 
+template <class S> void ranges_of(const Columns<S>& x, int64_t b, Range<S>* ranges) {
+  typedef typename Lanes<S>::Vec V;
+  for (int64_t d = 0; d < x.dims; ++d) {
+    const S* z = x.z + d * x.stride + b;
+    V high = load<V>(z), low = -high;
+    for (int r = 1; r < vectors; ++r) {
+      raise(high, load<V>(z + r * Lanes<S>::width));
+      raise(low, -load<V>(z + r * Lanes<S>::width));
+    }
+    ranges[d] = {highest_of<S>(high), highest_of<S>(low)};
+  }
+}
+
+// sums, ranges: [D] of this tile's own.
 template <class S>
-void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::Vec* sums, int64_t b) {
+void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::Vec* sums, Range<S>* ranges, int64_t b) {
   typedef typename Lanes<S>::Vec V;
   constexpr int width = Lanes<S>::width, rows = tile_rows<S>;
   const Weights<S> weights(a.in);
@@ -70,10 +84,11 @@ void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::V
   double shift = 0;
   for (int64_t d = 0; d < x.dims; ++d) shift += double(x.shift[d]);
   LogSumExp<S> joint;
+  ranges_of(x, b, ranges);
   for (int64_t k = 0; k < x.dims * vectors; ++k) sums[k] = V{};
   for (int64_t i = 0; i < x.batch; i += components) {
     const int n = x.batch - i < components ? int(x.batch - i) : components;
-    joint_block<S, true>(x, weights, b, i, n, block, sums);
+    joint_block<S, true>(x, weights, b, i, n, block, sums, ranges);
     joint.add(block, n);
   }
   for (int r = 0; r < vectors; ++r) {
@@ -99,9 +114,13 @@ void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::V
 
 template <class S> int64_t tiles_of(int64_t batch) { return (batch + tile_rows<S> - 1) / tile_rows<S>; }
 
-// The columns, and every tile's sums.
+// Numbers of a tile's own: sums and ranges of every dimension.
+template <class S> int64_t tile_numbers(int64_t dims) {
+  return tile_rows<S> * dims + round_up(2 * dims, Columns<S>::line);
+}
+
 template <class S> int64_t forward_bytes(int64_t batch, int64_t dims) {
-  return (Columns<S>::numbers(batch, dims) + tiles_of<S>(batch) * tile_rows<S> * dims) * int64_t(sizeof(S));
+  return (Columns<S>::numbers(batch, dims) + tiles_of<S>(batch) * tile_numbers<S>(dims)) * int64_t(sizeof(S));
 }
 
 template <class S> void forward(const Forward<S>& a, void* workspace, Parallel parallel) {
@@ -109,9 +128,11 @@ template <class S> void forward(const Forward<S>& a, void* workspace, Parallel p
   S* numbers = static_cast<S*>(workspace);
   const Columns<S> x(a.in.batch, a.in.dims, numbers);
   prepare(a.in, x, parallel);
-  V* sums = reinterpret_cast<V*>(numbers + Columns<S>::numbers(x.batch, x.dims));
+  S* own = numbers + Columns<S>::numbers(x.batch, x.dims);
   each(parallel, tiles_of<S>(x.batch), [&](int64_t tile) {
-    forward_tile(a, x, sums + tile * x.dims * vectors, tile * tile_rows<S>);
+    S* at = own + tile * tile_numbers<S>(x.dims);
+    forward_tile(a, x, reinterpret_cast<V*>(at), reinterpret_cast<Range<S>*>(at + tile_rows<S> * x.dims),
+                 tile * tile_rows<S>);
   });
 }
 

@@ -24,12 +24,37 @@ template <class F> void each(Parallel parallel, int64_t tasks, const F& f) {
   parallel(tasks, [](void* state, int64_t task) { (*static_cast<const F*>(state))(task); }, const_cast<F*>(&f));
 }
 
+// The highest value and minus the lowest of a dimension, over a block of components or a tile of rows.
+template <class S> struct Range {
+  S high, low;
+};
+
+// What bounds t from below for a block of components in one dimension.
+template <class S> struct Bounds {
+  Range<S> mu;
+  S precision, fall;  // the highest a; the highest C_d - c
+
+  bool hold(const Range<S>& z) const {
+    const S right = z.high + mu.low, left = mu.high + z.low, reach = right > left ? right : left;
+    return fall + precision * reach * reach < 125;
+  }
+};
+
+// Per lane, then over the lanes; NaN is passed over.
+template <class V> inline void raise(V& high, V v) { high = v > high ? v : high; }
+template <class S, class V> inline S highest_of(V v) {
+  S high = v[0];
+  for (int lane = 1; lane < Lanes<S>::width; ++lane) high = v[lane] > high ? v[lane] : high;
+  return high;
+}
+
 // The inputs as the kernels want them. Rows and components past B repeat the last one: padding is an ordinary value.
 template <class S> struct Columns {
   int64_t batch, dims, stride;
   S* z;  // [D, stride]; the stride is no power of two, which would put all dimensions of a row into a few lines of a cache
   // [blocks of components, D, 3, components]: mu, a and c - C_d in the order in which a tile of rows reads them.
   S* parameters;
+  Bounds<S>* bounds;  // [blocks of components, D]
   // [D] minus what t is for a component's own sample, on average: added to the joint, it keeps the terms that count small
   // and so their rounding. Forward takes the total off again.
   S* shift;
@@ -37,12 +62,17 @@ template <class S> struct Columns {
   static constexpr int64_t line = 64 / int64_t(sizeof(S));
   static int64_t stride_of(int64_t batch) { return round_up(batch, tile_rows<S>) + line; }
   static int64_t numbers(int64_t batch, int64_t dims) {
-    return dims * stride_of(batch) + 3 * dims * round_up(batch, components) + round_up(dims, line);
+    const int64_t padded = round_up(batch, components);
+    return dims * stride_of(batch) + 3 * dims * padded + round_up(4 * dims * padded / components, line) +
+           round_up(dims, line);
   }
 
   Columns(int64_t batch, int64_t dims, S* at) : batch(batch), dims(dims), stride(stride_of(batch)), z(at) {
     parameters = z + dims * stride;
-    shift = parameters + 3 * dims * round_up(batch, components);
+    const int64_t blocks = round_up(batch, components) / components;
+    S* after = parameters + 3 * dims * components * blocks;
+    bounds = reinterpret_cast<Bounds<S>*>(after);
+    shift = after + round_up(4 * dims * blocks, line);
   }
   S* mu(int64_t d, int64_t i) const {
     return parameters + (i / components * dims + d) * 3 * components + i % components;
@@ -95,8 +125,20 @@ template <class S> void precisions_of(const Columns<S>& x, int64_t d) {
   });
   // C_d: the middle keeps the logarithms small, and so their rounding; 2^64 is far from overflow.
   const S middle = (highest + lowest) / 2, base = middle > highest - 64 ? middle : highest - 64;
-  for_each_block([&](int64_t, S*, S* peak) {
-    for (int k = 0; k < components; k += width) store(peak + k, load<V>(peak + k) - base);
+  for_each_block([&](int64_t i, S* precision, S* peak) {
+    const S* mu = x.mu(d, i);
+    const V least = splat<V>(S(-__builtin_inff()));
+    V high = least, low = least, steepest = least, fall = least;
+    for (int k = 0; k < components; k += width) {
+      const V m = load<V>(mu + k), c = load<V>(peak + k) - base;
+      store(peak + k, c);
+      raise(high, m);
+      raise(low, -m);
+      raise(steepest, load<V>(precision + k));
+      raise(fall, -c);
+    }
+    x.bounds[i / components * x.dims + d] = {{highest_of<S>(high), highest_of<S>(low)}, highest_of<S>(steepest),
+                                             highest_of<S>(fall)};
   });
   x.shift[d] = S(log2_e / 2 - (sum / double(x.batch) - double(base)));
 }
@@ -152,8 +194,8 @@ template <class S> struct Weights {
 };
 
 // One dimension of rows x components: adds every t to `joint` [n, rows], and with Marginals every w 2^t to sum.
-// No running maximum: t <= 64 by construction. A term costs 15 vector instructions, 10 of them in exp2_parts.
-template <class S, bool Marginals, bool Weighted>
+// Bounded: no t is below -125. No running maximum: t <= 64 by construction. A term costs 15 vector instructions, 10 of them in exp2_parts.
+template <class S, bool Marginals, bool Weighted, bool Bounded>
 inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d, int64_t b, int64_t i, int n, S* joint,
                       typename Lanes<S>::Vec* sum) {
   typedef typename Lanes<S>::Vec V;
@@ -173,7 +215,7 @@ inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d,
     if constexpr (Weighted) {
       for (int r = 0; r < vectors; ++r) t[r] += weights.at(b + r * width, i + k);
     }
-    exp2_parts(t, power);
+    exp2_parts<Bounded>(t, power);
     for (int r = 0; r < vectors; ++r) total[r] += t[r] * power[r];
   }
   if constexpr (Marginals) {
@@ -181,11 +223,12 @@ inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d,
   }
 }
 
-// A block of the joint's logarithms, [n, rows], weights included; with Marginals also adds to `sums` [D, rows].
+// A block of the joint's logarithms, [n, rows], weights included; with Marginals also adds to `sums` [D, rows], and wants
+// the range [D] of z over the tile.
 // The same order of operations in both directions, so that backward's terms cancel against forward's to the bit.
 template <class S, bool Marginals>
 void joint_block(const Columns<S>& x, const Weights<S>& weights, int64_t b, int64_t i, int n, S* joint,
-                 typename Lanes<S>::Vec* sums) {
+                 typename Lanes<S>::Vec* sums, const Range<S>* rows_of) {
   typedef typename Lanes<S>::Vec V;
   constexpr int rows = tile_rows<S>, width = Lanes<S>::width;
   S part[components * rows];
@@ -197,8 +240,14 @@ void joint_block(const Columns<S>& x, const Weights<S>& weights, int64_t b, int6
     for (int64_t d = first; d < last; ++d) shift += x.shift[d];
     for (int k = 0; k < n * rows; k += width) store(to + k, splat<V>(shift));
     for (int64_t d = first; d < last; ++d) {
-      (weighted ? add_terms<S, Marginals, true> : add_terms<S, Marginals, false>)(x, weights, d, b, i, n, to,
-                                                                                Marginals ? sums + d * vectors : sums);
+      if constexpr (!Marginals) {
+        add_terms<S, false, false, false>(x, weights, d, b, i, n, to, nullptr);
+      } else {
+        const bool bounded = x.bounds[i / components * x.dims + d].hold(rows_of[d]);
+        (weighted  ? add_terms<S, true, true, false>
+         : bounded ? add_terms<S, true, false, true>
+                   : add_terms<S, true, false, false>)(x, weights, d, b, i, n, to, sums + d * vectors);
+      }
     }
     if (!first) continue;
     for (int k = 0; k < n * rows; k += width) store(joint + k, load<V>(joint + k) + load<V>(part + k));
