@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 
 #ifdef BOMKERN_CUDA
@@ -83,9 +84,11 @@ template <class S> Inputs<S> describe(const Tensor& z, const Tensor& mu, const T
   return in;
 }
 
+// Each thread takes the next task there is: one that is slower, or shares its core, takes fewer.
 void run_tasks(int64_t tasks, void (*run)(void*, int64_t), void* state) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(state, task);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) run(state, task);
   });
 }
 
