@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--devices", type=one, help="how many processes, each with a device (1)")
     add("--strategy", choices=STRATEGIES, help="how several processes work together, by Lightning Fabric (auto)")
     add("--precision", choices=PRECISIONS, help=f"({default.precision})")
-    add("--impl", choices=("reference", "cpu", "cuda", "triton"), help="implementation of the loss (the best there is)")
+    add(
+        "--impl",
+        choices=("reference", "cpu", "cuda", "triton"),
+        help="implementation of the kernels (the best there is)",
+    )
     add("--log-every", type=one, help=f"steps between lines of metrics.jsonl ({default.log_every})")
     add("--eval-every", type=one, help=f"steps between held-out evaluations ({default.eval_every})")
     add("--checkpoint-every", type=one, help=f"steps between checkpoints ({default.checkpoint_every})")

@@ -65,6 +65,14 @@ def test_disentanglement_is_total_correlation_less_that_of_permuted_columns() ->
     torch.testing.assert_close(goal.disentanglement(z, mu, logvar, order), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_disentanglement_takes_the_implementation_asked_for() -> None:
+    latents, order = [draw(B, D, seed=k) for k in range(3)], permutations(B, D)
+    same = goal.disentanglement(*latents, order, "reference")
+    torch.testing.assert_close(goal.disentanglement(*latents, order), same, rtol=1e-5, atol=1e-4)
+    with pytest.raises(RuntimeError, match="'cuda' cannot serve"):
+        goal.disentanglement(*latents, order, "cuda")
+
+
 def test_disentanglement_is_zero_for_independent_latents_and_large_for_copies() -> None:
     rows = 512
     order, tight = permutations(rows, 3), torch.full((rows, 3), -3.0)

@@ -71,7 +71,7 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
     return gaussian_kl(mu, logvar)
 
 
-def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor) -> Tensor:
+def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor, impl: str | None = None) -> Tensor:
     """Total correlation of the latent in nats, ``TC_b - mean(TC of the batch with every column permuted)``.
 
     The second term is the same estimator where the latents are independent by construction; it removes the offset that
@@ -81,9 +81,10 @@ def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor) -> Ten
     Args:
         z, mu, logvar: [B, D].
         order: [B, D] int64, a permutation of the rows for each column.
+        impl: of `bomkern.total_correlation`.
     """
-    shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order))
-    return total_correlation(z, mu, logvar) - shuffled.mean()
+    shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order), impl=impl)
+    return total_correlation(z, mu, logvar, impl=impl) - shuffled.mean()
 
 
 def capacity(mu: Tensor) -> Tensor:

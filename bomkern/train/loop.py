@@ -79,12 +79,13 @@ def total_steps(config: Config, crops: int, ranks: int) -> int:
 
 
 def serving(device: str, impl: str | None) -> str:
-    """Which implementation of `bomkern.min_goal_loss` serves on this type of device: ``impl``, or the best there is."""
-    reasons = bomkern.info()["ops"]["min_goal"].get(device, {})
+    """Which implementation of every op serves on this type of device: ``impl``, or the best there is of the loss."""
+    ops = bomkern.info()["ops"].values()
+    reasons = [op.get(device, {}) for op in ops]
     if impl is None:
-        return next((name for name, reason in reasons.items() if reason is None), "reference")
-    if reasons.get(impl):
-        raise TrainError(f"--impl {impl} cannot serve on {device}: {reasons[impl]}")
+        return next((name for name, reason in reasons[0].items() if reason is None), "reference")
+    for reason in (found[impl] for found in reasons if found.get(impl)):
+        raise TrainError(f"--impl {impl} cannot serve on {device}: {reason}")
     return impl
 
 

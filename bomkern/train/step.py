@@ -26,20 +26,23 @@ TRIVIAL_CROPS = 256
 AVERAGE = 0.01  # weight of a step in the moving average of the weights
 
 
-def raw_values(out: Pass, image: Tensor, logits: Tensor, order: Tensor, trivial: goal.Trivial) -> list[Tensor]:
+def raw_values(
+    out: Pass, image: Tensor, logits: Tensor, order: Tensor, trivial: goal.Trivial, impl: str | None = None
+) -> list[Tensor]:
     """The nine raw values of a step, each [B], in the order of `goals.GOALS`.
 
     Args:
         out: the forward pass. image: [B, 3, S, S]. logits: the discriminator's for ``out.recon``.
         order: [B, D] int64, a permutation of the rows for each latent.
         trivial: errors of trivial answers.
+        impl: the implementation of the statistics that have kernels.
     """
     recon_edges, swap_edges, moved_edges, image_edges = see.edges(
         torch.cat([out.recon, out.swap, out.moved_appearance, image])
     ).chunk(4)
     return [
         goal.kl_divergence(out.mu, out.logvar),
-        goal.disentanglement(out.z, out.mu, out.logvar, order),
+        goal.disentanglement(out.z, out.mu, out.logvar, order, impl),
         goal.capacity(out.mu),
         goal.behavioral_separation(
             see.mean_colour(out.recon), see.mean_colour(out.moved_structure), recon_edges, moved_edges, trivial
@@ -118,7 +121,7 @@ class Trainer:
         self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the judge's weights
         with self.fabric.autocast():
             logits = self.discriminator(out.recon)
-        raw = raw_values(out, image, logits.float(), order, self.trivial)
+        raw = raw_values(out, image, logits.float(), order, self.trivial, self.config.impl)
         with torch.no_grad():
             table = torch.stack(raw)  # [K, B], for the counters and the calibration
             if self.scales.calibrating(self.step):
