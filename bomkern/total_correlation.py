@@ -31,7 +31,7 @@ def total_correlation(
 
     Args:
         z: [B, D] samples, one from each posterior. float16, bfloat16, float32 or float64, any strides.
-        mu, logvar: [B, D] mean and log-variance of the posteriors. -160 < logvar < 160 in float32.
+        mu, logvar: [B, D] mean and log-variance of the posteriors. -87 < logvar < 87 in float32.
         dataset_size: N, the number of samples that the model trains on, for the weights; None weighs plainly 1/B.
         estimator: "mws", minibatch weighted sampling: w = 1/(N B). "mss", minibatch stratified sampling: with
             M = B - 1, 1/N for a sample's own component, (N - M)/(N M) for the next one, 1/M for the rest.

@@ -11,7 +11,7 @@ using namespace bomkern::BOMKERN_ISA;
 
 constexpr int vectors = 4;        // of rows in a tile: each broadcast of a component serves them all
 constexpr int components = 64;    // in a block: its joint terms, components x rows, stay in L1
-constexpr int dims_at_once = 32;  // summed on their own before they join the joint's total, which keeps rounding small
+constexpr int dims_at_once = 64;  // summed on their own before they join the joint's total, which keeps rounding small
 constexpr int dims_of_a_task = 16;  // where inputs are transposed: a row's share of them is one line
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
@@ -106,28 +106,28 @@ void transpose(const Matrix& from, int64_t batch, int64_t padded, int64_t d, int
 template <class S> void precisions_of(const Columns<S>& x, int64_t d) {
   typedef typename Lanes<S>::Vec V;
   constexpr int width = Lanes<S>::width;
-  S highest = -__builtin_inff(), lowest = __builtin_inff();
-  double sum = 0;
+  const V least = splat<V>(S(-__builtin_inff()));
+  V top = least, bottom = least;
+  Sum<V> sum;
   const auto for_each_block = [&](auto f) {
     for (int64_t i = 0; i < x.batch; i += components) f(i, x.precision(d, i), x.peak(d, i));
   };
-  for_each_block([&](int64_t i, S* precision, S* peak) {
+  for_each_block([&](int64_t, S* precision, S* peak) {
     for (int k = 0; k < components; k += width) {
-      const V logvar = load<V>(peak + k);
+      const V logvar = load<V>(peak + k), c = logvar * S(-log2_e / 2);
       store(precision + k, exp_of(-logvar) * S(log2_e / 2));
-      store(peak + k, logvar * S(-log2_e / 2));
-    }
-    for (int k = 0; k < components && i + k < x.batch; ++k) {
-      highest = peak[k] > highest ? peak[k] : highest;
-      lowest = peak[k] < lowest ? peak[k] : lowest;
-      sum += double(peak[k]);
+      store(peak + k, c);
+      raise(top, c);
+      raise(bottom, -c);
+      sum.add(c);
     }
   });
-  // C_d: the middle keeps the logarithms small, and so their rounding; 2^64 is far from overflow.
-  const S middle = (highest + lowest) / 2, base = middle > highest - 64 ? middle : highest - 64;
+  const S highest = highest_of<S>(top), lowest = -highest_of<S>(bottom);
+  // C_d: the middle keeps the logarithms small, and so their rounding; but gradients are largest where a component is
+  // narrowest, and its own terms must stay small too.
+  const S middle = (highest + lowest) / 2, base = middle > highest - 8 ? middle : highest - 8;
   for_each_block([&](int64_t i, S* precision, S* peak) {
     const S* mu = x.mu(d, i);
-    const V least = splat<V>(S(-__builtin_inff()));
     V high = least, low = least, steepest = least, fall = least;
     for (int k = 0; k < components; k += width) {
       const V m = load<V>(mu + k), c = load<V>(peak + k) - base;
@@ -140,7 +140,8 @@ template <class S> void precisions_of(const Columns<S>& x, int64_t d) {
     x.bounds[i / components * x.dims + d] = {{highest_of<S>(high), highest_of<S>(low)}, highest_of<S>(steepest),
                                              highest_of<S>(fall)};
   });
-  x.shift[d] = S(log2_e / 2 - (sum / double(x.batch) - double(base)));
+  // The padding counts too: the mean need not be exact.
+  x.shift[d] = S(log2_e / 2 - (sum.value() / double(round_up(x.batch, components)) - double(base)));
 }
 
 template <class S> void prepare(const Inputs<S>& in, const Columns<S>& to, Parallel parallel) {
@@ -158,7 +159,6 @@ template <class S> void prepare(const Inputs<S>& in, const Columns<S>& to, Paral
 // The stratified weights: component i is some row's own, and the row's before it next one.
 template <class S> struct Weights {
   typedef typename Lanes<S>::Vec V;
-  typedef typename Lanes<S>::Int I;
   S own, next;  // in bits: added to t, so that where one component is all there is, backward's q is 1 to the bit
   int64_t batch;
   bool stratified;
@@ -194,7 +194,8 @@ template <class S> struct Weights {
 };
 
 // One dimension of rows x components: adds every t to `joint` [n, rows], and with Marginals every w 2^t to sum.
-// Bounded: no t is below -125. No running maximum: t <= 64 by construction. A term costs 15 vector instructions, 10 of them in exp2_parts.
+// Bounded: no t is below -125. No running maximum: t <= 8 by construction. A term costs 15 vector instructions, 10 of
+// them in exp2_parts.
 template <class S, bool Marginals, bool Weighted, bool Bounded>
 inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d, int64_t b, int64_t i, int n, S* joint,
                       typename Lanes<S>::Vec* sum) {
@@ -224,8 +225,8 @@ inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d,
 }
 
 // A block of the joint's logarithms, [n, rows], weights included; with Marginals also adds to `sums` [D, rows], and wants
-// the range [D] of z over the tile.
-// The same order of operations in both directions, so that backward's terms cancel against forward's to the bit.
+// the range [D] of z over the tile. The same order of operations in both directions, so that backward's terms cancel
+// against forward's to the bit.
 template <class S, bool Marginals>
 void joint_block(const Columns<S>& x, const Weights<S>& weights, int64_t b, int64_t i, int n, S* joint,
                  typename Lanes<S>::Vec* sums, const Range<S>* rows_of) {
