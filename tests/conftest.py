@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from bomkern import _impl
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.manual_seed(0)
 settings.register_profile("bomkern", deadline=None)  # a busy machine is no failure
 settings.load_profile("bomkern")
@@ -60,6 +63,19 @@ def run_again(file: str, selection: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selection]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def check_no_spills(module: str, least: int) -> None:
+    """A test module, run as a script that compiles kernels, prints at least so many lines and spills no register."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", module]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) >= least
+    for line in lines:
+        assert re.search(r"stack 0 local 0$", line), f"spills registers: {line}"
 
 
 @pytest.fixture

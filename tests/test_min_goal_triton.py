@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bomkern import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, reference
 from bomkern import _triton as bridge
-from tests.conftest import assert_as_good_as_eager
+from tests.conftest import assert_as_good_as_eager, check_no_spills
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -293,16 +293,7 @@ def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_compiles_for_sm_90_without_spills() -> None:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) >= 20
-    for line in lines:
-        assert re.search(r"stack 0 local 0$", line), f"spills registers: {line}"
+    check_no_spills(__name__, 20)
 
 
 # What follows runs as a script: every launch that the launchers make is recorded, and compiled for a device not here.

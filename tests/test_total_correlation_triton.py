@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bomkern import _triton as bridge
 from bomkern import reference
-from tests.conftest import assert_as_good_as_eager
+from tests.conftest import assert_as_good_as_eager, check_no_spills
 from tests.test_min_goal_triton import (
     BF16,
     DEVICE,
@@ -177,16 +177,7 @@ def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_compiles_for_sm_90_without_spills() -> None:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) >= 30
-    for line in lines:
-        assert re.search(r"stack 0 local 0$", line), f"spills registers: {line}"
+    check_no_spills(__name__, 30)
 
 
 # What follows runs as a script, see tests/test_min_goal_triton.py.
