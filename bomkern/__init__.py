@@ -2,7 +2,12 @@
 
 from . import _info
 from ._info import info
+from .active_units import active_units
+from .consistency_variance import consistency_variance
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
+from .covariance_penalty import covariance_penalty
+from .gaussian_kl import gaussian_kl
+from .latent_statistics import LatentStatistics, latent_statistics
 from .min_goal import MinGoalStats, min_goal_loss
 from .total_correlation import gaussian_total_correlation, total_correlation
 
@@ -12,13 +17,19 @@ __all__ = [
     "BoxAsymmetric",
     "Constraint",
     "ConstraintTable",
+    "LatentStatistics",
     "Lower",
     "MinGoalStats",
     "Minimize",
     "MinimizeHard",
     "Upper",
+    "active_units",
+    "consistency_variance",
+    "covariance_penalty",
+    "gaussian_kl",
     "gaussian_total_correlation",
     "info",
+    "latent_statistics",
     "min_goal_loss",
     "total_correlation",
 ]

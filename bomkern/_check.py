@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 from .constraints import MAX_GOALS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_VIEWS = 16
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def check_goals(goals: Sequence[Tensor]) -> tuple[int, int, torch.dtype]:
@@ -64,9 +71,9 @@ def check_params(params: Tensor | None, curves: Sequence[int], count: int, dtype
         raise ValueError(f"params is on {params.device}, the goals on {device}: move it")
 
 
-def check_latents(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[int, int, torch.dtype]:
-    """(B, D, compute dtype) of a sample and its posterior, three [B, D] tensors."""
-    given = {"z": z, "mu": mu, "logvar": logvar}
+def check_matrices(least: int = 1, /, **given: Tensor) -> tuple[int, int, torch.dtype]:
+    """(B, D, compute dtype) of tensors that must all be [B, D], B >= ``least``, on one device."""
+    first, model = next(iter(given.items()))
     for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -74,16 +81,52 @@ def check_latents(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[int, int, torc
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
-        if x.device != z.device:
-            raise ValueError(f"{name} is on {x.device}, z on {z.device}: move them to one device")
+        if x.device != model.device:
+            raise ValueError(f"{name} is on {x.device}, {first} on {model.device}: move them to one device")
         if x.dim() != 2:
             raise ValueError(f"{name} must have shape [B, D], got {list(x.shape)}")
-        if x.shape[0] != z.shape[0] or x.shape[1] != z.shape[1]:
-            raise ValueError(f"{name} must have the shape of z, {list(z.shape)}, got {list(x.shape)}")
-    batch, dims = z.shape
+        if x.shape[0] != model.shape[0] or x.shape[1] != model.shape[1]:
+            raise ValueError(f"{name} must have the shape of {first}, {list(model.shape)}, got {list(x.shape)}")
+    batch, dims = model.shape
     if batch == 0 or dims == 0:
-        raise ValueError(f"z must hold at least one sample of at least one dimension, got shape {list(z.shape)}")
+        raise ValueError(f"{first} must hold at least one sample of at least one dimension, got shape {[*model.shape]}")
+    if batch < least:
+        raise ValueError(f"{first} must hold at least {least} samples, which a variance needs, got {batch}")
     return batch, dims, torch.float64 if any(x.dtype == torch.float64 for x in given.values()) else torch.float32
+
+
+def check_latents(z: Tensor, mu: Tensor, logvar: Tensor, *, least: int = 1) -> tuple[int, int, torch.dtype]:
+    """(B, D, compute dtype) of a sample and its posterior, three [B, D] tensors."""
+    return check_matrices(least, z=z, mu=mu, logvar=logvar)
+
+
+def check_prior(dims: int, block_size: int, rho: float) -> None:
+    """That blocks of so many dimensions tile D, and that their correlation is a positive definite one."""
+    if block_size < 1 or dims % block_size:
+        raise ValueError(f"block_size must divide the number of dimensions, {dims}, got {block_size}")
+    least = -1 / (block_size - 1) if block_size > 1 else -math.inf
+    if not least < rho < 1:
+        raise ValueError(f"rho must lie between {least:g} and 1 for block_size {block_size}, got {rho}")
+
+
+def check_units(threshold: float, temperature: float) -> None:
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold must be finite, got {threshold}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def check_views(views: Sequence[Tensor], correction: float) -> tuple[int, int, int, torch.dtype]:
+    """(V, B, D, compute dtype) of views that are one [V, B, D] tensor or V tensors [B, D]."""
+    if len(views) == 1 and isinstance(views[0], Tensor) and views[0].dim() == 3:
+        views = [v for v in views[0].unbind(0)]
+    count = len(views)
+    if not 2 <= count <= MAX_VIEWS:
+        raise ValueError(f"views must be 2 to {MAX_VIEWS} tensors, or one [V, B, D] tensor, got {count}")
+    batch, dims, dtype = check_matrices(**{f"views[{v}]": view for v, view in enumerate(views)})
+    if not 0 <= correction < count:
+        raise ValueError(f"correction must be at least 0 and below the number of views, {count}, got {correction}")
+    return count, batch, dims, dtype
 
 
 def check_estimator(batch: int, dataset_size: int | None, stratified: bool) -> None:

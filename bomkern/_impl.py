@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _ops, reference
-from ._check import check_goals, check_latents
+from ._check import check_goals, check_latents, check_matrices, check_views
 
 IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
 
@@ -70,21 +70,35 @@ def _min_goal() -> Callable[..., Any]:
     return serve
 
 
-def _total_correlation() -> Callable[..., Any]:
-    op = torch.ops.bomkern.total_correlation.default
+def _compiled(op: str, check: Callable[..., Any], results: int | slice = slice(None)) -> Callable[..., Any]:
+    """The compiled op: of what it returns, ``results``. ``check`` names what the dispatcher turned away unnamed."""
+    call = getattr(torch.ops.bomkern, op).default
 
-    def serve(z: Any, mu: Any, logvar: Any, dataset_size: int | None, stratified: bool) -> Any:
+    def serve(*arguments: Any) -> Any:
         try:
-            return op(z, mu, logvar, dataset_size, stratified)[0]
+            returned = call(*arguments)
         except RuntimeError:
-            check_latents(z, mu, logvar)
+            check(*arguments)
             raise
+        return returned[results] if isinstance(returned, tuple) else returned
 
     return serve
 
 
 # How each op's compiled implementation is called with the reference's arguments.
-_COMPILED = {"min_goal": _min_goal, "total_correlation": _total_correlation}
+_COMPILED: dict[str, Callable[[], Callable[..., Any]]] = {
+    "min_goal": _min_goal,
+    "total_correlation": lambda: _compiled(
+        "total_correlation", lambda z, mu, logvar, *_: check_latents(z, mu, logvar), 0
+    ),
+    "gaussian_kl": lambda: _compiled("gaussian_kl", lambda mu, logvar, *_: check_matrices(mu=mu, logvar=logvar)),
+    "consistency_variance": lambda: _compiled("consistency_variance", check_views),
+    "active_units": lambda: _compiled("active_units", lambda mu, *_: check_matrices(2, mu=mu), slice(2)),
+    "latent_statistics": lambda: _compiled(
+        "latent_statistics", lambda z, mu, logvar, *_: check_latents(z, mu, logvar, least=2), slice(9)
+    ),
+    "covariance_penalty": lambda: _compiled("covariance_penalty", lambda z, *_: check_matrices(2, z=z), 0),
+}
 OPS = tuple(_COMPILED)
 
 

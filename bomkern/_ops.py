@@ -10,7 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, check_estimator, check_goals, check_latents, check_params
+from ._check import (
+    FLOATS,
+    check_estimator,
+    check_goals,
+    check_latents,
+    check_matrices,
+    check_params,
+    check_prior,
+    check_units,
+    check_views,
+)
 
 _library = torch.library.Library("bomkern", "DEF")
 
@@ -40,9 +50,59 @@ _library.define(
     "int? dataset_size, bool stratified, bool[3] want) -> (Tensor, Tensor, Tensor)"
 )
 
+# block_size 1: the standard normal prior. want, here and below: which gradients to make; the others have no elements.
+_library.define("gaussian_kl(Tensor mu, Tensor logvar, int block_size, float rho) -> Tensor")
+_library.define(
+    "gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar, int block_size, float rho, bool[2] want) -> "
+    "(Tensor, Tensor)"
+)
+
+# views: one [V, B, D] tensor, or V tensors [B, D]; as many gradients as tensors.
+_library.define("consistency_variance(Tensor[] views, float correction) -> Tensor")
+_library.define("consistency_variance_backward(Tensor grad, Tensor[] views, float correction, bool[] want) -> Tensor[]")
+
+# offset [D]: a column's mean minus its first value, which keeps the digits of the mean where it is far from 0.
+_library.define(
+    "active_units(Tensor mu, float threshold, float temperature) -> "
+    "(Tensor active, Tensor effective, Tensor offset, Tensor variance)"
+)
+_library.define(
+    "active_units_backward(Tensor? grad_active, Tensor? grad_effective, Tensor mu, Tensor offset, Tensor variance, "
+    "float threshold, float temperature) -> Tensor"
+)
+
+_library.define(
+    "latent_statistics(Tensor z, Tensor mu, Tensor logvar, float threshold, float temperature) -> "
+    "(Tensor kl, Tensor logvar_mean, Tensor logvar_square, Tensor z_mean, Tensor z_variance, Tensor mu_mean, "
+    "Tensor mu_variance, Tensor active, Tensor effective, Tensor z_offset, Tensor mu_offset)"
+)
+# grads: of the first nine results, in order.
+_library.define(
+    "latent_statistics_backward(Tensor?[] grads, Tensor z, Tensor mu, Tensor logvar, Tensor z_offset, "
+    "Tensor mu_offset, Tensor mu_variance, float threshold, float temperature, bool[3] want) -> "
+    "(Tensor, Tensor, Tensor)"
+)
+
+# x: the columns less their means, over their deviations if normalize. product [B, D]: x offdiag(C), where save and
+# per_sample, else no elements. second: offdiag(C) [D, D], or x x' [B, B] where D > B. inverse [D]: 1 / deviation, 0 for
+# a constant column; 1 without normalize.
+_library.define(
+    "covariance_penalty(Tensor z, bool normalize, bool per_sample, bool save=False) -> "
+    "(Tensor out, Tensor product, Tensor second, Tensor offset, Tensor inverse)"
+)
+_library.define(
+    "covariance_penalty_backward(Tensor grad, Tensor z, Tensor product, Tensor second, Tensor offset, Tensor inverse, "
+    "bool normalize, bool per_sample) -> Tensor"
+)
+
 OPS = (
     *("min_goal", "min_goal.stats", "min_goal_backward"),
     *("total_correlation", "total_correlation_backward"),
+    *("gaussian_kl", "gaussian_kl_backward"),
+    *("consistency_variance", "consistency_variance_backward"),
+    *("active_units", "active_units_backward"),
+    *("latent_statistics", "latent_statistics_backward"),
+    *("covariance_penalty", "covariance_penalty_backward"),
 )
 MIN = 3
 
@@ -113,3 +173,105 @@ def _(
 ) -> tuple[Tensor, ...]:
     inputs = (z, mu, logvar)
     return tuple(x.new_empty(x.shape if w else [0]) for x, w in zip(inputs, want, strict=True))
+
+
+def _as(x: Tensor, wanted: bool = True) -> Tensor:
+    """A gradient of x, contiguous, or no elements."""
+    return x.new_empty(x.shape if wanted else [0])
+
+
+@torch.library.register_fake("bomkern::gaussian_kl", lib=_library)
+def _(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
+    batch, dims, dtype = check_matrices(mu=mu, logvar=logvar)
+    check_prior(dims, block_size, rho)
+    return mu.new_empty([batch], dtype=dtype)
+
+
+@torch.library.register_fake("bomkern::gaussian_kl_backward", lib=_library)
+def _(
+    grad: Tensor, mu: Tensor, logvar: Tensor, block_size: int, rho: float, want: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    return _as(mu, want[0]), _as(logvar, want[1])
+
+
+@torch.library.register_fake("bomkern::consistency_variance", lib=_library)
+def _(views: Sequence[Tensor], correction: float) -> Tensor:
+    _, batch, _, dtype = check_views(views, correction)
+    return views[0].new_empty([batch], dtype=dtype)
+
+
+@torch.library.register_fake("bomkern::consistency_variance_backward", lib=_library)
+def _(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
+    return [_as(view, wanted) for view, wanted in zip(views, want, strict=True)]
+
+
+@torch.library.register_fake("bomkern::active_units", lib=_library)
+def _(mu: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
+    _, dims, dtype = check_matrices(2, mu=mu)
+    check_units(threshold, temperature)
+    return tuple(mu.new_empty(shape, dtype=dtype) for shape in ([], [], [dims], [dims]))
+
+
+@torch.library.register_fake("bomkern::active_units_backward", lib=_library)
+def _(
+    grad_active: Tensor | None,
+    grad_effective: Tensor | None,
+    mu: Tensor,
+    offset: Tensor,
+    variance: Tensor,
+    threshold: float,
+    temperature: float,
+) -> Tensor:
+    return _as(mu)
+
+
+@torch.library.register_fake("bomkern::latent_statistics", lib=_library)
+def _(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
+    batch, dims, dtype = check_latents(z, mu, logvar, least=2)
+    check_units(threshold, temperature)
+    shapes: list[list[int]] = [*[[batch]] * 3, *[[dims]] * 4, [], [], [dims], [dims]]
+    return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@torch.library.register_fake("bomkern::latent_statistics_backward", lib=_library)
+def _(
+    grads: Sequence[Tensor | None],
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    z_offset: Tensor,
+    mu_offset: Tensor,
+    mu_variance: Tensor,
+    threshold: float,
+    temperature: float,
+    want: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    return tuple(_as(x, w) for x, w in zip((z, mu, logvar), want, strict=True))
+
+
+@torch.library.register_fake("bomkern::covariance_penalty", lib=_library)
+def _(z: Tensor, normalize: bool, per_sample: bool, save: bool = False) -> tuple[Tensor, ...]:
+    batch, dims, dtype = check_matrices(2, z=z)
+    side = dims if dims <= batch else batch
+    shapes: list[list[int]] = [
+        [batch] if per_sample else [],
+        [batch, dims] if per_sample and save else [0],
+        [side, side],
+        [dims],
+        [dims],
+    ]
+    return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@torch.library.register_fake("bomkern::covariance_penalty_backward", lib=_library)
+def _(
+    grad: Tensor,
+    z: Tensor,
+    product: Tensor,
+    second: Tensor,
+    offset: Tensor,
+    inverse: Tensor,
+    normalize: bool,
+    per_sample: bool,
+) -> Tensor:
+    return _as(z)

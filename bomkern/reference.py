@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._check import check_estimator, check_goals, check_latents, check_params
+from ._check import (
+    check_estimator,
+    check_goals,
+    check_latents,
+    check_matrices,
+    check_params,
+    check_prior,
+    check_units,
+    check_views,
+)
 from .constraints import BARRIER, HARD
 
 NONE, MEAN, SUM, MIN = 0, 1, 2, 3
@@ -144,3 +153,89 @@ def total_correlation(
         else:
             out.append(_total_correlation_of(*arguments))
     return torch.cat(out)
+
+
+LOGVAR_LIMIT = 80.0  # e^80 is finite in float32
+
+
+def _variance_of(logvar: Tensor) -> Tensor:
+    """``exp(logvar)``, its tangent above `LOGVAR_LIMIT`."""
+    beyond = (logvar - LOGVAR_LIMIT).clamp(min=0)
+    return torch.exp(logvar - beyond) * (1 + beyond)
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
+    """``KL(N(mu, diag e^logvar) || N(0, S))``, [B]. See `bomkern.gaussian_kl`."""
+    _, dims, dtype = check_matrices(mu=mu, logvar=logvar)
+    check_prior(dims, block_size, rho)
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    # S has blocks (1 - rho) I + rho 11', whose inverse is precision I - shared 11'.
+    precision, last = 1 / (1 - rho), 1 - rho + block_size * rho
+    shared, diagonal = precision * rho / last, precision * (1 - rho / last)
+    logdet = dims / block_size * ((block_size - 1) * math.log(1 - rho) + math.log(last))
+    variance = diagonal * (_variance_of(logvar) - 1) - logvar
+    blocks = mu.unflatten(1, (-1, block_size)).sum(2)
+    twice = (variance + precision * mu.square()).sum(1) - shared * blocks.square().sum(1)
+    return (twice + (dims * (diagonal - 1) + logdet)) / 2
+
+
+def consistency_variance(views: Sequence[Tensor], correction: float) -> Tensor:
+    """Mean over D of the variance over the views, [B]. See `bomkern.consistency_variance`."""
+    _, _, _, dtype = check_views(views, correction)
+    stacked = views[0] if len(views) == 1 else torch.stack([v.to(dtype) for v in views])
+    return stacked.to(dtype).var(0, correction=correction).mean(1)
+
+
+def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of each column, [D] each; of a constant column exactly 0."""
+    shifted = x - x[0].detach()  # no digits are lost where all values are far from 0
+    return shifted.mean(0) + x[0].detach(), shifted.var(0)
+
+
+def units_of(variance: Tensor, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """Active and effective fraction, 0-dim each, of column variances [D]. See `bomkern.active_units`."""
+    active = torch.sigmoid((variance - threshold) / temperature).mean()
+    total = variance.sum()
+    p = variance / torch.where(total == 0, 1, total)
+    some = p != 0
+    entropy = -(p * torch.where(some, p, 1).log()).sum()
+    return active, torch.where(total == 0, 0, torch.exp(entropy) / len(variance))
+
+
+def active_units(mu: Tensor, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """Active and effective fraction of the dimensions, 0-dim each. See `bomkern.active_units`."""
+    _, _, dtype = check_matrices(2, mu=mu)
+    check_units(threshold, temperature)
+    return units_of(column_moments(mu.to(dtype))[1], threshold, temperature)
+
+
+def latent_statistics(
+    z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float
+) -> tuple[Tensor, ...]:
+    """The fields of `bomkern.LatentStatistics`, in order."""
+    _, _, dtype = check_latents(z, mu, logvar, least=2)
+    check_units(threshold, temperature)
+    z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
+    kl = (mu.square() + _variance_of(logvar) - 1 - logvar).sum(1) / 2
+    moments = *column_moments(z), *column_moments(mu)
+    return kl, logvar.mean(1), logvar.square().mean(1), *moments, *units_of(moments[3], threshold, temperature)
+
+
+def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool) -> Tensor:
+    """``B/(B-1) x' offdiag(C) x / D`` of each sample, [B], or ``sum_{i != j} C_ij^2 / D``, 0-dim.
+
+    See `bomkern.covariance_penalty`.
+    """
+    batch, dims, dtype = check_matrices(2, z=z)
+    z = z.to(dtype)
+    x = z - z[0].detach()  # no digits are lost where all values are far from 0
+    x = x - x.mean(0)
+    if normalize:
+        variance, mean = x.square().sum(0) / (batch - 1), z.detach().mean(0)
+        constant = variance.detach().sqrt() <= torch.finfo(dtype).eps * mean.abs()
+        x = x / torch.where(constant, torch.inf, variance).sqrt()
+    c = x.T @ x / (batch - 1)
+    off = c - torch.diag(c.diagonal())
+    if not per_sample:
+        return off.square().sum() / dims
+    return ((x @ off) * x).sum(1) * (batch / (batch - 1) / dims)

@@ -13,4 +13,10 @@ struct Matrix {
   DType dtype;
 };
 
+// A gradient by sample as it lies; null where there is none, which counts as 0. stride 0: an expanded scalar.
+template <class S> struct RowGrad {
+  const S* data;
+  int64_t stride;
+};
+
 }  // namespace bomkern

@@ -1,0 +1,1 @@
+"""Kernels of `consistency_variance`: the variance over views, forward and backward."""

@@ -1,0 +1,1 @@
+"""Kernels of `gaussian_kl`: the information cost of a code, forward and backward."""
