@@ -1,5 +1,5 @@
-// Largest error in ulp of log_of, exp_of, log2_of and exp2_of over a dense grid of floats, against double.
-// Prints "log exp log2 exp2".
+// Largest error in ulp of log_of, exp_of, log2_of, exp2_of and exp_all over a dense grid of floats, against double.
+// Prints "log exp log2 exp2 exp_all".
 // The target header comes first, as in the kernels: -DTARGET=\"target_avx2.h\" or nothing.
 #ifdef TARGET
 #include TARGET
@@ -60,5 +60,15 @@ int main() {
   e2 = fmax(e2, worst(0x80000000u, 0xff800000u, 31, exp2_v, exp2_d));                  // -0 .. -inf
   e2 = fmax(e2, worst(0xbf800000u, 0xc1000000u, 1, exp2_v, exp2_d));                   // every float from -1 to -8
   e2 = fmax(e2, worst(0x7fc00000, 0x7fc00000, 1, exp2_v, exp2_d));                     // NaN
-  printf("%.4f %.4f %.4f %.4f\n", l, e, l2, e2);
+  // exp_all stays at e^-87 below -87.
+  auto all_v = [](VecF x) {
+    VecF v[1] = {x};
+    exp_all(v);
+    return v[0];
+  };
+  auto all_d = [](double x) { return exp(x < -87 ? -87 : x); };
+  double ea = worst(0, 0x42b00000, 31, all_v, all_d);                                  // 0 .. 88
+  ea = fmax(ea, worst(0x80000000u, 0xff800000u, 31, all_v, all_d));                    // -0 .. -inf
+  ea = fmax(ea, worst(0x7fc00000, 0x7fc00000, 1, all_v, all_d));                       // NaN
+  printf("%.4f %.4f %.4f %.4f %.4f\n", l, e, l2, e2, ea);
 }

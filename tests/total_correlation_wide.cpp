@@ -25,21 +25,20 @@ template <class S> struct Results {
   std::vector<S> out, joint, marginal, z, mu, logvar;
 };
 
-template <class S, class Forwards, class Backwards>
-static Results<S> run(const CpuKernels& kernels, Forwards forward, Backwards backward, const Inputs<S>& in) {
+template <class S> static Results<S> run(const CpuKernels& kernels, const Inputs<S>& in) {
   const int64_t batch = in.batch, size = in.batch * in.dims;
   const auto numbers = [](int64_t n) { return std::vector<S>(n, S(NAN)); };
   Results<S> r{numbers(batch), numbers(batch), numbers(size), numbers(size), numbers(size), numbers(size)};
   const auto bytes = [](int64_t n) { return aligned_alloc(64, (n + 63) / 64 * 64); };
   std::vector<S> grad(batch);
   for (int64_t b = 0; b < batch; ++b) grad[b] = S(b % 3) - S(0.5);
-  void* workspace = bytes(kernels.forward_workspace(batch, in.dims, sizeof(S)));
-  forward(Forward<S>{in, 0.0, r.out.data(), r.joint.data(), r.marginal.data()}, workspace, serial);
-  free(workspace);
-  workspace = bytes(kernels.backward_workspace(batch, in.dims, sizeof(S)));
-  backward(Backward<S>{in, grad.data(), 1, r.joint.data(), r.marginal.data(), r.z.data(), r.mu.data(), r.logvar.data()},
-           workspace, serial);
-  free(workspace);
+  const auto start = [&](const auto& a) {
+    void* const workspace = bytes(kernels.bytes(a));
+    kernels.run(a, workspace, serial);
+    free(workspace);
+  };
+  start(Forward<S>{in, 0.0, r.out.data(), r.joint.data(), r.marginal.data()});
+  start(Backward<S>{in, grad.data(), 1, r.joint.data(), r.marginal.data(), r.z.data(), r.mu.data(), r.logvar.data()});
   return r;
 }
 
@@ -67,14 +66,7 @@ template <class S> static double compare(int64_t batch, int64_t dims, bool strat
                      S(stratified ? 0.1 : 1), S(stratified ? 0.9 : 1)};
   const CpuKernels& a = total_correlation::wide::kernels;
   const CpuKernels& b = total_correlation::baseline::kernels;
-  Results<S> x, y;
-  if constexpr (sizeof(S) == 4) {
-    x = run(a, a.forward_f32, a.backward_f32, in);
-    y = run(b, b.forward_f32, b.backward_f32, in);
-  } else {
-    x = run(a, a.forward_f64, a.backward_f64, in);
-    y = run(b, b.forward_f64, b.backward_f64, in);
-  }
+  const Results<S> x = run(a, in), y = run(b, in);
   double most = 0;
   for (auto member : {&Results<S>::out, &Results<S>::z, &Results<S>::mu, &Results<S>::logvar}) {
     const double d = difference(x.*member, y.*member);

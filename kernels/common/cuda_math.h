@@ -92,6 +92,20 @@ BOMKERN_HD void store_16_bytes(void* to, uint4 v) {
 #endif
 }
 
+// Spelled out for the same reason, of doubles.
+BOMKERN_HD uint4 load_16_bytes(const void* from) {
+#if defined(__CUDACC__)
+  uint4 v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return v;
+#else
+  return *static_cast<const uint4*>(from);
+#endif
+}
+
 template <class T> BOMKERN_HD void store_pack(T* to, const Pack<T>& pack) {
   if constexpr (sizeof pack >= 16) {
     uint4 words[sizeof pack / 16];
@@ -112,6 +126,7 @@ template <class S> struct Sum {
   }
   // Infinities and NaN come out as a plain sum gives them.
   BOMKERN_HD double value() const { return high - high == 0 ? double(high) + double(low) : double(high); }
+  BOMKERN_HD S rounded() const { return high - high == 0 ? high + low : high; }
 };
 
 // The sum over a warp, in lane 0; the tree is fixed, so the bits are.

@@ -1,4 +1,4 @@
-// A log-variance's exponential and its slope: the one definition that the CPU's vectors and the GPU's scalars both compile.
+// A log-variance's exponential and its slope, number by number; cpu_variance.h is the same for several vectors at once.
 //
 // Include after simd.h or cuda_math.h, which give exp_of(), splat() and BOMKERN_ISA. V is a number or a vector of them.
 

@@ -192,8 +192,8 @@ template <class S> void scatter(const Backward<S>& a, const Gradients<S>& g, Par
   });
 }
 
-template <class S> int64_t backward_bytes(int64_t batch, int64_t dims) {
-  return Gradients<S>::numbers(batch, dims) * int64_t(sizeof(S));
+template <class S> int64_t bytes_of(const Backward<S>& a) {
+  return Gradients<S>::numbers(a.in.batch, a.in.dims) * int64_t(sizeof(S));
 }
 
 template <class S> void backward(const Backward<S>& a, void* workspace, Parallel parallel) {

@@ -119,8 +119,9 @@ template <class S> int64_t tile_numbers(int64_t dims) {
   return tile_rows<S> * dims + round_up(2 * dims, Columns<S>::line);
 }
 
-template <class S> int64_t forward_bytes(int64_t batch, int64_t dims) {
-  return (Columns<S>::numbers(batch, dims) + tiles_of<S>(batch) * tile_numbers<S>(dims)) * int64_t(sizeof(S));
+template <class S> int64_t bytes_of(const Forward<S>& a) {
+  const int64_t tiles = tiles_of<S>(a.in.batch) * tile_numbers<S>(a.in.dims);
+  return (Columns<S>::numbers(a.in.batch, a.in.dims) + tiles) * int64_t(sizeof(S));
 }
 
 template <class S> void forward(const Forward<S>& a, void* workspace, Parallel parallel) {

@@ -1,5 +1,5 @@
 // total_correlation on the CPU for one instruction set: what both directions share. Lanes of a vector are rows.
-#include "../common/simd.h"
+#include "../common/cpu_rows.h"
 
 #include "total_correlation.h"
 
@@ -16,13 +16,6 @@ constexpr int dims_of_a_task = 16;  // where inputs are transposed: a row's shar
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
 template <class S> constexpr int tile_rows = vectors * Lanes<S>::width;
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// parallel_for over any callable.
-template <class F> void each(Parallel parallel, int64_t tasks, const F& f) {
-  parallel(tasks, [](void* state, int64_t task) { (*static_cast<const F*>(state))(task); }, const_cast<F*>(&f));
-}
 
 // The highest value and minus the lowest of a dimension, over a block of components or a tile of rows.
 template <class S> struct Range {

@@ -313,31 +313,31 @@ template <class S> cudaError_t backward(const Backward<S>& a, void* workspace, c
 }  // namespace
 }  // namespace cuda
 
-template <class S> size_t cuda_forward_workspace(const Forward<S>& a) {
+template <class S> size_t cuda_workspace(const Forward<S>& a) {
   return cuda::valid(a.in) ? cuda::ForwardPlan<S>(a, nullptr).bytes : 0;
 }
 
-template <class S> cudaError_t cuda_forward(const Forward<S>& a, void* workspace, cudaStream_t stream) {
+template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream) {
   return cuda::forward(a, workspace, stream);
 }
 
-template <class S> size_t cuda_backward_workspace(const Backward<S>& a) {
+template <class S> size_t cuda_workspace(const Backward<S>& a) {
   const bool wanted = a.grad_z || a.grad_mu || a.grad_logvar;
   return wanted && cuda::valid(a.in) ? cuda::BackwardPlan<S>(a, nullptr).bytes : 0;
 }
 
-template <class S> cudaError_t cuda_backward(const Backward<S>& a, void* workspace, cudaStream_t stream) {
+template <class S> cudaError_t cuda_run(const Backward<S>& a, void* workspace, cudaStream_t stream) {
   return cuda::backward(a, workspace, stream);
 }
 
-template size_t cuda_forward_workspace<float>(const Forward<float>&);
-template size_t cuda_forward_workspace<double>(const Forward<double>&);
-template cudaError_t cuda_forward<float>(const Forward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_forward<double>(const Forward<double>&, void*, cudaStream_t);
-template size_t cuda_backward_workspace<float>(const Backward<float>&);
-template size_t cuda_backward_workspace<double>(const Backward<double>&);
-template cudaError_t cuda_backward<float>(const Backward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_backward<double>(const Backward<double>&, void*, cudaStream_t);
+template size_t cuda_workspace(const Forward<float>&);
+template size_t cuda_workspace(const Forward<double>&);
+template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
+template size_t cuda_workspace(const Backward<float>&);
+template size_t cuda_workspace(const Backward<double>&);
+template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
 
 }  // namespace total_correlation
 }  // namespace bomkern

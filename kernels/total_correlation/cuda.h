@@ -16,26 +16,26 @@ namespace total_correlation {
 // What a block's registers and shared memory hold of one row.
 template <class S> constexpr int64_t max_cuda_dims = 8192 / int64_t(sizeof(S));
 
-// Bytes that cuda_forward() needs at `workspace` (16-byte aligned, uninitialised) on the current device.
-template <class S> size_t cuda_forward_workspace(const Forward<S>& a);
+// Bytes that cuda_run() needs at `workspace` (16-byte aligned, uninitialised) on the current device.
+template <class S> size_t cuda_workspace(const Forward<S>& a);
 
 // Writes every output of `a`; none may be null.
-template <class S> cudaError_t cuda_forward(const Forward<S>& a, void* workspace, cudaStream_t stream);
+template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream);
 
-// Bytes that cuda_backward() needs at `workspace`; depends on which gradients are wanted.
-template <class S> size_t cuda_backward_workspace(const Backward<S>& a);
+// The same; depends on which gradients are wanted.
+template <class S> size_t cuda_workspace(const Backward<S>& a);
 
 // Writes every gradient of `a` that is not null.
-template <class S> cudaError_t cuda_backward(const Backward<S>& a, void* workspace, cudaStream_t stream);
+template <class S> cudaError_t cuda_run(const Backward<S>& a, void* workspace, cudaStream_t stream);
 
-extern template size_t cuda_forward_workspace<float>(const Forward<float>&);
-extern template size_t cuda_forward_workspace<double>(const Forward<double>&);
-extern template cudaError_t cuda_forward<float>(const Forward<float>&, void*, cudaStream_t);
-extern template cudaError_t cuda_forward<double>(const Forward<double>&, void*, cudaStream_t);
-extern template size_t cuda_backward_workspace<float>(const Backward<float>&);
-extern template size_t cuda_backward_workspace<double>(const Backward<double>&);
-extern template cudaError_t cuda_backward<float>(const Backward<float>&, void*, cudaStream_t);
-extern template cudaError_t cuda_backward<double>(const Backward<double>&, void*, cudaStream_t);
+extern template size_t cuda_workspace(const Forward<float>&);
+extern template size_t cuda_workspace(const Forward<double>&);
+extern template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
+extern template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
+extern template size_t cuda_workspace(const Backward<float>&);
+extern template size_t cuda_workspace(const Backward<double>&);
+extern template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
+extern template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
 
 }  // namespace total_correlation
 }  // namespace bomkern

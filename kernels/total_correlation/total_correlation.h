@@ -12,6 +12,7 @@
 // the mixture of row b over exp(log_weight): 1 everywhere, or the stratified weights of MSS (Chen et al. 2018, appendix C).
 #pragma once
 #include "../common/dtype.h"
+#include "../common/parallel.h"
 
 namespace bomkern {
 namespace total_correlation {
@@ -48,20 +49,7 @@ template <class S> struct Backward {
   S* grad_logvar;
 };
 
-// On the CPU: runs run(state, 0) to run(state, tasks - 1), in any order, on any number of threads. The kernels cut the
-// work into tasks by B and D alone, so the bits do not depend on that number.
-typedef void (*Parallel)(int64_t tasks, void (*run)(void* state, int64_t task), void* state);
-
-struct CpuKernels {
-  const char* name;
-  void (*forward_f32)(const Forward<float>&, void* workspace, Parallel);
-  void (*forward_f64)(const Forward<double>&, void* workspace, Parallel);
-  void (*backward_f32)(const Backward<float>&, void* workspace, Parallel);
-  void (*backward_f64)(const Backward<double>&, void* workspace, Parallel);
-  // Bytes at `workspace`, aligned to 64, for B and D.
-  int64_t (*forward_workspace)(int64_t batch, int64_t dims, int64_t size_of_number);
-  int64_t (*backward_workspace)(int64_t batch, int64_t dims, int64_t size_of_number);
-};
+typedef CpuOp<Forward, Backward> CpuKernels;
 
 // The widest instruction set this CPU has of those compiled in.
 const CpuKernels& cpu_kernels();

@@ -1,0 +1,96 @@
+// One autograd node for every op: it keeps tensors, and a function that makes their gradients.
+#pragma once
+#include "op.h"
+
+#include <c10/util/Exception.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace bomkern {
+
+using torch::autograd::variable_list;
+
+// From the gradients of the results (undefined where there is none), the tensors kept, and which inputs want one: the
+// gradients of the inputs, undefined where not wanted.
+using Pull = std::function<variable_list(const variable_list& grads, const std::vector<Tensor>& kept, const std::vector<bool>& want)>;
+
+struct OpBackward : torch::autograd::Node {
+  std::string op;
+  std::vector<torch::autograd::SavedVariable> saved;
+  Pull pull;
+  size_t inputs = 0;
+
+  std::string name() const override { return "bomkern::" + op + "_backward"; }
+
+  void release_variables() override {
+    for (auto& one : saved) one.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    bool any = false;
+    for (const Tensor& grad : grads) any |= grad.defined();
+    if (!any) return variable_list(inputs);
+    std::vector<bool> want(inputs);
+    for (size_t i = 0; i < inputs; ++i) want[i] = task_should_compute_output(i);
+    std::vector<Tensor> kept;
+    for (auto& one : saved) kept.push_back(one.unpack());
+    variable_list out = [&] {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      return pull(grads, kept, want);
+    }();
+    const std::string why = op + " has no second derivative: call backward without create_graph=True";
+    refuse_second_derivative(out, why.c_str());
+    return out;
+  }
+};
+
+// What an op's Autograd kernel does: `run` calls the op below autograd, with whether there will be a gradient; `results`
+// are those of its outputs that have one; `keep` are the tensors that `pull` needs.
+class Differentiable {
+ public:
+  Differentiable(const char* op, at::TensorList inputs) {
+    bool wanted = false;
+    for (const Tensor& x : inputs) {
+      wanted |= x.requires_grad();
+      TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(x), op, " has no forward-mode derivative: use backward()");
+    }
+    if (!wanted || !at::GradMode::is_enabled()) return;
+    node_ = make_node<OpBackward>();
+    node_->op = op;
+    node_->inputs = inputs.size();
+    node_->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  }
+
+  bool wanted() const { return static_cast<bool>(node_); }
+
+  template <class Run> auto run(const Run& run) const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return run();
+  }
+
+  // Call once, after run(). An output among `keep` is kept detached: its history would hold the node that holds it.
+  void finish(std::vector<Tensor> results, at::TensorList keep, Pull pull) const {
+    if (!node_) return;
+    for (const Tensor& x : keep) node_->saved.emplace_back(x, false);
+    node_->pull = std::move(pull);
+    torch::autograd::set_history(results, node_);
+  }
+
+ private:
+  decltype(make_node<OpBackward>()) node_;
+};
+
+inline std::optional<Tensor> maybe(const Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; }
+
+// An op's gradients as `Pull` returns them.
+template <class... T> variable_list wanted(const std::tuple<T...>& made, const std::vector<bool>& want) {
+  variable_list out = std::apply([](const auto&... x) { return variable_list{x...}; }, made);
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (!want[i]) out[i] = Tensor();
+  }
+  return out;
+}
+
+}  // namespace bomkern

@@ -1,0 +1,155 @@
+// What the CPU kernels that stream over rows share: rows as vectors whatever their layout, gradients in any float type.
+#include "simd.h"
+
+#include "parallel.h"
+
+namespace bomkern {
+namespace BOMKERN_ISA {
+
+constexpr int panel = 512;  // columns at a time: what is kept of them stays in L1
+
+// parallel_for over any callable.
+template <class F> void each(Parallel parallel, int64_t tasks, const F& f) {
+  parallel(tasks, [](void* state, int64_t task) { (*static_cast<const F*>(state))(task); }, const_cast<F*>(&f));
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
+
+// f(first, last) for ranges of rows, each some 64 KB of float32.
+template <class F> void each_rows(Parallel parallel, int64_t batch, int64_t dims, const F& f) {
+  const int64_t rows = greater(16384 / dims, 1);
+  each(parallel, ceil_div(batch, rows), [&](int64_t task) { f(task * rows, lesser((task + 1) * rows, batch)); });
+}
+
+// How many lanes of a vector count: all of them, or the first few, where loads make the others 0.
+struct All {};
+struct First {
+  int n;
+};
+template <class V, class S> inline V load_lanes(const S* from, All) { return load<V>(from); }
+template <class V, class S> inline V load_lanes(const S* from, First k) {
+  V v{};
+  __builtin_memcpy(&v, from, k.n * sizeof(S));
+  return v;
+}
+template <class S, class V> inline void store_lanes(S* to, V v, All) { store(to, v); }
+template <class S, class V> inline void store_lanes(S* to, V v, First k) { __builtin_memcpy(to, &v, k.n * sizeof(S)); }
+
+template <int width> constexpr int count_of(All) { return width; }
+template <int width> constexpr int count_of(First k) { return k.n; }
+
+// f(i, lanes) for the vectors of `count` numbers.
+template <class S, class F> inline void for_vectors(int count, F f) {
+  constexpr int width = Lanes<S>::width;
+  int i = 0;
+  for (; i + width <= count; i += width) f(i, All{});
+  if (i < count) f(i, First{count - i});
+}
+
+// f(i, lanes, group) for `count` numbers in groups of four vectors, then one by one: what is a long chain for one vector
+// fills the machine with four. group.size is a constant; the vectors lie side by side.
+template <int n> struct Group {
+  static constexpr int size = n;
+};
+template <class S, class F> inline void for_groups(int count, F f) {
+  constexpr int width = Lanes<S>::width;
+  int i = 0;
+  for (; i + 4 * width <= count; i += 4 * width) f(i, All{}, Group<4>{});
+  for_vectors<S>(count - i, [&](int k, auto lanes) { f(i + k, lanes, Group<1>{}); });
+}
+template <class S, class V, int N> inline void load_group(const S* from, V (&to)[N], auto lanes) {
+  for (int k = 0; k < N; ++k) to[k] = load_lanes<V>(from + k * Lanes<S>::width, lanes);
+}
+
+// Columns [d, d + n) of a row, n at most a panel: where they lie, or converted into `scratch`.
+template <class S> inline const S* row_of(const Matrix& m, int64_t b, int64_t d, int n, S* scratch) {
+  const int64_t first = b * m.stride[0] + d * m.stride[1];
+  if (m.stride[1] == 1) {
+    if (m.dtype == (sizeof(S) == 4 ? DType::f32 : DType::f64)) return static_cast<const S*>(m.data) + first;
+    if constexpr (sizeof(S) == 4) {
+      if (m.dtype != DType::f64) {
+        const uint16_t* from = static_cast<const uint16_t*>(m.data) + first;
+        for_vectors<S>(n, [&](int i, auto lanes) {
+          const VecH half = load_lanes<VecH>(from + i, lanes);
+          store_lanes(scratch + i, m.dtype == DType::bf16 ? bfloat_to_float(half) : half_to_float(half), lanes);
+        });
+        return scratch;
+      }
+    }
+  }
+  for (int i = 0; i < n; ++i) scratch[i] = load_one<S>(m.data, m.dtype, first + i * m.stride[1]);
+  return scratch;
+}
+
+inline float number_at(const RowGrad<float>& g, int64_t b) { return g.data ? g.data[b * g.stride] : 0.0f; }
+inline double number_at(const RowGrad<double>& g, int64_t b) { return g.data ? g.data[b * g.stride] : 0.0; }
+
+template <class V> inline auto sum_of(V v) {
+  auto sum = v[0];
+  for (size_t i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
+
+// Round to nearest, ties to even.
+inline VecH float_to_half(VecF v) {
+  const VecU word = bits<VecU>(v), sign = (word >> 16) & 0x8000u, size = word & 0x7fffffffu;
+  const VecU normal = (size + 0xc8000fffu + ((size >> 13) & 1)) >> 13;
+  // Below the least normal half, adding one half lets the adder do the rounding.
+  const VecU tiny = bits<VecU>(bits<VecF>(size) + 0.5f) - 0x3f000000u;
+  const VecU huge = size > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
+  const VecU magnitude = size < 0x38800000u ? tiny : (size >= 0x47800000u ? huge : normal);
+  return __builtin_convertvector(sign | magnitude, VecH);
+}
+inline VecH float_to_bfloat(VecF v) {
+  const VecU word = bits<VecU>(v), rounded = (word + 0x7fffu + ((word >> 16) & 1)) >> 16;
+  return __builtin_convertvector((word & 0x7fffffffu) > 0x7f800000u ? VecU{} + 0x7fc0u : rounded, VecH);
+}
+
+// Where a gradient goes: [B, D], contiguous, of any float type; null where it is not wanted.
+struct Gradient {
+  void* data;
+  DType dtype;
+
+  template <class V, int N> void put_group(int64_t at, const V (&v)[N], auto lanes) const {
+    for (int k = 0; k < N; ++k) put(at + k * int64_t(sizeof(V) / sizeof(v[0][0])), v[k], lanes);
+  }
+  void put(int64_t at, VecF v, auto lanes) const {
+    if (dtype == DType::f32) return store_lanes(static_cast<float*>(data) + at, v, lanes);
+    if (dtype != DType::f64) {
+      const VecH half = dtype == DType::bf16 ? float_to_bfloat(v) : float_to_half(v);
+      return store_lanes(static_cast<uint16_t*>(data) + at, half, lanes);
+    }
+    for (int i = 0; i < count_of<Lanes<float>::width>(lanes); ++i) static_cast<double*>(data)[at + i] = v[i];
+  }
+  void put(int64_t at, VecD v, auto lanes) const {
+    if (dtype == DType::f64) return store_lanes(static_cast<double*>(data) + at, v, lanes);
+    for (int i = 0; i < count_of<Lanes<double>::width>(lanes); ++i) {  // a float64 beside narrower inputs: rare
+      VecF one{};
+      one[0] = static_cast<float>(v[i]);
+      put(at + i, one, First{1});
+    }
+  }
+
+};
+
+}  // namespace BOMKERN_ISA
+}  // namespace bomkern
+
+#define BOMKERN_NAME_OF(isa) #isa
+#define BOMKERN_NAME(isa) BOMKERN_NAME_OF(isa)
+// Inside an op's namespace for one instruction set: its `kernels`, from its forward, backward, and their bytes_of.
+#define BOMKERN_CPU_OP                                                                                   \
+  extern const CpuKernels kernels{                                                                       \
+      BOMKERN_NAME(BOMKERN_ISA),                                                                         \
+      forward<float>,                                                                                    \
+      forward<double>,                                                                                   \
+      backward<float>,                                                                                   \
+      backward<double>,                                                                                  \
+      [](const Forward<float>& a) { return bytes_of(a); },                                               \
+      [](const Forward<double>& a) { return bytes_of(a); },                                              \
+      [](const Backward<float>& a) { return bytes_of(a); },                                              \
+      [](const Backward<double>& a) { return bytes_of(a); },                                             \
+  };

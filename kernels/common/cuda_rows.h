@@ -1,0 +1,38 @@
+// Kernels that reduce along rows: a team of threads to a row, few for short rows and a whole block for long ones.
+#pragma once
+#include "cuda_launch.h"
+#include "cuda_pieces.h"
+
+namespace bomkern {
+namespace BOMKERN_ISA {
+
+constexpr int row_threads = 256, long_row_threads = 512;  // of a block
+constexpr size_t row_shared = long_row_threads / 32 * sizeof(double);
+
+// How a grid lies over the rows.
+struct Teams {
+  int lanes;  // threads of a row: a power of 2 up to 32, or the whole block
+  int threads;
+  int64_t blocks;
+};
+
+inline Teams teams_of(int64_t batch, int64_t pieces, int64_t places) {
+  Teams t{};
+  t.threads = pieces >= 4096 ? long_row_threads : row_threads;
+  // A warp goes over up to 16 pieces a thread while there are rows for all warps; else the block shares the row.
+  const bool whole_block = pieces > 512 || (pieces >= 128 && batch < places * 8);
+  t.lanes = whole_block ? t.threads : power_of_2(pieces, 32);
+  const int64_t wanted = ceil_div(batch, t.threads / t.lanes), most = places * 16;
+  t.blocks = wanted < most ? wanted : most;
+  return t;
+}
+
+// Where a thread stands: in which team of its block, at which place of it.
+struct Member {
+  int team, lane, teams;
+  BOMKERN_HD explicit Member(int lanes)
+      : team(threadIdx.x / lanes), lane(threadIdx.x % lanes), teams(blockDim.x / lanes) {}
+};
+
+}  // namespace BOMKERN_ISA
+}  // namespace bomkern

@@ -1,0 +1,75 @@
+// gaussian_kl on the GPU: which kernel, and how the threads lie over the rows.
+#include "cuda.h"
+
+#include "cuda_kernels.h"
+
+namespace bomkern {
+namespace gaussian_kl {
+namespace cuda {
+namespace {
+
+template <class S> bool valid(const Inputs<S>& in) {
+  return in.batch >= 1 && in.batch <= most_batch && in.dims >= 1 && in.block >= 1 && in.dims % in.block == 0;
+}
+
+// Whether a block's dimensions see one another; where they do not, 0 times an infinite sum must not make NaN.
+template <class S> bool correlated(const Inputs<S>& in) { return in.block > 1 && in.shared != 0; }
+
+// The lanes of a row, and of one block of the prior among them.
+template <class S, class Arguments> void share_out(Launch<Arguments>& l, const Inputs<S>& in, int width) {
+  l.teams = teams_of(in.batch, in.dims / width, multiprocessors());
+  l.unit = l.teams.lanes;
+  if (!correlated(in)) return;
+  const int64_t pieces = in.block / width;
+  if (l.teams.lanes <= 32 || pieces <= 1024) l.unit = power_of_2(pieces, l.teams.lanes < 32 ? l.teams.lanes : 32);
+}
+
+template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
+  if (!valid(a.in)) return cudaErrorInvalidValue;
+  const bool blocks = correlated(a.in);
+  const int width = width_of<S>(a.in.batch, blocks ? a.in.block : a.in.dims, {a.in.mu, a.in.logvar});
+  Launch<Forward<S>> l{a, {}, 0};
+  share_out(l, a.in, width);
+  return with_width<S>(width, [&](auto w) {
+    constexpr int W = decltype(w)::value;
+    const auto kernel = blocks ? forward_kernel<S, W, true> : forward_kernel<S, W, false>;
+    return start(kernel, l.teams.blocks, l.teams.threads, row_shared, false, stream, l);
+  });
+}
+
+template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
+  if (a.grad_mu == nullptr && a.grad_logvar == nullptr) return cudaSuccess;
+  if (!valid(a.in)) return cudaErrorInvalidValue;
+  const bool blocks = correlated(a.in);
+  const int width = width_of<S>(a.in.batch, blocks ? a.in.block : a.in.dims,
+                                {a.in.mu, a.in.logvar, contiguous(a.grad_mu, a.in.mu.dtype, a.in.dims),
+                                 contiguous(a.grad_logvar, a.in.logvar.dtype, a.in.dims)});
+  Launch<Backward<S>> l{a, {}, 0};
+  share_out(l, a.in, width);
+  return with_width<S>(width, [&](auto w) {
+    constexpr int W = decltype(w)::value;
+    const auto kernel = blocks ? backward_kernel<S, W, true> : backward_kernel<S, W, false>;
+    return start(kernel, l.teams.blocks, l.teams.threads, row_shared, false, stream, l);
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+
+template <class S> size_t cuda_workspace(const Forward<S>&) { return 0; }
+template <class S> size_t cuda_workspace(const Backward<S>&) { return 0; }
+
+template <class S> cudaError_t cuda_run(const Forward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
+template <class S> cudaError_t cuda_run(const Backward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
+
+template size_t cuda_workspace(const Forward<float>&);
+template size_t cuda_workspace(const Forward<double>&);
+template size_t cuda_workspace(const Backward<float>&);
+template size_t cuda_workspace(const Backward<double>&);
+template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+
+}  // namespace gaussian_kl
+}  // namespace bomkern

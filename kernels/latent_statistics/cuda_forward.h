@@ -1,0 +1,144 @@
+// latent_statistics' forward pass on the GPU: one read of z, mu and logvar for what goes along rows and along columns.
+#pragma once
+#include "../active_units/cuda_units.h"
+// (cuda_math.h first: variance.h is written in its words)
+#include "../gaussian_kl/variance.h"
+
+#include "latent_statistics.h"
+
+namespace bomkern {
+namespace latent_statistics {
+namespace cuda {
+
+using namespace bomkern::active_units::cuda;  // and of bomkern::cuda with it
+
+constexpr int row_sums = 3;  // twice kl, the sums of logvar and of its square
+
+template <class S> struct ForwardLaunch {
+  Forward<S> a;
+  Tiling tiling;
+  Moments<S, 1>*z_parts, *mu_parts;  // [slices, D]
+  S* row_parts;                      // [tiles, row_sums, B]; null where a tile is a whole row
+  double* unit_sums;                 // [unit_parts, blocks]
+};
+
+template <class S> BOMKERN_HD void write_row(const Forward<S>& a, int64_t row, const S (&sum)[row_sums]) {
+  a.kl[row] = sum[0] / 2;
+  a.logvar_mean[row] = sum[1] / S(a.in.dims);
+  a.logvar_square[row] = sum[2] / S(a.in.dims);
+}
+
+// The sums over this thread's pieces of the rows; leaves mu's differences from its first values in u. Rows past the end
+// were fetched as 0, whose terms are 0.
+template <class S, int W>
+BOMKERN_HD void add_rows(const Inputs<S>& in, const Chunk<W>& mu, const Chunk<W>& logvar, const S (&first)[W], int n,
+                         S (&u)[chunk_rows<W>][W], S (&sum)[chunk_rows<W>][row_sums]) {
+#pragma unroll
+  for (int j = 0; j < chunk_rows<W>; ++j) {
+    S v[W];
+    widen<S, W>(mu.row[j], in.mu.dtype, u[j]);
+    widen<S, W>(logvar.row[j], in.logvar.dtype, v);
+    sum[j][0] = sum[j][1] = sum[j][2] = 0;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      sum[j][0] += fma_of(u[j][i], u[j][i], (variance_of<S, S>(v[i]).value - 1) - v[i]);
+      sum[j][1] += v[i];
+      sum[j][2] = fma_of(v[i], v[i], sum[j][2]);
+      u[j][i] = j < n ? u[j][i] - first[i] : S(0);
+    }
+  }
+}
+
+template <class S, int W>
+BOMKERN_HD void take_item(const ForwardLaunch<S>& l, const Item<W>& item, unsigned char* bytes) {
+  const Inputs<S>& in = l.a.in;
+  const Tiling& t = l.tiling;
+  Moments<S, W> z, mu;
+  z.clear(), mu.clear();
+  S z_first[W]{}, mu_first[W]{};
+  if (item.inside) {
+    load<S, W>(in.z, 0, item.column, z_first);
+    load<S, W>(in.mu, 0, item.column, mu_first);
+  }
+  // All threads come round equally often: the sum over a row is a barrier of its warp.
+  const int64_t begin = item.slice * t.slice_rows, step = chunk_rows<W> * item.groups;
+#pragma unroll 1
+  for (int64_t row = item.first; row - (item.first - begin) < item.end; row += step) {
+    const int n = item.rows_from(row);
+    Chunk<W> z_chunk, mu_chunk, logvar_chunk;
+    z_chunk.fetch_from(in.z, item, row, n);
+    mu_chunk.fetch_from(in.mu, item, row, n);
+    logvar_chunk.fetch_from(in.logvar, item, row, n);
+    z.take(z_chunk, in.z.dtype, z_first, n);
+    S u[chunk_rows<W>][W], sum[chunk_rows<W>][row_sums];
+    add_rows<S, W>(in, mu_chunk, logvar_chunk, mu_first, n, u, sum);
+    if (n) mu.take(u, n);
+#pragma unroll
+    for (int j = 0; j < chunk_rows<W>; ++j) {
+      const int64_t b = row + j * item.groups;
+#pragma unroll
+      for (int k = 0; k < row_sums; ++k) {
+        for (int offset = t.lanes / 2; offset > 0; offset /= 2) sum[j][k] += __shfl_xor_sync(whole_warp, sum[j][k], offset);
+      }
+      if (threadIdx.x % t.lanes != 0 || b >= item.end) continue;
+      if (l.row_parts == nullptr) {
+        write_row(l.a, b, sum[j]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < row_sums; ++k) l.row_parts[(item.tile * row_sums + k) * t.batch + b] = sum[j][k];
+      }
+    }
+  }
+  write_parts(z, t, item, l.z_parts, bytes);
+  write_parts(mu, t, item, l.mu_parts, bytes);
+}
+
+// After the first barrier: rows that several tiles have seen.
+template <class S> BOMKERN_HD void finish_rows(const ForwardLaunch<S>& l) {
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t b = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; b < l.tiling.batch; b += step) {
+    Sum<S> sum[row_sums];
+#pragma unroll 2
+    for (int64_t tile = 0; tile < l.tiling.tiles; ++tile) {
+#pragma unroll
+      for (int k = 0; k < row_sums; ++k) sum[k].add(l.row_parts[(tile * row_sums + k) * l.tiling.batch + b]);
+    }
+    const S rounded[row_sums] = {sum[0].rounded(), sum[1].rounded(), sum[2].rounded()};
+    write_row(l.a, b, rounded);
+  }
+}
+
+// Mean and variance of one input's columns. `offset` is the mean less the first value.
+template <class S>
+BOMKERN_HD void finish_moments(const Matrix& x, const Moments<S, 1>* parts, const Tiling& t, int blocks,
+                               unsigned char* bytes, S* mean, S* variance, S* offset) {
+  finish_columns(parts, t, blocks, bytes, [&](int64_t d, const Moments<S, 1>& m) {
+    S first[1];
+    load<S, 1>(x, 0, d, first);
+    mean[d] = first[0] + m.mean[0];
+    variance[d] = m.square[0] / S(t.batch - 1);
+    offset[d] = m.mean[0];
+  });
+}
+
+template <class S, int W>
+__global__ void __launch_bounds__(column_threads, W == 1 || sizeof(S) == 4 ? 2 : 1) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
+  BOMKERN_SHARED_BYTES(bytes);
+  const Forward<S>& a = l.a;
+  const Tiling& t = l.tiling;
+  for (int64_t index = blockIdx.x; index < t.tiles * t.slices; index += gridDim.x) {
+    take_item<S, W>(l, Item<W>(t, index), bytes);
+  }
+  grid_sync();
+  if (l.row_parts) finish_rows(l);
+  const int blocks = finishing_blocks(t.dims);
+  if (int(blockIdx.x) >= blocks) return;
+  finish_moments(a.in.z, l.z_parts, t, blocks, bytes, a.z_mean, a.z_variance, a.z_offset);
+  finish_moments(a.in.mu, l.mu_parts, t, blocks, bytes, a.mu_mean, a.mu_variance, a.mu_offset);
+  write_units<S>({a.in.threshold, a.in.temperature, a.active, a.effective, a.mu_variance, l.unit_sums}, t.dims, blocks,
+                 bytes);
+}
+
+}  // namespace cuda
+}  // namespace latent_statistics
+}  // namespace bomkern
