@@ -52,7 +52,21 @@ def guard(t: Tensor) -> AbstractContextManager[Any]:
 
 
 # After what they use from here. Each name is from now on the function, not its module.
+from .active_units import active_units  # noqa: E402
+from .consistency_variance import consistency_variance  # noqa: E402
+from .covariance_penalty import covariance_penalty  # noqa: E402
+from .gaussian_kl import gaussian_kl  # noqa: E402
+from .latent_statistics import latent_statistics  # noqa: E402
 from .min_goal import min_goal  # noqa: E402
 from .total_correlation import total_correlation  # noqa: E402
 
-__all__ = ["min_goal", "total_correlation", "why_not"]
+__all__ = [
+    "active_units",
+    "consistency_variance",
+    "covariance_penalty",
+    "gaussian_kl",
+    "latent_statistics",
+    "min_goal",
+    "total_correlation",
+    "why_not",
+]

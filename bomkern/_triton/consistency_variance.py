@@ -1,0 +1,74 @@
+"""Ops, fakes and autograd of `consistency_variance` by Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import check_views
+from . import guard, load
+from ._library import register
+
+
+def _apart(views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """V tensors [B, D], of one [V, B, D] too."""
+    return views[0].unbind(0) if len(views) == 1 else views
+
+
+def _allocate(views: Sequence[Tensor], correction: float) -> Tensor:
+    _, batch, _, dtype = check_views(views, correction)
+    return views[0].new_empty((batch,), dtype=dtype)
+
+
+def _forward(views: Sequence[Tensor], correction: float) -> Tensor:
+    out = _allocate(views, correction)
+    kernels = load("consistency_variance", out.device.type)
+    with guard(out):
+        kernels.launch_forward(_apart(views), correction, out)
+    return out
+
+
+def _new_grads(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
+    """A contiguous gradient of each tensor, with no elements where not wanted."""
+    return [x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(views, want, strict=True)]
+
+
+def _backward(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
+    made = _new_grads(grad, views, correction, want)
+    grads = _apart(made) if len(made) == 1 else [g if w else None for g, w in zip(made, want, strict=True)]
+    kernels = load("consistency_variance", grad.device.type)
+    with guard(grad):
+        kernels.launch_backward(grad, _apart(views), correction, grads)
+    return made
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    views, ctx.correction = inputs
+    ctx.set_materialize_grads(False)
+    ctx.want = [x.requires_grad for x in views]
+    ctx.save_for_backward(*views)
+
+
+def _pull_back(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    if grad is None or not any(ctx.want):
+        return [None] * len(ctx.want), None
+    views = list(ctx.saved_tensors)
+    made = torch.ops.bomkern.consistency_variance_triton_backward(grad, views, ctx.correction, ctx.want)
+    return [g if wanted else None for g, wanted in zip(made, ctx.want, strict=True)], None
+
+
+_library = register(
+    "consistency_variance",
+    ("(Tensor[] views, float correction) -> Tensor", _forward, _allocate),
+    ("(Tensor grad, Tensor[] views, float correction, bool[] want) -> Tensor[]", _backward, _new_grads),
+    _save,
+    _pull_back,
+)
+
+
+def consistency_variance(views: Sequence[Tensor], correction: float) -> Tensor:
+    """`bomkern.reference.consistency_variance` by Triton kernels: same arguments, same results, no stack."""
+    return torch.ops.bomkern.consistency_variance_triton(list(views), correction)

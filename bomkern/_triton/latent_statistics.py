@@ -1,0 +1,92 @@
+"""Ops, fakes and autograd of `latent_statistics` by Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import check_latents, check_units
+from . import guard, load
+from ._library import register
+
+Three = tuple[Tensor, Tensor, Tensor]
+FIELDS = 9  # of `bomkern.LatentStatistics`
+
+
+def _allocate(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
+    """Fresh outputs: the fields, then what backward needs of each column, [4, D]."""
+    batch, dims, dtype = check_latents(z, mu, logvar, least=2)
+    check_units(threshold, temperature)
+    shapes: tuple[tuple[int, ...], ...] = (*[(batch,)] * 3, *[(dims,)] * 4, (), (), (4, dims))
+    return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _forward(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
+    outputs = _allocate(z, mu, logvar, threshold, temperature)
+    kernels = load("latent_statistics", z.device.type)
+    with guard(z):
+        kernels.launch_forward(z, mu, logvar, threshold, temperature, outputs)
+    return outputs
+
+
+def _new_grads(
+    grads: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, columns: Tensor, want: Sequence[bool]
+) -> Three:
+    """A contiguous gradient of each input, with no elements where not wanted."""
+    first, second, third = (
+        x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((z, mu, logvar), want, strict=True)
+    )
+    return first, second, third
+
+
+def _backward(
+    grads: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, columns: Tensor, want: Sequence[bool]
+) -> Three:
+    made = _new_grads(grads, z, mu, logvar, columns, want)
+    kernels = load("latent_statistics", z.device.type)
+    with guard(z):
+        kernels.launch_backward(grads, z, mu, logvar, columns, made, want)
+    return made
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[FIELDS])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], output[FIELDS])
+
+
+def _pull_back(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    want = list(ctx.needs_input_grad[:3])
+    given = list(grads[:FIELDS])
+    if not any(want) or all(g is None for g in given):
+        return (None,) * 5
+    made = torch.ops.bomkern.latent_statistics_triton_backward(given, *ctx.saved_tensors, want)
+    return (*(g if wanted else None for g, wanted in zip(made, want, strict=True)), None, None)
+
+
+_library = register(
+    "latent_statistics",
+    (
+        f"(Tensor z, Tensor mu, Tensor logvar, float threshold, float temperature) -> ({', '.join(['Tensor'] * 10)})",
+        _forward,
+        _allocate,
+    ),
+    (
+        "(Tensor?[] grads, Tensor z, Tensor mu, Tensor logvar, Tensor columns, bool[3] want)"
+        " -> (Tensor, Tensor, Tensor)",
+        _backward,
+        _new_grads,
+    ),
+    _save,
+    _pull_back,
+)
+
+
+def latent_statistics(
+    z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float
+) -> tuple[Tensor, ...]:
+    """`bomkern.reference.latent_statistics` by Triton kernels: same arguments, same results, one read of each input."""
+    return torch.ops.bomkern.latent_statistics_triton(z, mu, logvar, threshold, temperature)[:FIELDS]

@@ -1,0 +1,148 @@
+"""Triton kernels of `gaussian_kl`, and the launchers; gaussian_kl.h has the mathematics. One launch each way.
+
+Blocks of the prior lie along an axis of their own, GROUP of them in a tile, WIDE dimensions of each at a time. Under
+the standard normal a row is one block that shares nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.triton_matrix import cast, load, options, wide
+from .triton_variance import variance_of
+
+CELLS = 1024  # of a tile, with 4 warps
+
+
+@triton.jit
+def _place(group, inner, batch, dims, block, GROUP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Rows [ROWS, 1, 1], columns [1, GROUP, WIDE] and the mask of a tile that begins ``inner`` into blocks."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    within = inner + tl.arange(0, WIDE)[None, None, :]
+    cols = (group + tl.arange(0, GROUP)[None, :, None]).to(tl.int64) * block + within
+    return rows, cols, (rows < batch) & (within < block) & (cols < dims)
+
+
+@triton.jit
+def forward(
+    mu, logvar, mu_strides, logvar_strides, out, batch, dims, block,
+    precision: tl.float64, shared: tl.float64, diagonal: tl.float64, constant: tl.float64,
+    PLAIN: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The divergences of ROWS samples."""
+    ratio = tl.full((), diagonal, CD)
+    scale = tl.full((), precision, CD)
+    twice = tl.full((ROWS, GROUP, WIDE), 0, CD)
+    squares = tl.full((ROWS, GROUP), 0, CD)
+    group = 0
+    while group * block < dims:
+        sums = tl.full((ROWS, GROUP, WIDE), 0, CD)
+        inner = 0
+        while inner < block:
+            rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
+            m = load(mu, mu_strides, rows, cols, used, CD)
+            v = load(logvar, logvar_strides, rows, cols, used, CD)
+            e, _ = variance_of(v)
+            if PLAIN:
+                twice += tl.fma(m, m, (e - 1) - v)  # outside the mask 0
+            else:
+                twice += tl.fma(scale * m, m, ratio * (e - 1) - v)
+                sums += m
+            inner += WIDE
+        if not PLAIN:
+            total = tl.sum(sums, 2)
+            squares = tl.fma(total, total, squares)
+        group += GROUP
+    value = tl.sum(tl.sum(twice, 2), 1)
+    if not PLAIN:
+        value = value - tl.full((), shared, CD) * tl.sum(squares, 1) + tl.full((), constant, CD)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(out + row, value * 0.5, mask=row < batch)
+
+
+@triton.jit
+def backward(
+    grad, stride, mu, logvar, mu_strides, logvar_strides, grad_mu, grad_logvar, batch, dims, block,
+    precision: tl.float64, shared: tl.float64, diagonal: tl.float64,
+    PLAIN: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ROWS samples in GROUP blocks. A block wider than a tile is read twice, for its sum first."""
+    ratio = tl.full((), diagonal, CD)
+    scale = tl.full((), precision, CD)
+    group = tl.program_id(1) * GROUP
+    pulled = tl.full((ROWS, GROUP, 1), 0, CD)
+    if grad_mu is not None and not PLAIN:
+        sums = tl.full((ROWS, GROUP, WIDE), 0, CD)
+        inner = 0
+        while inner < block:
+            rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
+            sums += load(mu, mu_strides, rows, cols, used, CD)
+            inner += WIDE
+        pulled = tl.full((), shared, CD) * tl.sum(sums, 2)[:, :, None]
+    inner = 0
+    while inner < block:
+        rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
+        g = tl.load(grad + rows * stride, mask=rows < batch, other=0)
+        at = rows * dims + cols
+        if grad_mu is not None:
+            m = load(mu, mu_strides, rows, cols, used, CD)
+            tl.store(grad_mu + at, cast(g * (scale * m - pulled), grad_mu.dtype.element_ty), mask=used)
+        if grad_logvar is not None:
+            _, slope = variance_of(load(logvar, logvar_strides, rows, cols, used, CD))
+            tl.store(grad_logvar + at, cast(g * (0.5 * (ratio * slope - 1)), grad_logvar.dtype.element_ty), mask=used)
+        inner += WIDE
+
+
+def _prior(dims: int, block: int, rho: float) -> tuple[float, float, float, float]:
+    """precision, shared, diagonal and constant of gaussian_kl.h."""
+    if block == 1:
+        return 1.0, 0.0, 1.0, 0.0
+    precision, last = 1 / (1 - rho), 1 - rho + block * rho
+    diagonal = precision * (1 - rho / last)
+    logdet = dims / block * ((block - 1) * math.log(1 - rho) + math.log(last))
+    return precision, precision * rho / last, diagonal, dims * (diagonal - 1) + logdet
+
+
+def _tile(dims: int, block: int, plain: bool) -> dict[str, int]:
+    across = wide(block, CELLS)
+    group = 1 if plain else wide(dims // block, CELLS // across)
+    return dict(ROWS=CELLS // (across * group), GROUP=group, WIDE=across)
+
+
+def launch_forward(mu: Tensor, logvar: Tensor, block_size: int, rho: float, out: Tensor) -> None:
+    """Fills ``out`` [B], in the compute dtype."""
+    batch, dims = mu.shape
+    plain = block_size == 1
+    block = dims if plain else block_size
+    size = _tile(dims, block, plain)
+    forward[(triton.cdiv(batch, size["ROWS"]),)](
+        mu, logvar, mu.stride(), logvar.stride(), out, batch, dims, block, *_prior(dims, block_size, rho),
+        PLAIN=plain, num_warps=4, **size, **options(out.dtype),
+    )  # fmt: skip
+
+
+def launch_backward(
+    grad: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    block_size: int,
+    rho: float,
+    grads: Sequence[Tensor],
+    want: Sequence[bool],
+) -> None:
+    """Fills the gradients of mu and logvar that are wanted, [B, D] contiguous, each in its input's dtype."""
+    batch, dims = mu.shape
+    plain = block_size == 1
+    # Where dimensions have nothing to do with one another, a "block" is what fits a tile.
+    block = wide(dims, CELLS) if plain else block_size
+    size = _tile(dims, block, plain)
+    grad_mu, grad_logvar = (g if wanted else None for g, wanted in zip(grads, want, strict=True))
+    backward[(triton.cdiv(batch, size["ROWS"]), triton.cdiv(dims, block * size["GROUP"]))](
+        grad, grad.stride(0), mu, logvar, mu.stride(), logvar.stride(), grad_mu, grad_logvar, batch, dims, block,
+        *_prior(dims, block_size, rho)[:3], PLAIN=plain, num_warps=4, **size, **options(grad.dtype),
+    )  # fmt: skip
