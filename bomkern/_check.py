@@ -19,6 +19,11 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_goals(goals: Sequence[Tensor]) -> tuple[int, int, torch.dtype]:
     """(B, K, compute dtype) of goals that are one [B, K] tensor or K tensors, each [B] or 0-dim."""
     if len(goals) == 0:
@@ -110,7 +115,7 @@ def check_prior(dims: int, block_size: int, rho: float) -> None:
 
 
 def check_units(threshold: float, temperature: float) -> None:
-    if not math.isfinite(threshold):
+    if not -math.inf < threshold < math.inf:  # Dynamo cannot trace math.isfinite
         raise ValueError(f"threshold must be finite, got {threshold}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _impl
-from ._check import check_number, check_views
+from ._check import check_flag, check_number, check_views
 
 
 def consistency_variance(
@@ -37,15 +37,16 @@ def consistency_variance(
         >>> consistency_variance([encode(x), encode(flip(x)), encode(crop(x))])
     """
     check_number("correction", correction)
-    if isinstance(views, Tensor):
-        if views.dim() != 3:
-            raise ValueError(f"views must have shape [V, B, D], or be V tensors [B, D], got shape {list(views.shape)}")
-        given = [*views.unbind(0)] if detach else [views]
-    else:
-        given = list(views)
+    check_flag("detach", detach)
+    if isinstance(views, Tensor) and views.dim() != 3:
+        raise ValueError(f"views must have shape [V, B, D], or be V tensors [B, D], got shape {list(views.shape)}")
+    if not isinstance(views, (Tensor, list, tuple)):
+        raise TypeError(f"views must be a [V, B, D] tensor or a list of V tensors [B, D], got {type(views).__name__}")
+    given = [views] if isinstance(views, Tensor) else list(views)
     if not given or not all(isinstance(view, Tensor) for view in given):
         check_views(given, correction)  # raises
     if detach:
-        given[1:] = [view.detach() for view in given[1:]]
+        first, *rest = given[0].unbind(0) if len(given) == 1 and given[0].dim() == 3 else given
+        given = [first, *(view.detach() for view in rest)]
     serve = _impl.resolve("consistency_variance", given[0].device.type, impl)
     return serve(given, float(correction))

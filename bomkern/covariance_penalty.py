@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _impl
-from ._check import check_matrices
+from ._check import check_flag, check_matrices
 
 REDUCTIONS = {"sample": True, "batch": False}
 
@@ -40,8 +40,9 @@ def covariance_penalty(
         >>> penalty = covariance_penalty(z, normalize=True)
         >>> goal = Minimize(1.0, ideal=(z.shape[1] - 1) / (len(z) - 1))
     """
+    check_flag("normalize", normalize)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'sample' or 'batch', got {reduction!r}")
     if not isinstance(z, Tensor):
         check_matrices(z=z)  # raises
-    return _impl.resolve("covariance_penalty", z.device.type, impl)(z, bool(normalize), REDUCTIONS[reduction])
+    return _impl.resolve("covariance_penalty", z.device.type, impl)(z, normalize, REDUCTIONS[reduction])

@@ -174,16 +174,18 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tens
     shared, diagonal = precision * rho / last, precision * (1 - rho / last)
     logdet = dims / block_size * ((block_size - 1) * math.log(1 - rho) + math.log(last))
     variance = diagonal * (_variance_of(logvar) - 1) - logvar
-    blocks = mu.unflatten(1, (-1, block_size)).sum(2)
-    twice = (variance + precision * mu.square()).sum(1) - shared * blocks.square().sum(1)
+    twice = (variance + precision * mu.square()).sum(1)
+    if shared != 0:  # 0 times an infinite square would be NaN
+        twice = twice - shared * mu.unflatten(1, (-1, block_size)).sum(2).square().sum(1)
     return (twice + (dims * (diagonal - 1) + logdet)) / 2
 
 
 def consistency_variance(views: Sequence[Tensor], correction: float) -> Tensor:
     """Mean over D of the variance over the views, [B]. See `bomkern.consistency_variance`."""
     _, _, _, dtype = check_views(views, correction)
-    stacked = views[0] if len(views) == 1 else torch.stack([v.to(dtype) for v in views])
-    return stacked.to(dtype).var(0, correction=correction).mean(1)
+    x = views[0].to(dtype) if len(views) == 1 else torch.stack([v.to(dtype) for v in views])
+    x = x - x[0].detach()  # no digits are lost where all values are far from 0
+    return x.var(0, correction=correction).mean(1)
 
 
 def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
