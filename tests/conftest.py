@@ -58,9 +58,9 @@ def assert_as_good_as_eager(ours: Tensor, eager: Tensor, exact: Tensor, slack: f
     assert error <= allowed + slack * size, f"error {error:.3g}, allowed {allowed:.3g} + {slack} of {size:.3g}"
 
 
-def run_again(file: str, selection: str, **environment: str) -> None:
-    """Runs a selection of a file's tests in a process of its own, with more in its environment."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selection]
+def run_again(files: str, selection: str, **environment: str) -> None:
+    """Runs a selection of the tests of a file, or more, in a process of its own, with more in its environment."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files.split(), "-k", selection]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 

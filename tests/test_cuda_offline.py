@@ -20,20 +20,60 @@ import cuda_check  # noqa: E402
 import sass_count  # noqa: E402
 
 # Of each op: what is compiled with its emulated kernels, how many kernels it has, and which accesses they must have.
-COMPANIONS = {"min_goal": ["kernels/min_goal/cpu_baseline.cpp"], "total_correlation": []}
-COUNTS = {"min_goal": 14, "total_correlation": 20}
+COMPANIONS = {
+    "min_goal": ["kernels/min_goal/cpu_baseline.cpp"],
+    "total_correlation": [],
+    "gaussian_kl": [],
+    "consistency_variance": [],
+    "active_units": [],
+    "latent_statistics": [],
+    "covariance_penalty": [],
+}
+COUNTS = {
+    "min_goal": 14,
+    "total_correlation": 20,
+    "gaussian_kl": 20,
+    "consistency_variance": 10,
+    "active_units": 10,
+    "latent_statistics": 10,
+    "covariance_penalty": 20,
+}
+READ, WRITE = r"LDG\.E\.128", r"STG\.E\.128"
+# The streaming kernels' templates, as they are mangled, where 16 bytes are 8 halves, 4 floats or 2 doubles.
+PIECES = ("IfLi8E", "IfLi4E", "IdLi2E")
+
+
+def streaming(reads: str, writes: str, pieces: tuple[str, ...] = PIECES) -> list[tuple[str, str]]:
+    """Kernels whose 16-byte loads, and stores, are to be found."""
+    return [
+        (name + piece, wanted)
+        for names, wanted in ((reads, READ), (writes, WRITE))
+        for name in names.split()
+        for piece in pieces
+    ]
+
+
 ACCESSES = {
     "min_goal": [
         ("forward_kernel", r"LDGSTS\.E\.BYPASS\.128"),
-        ("forward_kernel", r"STG\.E\.128"),
-        ("backward_kernel", r"LDG\.E\.128"),
-        ("backward_kernel", r"STG\.E\.128"),
+        ("forward_kernel", WRITE),
+        ("backward_kernel", READ),
+        ("backward_kernel", WRITE),
     ],
     "total_correlation": [
         (name, wanted)
         for name in ("forward_kernel", "responsibility_kernel", "gradient_kernel")
-        for wanted in (r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", r"STG\.E\.128")
+        for wanted in (r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", WRITE)
     ],
+    "covariance_penalty": streaming(
+        "center_kernel recenter_kernel gram_kernel parts_kernel finish_kernel",
+        "center_kernel recenter_kernel gram_kernel parts_kernel finish_kernel",
+        PIECES[1:],
+    ),
+    **dict.fromkeys(
+        ("gaussian_kl", "consistency_variance", "active_units", "latent_statistics"),
+        streaming("forward_kernel backward_kernel", "backward_kernel"),
+    ),
 }
 
 
@@ -48,7 +88,9 @@ def test_the_emulated_kernels_agree(op: str, tmp_path: Path) -> None:
     gxx = shutil.which("g++")
     if gxx is None:
         pytest.skip("g++ is not installed")
-    compile_it = [gxx, "-std=c++20", "-O1", "-w", f"-I{EMULATOR}"]
+    # A misaligned access, which a GPU would refuse, is an illegal instruction.
+    alignment = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+    compile_it = [gxx, "-std=c++20", "-O1", "-w", *alignment, f"-I{EMULATOR}"]
     sources = [KERNELS / op / "cuda.cu", EMULATOR / f"check_{op}.cpp", *(ROOT / name for name in COMPANIONS[op])]
     jobs = [
         subprocess.Popen([*compile_it, "-x", "c++", "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o")])
@@ -66,7 +108,9 @@ class Compiled(NamedTuple):
     log: str
 
 
-@pytest.fixture(scope="module", params=[(op, arch) for op in COMPANIONS for arch in ("sm_80", "sm_90", "sm_120")])
+@pytest.fixture(
+    scope="module", params=[(op, arch) for op in COMPANIONS for arch in ("sm_80", "sm_90", "sm_120")], ids="-".join
+)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     nvcc = shutil.which("nvcc")
     if nvcc is None:

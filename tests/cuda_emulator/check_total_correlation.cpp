@@ -191,8 +191,8 @@ template <class S> void check(const Setting& s) {
 
   Buffer<S> out(s.batch), joint(s.batch), marginal(s.batch * s.dims);
   const Forward<S> a{p.in, p.offset, out.data, joint.data, marginal.data};
-  Buffer<unsigned char> workspace(cuda_forward_workspace(a));
-  cudaError_t error = cuda_forward(a, workspace.data, nullptr);
+  Buffer<unsigned char> workspace(cuda_workspace(a));
+  cudaError_t error = cuda_run(a, workspace.data, nullptr);
   expect(error == cudaSuccess, "forward's error", 0, error, 0);
   workspace.check_guards("forward's workspace");
   out.check_guards("out"), joint.check_guards("joint"), marginal.check_guards("marginal");
@@ -220,8 +220,8 @@ template <class S> void check(const Setting& s) {
   if (s.gradients & 1) back.grad_z = got[0].data;
   if (s.gradients & 2) back.grad_mu = got[1].data;
   if (s.gradients & 4) back.grad_logvar = got[2].data;
-  Buffer<unsigned char> more(cuda_backward_workspace(back));
-  error = cuda_backward(back, more.data, nullptr);
+  Buffer<unsigned char> more(cuda_workspace(back));
+  error = cuda_run(back, more.data, nullptr);
   expect(error == cudaSuccess, "backward's error", 0, error, 0);
   more.check_guards("backward's workspace");
   // Where log-variances spread, gradients of 1e12 lie beside others of 1e-4: each is held to the size of its own terms.
@@ -252,9 +252,9 @@ template <class S> void check_refusal(int64_t dims, int64_t batch) {
   b.grad_z = &gradient;
   uint4 workspace;
   emu::machine.launches = 0;
-  expect(cuda_forward_workspace(a) == 0 && cuda_backward_workspace(b) == 0, "workspace", 0, 1, 0);
-  expect(cuda_forward(a, &workspace, nullptr) == cudaErrorInvalidValue, "forward's error", 0, 0, 1);
-  expect(cuda_backward(b, &workspace, nullptr) == cudaErrorInvalidValue, "backward's error", 0, 0, 1);
+  expect(cuda_workspace(a) == 0 && cuda_workspace(b) == 0, "workspace", 0, 1, 0);
+  expect(cuda_run(a, &workspace, nullptr) == cudaErrorInvalidValue, "forward's error", 0, 0, 1);
+  expect(cuda_run(b, &workspace, nullptr) == cudaErrorInvalidValue, "backward's error", 0, 0, 1);
   expect(emu::machine.launches == 0, "launches", 0, emu::machine.launches, 0);
 }
 

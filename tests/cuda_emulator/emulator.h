@@ -1,10 +1,11 @@
 // Runs CUDA kernels on the CPU, one fiber a CUDA thread: enough of CUDA for this project's kernels, and strict.
 //
-// The fibers of a block (of a cluster, where there is one) take turns; a barrier or a shuffle is where a turn ends.
+// The fibers of a block (of a cluster, or of the grid of a cooperative launch) take turns; a barrier or a shuffle is where a turn ends.
 // Running the turns in several orders shows a missing barrier as a wrong result, and a barrier that not all threads
 // reach as a deadlock. Shared memory starts as NaN and ends in a guard; an asynchronous copy arrives when waited for.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -40,6 +41,9 @@ struct alignas(16) double2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 
 namespace emu {
 
@@ -65,7 +69,7 @@ struct Block {
   std::vector<Warp> warps;
   size_t shared_bytes;
   int running;
-  Block* cluster;  // its first block
+  Block* cluster;  // its first block; the grid's where it is cooperative
   int cluster_size;
   Barrier cluster_barrier;
 };
@@ -77,7 +81,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins; from its first barrier on, `jump` goes on with no call to the system
+  jmp_buf jump;
+  bool begun;
   dim3 thread;
   Block* block;
   const Barrier* waits_for = nullptr;
@@ -92,14 +98,15 @@ enum class Order { ascending, descending, shuffled };
 
 struct Machine {
   // What the driver would tell.
-  int architecture = 90, multiprocessors = 3;
+  int architecture = 90, multiprocessors = 3, resident = 2;  // blocks of any kernel on a multiprocessor
   size_t shared_limit = 49152;  // of the next launch
   Order order = Order::ascending;
   dim3 grid_dim, block_dim;
+  bool cooperative = false;
   int launches = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::function<void()> kernel;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
 };
 
 inline Machine machine;
@@ -113,7 +120,16 @@ inline void wait(Barrier& barrier) {
   }
   self->waits_for = &barrier;
   self->until = until;
-  swapcontext(&self->context, &machine.scheduler);
+  if (_setjmp(self->jump) == 0) _longjmp(machine.scheduler, 1);
+}
+
+// A turn of one fiber, up to its next barrier.
+__attribute__((noinline)) inline void resume(Fiber* f) {
+  self = f;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (f->begun) _longjmp(f->jump, 1);
+  f->begun = true;
+  setcontext(&f->context);
 }
 
 inline void fiber_main() {
@@ -123,7 +139,7 @@ inline void fiber_main() {
   // A block's shared memory ends with its last thread: who reads it from the cluster after that reads NaN.
   Block& block = *self->block;
   if (--block.running == 0) memset(block.shared.data(), 0xff, block.shared_bytes);
-  swapcontext(&self->context, &machine.scheduler);
+  _longjmp(machine.scheduler, 1);
 }
 
 inline void run_cluster(std::vector<Block>& blocks) {
@@ -135,7 +151,7 @@ inline void run_cluster(std::vector<Block>& blocks) {
     f.thread = dim3(i % threads, 0, 0);
     f.block = &blocks[i / threads];
     f.waits_for = nullptr;
-    f.done = false;
+    f.done = f.begun = false;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = Fiber::stack_bytes;
@@ -150,8 +166,7 @@ inline void run_cluster(std::vector<Block>& blocks) {
     for (Fiber* f : turn) {
       if (f->waits_for && f->waits_for->generation < f->until) continue;
       moved = true;
-      self = f;
-      swapcontext(&machine.scheduler, &f->context);
+      resume(f);
     }
     if (!moved) fail("deadlock: a barrier that not every thread reaches");
     turn.erase(std::remove_if(turn.begin(), turn.end(), [](Fiber* f) { return f->done; }), turn.end());
@@ -159,8 +174,12 @@ inline void run_cluster(std::vector<Block>& blocks) {
   self = nullptr;
 }
 
-inline void run(dim3 grid, dim3 block, size_t shared, int cluster, std::function<void()> kernel) {
+inline void run(dim3 grid, dim3 block, size_t shared, int cluster, bool cooperative, std::function<void()> kernel) {
   constexpr size_t guard = 256;
+  if (cooperative) {
+    if (int(grid.x) > machine.multiprocessors * machine.resident) fail("a cooperative grid that is not resident");
+    cluster = grid.x;
+  }
   if (block.x % 32 || block.x > 1024 || grid.x % cluster || grid.x == 0 || shared > machine.shared_limit) {
     fail("a launch that no GPU would accept");
   }
@@ -168,6 +187,7 @@ inline void run(dim3 grid, dim3 block, size_t shared, int cluster, std::function
   machine.grid_dim = grid;
   machine.block_dim = block;
   machine.kernel = std::move(kernel);
+  machine.cooperative = cooperative;
   ++machine.launches;
   for (unsigned first = 0; first < grid.x; first += cluster) {
     std::vector<Block> blocks(cluster);
@@ -266,6 +286,13 @@ struct cluster_group {
   }
 };
 inline cluster_group this_cluster() { return {}; }
+struct grid_group {
+  void sync() const {
+    if (!emu::machine.cooperative) emu::fail("a grid's barrier in a launch that is not cooperative");
+    emu::wait(emu::self->block->cluster->cluster_barrier);
+  }
+};
+inline grid_group this_grid() { return {}; }
 }  // namespace cooperative_groups
 
 struct __half {
@@ -312,13 +339,14 @@ inline long long __double_as_longlong(double value) { return emu_bits<long long>
 // The few functions of the runtime that a launch takes.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 typedef struct CUstream_st* cudaStream_t;
-enum { cudaLaunchAttributeClusterDimension, cudaDevAttrMultiProcessorCount };
+enum { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative, cudaDevAttrMultiProcessorCount };
 struct cudaLaunchAttribute {
   int id;
   struct {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int cooperative;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -339,6 +367,10 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
 inline cudaError_t cudaDeviceGetAttribute(int* out, int, int) {
   return *out = emu::machine.multiprocessors, cudaSuccess;
 }
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* out, void (*)(P...), int, size_t) {
+  return *out = emu::machine.resident, cudaSuccess;
+}
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int bytes) {
   if (bytes > 101376) return cudaErrorInvalidValue;  // what every GPU since 8.0 can give
@@ -346,7 +378,13 @@ inline cudaError_t cudaFuncSetAttribute(const void*, int, int bytes) {
 }
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), const A&... arguments) {
-  emu::run(c->gridDim, c->blockDim, c->dynamicSmemBytes, c->numAttrs ? int(c->attrs[0].val.clusterDim.x) : 1,
-           [&] { kernel(arguments...); });
+  int cluster = 1;
+  bool cooperative = false;
+  for (unsigned i = 0; i < c->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = c->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = int(attribute.val.clusterDim.x);
+    if (attribute.id == cudaLaunchAttributeCooperative) cooperative = attribute.val.cooperative;
+  }
+  emu::run(c->gridDim, c->blockDim, c->dynamicSmemBytes, cluster, cooperative, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
