@@ -1,0 +1,47 @@
+"""latent_statistics against the separate calls that it replaces, eager PyTorch and torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bench_active_units import plain as plain_units
+from bench_gaussian_kl import plain as plain_kl
+from latent_benches import Case, codes, measure, sizes_and
+from torch import Tensor
+
+import bomkern
+
+Nine = tuple[Tensor, ...]
+
+
+def moments(z: Tensor, mu: Tensor, logvar: Tensor) -> Nine:
+    """Of logvar's rows, then of z's and mu's columns, in the order of `bomkern.latent_statistics`."""
+    columns = [part for x in (z, mu) for part in reversed(torch.var_mean(x, 0))]
+    return logvar.mean(1), logvar.square().mean(1), *columns
+
+
+def separate(z: Tensor, mu: Tensor, logvar: Tensor) -> Nine:
+    return bomkern.gaussian_kl(mu, logvar), *moments(z, mu, logvar), *bomkern.active_units(mu)
+
+
+def plain(z: Tensor, mu: Tensor, logvar: Tensor) -> Nine:
+    """As one writes it in plain PyTorch."""
+    return plain_kl(mu, logvar), *moments(z, mu, logvar), *plain_units(mu)
+
+
+def loss(fields: Nine) -> Tensor:
+    """Uses all nine, none to so little that its gradient would not be seen."""
+    kl, logvar_mean, logvar_square, z_mean, z_variance, mu_mean, mu_variance, active, effective = fields
+    rows = kl.mean() + (logvar_mean.square() + logvar_square).mean()
+    columns = z_mean.square() + (z_variance - 1).square() + mu_mean.square() + mu_variance.square()
+    return rows + columns.sum() - active - effective
+
+
+PEERS = {"bomkern": bomkern.latent_statistics, "separate calls": separate, "eager": plain}
+CASE = Case("latent_statistics", codes, PEERS, loss)
+
+
+@sizes_and("bomkern", "separate calls", "torch.compile", "eager")
+def test_peers(benchmark: Any, size: tuple[int, int], backward: bool, name: str) -> None:
+    measure(benchmark, CASE, name, size, backward)
