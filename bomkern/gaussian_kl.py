@@ -22,7 +22,7 @@ def gaussian_kl(
     Args:
         mu, logvar: [B, D] means and log-variances. float16, bfloat16, float32 or float64, any strides.
         block_size: dimensions of a block of the prior, a divisor of D; None is 1.
-        rho: correlation within a block, ``-1 / (block_size - 1) < rho < 1``.
+        rho: correlation within a block, ``-1 / (block_size - 1) < rho < 1``; 0 without ``block_size``.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
 
     Returns:
@@ -40,6 +40,8 @@ def gaussian_kl(
     if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int)):
         raise TypeError(f"block_size must be an int or None, got {type(block_size).__name__}")
     check_number("rho", rho)
+    if block_size is None and rho != 0:
+        raise ValueError(f"block_size must be given where rho is not 0, got None and rho {rho}")
     if not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_matrices(mu=mu, logvar=logvar)  # raises
     return _impl.resolve("gaussian_kl", mu.device.type, impl)(

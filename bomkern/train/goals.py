@@ -1,7 +1,8 @@
 """The nine goals. Each is a pure function with one raw value per sample, [B], lower is better.
 
 Every docstring states the formula, the *ideal* (the value a goal could reach alone) and the *nadir* (no better than
-doing nothing); `anchors` holds both as numbers. B samples, D latents. Statistics the goals stand on come last.
+doing nothing); `anchors` holds both as numbers. B samples, D latents. Those of the latent code alone share one
+`bomkern.latent_statistics` of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bomkern import total_correlation
+from bomkern import LatentStatistics, consistency_variance, covariance_penalty, total_correlation
 
 from . import features as see
 
@@ -63,12 +64,12 @@ class Trivial(NamedTuple):
     swap: Tensor  # `cross_recon` of the better trivial swap
 
 
-def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+def kl_divergence(code: LatentStatistics) -> Tensor:
     """Information the latent holds about the image, in nats: ``KL(N(mu, exp(logvar)) || N(0, I))``.
 
     Ideal 0 (the prior). Nadir 120, a budget: a code that spends more has not compressed.
     """
-    return gaussian_kl(mu, logvar)
+    return code.kl
 
 
 def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor, impl: str | None = None) -> Tensor:
@@ -87,13 +88,12 @@ def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor, impl: 
     return total_correlation(z, mu, logvar, impl=impl) - shuffled.mean()
 
 
-def capacity(mu: Tensor) -> Tensor:
-    """Latents that idle: ``((1 - active fraction) + (1 - effective fraction)) / 2``, in [0, 1]; see `active_units`.
+def capacity(code: LatentStatistics) -> Tensor:
+    """Latents that idle: ``((1 - active) + (1 - effective)) / 2`` of `bomkern.active_units`, in [0, 1].
 
     Ideal 0 (all in use, all alike), nadir 1. A property of the batch, the same for every sample.
     """
-    active, effective = active_units(mu)
-    return (1 - (active + effective) / 2).expand(len(mu))
+    return (1 - (code.active + code.effective) / 2).expand(len(code.kl))
 
 
 def behavioral_separation(
@@ -113,16 +113,19 @@ def behavioral_separation(
     return (leak_colour + leak_edge) / 2
 
 
-def latent_stats(z: Tensor, logvar: Tensor) -> Tensor:
+def latent_stats(z: Tensor, code: LatentStatistics, impl: str | None = None) -> Tensor:
     """Health of the latent: mean squared correlation + weak dimensions + log-variance.
 
     ``covariance_penalty(z, normalized) / (D - 1) + mean_d max(0, 1 - std(z_d)) + mean_d (logvar_bd / 4)^2``. Never
     negative; ideal ``1 / (B - 1)``, what B samples of independent columns correlate by chance. Nadir 1: every latent a
     copy of another, or of no spread, or posteriors e^2 narrower than the prior.
+
+    Args:
+        z: [B, D]. code: its statistics. impl: of `bomkern.covariance_penalty`.
     """
-    correlation = covariance_penalty(z, normalize=True) / (z.shape[1] - 1)
-    weak = (1 - z.std(0)).clamp(min=0).mean()
-    return correlation + weak + (logvar / 4).square().mean(1)
+    correlation = covariance_penalty(z, normalize=True, reduction="batch", impl=impl) / (z.shape[1] - 1)
+    deviation = code.z_variance.clamp(min=1e-12).sqrt()  # the root has no slope at 0
+    return correlation + (1 - deviation).clamp(min=0).mean() + code.logvar_square / 16
 
 
 def reconstruction(recon: Tensor, image: Tensor, recon_edges: Tensor, image_edges: Tensor, trivial: Trivial) -> Tensor:
@@ -175,7 +178,7 @@ def realism(logits: Tensor) -> Tensor:
     return 1 - torch.sigmoid(logits).mean((1, 2, 3))
 
 
-def consistency(views: Tensor) -> Tensor:
+def consistency(views: Tensor, variance: Tensor, impl: str | None = None) -> Tensor:
     """How far the structure moves between views of one image: variance over the views / variance over the batch.
 
     ``mean_d Var_v(mu_vbd) / mean_d Var_b(mu_0bd)``, the denominator without gradient, so that shrinking the latent
@@ -183,9 +186,10 @@ def consistency(views: Tensor) -> Tensor:
 
     Args:
         views: [V, B, D] structure means, V >= 2.
+        variance: [D], of the first view over the batch.
+        impl: of `bomkern.consistency_variance`.
     """
-    spread = views[0].detach().var(0).mean().clamp(min=1e-8)
-    return consistency_variance(views) / spread
+    return consistency_variance(views, impl=impl) / variance.detach().mean().clamp(min=1e-8)
 
 
 def trivial_answers(images: Tensor) -> Trivial:
@@ -208,35 +212,3 @@ def trivial_answers(images: Tensor) -> Trivial:
     as_colour = cross_recon(grey.roll(1, 0), see.edges(grey), see.edges(images), other, found).mean()
     unchanged = cross_recon(images, see.edges(images), see.edges(images), other, found).mean()
     return found._replace(swap=torch.minimum(as_colour, unchanged))
-
-
-def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """``sum_d (mu^2 + exp(logvar) - 1 - logvar) / 2``. [B, D] -> [B]."""
-    return (mu.square() + logvar.exp() - 1 - logvar).sum(1) / 2
-
-
-def covariance_penalty(z: Tensor, normalize: bool = False) -> Tensor:
-    """``sum_{i != j} C_ij^2 / D`` (VICReg, Bardes et al. 2022), C covariance or correlation. [B, D] -> 0-dim, >= 0."""
-    x = z - z.mean(0)
-    if normalize:
-        x = x / x.square().mean(0).add(1e-8).sqrt() * ((len(z) - 1) / len(z)) ** 0.5
-    c = x.T @ x / (len(z) - 1)
-    return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
-
-
-def consistency_variance(views: Tensor) -> Tensor:
-    """Mean over D of the variance over V. [V, B, D] -> [B]."""
-    return views.var(0).mean(1)
-
-
-def active_units(mu: Tensor, threshold: float = 0.1, temperature: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Fractions of the latents that are active, and effective. [B, D] -> two 0-dim in [0, 1].
-
-    Active: mean over d of ``sigmoid((Var_b(mu_d) - threshold) / temperature)`` (Burda et al. 2016, softened).
-    Effective: ``exp(entropy of p) / D`` with ``p_d = Var_b(mu_d) / sum``.
-    """
-    variance = mu.var(0)
-    active = torch.sigmoid((variance - threshold) / temperature).mean()
-    p = (variance + 1e-12) / (variance + 1e-12).sum()
-    effective = torch.exp(-(p * p.log()).sum()) / mu.shape[1]
-    return active, effective.clamp(max=1)  # rounding can pass 1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bomkern import min_goal_loss
+from bomkern import latent_statistics, min_goal_loss
 
 from . import features as see
 from . import goals as goal
@@ -40,18 +40,19 @@ def raw_values(
     recon_edges, swap_edges, moved_edges, image_edges = see.edges(
         torch.cat([out.recon, out.swap, out.moved_appearance, image])
     ).chunk(4)
+    code = latent_statistics(out.z, out.mu, out.logvar, impl=impl)
     return [
-        goal.kl_divergence(out.mu, out.logvar),
+        goal.kl_divergence(code),
         goal.disentanglement(out.z, out.mu, out.logvar, order, impl),
-        goal.capacity(out.mu),
+        goal.capacity(code),
         goal.behavioral_separation(
             see.mean_colour(out.recon), see.mean_colour(out.moved_structure), recon_edges, moved_edges, trivial
         ),
-        goal.latent_stats(out.z, out.logvar),
+        goal.latent_stats(out.z, code, impl),
         goal.reconstruction(out.recon, image, recon_edges, image_edges, trivial),
         goal.cross_recon(out.swap, swap_edges, image_edges, image.roll(-1, 0), trivial),
         goal.realism(logits),
-        goal.consistency(out.views),
+        goal.consistency(out.views, code.mu_variance[: out.views.shape[2]], impl),
     ]
 
 
