@@ -21,10 +21,11 @@ GPU=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name().replace(" ", 
 BOMKERN_BUILD_CUDA=1 step build $PYTHON -m pip install --quiet --no-build-isolation --no-deps -e . || exit 1
 $PYTHON -m bomkern info
 step tests $PYTHON -m pytest tests -q -k "not train"
+OPS=$(echo tests/test_{min_goal,total_correlation,gaussian_kl,consistency_variance,active_units,latent_statistics,covariance_penalty}.py)
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do
     step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      $PYTHON -m pytest tests/test_min_goal.py tests/test_total_correlation.py -q -p no:cacheprovider \
+      $PYTHON -m pytest $OPS -q -p no:cacheprovider \
       -k "cuda-cuda and (oracle or layouts) and not 20000"
   done
 fi
