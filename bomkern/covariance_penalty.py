@@ -21,7 +21,8 @@ def covariance_penalty(
 
     Args:
         z: [B, D] samples, B >= 2. float16, bfloat16, float32 or float64, any strides. Where D > B the B x B product of
-            the samples is formed instead of the D x D one of the columns.
+            the samples is formed instead of the D x D one of the columns, diagonal and all, and the diagonal is taken
+            out again: columns whose variances differ by orders of magnitude then cost digits, normalized ones do not.
         normalize: correlations instead of covariances: x is divided by each column's deviation, which has gradient
             too. A column that is constant to within rounding, deviation at most eps |mean| with the eps of the compute
             dtype, correlates with nothing: it counts 0 and gets no gradient.
