@@ -18,7 +18,7 @@ template <class S> Units<S> units_of(const S* variance, int64_t dims, S threshol
   Sum<V> active, total, entropy;
   const auto for_all = [&](auto f) {
     for (int64_t d = 0; d < dims; d += panel) {
-      for_vectors<S>(int(lesser(dims - d, panel)), [&](int i, auto lanes) {
+      for_vectors<S>(int(lesser(dims - d, panel)), [&](int64_t i, auto lanes) {
         typename Lanes<S>::Int lane{};
         for (int k = 0; k < Lanes<S>::width; ++k) lane[k] = k;
         f(load_lanes<V>(variance + d + i, lanes), lane < count_of<Lanes<S>::width>(lanes));
@@ -50,7 +50,7 @@ bool add_slopes(const S* variance, int64_t dims, S threshold, S temperature, con
   const S effective = grad_effective && units.total != 0 ? *grad_effective * units.effective / units.total : S(0);
   const S share = units.total == 0 ? S(0) : 1 / units.total;
   for (int64_t d = 0; d < dims; d += panel) {
-    for_vectors<S>(int(lesser(dims - d, panel)), [&](int i, auto lanes) {
+    for_vectors<S>(int(lesser(dims - d, panel)), [&](int64_t i, auto lanes) {
       const V v = load_lanes<V>(variance + d + i, lanes), s = sigmoid_of(v, threshold, temperature), p = v * share;
       const V spread = p == V{} ? V{} : log_of(p == V{} ? splat<V>(S(1)) : p) + units.entropy;
       V sum = load_lanes<V>(slope + d + i, lanes);

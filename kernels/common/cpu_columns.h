@@ -38,7 +38,7 @@ void add_block(const Matrix& x, int64_t begin, int64_t end, int64_t d, int n, in
   for (int r = 0; r < rows; ++r) row[r] = row_of(x, begin + r, d, n, scratch[r]);
   row[rows] = row[0];  // an odd number's partner: its difference is 0
   S center[panel], square[panel];
-  for_vectors<S>(n, [&](int i, auto lanes) {
+  for_vectors<S>(n, [&](int64_t i, auto lanes) {
     const V first = load_lanes<V>(row[0] + i, lanes);
     V sum[2] = {}, squares[2] = {};
     for (int r = 0; r < rows; r += 2) {
@@ -146,13 +146,15 @@ template <class S> struct ColumnSlopes {
     for (int64_t d = 0; d < dims; d += panel) {
       const int n = int(lesser(dims - d, panel));
       const S* row = row_of(x, b, d, n, scratch);
-      for_vectors<S>(n, [&](int i, auto lanes) {
+      S* out = to.place(b * dims + d, scratch);
+      for_vectors<S>(n, [&](int64_t i, auto lanes) {
         const V v = load_lanes<V>(row + i, lanes);
         V sum = load_lanes<V>(base + d + i, lanes);
         if (spread) sum += load_lanes<V>(slope + d + i, lanes) * centered(v, d + i, lanes);
         if (pull.data) sum += by * v;
-        to.put(b * dims + d + i, sum, lanes);
+        store_lanes(out + i, sum, lanes);
       });
+      to.put(b * dims + d, n, out);
     }
   }
 };

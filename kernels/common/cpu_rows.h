@@ -42,11 +42,11 @@ template <int width> constexpr int count_of(All) { return width; }
 template <int width> constexpr int count_of(First k) { return k.n; }
 
 // f(i, lanes) for the vectors of `count` numbers.
-template <class S, class F> inline void for_vectors(int count, F f) {
-  constexpr int width = Lanes<S>::width;
-  int i = 0;
+template <class S, class F> inline void for_vectors(int64_t count, F f) {
+  constexpr int64_t width = Lanes<S>::width;  // 64 bits as every index: narrower ones are extended at each use
+  int64_t i = 0;
   for (; i + width <= count; i += width) f(i, All{});
-  if (i < count) f(i, First{count - i});
+  if (i < count) f(i, First{int(count - i)});
 }
 
 // f(i, lanes, group) for `count` numbers in groups of four vectors, then one by one: what is a long chain for one vector
@@ -54,14 +54,17 @@ template <class S, class F> inline void for_vectors(int count, F f) {
 template <int n> struct Group {
   static constexpr int size = n;
 };
-template <class S, class F> inline void for_groups(int count, F f) {
-  constexpr int width = Lanes<S>::width;
-  int i = 0;
+template <class S, class F> inline void for_groups(int64_t count, F f) {
+  constexpr int64_t width = Lanes<S>::width;
+  int64_t i = 0;
   for (; i + 4 * width <= count; i += 4 * width) f(i, All{}, Group<4>{});
-  for_vectors<S>(count - i, [&](int k, auto lanes) { f(i + k, lanes, Group<1>{}); });
+  for_vectors<S>(count - i, [&](int64_t k, auto lanes) { f(i + k, lanes, Group<1>{}); });
 }
 template <class S, class V, int N> inline void load_group(const S* from, V (&to)[N], auto lanes) {
   for (int k = 0; k < N; ++k) to[k] = load_lanes<V>(from + k * Lanes<S>::width, lanes);
+}
+template <class S, class V, int N> inline void store_group(S* to, const V (&from)[N], auto lanes) {
+  for (int k = 0; k < N; ++k) store_lanes(to + k * Lanes<S>::width, from[k], lanes);
 }
 
 // Columns [d, d + n) of a row, n at most a panel: where they lie, or converted into `scratch`.
@@ -72,7 +75,7 @@ template <class S> inline const S* row_of(const Matrix& m, int64_t b, int64_t d,
     if constexpr (sizeof(S) == 4) {
       if (m.dtype != DType::f64) {
         const uint16_t* from = static_cast<const uint16_t*>(m.data) + first;
-        for_vectors<S>(n, [&](int i, auto lanes) {
+        for_vectors<S>(n, [&](int64_t i, auto lanes) {
           const VecH half = load_lanes<VecH>(from + i, lanes);
           store_lanes(scratch + i, m.dtype == DType::bf16 ? bfloat_to_float(half) : half_to_float(half), lanes);
         });
@@ -87,10 +90,24 @@ template <class S> inline const S* row_of(const Matrix& m, int64_t b, int64_t d,
 inline float number_at(const RowGrad<float>& g, int64_t b) { return g.data ? g.data[b * g.stride] : 0.0f; }
 inline double number_at(const RowGrad<double>& g, int64_t b) { return g.data ? g.data[b * g.stride] : 0.0; }
 
+// The sum of a group's vectors: a running sum waits once for a group.
+template <class V, int N> inline V total_of(const V (&v)[N]) {
+  if constexpr (N == 4) return (v[0] + v[1]) + (v[2] + v[3]);
+  return v[0];
+}
+
+// The sum of a vector's lanes, by halves.
 template <class V> inline auto sum_of(V v) {
-  auto sum = v[0];
-  for (size_t i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
-  return sum;
+  const auto first = v[0];
+  typedef decltype(first + first) S;
+  if constexpr (sizeof(V) == 2 * sizeof(S)) {
+    return first + v[1];
+  } else {
+    typedef S Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return sum_of(half[0] + half[1]);
+  }
 }
 
 // Round to nearest, ties to even.
@@ -113,26 +130,36 @@ struct Gradient {
   void* data;
   DType dtype;
 
-  template <class V, int N> void put_group(int64_t at, const V (&v)[N], auto lanes) const {
-    for (int k = 0; k < N; ++k) put(at + k * int64_t(sizeof(V) / sizeof(v[0][0])), v[k], lanes);
-  }
-  void put(int64_t at, VecF v, auto lanes) const {
-    if (dtype == DType::f32) return store_lanes(static_cast<float*>(data) + at, v, lanes);
-    if (dtype != DType::f64) {
-      const VecH half = dtype == DType::bf16 ? float_to_bfloat(v) : float_to_half(v);
-      return store_lanes(static_cast<uint16_t*>(data) + at, half, lanes);
+  template <class S> bool direct() const { return dtype == (sizeof(S) == 4 ? DType::f32 : DType::f64); }
+
+  // Where to compute numbers [at, at + n): where they go, or in `scratch`, from which put() converts them.
+  template <class S> S* place(int64_t at, S* scratch) const { return direct<S>() ? static_cast<S*>(data) + at : scratch; }
+  template <class S> void put(int64_t at, int n, const S* scratch) const {
+    if (direct<S>()) return;
+    if constexpr (sizeof(S) == 4) {
+      if (dtype != DType::f64) {
+        uint16_t* to = static_cast<uint16_t*>(data) + at;
+        return for_vectors<S>(n, [&](int64_t i, auto lanes) {
+          const VecF v = load_lanes<VecF>(scratch + i, lanes);
+          store_lanes(to + i, dtype == DType::bf16 ? float_to_bfloat(v) : float_to_half(v), lanes);
+        });
+      }
     }
-    for (int i = 0; i < count_of<Lanes<float>::width>(lanes); ++i) static_cast<double*>(data)[at + i] = v[i];
-  }
-  void put(int64_t at, VecD v, auto lanes) const {
-    if (dtype == DType::f64) return store_lanes(static_cast<double*>(data) + at, v, lanes);
-    for (int i = 0; i < count_of<Lanes<double>::width>(lanes); ++i) {  // a float64 beside narrower inputs: rare
-      VecF one{};
-      one[0] = static_cast<float>(v[i]);
-      put(at + i, one, First{1});
-    }
+    for (int i = 0; i < n; ++i) put_one(at + i, scratch[i]);
   }
 
+ private:
+  // A float64 beside narrower inputs: rare.
+  void put_one(int64_t i, double value) const {
+    if (dtype == DType::f64) {
+      static_cast<double*>(data)[i] = value;
+    } else if (dtype == DType::f32) {
+      static_cast<float*>(data)[i] = float(value);
+    } else {
+      const VecF v = splat<VecF>(float(value));
+      static_cast<uint16_t*>(data)[i] = (dtype == DType::bf16 ? float_to_bfloat(v) : float_to_half(v))[0];
+    }
+  }
 };
 
 }  // namespace BOMKERN_ISA

@@ -9,15 +9,15 @@ namespace BOMKERN_ISA {
 
 using namespace bomkern::BOMKERN_ISA;
 
-// f(first column, n, the views' rows) for the panels of a row.
-template <class S, class F> inline void for_panels(const Inputs<S>& in, int64_t b, F f) {
+// f(first column, n, the views' rows, scratch) for the panels of a row.
+template <class S, class F> [[gnu::always_inline]] inline void for_panels(const Inputs<S>& in, int64_t b, const F& f) {
   constexpr int narrow = panel / 4;  // of all views together: in L1
   S scratch[max_views][narrow];
   for (int64_t d = 0; d < in.dims; d += narrow) {
     const int n = int(lesser(in.dims - d, narrow));
     const S* row[max_views];
     for (int v = 0; v < in.views; ++v) row[v] = row_of(in.view[v], b, d, n, scratch[v]);
-    f(d, n, row);
+    f(d, n, row, scratch);
   }
 }
 
@@ -28,9 +28,9 @@ template <class S> void forward(const Forward<S>& a, void*, Parallel parallel) {
   each_rows(parallel, in.batch, in.dims * in.views, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       double total = 0;
-      for_panels(in, b, [&](int64_t, int n, const S* const* row) {
+      for_panels(in, b, [&](int64_t, int n, const S* const* row, auto&) {
         V sum{};
-        for_groups<S>(n, [&](int i, auto lanes, auto group) {
+        for_groups<S>(n, [&](int64_t i, auto lanes, auto group) {
           V first[group.size], s[group.size] = {}, q[group.size] = {};
           load_group(row[0] + i, first, lanes);
           for (int v = 1; v < in.views; ++v) {
@@ -40,7 +40,8 @@ template <class S> void forward(const Forward<S>& a, void*, Parallel parallel) {
             for (int k = 0; k < group.size; ++k) s[k] += u[k];
             for (int k = 0; k < group.size; ++k) q[k] += u[k] * u[k];
           }
-          for (int k = 0; k < group.size; ++k) sum += q[k] - s[k] * s[k] * inverse;
+          for (int k = 0; k < group.size; ++k) q[k] -= s[k] * s[k] * inverse;
+          sum += total_of(q);
         });
         total += sum_of(sum);
       });
@@ -56,8 +57,12 @@ template <class S> void backward(const Backward<S>& a, void*, Parallel parallel)
   each_rows(parallel, in.batch, in.dims * in.views, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const S slope = 2 * in.scale * number_at(a.grad, b);
-      for_panels(in, b, [&](int64_t d, int n, const S* const* row) {
-        for_groups<S>(n, [&](int i, auto lanes, auto group) {
+      for_panels(in, b, [&](int64_t d, int n, const S* const* row, auto& scratch) {
+        const auto gradient = [&](int v) { return Gradient{a.out[v], in.view[v].dtype}; };
+        const int64_t at = b * in.dims + d;
+        S* out[max_views];
+        for (int v = 0; v < in.views; ++v) out[v] = a.out[v] ? gradient(v).place(at, scratch[v]) : nullptr;
+        for_groups<S>(n, [&](int64_t i, auto lanes, auto group) {
           V first[group.size], mean[group.size] = {}, x[group.size];
           load_group(row[0] + i, first, lanes);
           for (int v = 1; v < in.views; ++v) {
@@ -65,12 +70,15 @@ template <class S> void backward(const Backward<S>& a, void*, Parallel parallel)
             for (int k = 0; k < group.size; ++k) mean[k] += x[k] - first[k];
           }
           for (int v = 0; v < in.views; ++v) {
-            if (!a.out[v]) continue;
+            if (!out[v]) continue;
             load_group(row[v] + i, x, lanes);
             for (int k = 0; k < group.size; ++k) x[k] = slope * ((x[k] - first[k]) - mean[k] * inverse);
-            Gradient{a.out[v], in.view[v].dtype}.put_group(b * in.dims + d + i, x, lanes);
+            store_group(out[v] + i, x, lanes);
           }
         });
+        for (int v = 0; v < in.views; ++v) {
+          if (out[v]) gradient(v).put(at, n, out[v]);
+        }
       });
     }
   });

@@ -31,7 +31,7 @@ void center(const Columns<S>& c, int64_t begin, int64_t end, S* x, RowGrad<S> we
     for (int64_t b = begin; b < end; ++b) {
       const S *row = row_of(c.z, b, d, n, scratch), by = weighted ? number_at(weight, b) : S(0);
       const int64_t at = (b - begin) * c.dims + d;
-      for_vectors<S>(n, [&](int i, auto lanes) {
+      for_vectors<S>(n, [&](int64_t i, auto lanes) {
         const V u = load_lanes<V>(row + i, lanes) - load_lanes<V>(first + i, lanes);
         const V centered = (u - load_lanes<V>(c.offset + d + i, lanes)) * load_lanes<V>(c.inverse + d + i, lanes);
         store_lanes(x + at + i, centered, lanes);
@@ -47,7 +47,7 @@ template <class S, class F> double sum_over(int64_t n, F f) {
   for (int64_t first = 0; first < n; first += panel) {
     typename Lanes<S>::Vec part[2] = {};
     for_vectors<S>(int(lesser(n - first, panel)),
-                   [&](int i, auto lanes) { part[i / Lanes<S>::width % 2] += f(first + i, lanes); });
+                   [&](int64_t i, auto lanes) { part[i / Lanes<S>::width % 2] += f(first + i, lanes); });
     sum += double(sum_of(part[0])) + double(sum_of(part[1]));
   }
   return sum;
@@ -59,7 +59,7 @@ double join_second(const S* parts, int64_t count, int64_t dims, S scale, S* seco
   each(parallel, ceil_div(dims, block_rows), [&](int64_t task) {
     for (int64_t i = task * block_rows; i < lesser((task + 1) * block_rows, dims); ++i) {
       for (int64_t d = i + 1; d < dims; d += panel) {
-        for_vectors<S>(int(lesser(dims - d, panel)), [&](int k, auto lanes) {
+        for_vectors<S>(int(lesser(dims - d, panel)), [&](int64_t k, auto lanes) {
           V sum{};
           for (int64_t p = 0; p < count; ++p) sum += load_lanes<V>(parts + (p * dims + i) * dims + d + k, lanes);
           store_lanes(second + i * dims + d + k, scale * sum, lanes);
@@ -166,11 +166,14 @@ void finish(const Columns<S>& c, int64_t begin, int64_t end, const S* x, const S
             S scale, const S* mean, const S* slope, const S* pull, void* to, DType dtype) {
   typedef typename Lanes<S>::Vec V;
   const Gradient out{to, dtype};
+  S scratch[panel];
   for (int64_t b = begin; b < end; ++b) {
     const S by = number_at(weight, b);
     const int64_t row = (b - begin) * c.dims;
     for (int64_t d = 0; d < c.dims; d += panel) {
-      for_vectors<S>(int(lesser(c.dims - d, panel)), [&](int i, auto lanes) {
+      const int n = int(lesser(c.dims - d, panel));
+      S* place = out.place(b * c.dims + d, scratch);
+      for_vectors<S>(n, [&](int64_t i, auto lanes) {
         const int64_t column = d + i, at = row + column;
         V sum{};
         if (h) sum = scale * by * load_lanes<V>(h + at, lanes);
@@ -178,8 +181,9 @@ void finish(const Columns<S>& c, int64_t begin, int64_t end, const S* x, const S
         if (mean) sum -= load_lanes<V>(mean + column, lanes);
         if (slope) sum -= load_lanes<V>(slope + column, lanes) * load_lanes<V>(x + at, lanes);
         if (pull) sum -= by * load_lanes<V>(pull + column, lanes) * load_lanes<V>(x + at, lanes);
-        out.put(b * c.dims + column, sum * load_lanes<V>(c.inverse + column, lanes), lanes);
+        store_lanes(place + i, sum * load_lanes<V>(c.inverse + column, lanes), lanes);
       });
+      out.put(b * c.dims + d, n, place);
     }
   }
 }

@@ -12,7 +12,7 @@ namespace BOMKERN_ISA {
 using namespace bomkern::BOMKERN_ISA;
 
 // f(first column, n) for the panels of each block of the prior; where blocks share nothing, a row is one block.
-template <class S, class F> inline void for_blocks(const Inputs<S>& in, int64_t b, F f) {
+template <class S, class F> [[gnu::always_inline]] inline void for_blocks(const Inputs<S>& in, int64_t b, const F& f) {
   const int64_t length = in.shared == 0 ? in.dims : in.block;
   S scratch[panel];
   for (int64_t first = 0; first < in.dims; first += length) {
@@ -20,7 +20,7 @@ template <class S, class F> inline void for_blocks(const Inputs<S>& in, int64_t 
     for (int64_t d = first; in.shared != 0 && d < first + length; d += panel) {
       const int n = int(lesser(first + length - d, panel));
       const S* mu = row_of(in.mu, b, d, n, scratch);
-      for_vectors<S>(n, [&](int i, auto lanes) { sum += load_lanes<decltype(sum)>(mu + i, lanes); });
+      for_vectors<S>(n, [&](int64_t i, auto lanes) { sum += load_lanes<decltype(sum)>(mu + i, lanes); });
     }
     const S total = in.shared != 0 ? sum_of(sum) : S(0);
     for (int64_t d = first; d < first + length; d += panel) f(d, int(lesser(first + length - d, panel)), total, d == first);
@@ -36,16 +36,19 @@ template <class S> void forward(const Forward<S>& a, void*, Parallel parallel) {
       double twice = 0;
       for_blocks(in, b, [&](int64_t d, int n, S total, bool first) {
         const S *mu = row_of(in.mu, b, d, n, scratch[0]), *logvar = row_of(in.logvar, b, d, n, scratch[1]);
-        V sum{};
-        for_groups<S>(n, [&](int i, auto lanes, auto group) {
+        V sum{}, squares{};
+        // All terms are 0 where the padding is: mu = logvar = 0.
+        for_groups<S>(n, [&](int64_t i, auto lanes, auto group) {
           V m[group.size], v[group.size], e[group.size];
           load_group(mu + i, m, lanes);
           load_group(logvar + i, v, lanes);
-          variances_of<S>(v, e);
-          // 0 where the padding is: mu = logvar = 0.
-          for (int k = 0; k < group.size; ++k) sum += in.diagonal * (e[k] - 1) - v[k] + in.precision * m[k] * m[k];
+          slopes_of<S>(v, e);
+          for (int k = 0; k < group.size; ++k) m[k] *= m[k];
+          for (int k = 0; k < group.size; ++k) e[k] = in.diagonal * less_one<S>(v[k], e[k]) - v[k];
+          squares += total_of(m);
+          sum += total_of(e);
         });
-        twice += sum_of(sum) - (first ? in.shared * total * total : S(0));
+        twice += sum_of(sum + in.precision * squares) - (first ? in.shared * total * total : S(0));
       });
       a.out[b] = S(twice / 2 + in.constant);
     }
@@ -57,26 +60,30 @@ template <class S> void backward(const Backward<S>& a, void*, Parallel parallel)
   const Inputs<S>& in = a.in;
   const Gradient to_mu{a.grad_mu, in.mu.dtype}, to_logvar{a.grad_logvar, in.logvar.dtype};
   each_rows(parallel, in.batch, in.dims, [&](int64_t begin, int64_t end) {
-    S scratch[2][panel];
+    S scratch[panel];
     for (int64_t b = begin; b < end; ++b) {
       const S grad = number_at(a.grad, b);
       for_blocks(in, b, [&](int64_t d, int n, S total, bool) {
         const int64_t at = b * in.dims + d;
         if (a.grad_mu) {
-          const S* mu = row_of(in.mu, b, d, n, scratch[0]);
+          const S* mu = row_of(in.mu, b, d, n, scratch);
+          S* out = to_mu.place(at, scratch);
           const S slope = grad * in.precision, base = grad * in.shared * total;
-          for_vectors<S>(n, [&](int i, auto lanes) { to_mu.put(at + i, slope * load_lanes<V>(mu + i, lanes) - base, lanes); });
+          for_vectors<S>(n, [&](int64_t i, auto lanes) { store_lanes(out + i, slope * load_lanes<V>(mu + i, lanes) - base, lanes); });
+          to_mu.put(at, n, out);
         }
         if (a.grad_logvar) {
-          const S* logvar = row_of(in.logvar, b, d, n, scratch[1]);
+          const S* logvar = row_of(in.logvar, b, d, n, scratch);
+          S* out = to_logvar.place(at, scratch);
           const S half = grad / 2;
-          for_groups<S>(n, [&](int i, auto lanes, auto group) {
+          for_groups<S>(n, [&](int64_t i, auto lanes, auto group) {
             V v[group.size], e[group.size];
             load_group(logvar + i, v, lanes);
             slopes_of<S>(v, e);
             for (int k = 0; k < group.size; ++k) e[k] = half * (in.diagonal * e[k] - 1);
-            to_logvar.put_group(at + i, e, lanes);
+            store_group(out + i, e, lanes);
           });
+          to_logvar.put(at, n, out);
         }
       });
     }

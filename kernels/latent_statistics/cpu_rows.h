@@ -21,14 +21,16 @@ template <class S> void write_row(const Forward<S>& a, int64_t b, S (*scratch)[p
     const int n = int(lesser(in.dims - d, panel));
     const S *mu = row_of(in.mu, b, d, n, scratch[0]), *logvar = row_of(in.logvar, b, d, n, scratch[1]);
     V kl{}, sum{}, squares{};
-    for_groups<S>(n, [&](int i, auto lanes, auto group) {
+    for_groups<S>(n, [&](int64_t i, auto lanes, auto group) {
       V m[group.size], v[group.size], e[group.size];
       load_group(mu + i, m, lanes);
       load_group(logvar + i, v, lanes);
-      variances_of<S>(v, e);
-      for (int k = 0; k < group.size; ++k) kl += (e[k] - 1) - v[k] + m[k] * m[k];
-      for (int k = 0; k < group.size; ++k) sum += v[k];
-      for (int k = 0; k < group.size; ++k) squares += v[k] * v[k];
+      slopes_of<S>(v, e);
+      for (int k = 0; k < group.size; ++k) e[k] = m[k] * m[k] + (less_one<S>(v[k], e[k]) - v[k]);
+      kl += total_of(e);
+      sum += total_of(v);
+      for (int k = 0; k < group.size; ++k) v[k] *= v[k];
+      squares += total_of(v);
     });
     twice += sum_of(kl);
     total += sum_of(sum);
@@ -83,15 +85,17 @@ template <class S> void put_logvar(const Backward<S>& a, int64_t b, S* scratch) 
   for (int64_t d = 0; d < in.dims; d += panel) {
     const int n = int(lesser(in.dims - d, panel));
     const S* logvar = row_of(in.logvar, b, d, n, scratch);
-    for_groups<S>(n, [&](int i, auto lanes, auto group) {
+    S* out = to.place(b * in.dims + d, scratch);
+    for_groups<S>(n, [&](int64_t i, auto lanes, auto group) {
       V v[group.size], e[group.size];
       load_group(logvar + i, v, lanes);
       slopes_of<S>(v, e);
       // A gradient that is not there is 0 even where v is NaN.
       for (int k = 0; k < group.size; ++k) e[k] = (a.kl.data ? half * e[k] : V{}) + level;
       for (int k = 0; k < group.size; ++k) e[k] += a.logvar_square.data ? pull * v[k] : V{};
-      to.put_group(b * in.dims + d + i, e, lanes);
+      store_group(out + i, e, lanes);
     });
+    to.put(b * in.dims + d, n, out);
   }
 }
 
