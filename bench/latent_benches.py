@@ -151,23 +151,27 @@ def measure(
 
 
 def share_of_a_copy(benchmark: Any, capsys: Any, case: Case, backward: bool) -> None:
-    """bomkern at the largest size, beside ``y.copy_(x)`` of as many bytes as its inputs have, on memory that exists."""
+    """bomkern at the largest size beside ``y.copy_(x)`` of as many bytes as its inputs have, and beside ``x.clone()``.
+
+    The copy is into memory that exists. Backward returns gradients in fresh memory, as a clone does.
+    """
     x = torch.cat([t.detach().reshape(-1) for t in case.make(*LARGEST)])
     y = torch.zeros_like(x)
-    copies: list[float] = []
+    times: list[tuple[float, float]] = []
 
-    def copy_it() -> None:
-        copies.append(seconds(lambda: y.copy_(x)))
+    def beside() -> None:
+        times.append((seconds(lambda: y.copy_(x)), seconds(lambda: x.clone())))
 
-    measure(benchmark, case, "bomkern", LARGEST, backward, copy_it, " beside a copy")
+    measure(benchmark, case, "bomkern", LARGEST, backward, beside, " beside a copy")
     if not benchmark.stats:
         return
     # The least of each: what disturbs a loop only ever makes it slower.
-    copy = 2 * x.numel() * x.element_size() / min(copies) / 1e9
+    moved = 2 * x.numel() * x.element_size()
+    copy, clone = (moved / min(t) / 1e9 for t in zip(*times, strict=True))
     ours = benchmark.extra_info["bytes_moved"] / benchmark.stats.stats.min / 1e9
-    benchmark.extra_info.update(copy_gb_per_s=copy, share_of_copy=ours / copy)
+    benchmark.extra_info.update(copy_gb_per_s=copy, share_of_copy=ours / copy, share_of_clone=ours / clone)
     with capsys.disabled():
-        print(f"\n{benchmark.group}: {ours:.1f} GB/s, the copy {copy:.1f}: {ours / copy:.0%} of it")
+        print(f"\n{benchmark.group}: {ours:.1f} GB/s, {ours / copy:.0%} of copy_'s {copy:.1f}, {ours / clone:.1f}x clone's")
 
 
 def sizes_and(*peers: str, directions: Sequence[bool] = (True, False)) -> Callable[[Any], Any]:

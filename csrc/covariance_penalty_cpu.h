@@ -46,6 +46,8 @@ template <class S> class OnCpu {
 
   // `weight`: the gradient of each part. product, second: as forward returned them.
   Tensor backward(RowGrad<S> weight, const Tensor& product, const Tensor& second, bool normalize) const {
+    // A mean's gradient arrives as the same number B times.
+    if (all_equal(weight)) weight.stride = 0;
     return gram() ? backward_gram(weight, product, second, normalize) : backward_columns(weight, product, second, normalize);
   }
 
@@ -56,6 +58,12 @@ template <class S> class OnCpu {
   double share_, alpha_;  // 1 / (B - 1); 2 B / (B - 1) / D
   Columns<S> columns_;
 
+  bool all_equal(RowGrad<S> weight) const {
+    for (int64_t b = 1; b < batch_; ++b) {
+      if (weight.data[b * weight.stride] != weight.data[0]) return false;
+    }
+    return true;
+  }
   bool gram() const { return dims_ > batch_; }
   Tensor empty(at::IntArrayRef size) const { return fresh<false>(size, offset_.options()); }
   Tensor bytes(int64_t size) const { return fresh<false>({size}, offset_.options().dtype(at::kByte)); }
