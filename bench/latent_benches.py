@@ -114,7 +114,7 @@ def measure(
     x = case.make(batch, dims)
     elements = batch * dims
     # Enough calls a round to outlast the clock; one where something is measured beside each.
-    calls = 1 if beside else max(1, (20 if DEVICE == "cuda" else 1) * 2**19 // (elements * len(x)))
+    calls = 1 if beside else max(1, (5 if DEVICE == "cuda" else 1) * 2**21 // (elements * len(x)))
 
     def once() -> None:
         if backward:
