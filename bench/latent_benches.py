@@ -171,7 +171,8 @@ def share_of_a_copy(benchmark: Any, capsys: Any, case: Case, backward: bool) -> 
     ours = benchmark.extra_info["bytes_moved"] / benchmark.stats.stats.min / 1e9
     benchmark.extra_info.update(copy_gb_per_s=copy, share_of_copy=ours / copy, share_of_clone=ours / clone)
     with capsys.disabled():
-        print(f"\n{benchmark.group}: {ours:.1f} GB/s, {ours / copy:.0%} of copy_'s {copy:.1f}, {ours / clone:.1f}x clone's")
+        beside_it = f"{ours / copy:.0%} of copy_'s {copy:.1f}, {ours / clone:.1f}x clone's"
+        print(f"\n{benchmark.group}: {ours:.1f} GB/s, {beside_it}")
 
 
 def sizes_and(*peers: str, directions: Sequence[bool] = (True, False)) -> Callable[[Any], Any]:
