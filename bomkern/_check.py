@@ -76,6 +76,27 @@ def check_params(params: Tensor | None, curves: Sequence[int], count: int, dtype
         raise ValueError(f"params is on {params.device}, the goals on {device}: move it")
 
 
+def check_groups(groups: Sequence[int], count: int) -> None:
+    """That ``groups`` gives the goal of each of K columns: 0, then the same or the next."""
+    if len(groups) != count:
+        raise ValueError(f"groups must have one entry for each of the {count} columns, got {len(groups)}")
+    before = -1
+    for k, group in enumerate(groups):
+        if group not in ((0,) if k == 0 else (before, before + 1)):
+            raise ValueError(f"groups must count up from 0 by 0 or 1, got {list(groups)}")
+        before = group
+
+
+def check_temperature(temperature: Tensor, params: Tensor) -> None:
+    """That it is 0-dim, beside the params and of their dtype. Its value is the device's business."""
+    if temperature.dim() != 0:
+        raise ValueError(f"temperature must have shape [], got {list(temperature.shape)}")
+    if temperature.dtype != params.dtype:
+        raise TypeError(f"temperature must be {params.dtype} as params, got {temperature.dtype}")
+    if temperature.device != params.device:
+        raise ValueError(f"temperature is on {temperature.device}, params on {params.device}: move it")
+
+
 def check_matrices(least: int = 1, /, **given: Tensor) -> tuple[int, int, torch.dtype]:
     """(B, D, compute dtype) of tensors that must all be [B, D], B >= ``least``, on one device."""
     first, model = next(iter(given.items()))

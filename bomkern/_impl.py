@@ -88,6 +88,7 @@ def _compiled(op: str, check: Callable[..., Any], results: int | slice = slice(N
 # How each op's compiled implementation is called with the reference's arguments.
 _COMPILED: dict[str, Callable[[], Callable[..., Any]]] = {
     "min_goal": _min_goal,
+    "goal_set": lambda: _compiled("goal_set", lambda goals, *_: check_goals(goals), slice(3)),
     "total_correlation": lambda: _compiled(
         "total_correlation", lambda z, mu, logvar, *_: check_latents(z, mu, logvar), 0
     ),

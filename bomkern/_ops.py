@@ -14,15 +14,23 @@ from ._check import (
     FLOATS,
     check_estimator,
     check_goals,
+    check_groups,
     check_latents,
     check_matrices,
     check_params,
     check_prior,
+    check_temperature,
     check_units,
     check_views,
 )
 
 _library = torch.library.Library("bomkern", "DEF")
+
+
+def record_size(goals: int, columns: int) -> int:
+    """Numbers in a record of `goal_set`, see `reference.record_parts`."""
+    return 3 * goals + 4 * columns + 2
+
 
 # reduction: 0 none, 1 mean, 2 sum, 3 min. winner, slope: what backward needs. curves: see constraints.py.
 _library.define(
@@ -38,6 +46,15 @@ _library.define(
     "min_goal_backward(Tensor grad, Tensor winner, Tensor slope, SymInt batch, int goals, int[] index, int[] dim, "
     "int[] dtype, int reduction) -> Tensor[]"
 )
+
+# groups: the goal of each column, counting up. record: see reference.record_parts. weight [K, B]: d loss / d column,
+# where save, else no elements.
+_library.define(
+    "goal_set(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, "
+    "bool save=False) -> (Tensor loss, Tensor bottleneck, Tensor record, Tensor weight)"
+)
+# index, dim, dtype: as in min_goal_backward.
+_library.define("goal_set_backward(Tensor grad, Tensor weight, int[] index, int[] dim, int[] dtype) -> Tensor[]")
 
 # joint [B], marginal [D, B]: what backward needs, in an implementation's own units. dataset_size None: plain 1/B.
 _library.define(
@@ -97,6 +114,7 @@ _library.define(
 
 OPS = (
     *("min_goal", "min_goal.stats", "min_goal_backward"),
+    *("goal_set", "goal_set_backward"),
     *("total_correlation", "total_correlation_backward"),
     *("gaussian_kl", "gaussian_kl_backward"),
     *("consistency_variance", "consistency_variance_backward"),
@@ -144,6 +162,35 @@ def _(
 ) -> list[Tensor]:
     shapes: dict[int, list[int]] = {0: [], 1: [batch], 2: [batch, goals]}
     return [slope.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]
+
+
+@torch.library.register_fake("bomkern::goal_set", lib=_library)
+def _(
+    goals: Sequence[Tensor],
+    params: Tensor,
+    curves: Sequence[int],
+    groups: Sequence[int],
+    temperature: Tensor,
+    reduction: int,
+    save: bool = False,
+) -> tuple[Tensor, ...]:
+    batch, count, dtype = check_goals(goals)
+    check_params(params, curves, count, dtype, goals[0].device)
+    check_groups(groups, count)
+    check_temperature(temperature, params)
+    return (
+        params.new_empty([batch] if reduction == 0 else []),
+        params.new_empty([batch], dtype=torch.int64),
+        params.new_empty([record_size(groups[-1] + 1, count)]),
+        params.new_empty([count, batch] if save else [0]),
+    )
+
+
+@torch.library.register_fake("bomkern::goal_set_backward", lib=_library)
+def _(grad: Tensor, weight: Tensor, index: Sequence[int], dim: Sequence[int], dtype: Sequence[int]) -> list[Tensor]:
+    count, batch = weight.shape
+    shapes: dict[int, list[int]] = {0: [], 1: [batch], 2: [batch, count]}
+    return [weight.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]
 
 
 @torch.library.register_fake("bomkern::total_correlation", lib=_library)

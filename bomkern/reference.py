@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from ._check import (
     check_estimator,
     check_goals,
+    check_groups,
     check_latents,
     check_matrices,
     check_params,
     check_prior,
+    check_temperature,
     check_units,
     check_views,
 )
@@ -103,6 +105,93 @@ def min_goal(
     takers = winner.index_select(0, row) if reduction == MIN else winner
     share = (takers[:, None] == torch.arange(count, device=x.device)).to(dtype).mean(0)
     return loss, winner, share, torch.exp(-every).mean(0), finite.all()
+
+
+def record_parts(record: Tensor, goals: int, columns: int) -> dict[str, Tensor]:
+    """The parts of records [..., size] of `goal_set`, views of its last axis.
+
+    Of each of G goals ``share`` (who gets the gradient: its mean weight over the samples taken into the loss),
+    ``level`` (mean score) and ``deficit`` (mean); of each of K columns ``raw`` (mean), ``highest`` (the largest finite
+    raw value, -inf if there is none), ``ideal`` and ``slope`` (the first two parameters: 1 / slope is the scale);
+    ``loss`` (its mean over samples where it is one per sample) and ``finite`` (1 or 0).
+    """
+    names = ("share", "level", "deficit", "raw", "highest", "ideal", "slope", "loss", "finite")
+    parts = record.split([goals] * 3 + [columns] * 4 + [1, 1], dim=-1)
+    found = dict(zip(names, parts, strict=True))
+    return {**found, "loss": found["loss"][..., 0], "finite": found["finite"][..., 0]}
+
+
+def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
+    """[K, G]: 1 / members where a column belongs to a goal, else 0."""
+    member = torch.nn.functional.one_hot(torch.tensor(list(groups), device=like.device)).to(like.dtype)
+    return member / member.sum(0)
+
+
+def goal_set(
+    goals: Sequence[Tensor],
+    params: Tensor,
+    curves: Sequence[int],
+    groups: Sequence[int],
+    temperature: Tensor,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mu log sum_g exp(D_bg / mu)``, D the mean deficit of a goal's members; at mu = 0 ``max_g D_bg``.
+
+    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`, and `record_parts` for what the record holds.
+    """
+    batch, count, dtype = check_goals(goals)
+    check_params(params, curves, count, dtype, goals[0].device)
+    check_groups(groups, count)
+    check_temperature(temperature, params)
+    if len(goals) == 1 and goals[0].dim() == 2:
+        x = goals[0].to(dtype)
+    else:
+        x = torch.stack([g.to(dtype).expand(batch) for g in goals], dim=1)
+    codes, member = torch.tensor(list(curves), device=x.device), groups_of(groups, params)  # [K], [K, G]
+
+    single = deficit(x.detach(), params, codes)  # [B, K]
+    every = _mean_of_members(single, member)  # [B, G]
+    winner = _worst(every, 1)
+    worst = every.gather(1, winner[:, None])[:, 0]
+    finite = worst.isfinite()
+    hard = torch.nn.functional.one_hot(winner, member.shape[1]).to(dtype)
+    mu = torch.where(temperature > 0, temperature, 1)
+    apart = torch.where(finite[:, None], every - worst[:, None], -torch.inf)
+    soft = finite & (temperature > 0)
+    terms = torch.where(soft[:, None], torch.exp(apart / mu), hard)
+    weight = terms / terms.sum(1, keepdim=True)  # [B, G]: who gets the gradient
+    per_sample = worst + torch.where(soft, mu * terms.sum(1).log(), 0)
+
+    row = _worst(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
+    if reduction == MEAN:
+        loss = per_sample.mean()
+    elif reduction == SUM:
+        loss = per_sample.sum()
+    else:
+        loss = per_sample.index_select(0, row).reshape(()) if reduction == MIN else per_sample
+    taken = weight.index_select(0, row) if reduction == MIN else weight
+    seen = x.detach()
+    highest = torch.where(seen.isfinite(), seen, -torch.inf).amax(0)
+    summary = torch.stack([loss.mean(), finite.all().to(dtype)])
+    level, raw = torch.exp(-every).mean(0), seen.mean(0)
+    record = torch.cat([taken.mean(0), level, every.mean(0), raw, highest, params[:, 0], params[:, 1], summary])
+
+    # The gradient: each deficit's own, weighed. Where a sample's loss is not finite there is none.
+    own = torch.where(finite[:, None] & (weight @ member.T > 0), x, params[:, 0])
+    share = torch.where(finite[:, None], weight, 0) @ member.T  # [B, K]
+    pull = torch.where(share > 0, share * deficit(own, params, codes), 0).sum(1)  # its gradient is the loss's
+    carried = pull - pull.detach()
+    if reduction == MIN:
+        carried = carried.index_select(0, row).reshape(())
+    elif reduction != NONE:
+        carried = carried.mean() if reduction == MEAN else carried.sum()
+    return torch.where(loss.isfinite(), loss + carried, loss), winner, record
+
+
+def _mean_of_members(single: Tensor, member: Tensor) -> Tensor:
+    """[B, K] deficits -> [B, G]. Each goal sees only its own members: 0 times an infinite one would be NaN."""
+    inside = member > 0
+    return torch.where(inside, single[:, :, None] * member, 0).sum(1)
 
 
 def log_weights(rows: Tensor, batch: int, dataset_size: int | None, stratified: bool) -> Tensor:
