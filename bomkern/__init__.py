@@ -7,21 +7,34 @@ from .consistency_variance import consistency_variance
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
 from .covariance_penalty import covariance_penalty
 from .gaussian_kl import gaussian_kl
+from .goal_set import GoalOutput, GoalSet
+from .history import History
 from .latent_statistics import LatentStatistics, latent_statistics
 from .min_goal import MinGoalStats, min_goal_loss
+from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Tracking
 from .total_correlation import gaussian_total_correlation, total_correlation
 
 __version__ = "0.1.0"
 __all__ = [
+    "Anchored",
     "Box",
     "BoxAsymmetric",
+    "Calibrated",
     "Constraint",
     "ConstraintTable",
+    "Fixed",
+    "GoalOutput",
+    "GoalSet",
+    "Group",
+    "History",
     "LatentStatistics",
     "Lower",
     "MinGoalStats",
     "Minimize",
     "MinimizeHard",
+    "Policy",
+    "ShareGuard",
+    "Tracking",
     "Upper",
     "active_units",
     "consistency_variance",

@@ -1,0 +1,394 @@
+"""`GoalSet`: the bottleneck rule for named goals, with what it needs to be safe, as one module."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _impl
+from ._check import check_goals
+from .constraints import MAX_GOALS, Constraint, ConstraintTable
+from .history import Full, History, Layout, Monitor
+from .min_goal import REDUCTIONS
+from .policies import STATE, Anchored, Group, Policy, ShareGuard, policy_of
+
+log = logging.getLogger("bomkern")
+Raw = Mapping[str, "Tensor | Mapping[str, Tensor]"]
+
+
+class GoalOutput:
+    """What a `GoalSet` says of one step. Everything is on the device, and read or computed only when asked for.
+
+    Attributes:
+        loss: 0-dim, or [B] for ``reduction="none"``; has gradient.
+        bottleneck: [B] int64, the index in `GoalSet.names` of each sample's worst goal.
+        record: the step's numbers in one tensor; ``out["share"]`` and the other parts of `History` are views of it.
+    """
+
+    __slots__ = ("_layout", "bottleneck", "loss", "record")
+
+    def __init__(self, loss: Tensor, bottleneck: Tensor, record: Tensor, layout: Layout) -> None:
+        self.loss, self.bottleneck, self.record, self._layout = loss, bottleneck, record, layout
+
+    def __getitem__(self, part: str) -> Tensor:
+        return self._layout.parts(self.record)[part]
+
+    @property
+    def share(self) -> Tensor:
+        """[G]: who got the gradient, as a fraction of the samples taken into the loss."""
+        return self["share"]
+
+    @property
+    def level(self) -> Tensor:
+        """[G]: mean score, the water level."""
+        return self["level"]
+
+    @property
+    def finite(self) -> Tensor:
+        """0-dim bool: whether every sample's loss is finite."""
+        return self["finite"] > 0
+
+    def __repr__(self) -> str:
+        return f"GoalOutput(loss={self.loss!r}, goals {', '.join(self._layout.goals)})"
+
+
+class GoalSet(Full):
+    """Named goals, each with a constraint or a scale policy, trained by the bottleneck rule in one fused call.
+
+    Per sample, with ``D_g`` the deficit of goal g (of a `Group`, the mean of its members'), the loss is ``max_g D_g``,
+    or with a temperature ``mu > 0`` the smooth Tchebycheff scalarisation ``mu log sum_g exp(D_g / mu)`` (Lin et al.
+    2024, "Smooth Tchebycheff scalarization for multi-objective optimization"), which gives a share of every sample to
+    every goal, most to the worst.
+
+    Args:
+        goals: constraints, policies or `Group` by name, in a mapping or as keywords; 1 to 64 columns in all.
+        reduction: "mean" over samples, "sum", "none", or "min": the one worst sample of the batch.
+        temperature: mu >= 0, in units of deficit.
+        guard: a `ShareGuard`, or None.
+        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves.
+
+    Attributes:
+        names: of the goals, in order.
+        temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
+        params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
+
+    All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. Policies
+    and the monitor work in training mode only; ``eval()`` leaves everything as it is. Parameters stay float32 under
+    ``half()`` and ``bfloat16()``; for float64 goals call ``double()``.
+
+    Raises:
+        ValueError: a name, count or value that cannot serve, named in the message.
+        TypeError: something of the wrong type, named in the message.
+
+    Example:
+        >>> goals = GoalSet(recon=Anchored(0.0, 0.08), kl=Anchored(0.0, 120.0), realism=Anchored(0.5, 1.0))
+        >>> out = goals({"recon": recon, "kl": kl, "realism": realism})  # [B] or 0-dim each
+        >>> out.loss.backward()
+        >>> print(goals)  # who got the gradient, and how high the water stands
+    """
+
+    params: Tensor
+    temperature: Tensor
+    policy_state: Tensor
+    log_nudge: Tensor
+    guard_share: Tensor
+    start: Tensor
+    _belongs: Tensor
+
+    def __init__(
+        self,
+        goals: Mapping[str, Constraint | Policy | Group] | None = None,
+        /,
+        *,
+        reduction: str = "mean",
+        temperature: float = 0.0,
+        guard: ShareGuard | None = None,
+        impl: str | None = None,
+        **named: Constraint | Policy | Group,
+    ) -> None:
+        super().__init__()
+        given = {**(goals or {}), **named}
+        if goals is not None and not isinstance(goals, Mapping):
+            raise TypeError(f"goals must be a mapping of names to constraints, got {type(goals).__name__}")
+        if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < 1e30:
+            raise ValueError(f"temperature must be a number, at least 0, got {temperature!r}")
+        if guard is not None and not isinstance(guard, ShareGuard):
+            raise TypeError(f"guard must be a ShareGuard or None, got {type(guard).__name__}")
+        self.reduction, self.guard, self.impl = reduction, guard, impl
+        self.names = list(given)
+        self.members: dict[str, list[str]] = {}  # of each group
+        self.policies: dict[str, Policy] = {}  # by column
+        for name, goal in given.items():
+            inside = goal.members if isinstance(goal, Group) else {"": policy_of(name, goal)}
+            if isinstance(goal, Group):
+                self.members[name] = list(inside)
+            self.policies |= {f"{name}.{member}" if member else name: policy for member, policy in inside.items()}
+        columns = list(self.policies)
+        if not 1 <= len(columns) <= MAX_GOALS:
+            raise ValueError(f"a GoalSet must have 1 to {MAX_GOALS} goals, got {len(columns)}")
+        self.owner = [self.names.index(column if column in given else column.rpartition(".")[0]) for column in columns]
+        self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()])
+        self._waits = [column for column, policy in self.policies.items() if policy.waits]
+        self._given: dict[str, dict[str, float | Tensor]] = {c: {} for c in self._waits}  # anchors found so far
+        self._only: int | None = None
+        self._until = max(math.inf if p.until is None else p.until for p in self.policies.values())
+        self.monitor = Monitor(self.layout)
+
+        table = ConstraintTable([policy.constraint for policy in self.policies.values()])
+        self.curves = table.curves
+        for name, buffer in (
+            ("params", table.params),
+            ("start", table.params.clone()),
+            ("temperature", torch.tensor(float(temperature))),
+            ("policy_state", torch.zeros(len(columns), STATE)),
+            ("log_nudge", torch.zeros(len(columns))),
+            ("guard_share", torch.full((len(self.names),), torch.nan)),
+        ):
+            self.register_buffer(name, buffer)
+        self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)
+
+    # One step.
+
+    def forward(self, raw: Raw) -> GoalOutput:
+        """The loss of a step and its record.
+
+        Args:
+            raw: a raw value for every goal, [B] or 0-dim, of any float dtype; for a `Group` a mapping of its members'.
+
+        Raises:
+            KeyError: a goal is missing or unknown; the message names it.
+            ValueError: a shape or device that cannot serve; the message names the goal.
+        """
+        tensors = self._columns(raw)
+        if self._waits:
+            self._refuse_unanchored()
+        if self.training and self.monitor.steps < self._until:
+            self._adapt(tensors)
+        device = self.params.device
+        params, temperature = self.params, self.temperature
+        if params.dtype is torch.float32 and any(getattr(t, "dtype", None) is torch.float64 for t in tensors):
+            params, temperature = params.double(), temperature.double()
+        serve = _impl.resolve("goal_set", device.type, self.impl)
+        try:
+            loss, bottleneck, record = serve(
+                tensors, params, self.curves, self.owner, temperature, REDUCTIONS[self.reduction]
+            )
+        except (ValueError, TypeError, RuntimeError):
+            self._explain(tensors)
+            raise
+        if self._only is not None:
+            loss = tensors[self._only].float().mean()
+        if self.training:
+            self._keep(record)
+        return GoalOutput(loss, bottleneck, record, self.layout)
+
+    def _columns(self, raw: Raw) -> list[Tensor]:
+        if not isinstance(raw, Mapping):
+            raise TypeError(f"raw must be a mapping of goals' names to tensors, got {type(raw).__name__}")
+        if raw.keys() != set(self.names):
+            self._refuse_names("goal", raw, self.names)
+        tensors: list[Any] = []
+        for name in self.names:
+            value = raw[name]
+            if name not in self.members:
+                tensors.append(value)
+                continue
+            if not isinstance(value, Mapping):
+                raise TypeError(f"{name} is a Group: its raw value must be a mapping, got {type(value).__name__}")
+            if value.keys() != set(self.members[name]):
+                self._refuse_names(f"member of {name}", value, self.members[name])
+            tensors += [value[member] for member in self.members[name]]
+        return tensors
+
+    @staticmethod
+    def _refuse_names(what: str, given: Mapping[str, Any], known: list[str]) -> None:
+        missing, unknown = [n for n in known if n not in given], [str(n) for n in given if n not in known]
+        parts = [f"no raw value for {', '.join(missing)}"] * bool(missing)
+        parts += [f"no {what} is called {', '.join(unknown)} (there are {', '.join(known)})"] * bool(unknown)
+        raise KeyError("; ".join(parts))
+
+    def _explain(self, tensors: list[Tensor]) -> None:
+        """The same error by the goal's name, where the op named a place in a list."""
+        shapes = [t for t in tensors if isinstance(t, Tensor) and t.dim() == 1]
+        for name, t in zip(self.policies, tensors, strict=True):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"the raw value of {name} must be a tensor, got {type(t).__name__}")
+            if t.dim() > 1:
+                raise ValueError(f"the raw value of {name} must have shape [B] or [], got {list(t.shape)}")
+            if t.dim() == 1 and len(t) != len(shapes[0]):
+                raise ValueError(f"the raw value of {name} has {len(t)} samples, others have {len(shapes[0])}")
+            if t.device != self.params.device:
+                raise ValueError(
+                    f"the raw value of {name} is on {t.device}, the GoalSet on {self.params.device}: move it"
+                )
+        check_goals(tensors)
+
+    def _adapt(self, tensors: list[Tensor]) -> None:
+        """Ask the policies that still have something to say."""
+        step = self.monitor.steps
+        for k, policy in enumerate(self.policies.values()):
+            if policy.until is not None and step >= policy.until:
+                continue
+            if not isinstance(tensors[k], Tensor):
+                self._explain(tensors)
+            found = policy.update(tensors[k].detach().float(), self.policy_state[k], step)
+            if found is not None:
+                self._place(k, *found)
+
+    def _place(self, k: int, ideal: float | Tensor, scale: float | Tensor) -> None:
+        """Give column k an ideal and a scale, on the device."""
+        slope = torch.exp(-self.log_nudge[k]) / scale
+        row = self.params[k]
+        row[0] = ideal
+        row[1] = slope
+        row[2] = torch.where(row[2] < 0, -slope, slope)  # MinimizeHard's other side mirrors the first
+
+    def _keep(self, record: Tensor) -> None:
+        self.monitor.add(record)
+        if self.guard is not None:
+            share = record[: len(self.names)].to(self.guard_share.dtype)
+            nudge = self.guard.update(share, self.guard_share)[self._belongs]
+            self.log_nudge += nudge
+            self.params[:, 1:3] *= torch.exp(-nudge)[:, None]
+
+    @property
+    def history(self) -> History:
+        """All training steps so far. Reading it waits for the device."""
+        return self.monitor.history
+
+    @property
+    def steps(self) -> int:
+        """Training steps so far."""
+        return self.monitor.steps
+
+    # Anchors.
+
+    def _refuse_unanchored(self) -> None:
+        column = self._waits[0]
+        waits, given = self.policies[column].waits, self._given[column]
+        name, source = next((name, source) for name, source in waits.items() if name not in given)
+        what = f"{source}={{{column!r}: ...}}" if isinstance(source, str) else "a batch"
+        raise RuntimeError(f"the {name} of {column} is not known yet: call GoalSet.anchor with {what} first")
+
+    def anchor(self, batch: Any = None, **sources: Any) -> None:
+        """Supply the anchors that `Anchored` policies wait for, before the first step.
+
+        Args:
+            batch: what functions given as ideal or nadir are called with.
+            sources: ``floor=``, ``baseline=`` or ``probe=``: a mapping from goals (of a group's member
+                "group.member") to numbers or 0-dim tensors; for ``probe`` what `bomkern.probe` returned.
+        """
+        for source in sources:
+            if source not in ("floor", "baseline", "probe"):
+                raise TypeError(f"anchors come from floor, baseline or probe, got {source!r}")
+        for column in list(self._waits):
+            policy, known = self.policies[column], self._given[column]
+            for name, wanted in policy.waits.items():
+                value: Any = None
+                if callable(wanted):
+                    value = wanted(batch) if batch is not None else None
+                else:
+                    found = sources.get(str(wanted), {})
+                    value = (found.anchors(name) if hasattr(found, "anchors") else found).get(column)
+                if value is not None:
+                    known[name] = value.detach().float().mean() if isinstance(value, Tensor) else float(value)
+            if len(known) == len(policy.waits):
+                assert isinstance(policy, Anchored)
+                both = {**policy.known, **known}
+                k = list(self.policies).index(column)
+                self._place(k, both["ideal"], torch.as_tensor(both["nadir"] - both["ideal"]).clamp(min=1e-6))
+                self.start[k] = self.params[k]
+                self._waits.remove(column)
+
+    @torch.no_grad()
+    def remeasure(self, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
+        """Move the anchors of goals with ``moving=True`` towards what was measured on held-out samples; no host sync.
+
+        Args:
+            measured: by column, raw values [n] or 0-dim of what is ideal and of what is no better than nothing.
+        """
+        for column, pair in measured.items():
+            policy = self.policies.get(column)
+            if not isinstance(policy, Anchored) or not policy.moving:
+                raise ValueError(f"{column} is not a goal with Anchored(moving=True)")
+            k = list(self.policies).index(column)
+            now = self.params[k]
+            ideal, nadir = (torch.as_tensor(x, dtype=now.dtype, device=now.device).mean() for x in pair)
+            scale = torch.exp(-self.log_nudge[k]) / now[1]
+            low = now[0].lerp(ideal, policy.weight)
+            high = (now[0] + scale).lerp(nadir, policy.weight)
+            least = 0.05 / self.start[k, 1]  # anchors that meet would make the goal infinitely steep
+            self._place(k, low, torch.maximum(high - low, least))
+
+    def drift(self) -> dict[str, float]:
+        """How far the anchors of each moving goal are from where they began, in units of its first scale.
+
+        Reads from the device. A drift beyond the policy's ``alarm`` is also logged as a warning.
+        """
+        found = {}
+        for k, (column, policy) in enumerate(self.policies.items()):
+            if isinstance(policy, Anchored) and policy.moving:
+                (low, slope), (low0, slope0) = self.params[k, :2].tolist(), self.start[k, :2].tolist()
+                found[column] = max(abs(low - low0), abs(low + 1 / slope - low0 - 1 / slope0)) * slope0
+                if found[column] > policy.alarm:
+                    log.warning("the anchors of %s have drifted %.2f of its scale", column, found[column])
+        return found
+
+    # Other ways to set and see it.
+
+    def __setitem__(self, column: str, constraint: Constraint) -> None:
+        """Give a goal another constraint of the same curve; no host sync."""
+        k = list(self.policies).index(column)
+        if constraint.curve != self.curves[k]:
+            raise ValueError(f"{column} cannot become {constraint!r}: its curve is fixed; make a new GoalSet")
+        self.params[k].copy_(torch.tensor(constraint.ramp, dtype=self.params.dtype), non_blocking=True)
+
+    def anchors(self) -> dict[str, tuple[float, float]]:
+        """(ideal, scale) of every column, read from the device."""
+        rows = self.params.tolist()
+        return {
+            column: (row[0], 1 / row[1] if row[1] else 0.0) for column, row in zip(self.policies, rows, strict=True)
+        }
+
+    @contextmanager
+    def only(self, goal: str) -> Iterator[None]:
+        """Train on one goal alone: inside, the loss is the mean of its raw value, whatever its scale."""
+        columns = list(self.policies)
+        if goal not in columns:
+            raise KeyError(f"no goal is called {goal} (there are {', '.join(columns)})")
+        self._only = columns.index(goal)
+        try:
+            yield
+        finally:
+            self._only = None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"waits": list(self._waits)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._waits = [column for column in self._waits if column in state["waits"]]
+
+    def __repr__(self) -> str:
+        history, anchors = self.history, self.anchors()
+        rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", "share", "level")]
+        last = slice(-max(1, 100 // history.stride), None)
+        seen = {part: history[part][last].nanmean(0).tolist() if len(history) else [] for part in ("share", "level")}
+        for column, owner in zip(self.policies, self.owner, strict=True):
+            ideal, scale = anchors[column]
+            numbers = [f"{seen[part][owner]:.3f}" if seen[part] else "" for part in ("share", "level")]
+            rows.append((column, repr(self.policies[column]), f"{ideal:.4g}", f"{scale:.4g}", *numbers))
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        options = f"reduction={self.reduction}, temperature={float(self.temperature):g}"
+        lines = [f"GoalSet({options}{f', {self.guard}' * bool(self.guard)}), {self.steps} steps"]
+        for row in rows:
+            cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            lines.append(f"  {'  '.join(cells)}".rstrip())
+        return "\n".join(lines)

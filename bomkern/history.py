@@ -1,0 +1,218 @@
+"""What happened in the steps of a `bomkern.GoalSet`: a ring of records on the device, and their history on the host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._ops import record_size
+from .reference import record_parts
+
+ROWS = 128  # records kept on the device before they are copied to the host
+CAPACITY = 4096  # rows of a history; when it is full, neighbours are joined and each row stands for twice the steps
+
+
+class Layout:
+    """Whose numbers a record holds.
+
+    Attributes:
+        goals: G names.
+        columns: K names: a goal's own, or "goal.member".
+        owner: the goal's index of each column.
+        constraints: how each column's constraint or policy prints.
+    """
+
+    def __init__(
+        self, goals: Sequence[str], columns: Sequence[str], owner: Sequence[int], constraints: Sequence[str]
+    ) -> None:
+        self.goals, self.columns, self.owner, self.constraints = (
+            list(goals),
+            list(columns),
+            list(owner),
+            list(constraints),
+        )
+
+    @property
+    def size(self) -> int:
+        return record_size(len(self.goals), len(self.columns))
+
+    def parts(self, records: Tensor) -> dict[str, Tensor]:
+        """See `reference.record_parts`; ``scale`` in place of ``slope``."""
+        found = record_parts(records, len(self.goals), len(self.columns))
+        found["scale"] = 1 / found.pop("slope")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class History:
+    """Every step's record, in at most `CAPACITY` rows on the host.
+
+    Indexing by the name of a part gives a float32 tensor with one row per ``stride`` steps: ``history["share"]`` is
+    [T, G], ``"level"`` and ``"deficit"`` too; ``"raw"``, ``"highest"``, ``"ideal"`` and ``"scale"`` are [T, K];
+    ``"loss"`` and ``"finite"`` [T]. A row that stands for several steps holds their means (of ``highest`` the largest),
+    over those whose loss was finite; ``finite`` is the fraction that was.
+
+    Attributes:
+        layout: the names.
+        stride: steps per row.
+        first: steps done before the first row.
+    """
+
+    def __init__(self, layout: Layout, first: int = 0, stride: int = 1) -> None:
+        self.layout, self.first, self.stride = layout, first, stride
+        self._rows = torch.empty(0, layout.size)
+        self._open = torch.empty(0, layout.size)  # steps that do not make up a row yet
+
+    @classmethod
+    def from_rows(cls, layout: Layout, rows: Tensor, first: int = 0, stride: int = 1) -> History:
+        """A history of these records, [T, size], each standing for ``stride`` steps."""
+        history = cls(layout, first, stride)
+        history._rows = rows.float()
+        return history
+
+    def append(self, records: Tensor) -> None:
+        """Take in the records of the next steps, [n, size], on the host."""
+        rows = torch.cat([self._open, records.float()])
+        whole = len(rows) // self.stride * self.stride
+        self._rows = torch.cat([self._rows, self._join(rows[:whole], self.stride)])
+        self._open = rows[whole:].clone()
+        while len(self._rows) >= CAPACITY:
+            even = len(self._rows) // 2 * 2
+            if even < len(self._rows):
+                # The odd row waits as the steps it stands for, which its mean is as good as.
+                self._open = torch.cat([self._rows[even:].repeat(self.stride, 1), self._open])
+            self._rows = self._join(self._rows[:even], 2)
+            self.stride *= 2
+
+    def _join(self, rows: Tensor, every: int) -> Tensor:
+        if every == 1:
+            return rows
+        blocks = rows.unflatten(0, (-1, every))
+        finite = blocks[..., -1]
+        weight = (finite / finite.sum(1, keepdim=True).clamp(min=1e-9))[..., None]
+        joined = torch.where(weight > 0, blocks * weight, 0).sum(1)
+        joined = torch.where(finite.sum(1)[:, None] > 0, joined, torch.nan)
+        self.layout.parts(joined)["highest"].copy_(self.layout.parts(blocks)["highest"].amax(1))
+        joined[:, -1] = finite.mean(1)
+        return joined
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, part: str) -> Tensor:
+        return self.layout.parts(self._rows)[part]
+
+    @property
+    def steps(self) -> Tensor:
+        """[T] int64: the number of steps done at the end of each row."""
+        return self.first + self.stride * torch.arange(1, len(self._rows) + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first, "stride": self.stride, "rows": self._rows, "open": self._open}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first, self.stride = state["first"], state["stride"]
+        self._rows, self._open = state["rows"].clone(), state["open"].clone()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file that `load` reads; plain numbers and tensors, no code."""
+        torch.save({"layout": self.layout.to_dict(), **self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> History:
+        """Read what `save` wrote."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        history = cls(Layout(**state["layout"]))
+        history.load_state_dict(state)
+        return history
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} rows of {self.stride} steps, goals {', '.join(self.layout.goals)})"
+
+
+class _Copy:
+    """Rows on their way to the host, which does not wait for them."""
+
+    def __init__(self, ring: Tensor, rows: int) -> None:
+        self.event = None
+        if ring.device.type != "cuda":
+            self.host = ring[:rows].to("cpu", copy=True)
+            return
+        self.host = torch.empty(rows, ring.shape[1], dtype=ring.dtype, pin_memory=True)
+        self.host.copy_(ring[:rows], non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
+
+
+class Full(nn.Module):
+    """Keeps its buffers' precision under ``half()`` and ``bfloat16()`` of a model that it is a part of."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Full:
+        before = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype not in (torch.float32, torch.float64):
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+class Monitor(Full):
+    """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting."""
+
+    ring: Tensor
+    row: Tensor
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout, self.steps = layout, 0
+        self._history, self._pending = History(layout), 0
+        self._copy: _Copy | None = None
+        self.register_buffer("ring", torch.zeros(ROWS, layout.size), persistent=False)
+        self.register_buffer("row", torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    def add(self, record: Tensor) -> None:
+        """Keep the record of a step, [size]."""
+        self.ring.index_copy_(0, self.row, record[None].to(self.ring.dtype))
+        self.row.add_(1)
+        self.steps += 1
+        self._pending += 1
+        if self._pending == ROWS:
+            self._send()
+
+    def _send(self) -> None:
+        """Send what the ring holds to the host, and take in what was sent the time before."""
+        arrived, self._copy = self._copy, _Copy(self.ring, self._pending)
+        self._pending = 0
+        self.row.zero_()
+        if arrived is not None:
+            self._history.append(arrived.wait())
+
+    @property
+    def history(self) -> History:
+        """All steps so far. Reading it waits for the device."""
+        if self._pending:
+            self._send()
+        if self._copy is not None:
+            self._history.append(self._copy.wait())
+            self._copy = None
+        return self._history
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, **self.history.state_dict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.steps, self._pending, self._copy = state["steps"], 0, None
+        self.row.zero_()
+        self._history.load_state_dict(state)
