@@ -6,12 +6,14 @@ from .active_units import active_units
 from .consistency_variance import consistency_variance
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
 from .covariance_penalty import covariance_penalty
+from .diagnose import Diagnosis, Finding, diagnose
 from .gaussian_kl import gaussian_kl
 from .goal_set import GoalOutput, GoalSet
 from .history import History
 from .latent_statistics import LatentStatistics, latent_statistics
 from .min_goal import MinGoalStats, min_goal_loss
 from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Tracking
+from .probe import Payoff, probe
 from .total_correlation import gaussian_total_correlation, total_correlation
 
 __version__ = "0.1.0"
@@ -22,6 +24,8 @@ __all__ = [
     "Calibrated",
     "Constraint",
     "ConstraintTable",
+    "Diagnosis",
+    "Finding",
     "Fixed",
     "GoalOutput",
     "GoalSet",
@@ -32,6 +36,7 @@ __all__ = [
     "MinGoalStats",
     "Minimize",
     "MinimizeHard",
+    "Payoff",
     "Policy",
     "ShareGuard",
     "Tracking",
@@ -39,11 +44,13 @@ __all__ = [
     "active_units",
     "consistency_variance",
     "covariance_penalty",
+    "diagnose",
     "gaussian_kl",
     "gaussian_total_correlation",
     "info",
     "latent_statistics",
     "min_goal_loss",
+    "probe",
     "total_correlation",
 ]
 

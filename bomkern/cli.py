@@ -1,9 +1,11 @@
-"""The command line: `bomkern train` and `bomkern info`. Exit code 2 for bad arguments, 1 for a run that failed."""
+"""The command line: `bomkern train`, `diagnose` and `info`. Exit code 2 for bad arguments, 1 for what failed."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -38,6 +40,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bomkern", description="Multi-goal training by the bottleneck rule.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     commands.add_parser("info", help="what was built, and what serves each op here")
+    look = commands.add_parser("diagnose", help="say which goals keep a run from getting better, and write report.html")
+    look.add_argument("run", metavar="RUN", help="run folder, with a history.pt")
+    look.add_argument("--json", action="store_true", help="print the findings as JSON")
+    look.add_argument("--no-report", action="store_true", help="write no report.html")
     # Without defaults, so that a resumed run knows which settings were asked for.
     train = commands.add_parser(
         "train", help="train a VAE with nine goals on photographs", argument_default=argparse.SUPPRESS
@@ -56,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scales", choices=SCALES, help=f"where each goal's scale comes from ({default.scales})")
     add("--calibration-steps", type=one, help=f"of the auto scales ({default.calibration_steps})")
     add("--reduction", choices=REDUCTIONS, help=f"of the per-sample losses ({default.reduction})")
+    add("--temperature", type=_at_least(float, 0), help=f"of the minimum over goals ({default.temperature:g}: hard)")
     add("--lr", type=_at_least(float, 0, True), help=f"learning rate ({default.lr:g})")
     add("--discriminator-lr", type=_at_least(float, 0, True), help=f"({default.discriminator_lr:g})")
     add("--structure", type=_at_least(int, 2), help=f"latents of the structure ({default.structure})")
@@ -88,6 +95,20 @@ def _info() -> int:
     return 0
 
 
+def _diagnose(folder: str, as_json: bool, report: bool) -> int:
+    from .report import diagnose_folder
+
+    try:
+        diagnosis, written = diagnose_folder(folder, report)
+    except (OSError, ValueError, TypeError) as why:
+        print(f"bomkern diagnose: error: {why}", file=sys.stderr)
+        return 1
+    print(json.dumps(diagnosis.to_dict(), indent=2) if as_json else diagnosis)
+    if written and not as_json:
+        print(f"\nreport: {written}")
+    return 0
+
+
 def _train(given: dict[str, object]) -> int:
     for name in EXTRA:
         try:
@@ -117,8 +138,13 @@ def _train(given: dict[str, object]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code; bad arguments exit with 2."""
     arguments = vars(_parser().parse_args(argv))
-    if arguments.pop("command") == "info":
+    command = arguments.pop("command")
+    if command == "info":
         return _info()
+    if command == "diagnose":
+        if not os.path.isdir(arguments["run"]):
+            _parser().error(f"argument RUN: no such folder: {arguments['run']}")
+        return _diagnose(arguments["run"], arguments["json"], not arguments["no_report"])
     known = {field.name for field in fields(Config)}
     given = {name: value for name, value in arguments.items() if name in known}
     if given.get("resume") and given.get("overwrite"):

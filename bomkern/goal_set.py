@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from . import _impl
-from ._check import check_goals
+from ._raw import Raw, RawValues
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
 from .history import Full, History, Layout, Monitor
 from .min_goal import REDUCTIONS
 from .policies import STATE, Anchored, Group, Policy, ShareGuard, policy_of
 
 log = logging.getLogger("bomkern")
-Raw = Mapping[str, "Tensor | Mapping[str, Tensor]"]
 
 
 class GoalOutput:
@@ -76,6 +75,7 @@ class GoalSet(Full):
     Attributes:
         names: of the goals, in order.
         temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
+        gather: None, or a function that makes the values of all ranks of one rank's, for the policies.
         params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
 
     All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. Policies
@@ -124,21 +124,24 @@ class GoalSet(Full):
             raise TypeError(f"guard must be a ShareGuard or None, got {type(guard).__name__}")
         self.reduction, self.guard, self.impl = reduction, guard, impl
         self.names = list(given)
-        self.members: dict[str, list[str]] = {}  # of each group
+        members: dict[str, list[str]] = {}  # of each group
         self.policies: dict[str, Policy] = {}  # by column
         for name, goal in given.items():
             inside = goal.members if isinstance(goal, Group) else {"": policy_of(name, goal)}
             if isinstance(goal, Group):
-                self.members[name] = list(inside)
+                members[name] = list(inside)
             self.policies |= {f"{name}.{member}" if member else name: policy for member, policy in inside.items()}
         columns = list(self.policies)
         if not 1 <= len(columns) <= MAX_GOALS:
             raise ValueError(f"a GoalSet must have 1 to {MAX_GOALS} goals, got {len(columns)}")
         self.owner = [self.names.index(column if column in given else column.rpartition(".")[0]) for column in columns]
+        self._raw = RawValues(self.names, members, columns)
         self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()])
         self._waits = [column for column, policy in self.policies.items() if policy.waits]
         self._given: dict[str, dict[str, float | Tensor]] = {c: {} for c in self._waits}  # anchors found so far
         self._only: int | None = None
+        self._before: list[Tensor] = []  # what was learnt before this step
+        self.gather: Callable[[Tensor], Tensor] | None = None
         self._until = max(math.inf if p.until is None else p.until for p in self.policies.values())
         self.monitor = Monitor(self.layout)
 
@@ -150,7 +153,7 @@ class GoalSet(Full):
             ("temperature", torch.tensor(float(temperature))),
             ("policy_state", torch.zeros(len(columns), STATE)),
             ("log_nudge", torch.zeros(len(columns))),
-            ("guard_share", torch.full((len(self.names),), torch.nan)),
+            ("guard_share", torch.full((len(self.names),), -1.0)),
         ):
             self.register_buffer(name, buffer)
         self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)
@@ -167,10 +170,12 @@ class GoalSet(Full):
             KeyError: a goal is missing or unknown; the message names it.
             ValueError: a shape or device that cannot serve; the message names the goal.
         """
-        tensors = self._columns(raw)
-        if self._waits:
+        tensors = self._raw.columns(raw)
+        if self._waits and self._only is None:
             self._refuse_unanchored()
-        if self.training and self.monitor.steps < self._until:
+        adapts = self.training and self.monitor.steps < self._until
+        self._before = [x.clone() for x in self._learnt()] if adapts or (self.training and self.guard) else []
+        if adapts:
             self._adapt(tensors)
         device = self.params.device
         params, temperature = self.params, self.temperature
@@ -182,54 +187,13 @@ class GoalSet(Full):
                 tensors, params, self.curves, self.owner, temperature, REDUCTIONS[self.reduction]
             )
         except (ValueError, TypeError, RuntimeError):
-            self._explain(tensors)
+            self._raw.explain(tensors, self.params.device)
             raise
         if self._only is not None:
             loss = tensors[self._only].float().mean()
         if self.training:
             self._keep(record)
         return GoalOutput(loss, bottleneck, record, self.layout)
-
-    def _columns(self, raw: Raw) -> list[Tensor]:
-        if not isinstance(raw, Mapping):
-            raise TypeError(f"raw must be a mapping of goals' names to tensors, got {type(raw).__name__}")
-        if raw.keys() != set(self.names):
-            self._refuse_names("goal", raw, self.names)
-        tensors: list[Any] = []
-        for name in self.names:
-            value = raw[name]
-            if name not in self.members:
-                tensors.append(value)
-                continue
-            if not isinstance(value, Mapping):
-                raise TypeError(f"{name} is a Group: its raw value must be a mapping, got {type(value).__name__}")
-            if value.keys() != set(self.members[name]):
-                self._refuse_names(f"member of {name}", value, self.members[name])
-            tensors += [value[member] for member in self.members[name]]
-        return tensors
-
-    @staticmethod
-    def _refuse_names(what: str, given: Mapping[str, Any], known: list[str]) -> None:
-        missing, unknown = [n for n in known if n not in given], [str(n) for n in given if n not in known]
-        parts = [f"no raw value for {', '.join(missing)}"] * bool(missing)
-        parts += [f"no {what} is called {', '.join(unknown)} (there are {', '.join(known)})"] * bool(unknown)
-        raise KeyError("; ".join(parts))
-
-    def _explain(self, tensors: list[Tensor]) -> None:
-        """The same error by the goal's name, where the op named a place in a list."""
-        shapes = [t for t in tensors if isinstance(t, Tensor) and t.dim() == 1]
-        for name, t in zip(self.policies, tensors, strict=True):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"the raw value of {name} must be a tensor, got {type(t).__name__}")
-            if t.dim() > 1:
-                raise ValueError(f"the raw value of {name} must have shape [B] or [], got {list(t.shape)}")
-            if t.dim() == 1 and len(t) != len(shapes[0]):
-                raise ValueError(f"the raw value of {name} has {len(t)} samples, others have {len(shapes[0])}")
-            if t.device != self.params.device:
-                raise ValueError(
-                    f"the raw value of {name} is on {t.device}, the GoalSet on {self.params.device}: move it"
-                )
-        check_goals(tensors)
 
     def _adapt(self, tensors: list[Tensor]) -> None:
         """Ask the policies that still have something to say."""
@@ -238,8 +202,9 @@ class GoalSet(Full):
             if policy.until is not None and step >= policy.until:
                 continue
             if not isinstance(tensors[k], Tensor):
-                self._explain(tensors)
-            found = policy.update(tensors[k].detach().float(), self.policy_state[k], step)
+                self._raw.explain(tensors, self.params.device)
+            raw = tensors[k].detach().float()
+            found = policy.update(raw if self.gather is None else self.gather(raw), self.policy_state[k], step)
             if found is not None:
                 self._place(k, *found)
 
@@ -258,6 +223,20 @@ class GoalSet(Full):
             nudge = self.guard.update(share, self.guard_share)[self._belongs]
             self.log_nudge += nudge
             self.params[:, 1:3] *= torch.exp(-nudge)[:, None]
+
+    def accept(self, ok: Tensor) -> None:
+        """Take the last step back where ``ok``, a 0-dim bool on the device, is False; no host sync.
+
+        For whoever rejects steps, as `torch.amp.GradScaler` does: what the policies learnt from such a step is
+        forgotten, and the history counts it as not finite.
+        """
+        for now, before in zip(self._learnt(), self._before, strict=False):  # none where nothing was learnt
+            now.copy_(torch.where(ok, now, before))
+        self._before = []
+        self.monitor.reject(ok)
+
+    def _learnt(self) -> tuple[Tensor, ...]:
+        return self.params, self.policy_state, self.log_nudge, self.guard_share
 
     @property
     def history(self) -> History:

@@ -179,17 +179,22 @@ class Monitor(Full):
         self.layout, self.steps = layout, 0
         self._history, self._pending = History(layout), 0
         self._copy: _Copy | None = None
+        self._fresh = torch.empty(0, layout.size)  # rows on the host that `take` has not returned yet
         self.register_buffer("ring", torch.zeros(ROWS, layout.size), persistent=False)
         self.register_buffer("row", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def add(self, record: Tensor) -> None:
         """Keep the record of a step, [size]."""
+        if self._pending == ROWS:
+            self._send()
         self.ring.index_copy_(0, self.row, record[None].to(self.ring.dtype))
         self.row.add_(1)
         self.steps += 1
         self._pending += 1
-        if self._pending == ROWS:
-            self._send()
+
+    def reject(self, ok: Tensor) -> None:
+        """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
+        self.ring[self._pending - 1, -1].mul_(ok)
 
     def _send(self) -> None:
         """Send what the ring holds to the host, and take in what was sent the time before."""
@@ -197,7 +202,18 @@ class Monitor(Full):
         self._pending = 0
         self.row.zero_()
         if arrived is not None:
-            self._history.append(arrived.wait())
+            self._arrive(arrived)
+
+    def _arrive(self, rows: _Copy) -> None:
+        records = rows.wait()
+        self._history.append(records)
+        self._fresh = torch.cat([self._fresh, records.float()])[-CAPACITY:]
+
+    def take(self) -> Tensor:
+        """The records since the last call, at most `CAPACITY`, [n, size] on the host. Waits for the device."""
+        _ = self.history
+        fresh, self._fresh = self._fresh, self._fresh[:0]
+        return fresh
 
     @property
     def history(self) -> History:
@@ -205,14 +221,15 @@ class Monitor(Full):
         if self._pending:
             self._send()
         if self._copy is not None:
-            self._history.append(self._copy.wait())
+            self._arrive(self._copy)
             self._copy = None
         return self._history
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, **self.history.state_dict()}
+        return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.steps, self._pending, self._copy = state["steps"], 0, None
         self.row.zero_()
         self._history.load_state_dict(state)
+        self._fresh = state["fresh"].clone()

@@ -246,8 +246,13 @@ class ShareGuard:
         self.weight = 1 - 2 ** (-1 / _number("ShareGuard", "halflife", halflife, above=0))
 
     def update(self, share: Tensor, average: Tensor) -> Tensor:
-        """What to add to each goal's log scale, [G]. share: of this step, [G]; average: [G], changed in place."""
-        torch.where(average.isnan(), share, average.lerp(share, self.weight), out=average)
+        """What to add to each goal's log scale, [G].
+
+        Args:
+            share: of this step, [G].
+            average: [G], changed in place; below 0 before the first step.
+        """
+        torch.where(average < 0, share, average.lerp(share, self.weight), out=average)
         return self.rate * ((average > self.high).to(average.dtype) - (average < self.low).to(average.dtype))
 
     def __repr__(self) -> str:

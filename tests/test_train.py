@@ -23,11 +23,14 @@ from bomkern.train.goals import GOALS, anchors
 from bomkern.train.scales import DIAGNOSIS
 from tests.train_helpers import assert_same, config, leaves
 
+PARTS = {"raw", "level", "share", "deficit", "ideal", "scale"}
+
 # A run folder.
 
 
 @pytest.mark.parametrize(
-    ("scales", "reduction"), [("anchored", "mean"), ("anchored", "min"), ("auto", "mean"), ("diagnosis", "mean")]
+    ("scales", "reduction"),
+    [("anchored", "mean"), ("anchored", "min"), ("moving", "mean"), ("auto", "mean"), ("diagnosis", "mean")],
 )
 def test_every_preset_runs_and_leaves_its_folder(tmp_path: Path, scales: str, reduction: str) -> None:
     out = tmp_path / "run"
@@ -48,7 +51,7 @@ def test_every_preset_runs_and_leaves_its_folder(tmp_path: Path, scales: str, re
 
     lines = record.read_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 3]
-    assert set(lines[0]["goals"]) == set(GOALS) and set(lines[0]["goals"]["realism"]) == {"raw", "level", "share"}
+    assert set(lines[0]["goals"]) == set(GOALS) and set(lines[0]["goals"]["realism"]) == PARTS
     assert lines[0]["psnr"] > 0 and lines[0]["loss"] == lines[0]["loss"]
     if scales == "anchored":
         expected = {name: {"ideal": a.ideal, "scale": a.nadir - a.ideal} for name, a in anchors(4).items()}
@@ -141,7 +144,7 @@ def test_checkpoints_are_loaded_with_weights_only_and_written_whole(tmp_path: Pa
     loop.train(config(tmp_path, steps=1))
     path = tmp_path / record.CHECKPOINT
     state = torch.load(path, weights_only=True)
-    assert state["step"] == 1 and {"vae", "average", "discriminator", "optimizers", "scales", "tally"} <= set(state)
+    assert state["step"] == 1 and {"vae", "average", "discriminator", "optimizers", "goals", "tally"} <= set(state)
     before = path.read_bytes()
 
     def fail(file: Any) -> None:

@@ -68,12 +68,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
         poison(run, patch)
         run.advance()
     after = leaves(run.state_dict())
-    counted = {"/step": 3, "/tally/rejected": 1.0, "/tally/in_a_row": 1.0}
+    counted = {"/step": 3, "/goals/monitor._extra_state/steps": 3, "/tally/rejected": 1.0, "/tally/in_a_row": 1.0}
     for name, value in counted.items():
         assert after.pop(name) == value
         before.pop(name)
     assert after.pop("/tally/blame").sum() >= 1
     before.pop("/tally/blame")
+    for part in ("rows", "fresh"):  # the history has the step, as one without a finite loss
+        name = f"/goals/monitor._extra_state/{part}"
+        rows = after.pop(name)
+        assert len(rows) == 3 and rows[2, -1] == 0 and torch.equal(rows[:2], before.pop(name))
     assert_same(before, after)
     if poison is not poison_gradient:  # its hook stays
         run.advance()
@@ -104,8 +108,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = str(func).removeprefix("aten.")
-        mask = name.startswith("index") and any(
-            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in (args[1] if len(args) > 1 else [])
+        mask = name.startswith(("index.", "index_put")) and any(
+            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
         if mask or name.split(".")[0] in self.waits:
             self.found.append(name)
@@ -164,16 +168,13 @@ def test_rows_are_independent() -> None:
 
 def test_auto_scales_are_the_largest_values_seen() -> None:
     run = trainer(scales="auto", calibration_steps=2)
-    seen: list[Tensor] = []
-    true = run.scales.observe
-    run.scales.observe = lambda highest, n: (seen.append(highest.clone()), true(highest, n))[1]  # type: ignore
     slopes = []
     for _ in range(4):
         run.advance()
-        slopes.append(run.scales.table.params.clone())
-    largest = torch.stack(seen[:2]).amax(0)
-    torch.testing.assert_close(slopes[0][:, 1], 1 / (seen[0] * 1.1))
-    torch.testing.assert_close(slopes[1][:, 1], 1 / largest)
+        slopes.append(run.goals.params.clone())
+    highest = run.goals.history["highest"]
+    torch.testing.assert_close(slopes[0][:, 1], 1 / highest[0])
+    torch.testing.assert_close(slopes[1][:, 1], 1 / highest[:2].amax(0))
     assert torch.equal(slopes[1], slopes[3]) and slopes[3][:, 0].abs().max() == 0
 
 

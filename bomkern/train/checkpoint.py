@@ -11,7 +11,7 @@ import torch
 
 from .config import TrainError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_atomically(path: Path, write: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-SCALES = ("anchored", "auto", "diagnosis")
+SCALES = ("anchored", "moving", "auto", "diagnosis")
 REDUCTIONS = ("mean", "min")
 IMAGE_SIZES = (32, 64, 128, 256)
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -41,6 +41,7 @@ class Config:
     scales: str = "anchored"
     calibration_steps: int = 50
     reduction: str = "mean"
+    temperature: float = 0.0
     lr: float = 1e-3
     discriminator_lr: float = 3e-4
     structure: int = 48

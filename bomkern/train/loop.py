@@ -155,11 +155,13 @@ def _steps(
             if log or n % REJECTED_IN_A_ROW == 0:
                 _check(trainer)
             line: dict[str, Any] = {"step": n}
-            if log and (window := trainer.tally.window()):
+            if log and (window := trainer.window()):
                 line |= window
                 worst = max(GOALS, key=lambda name: window["goals"][name]["share"])
                 bar.set_postfix_str(f"loss {window['loss']:.3f}, {worst} {window['goals'][worst]['share']:.0%}")
             paused = time.perf_counter()
+            if look:
+                trainer.remeasure(images)
             if look and chief:
                 line |= evaluate.quality(trainer.average, images)
             if len(line) > 1:
@@ -176,7 +178,7 @@ def _steps(
         torch.cuda.synchronize(trainer.device)
     seconds = time.perf_counter() - begun - aside
     # After the checkpoint, which keeps the open window for a run that goes on.
-    if steps % config.log_every and (window := trainer.tally.window()):
+    if steps % config.log_every and (window := trainer.window()):
         recorder.line({"step": steps, **window, "partial": True})
     return (steps - first) / seconds if steps > first else None
 
@@ -206,7 +208,7 @@ def _finish(trainer: Trainer, images: torch.Tensor, folder: Path, speed: float |
         **totals,
         "raw": {name: last[name]["raw"] for name in last},
         "level": {name: last[name]["level"] for name in last},
-        "constraints": trainer.scales.values(),
+        "constraints": {name: {"ideal": i, "scale": s} for name, (i, s) in trainer.goals.anchors().items()},
         "held_out_crops": len(images),
         "scales": config.scales,
         "reduction": config.reduction,

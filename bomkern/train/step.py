@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bomkern import latent_statistics, min_goal_loss
+from bomkern import GoalSet, latent_statistics
 
 from . import features as see
 from . import goals as goal
 from .config import Config
 from .data import Crops, to_float
 from .networks import VAE, Discriminator, Pass
-from .scales import Scales
+from .scales import policies
 from .tally import Tally
 
 CROPS, NOISE, TRIVIAL = 0, 1, 2  # streams of random numbers
@@ -89,7 +89,11 @@ class Trainer:
         ]
         self.model, self._step_vae = fabric.setup(self.vae, self.optimizers[0])
         self.judge, self._step_judge = fabric.setup(self.discriminator, self.optimizers[1])
-        self.scales = Scales(config.scales, config.batch_size, config.calibration_steps, self.device)
+        chosen = policies(config.scales, config.batch_size, config.calibration_steps)
+        self.goals = GoalSet(chosen, reduction=config.reduction, temperature=config.temperature, impl=config.impl)
+        self.goals.to(self.device)
+        if fabric.world_size > 1:
+            self.goals.gather = lambda raw: cast(Tensor, fabric.all_gather(raw)).flatten()
         self.tally = Tally(self.device)
         sample = crops.batch(TRIVIAL_CROPS, self._host_rng(TRIVIAL, 0))
         self.trivial = goal.trivial_answers(to_float(sample, self.device))
@@ -123,26 +127,39 @@ class Trainer:
         with self.fabric.autocast():
             logits = self.discriminator(out.recon)
         raw = raw_values(out, image, logits.float(), order, self.trivial, self.config.impl)
-        with torch.no_grad():
-            table = torch.stack(raw)  # [K, B], for the counters and the calibration
-            if self.scales.calibrating(self.step):
-                self.scales.observe(self.agree(table.amax(1), "max"), self.step)
-        loss, stats = min_goal_loss(
-            raw, self.scales.table, reduction=self.config.reduction, return_stats=True, impl=self.config.impl
-        )
-        self.fabric.backward(loss)
+        out_goals = self.goals(dict(zip(goal.GOALS, raw, strict=True)))
+        self.fabric.backward(out_goals.loss)
 
         self.discriminator.requires_grad_(True)
         real, fake = self.judge(torch.cat([image, out.recon.detach()])).float().chunk(2)
         judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
         self.fabric.backward(judge_loss)
 
-        ok = self._apply(stats.finite & loss.isfinite() & judge_loss.isfinite())
-        self.scales.settle(ok, self.step)
-        bad = ~table.isfinite().all(1)
+        ok = self._apply(out_goals.finite & judge_loss.isfinite())
+        self.goals.accept(ok)
+        bad = ~torch.stack(raw).isfinite().all(1)
         bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
-        self.tally.add(ok, loss, table.mean(1), stats, torch.where(bad.any(), bad, stats.share > 0))
+        self.tally.add(ok, out_goals.share, torch.where(bad.any(), bad, out_goals.share > 0))
         self.step += 1
+
+    @torch.no_grad()
+    def remeasure(self, images: Tensor) -> None:
+        """Move the anchors of goals whose difficulty moves, by held-out crops [n, 3, S, S]."""
+        if self.config.scales == "moving":
+            real, flat = (goal.realism(self.discriminator(x).float()) for x in (images, see.flat(images)))
+            self.goals.remeasure({"realism": (real, flat)})
+
+    def window(self) -> dict[str, Any]:
+        """Means over the accepted steps since the last call, read from the device; empty if there was none."""
+        records = self.goals.monitor.take()
+        records = records[records[:, -1] > 0]
+        if not len(records):
+            return {}
+        parts = self.goals.layout.parts(records.double().mean(0))
+        names = ("raw", "level", "share", "deficit", "ideal", "scale")
+        columns = {name: parts[name].tolist() for name in names}
+        goals = {g: {name: columns[name][k] for name in names} for k, g in enumerate(goal.GOALS)}
+        return {"loss": float(parts["loss"]), "goals": goals}
 
     def _apply(self, finite: Tensor) -> Tensor:
         """Update both networks, or neither; returns whether, as a 0-dim bool on the device, the same on all ranks."""
@@ -174,7 +191,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scales": self.scales.state_dict(),
+            "goals": self.goals.state_dict(),
             "tally": self.tally.state_dict(),
             "trivial": self.trivial._asdict(),
         }
@@ -186,6 +203,6 @@ class Trainer:
         self.discriminator.load_state_dict(state["discriminator"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-        self.scales.load_state_dict(state["scales"])
+        self.goals.load_state_dict(state["goals"])
         self.tally.load_state_dict(state["tally"])
         self.trivial = goal.Trivial(**{name: t.to(self.device) for name, t in state["trivial"].items()})

@@ -1,4 +1,4 @@
-"""What happened in the steps, counted on the device and read only when a line is logged."""
+"""What happened in the steps that only the trainer knows: counted on the device, read only when a line is logged."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bomkern import MinGoalStats
-
 from .goals import GOALS
 
 REJECTED_IN_A_ROW = 50  # after so many, training stops
-PER_GOAL = ("raw", "level", "share", "share_total", "starving", "longest", "blame")
-PLAIN = ("loss", "taken", "steps", "rejected", "in_a_row")
+PER_GOAL = ("share", "starving", "longest", "blame")
+PLAIN = ("steps", "rejected", "in_a_row")
 
 
 class Tally:
     """Counters over steps, float64 on the device: `PER_GOAL` are [K], `PLAIN` are 0-dim.
 
-    ``loss``, ``raw``, ``level``, ``share`` are sums over the accepted steps since the last `window`, ``taken`` is their
-    number; ``share_total`` and ``steps`` over all accepted steps. ``starving`` and ``longest`` are the current and
-    the longest run of accepted steps in which a goal owned no sample. ``rejected`` counts rejected steps, ``in_a_row``
+    ``share`` and ``steps`` are sums over all accepted steps. ``starving`` and ``longest`` are the current and the
+    longest run of accepted steps in which a goal owned no sample. ``rejected`` counts rejected steps, ``in_a_row``
     those since the last accepted one, ``blame`` how often each goal was at fault in them.
     """
 
@@ -29,33 +26,16 @@ class Tally:
         self.values = {name: torch.zeros(len(GOALS), device=device, dtype=torch.float64) for name in PER_GOAL}
         self.values |= {name: torch.zeros((), device=device, dtype=torch.float64) for name in PLAIN}
 
-    def add(self, ok: Tensor, loss: Tensor, raw: Tensor, stats: MinGoalStats, blame: Tensor) -> None:
-        """Count one step. ok: 0-dim bool; raw: [K] batch means; blame: [K] bool, only read where not ok."""
-        v = self.values
-        share, zero = stats.share.double(), v["loss"].new_zeros(())
-        for name, value in (("loss", loss), ("raw", raw), ("level", stats.level), ("share", share)):
-            v[name].add_(torch.where(ok, value.detach().double(), zero))
-        v["share_total"].add_(torch.where(ok, share, zero))
-        for name in ("taken", "steps"):
-            v[name].add_(ok)
+    def add(self, ok: Tensor, share: Tensor, blame: Tensor) -> None:
+        """Count one step. ok: 0-dim bool; share: [K]; blame: [K] bool, only read where not ok."""
+        v, zero = self.values, self.values["steps"].new_zeros(())
+        v["share"].add_(torch.where(ok, share.double(), zero))
+        v["steps"].add_(ok)
         v["starving"].copy_(torch.where(ok, torch.where(share > 0, zero, v["starving"] + 1), v["starving"]))
         torch.maximum(v["longest"], v["starving"], out=v["longest"])
         v["rejected"].add_(~ok)
         v["in_a_row"].copy_(torch.where(ok, zero, v["in_a_row"] + 1))
         v["blame"].copy_(torch.where(ok, zero, v["blame"] + blame))
-
-    def window(self) -> dict[str, Any]:
-        """Means over the accepted steps since the last call, read from the device; empty if there was none."""
-        names = ("raw", "level", "share")
-        packed = torch.cat([*(self.values[name] for name in names), self.values["loss"][None]])
-        *means, taken = torch.cat([packed, self.values["taken"][None]]).tolist()
-        for name in (*names, "loss", "taken"):
-            self.values[name].zero_()
-        if not taken:
-            return {}
-        rows = [[x / taken for x in means[i :: len(GOALS)][:3]] for i in range(len(GOALS))]
-        goals = {name: dict(zip(names, row, strict=True)) for name, row in zip(GOALS, rows, strict=True)}
-        return {"loss": means[-1] / taken, "goals": goals}
 
     def stuck(self) -> str | None:
         """The goal at fault, if too many steps in a row were rejected."""
@@ -64,7 +44,7 @@ class Tally:
 
     def totals(self) -> dict[str, Any]:
         """share and longest starvation per goal over all accepted steps, and how many were rejected."""
-        share = (self.values["share_total"] / self.values["steps"].clamp(min=1)).tolist()
+        share = (self.values["share"] / self.values["steps"].clamp(min=1)).tolist()
         return {
             "share": dict(zip(GOALS, share, strict=True)),
             "longest_starvation": dict(zip(GOALS, map(int, self.values["longest"].tolist()), strict=True)),
