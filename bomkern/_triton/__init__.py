@@ -56,6 +56,7 @@ from .active_units import active_units  # noqa: E402
 from .consistency_variance import consistency_variance  # noqa: E402
 from .covariance_penalty import covariance_penalty  # noqa: E402
 from .gaussian_kl import gaussian_kl  # noqa: E402
+from .goal_set import goal_set  # noqa: E402
 from .latent_statistics import latent_statistics  # noqa: E402
 from .min_goal import min_goal  # noqa: E402
 from .total_correlation import total_correlation  # noqa: E402
@@ -65,6 +66,7 @@ __all__ = [
     "consistency_variance",
     "covariance_penalty",
     "gaussian_kl",
+    "goal_set",
     "latent_statistics",
     "min_goal",
     "total_correlation",

@@ -1,0 +1,168 @@
+// goal_set: argument checks, autograd and dispatch. The arithmetic is in kernels/goal_set/.
+#include "../kernels/goal_set/goal_set.h"
+#include "autograd.h"
+#include "checks.h"
+#include "goals.h"
+#include "launch.h"
+
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#ifdef BOMKERN_CUDA
+#include "../kernels/goal_set/cuda.h"
+#endif
+
+namespace {
+
+using namespace bomkern::goal_set;
+using at::IntArrayRef;
+using at::Tensor;
+using at::TensorList;
+using bomkern::DType;
+using bomkern::fresh;
+using bomkern::Problem;
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, bottleneck, record, weight
+
+void check_groups(IntArrayRef groups, const Problem& p) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(groups.size()) == p.count, "groups must have one entry for each of the ", p.count,
+                    " columns, got ", groups.size());
+  int64_t before = 0;
+  for (size_t k = 0; k < groups.size(); ++k) {
+    const bool counts_up = groups[k] == before || (k > 0 && groups[k] == before + 1);
+    TORCH_CHECK_VALUE(counts_up, "groups must count up from 0 by 0 or 1, got ", groups);
+    before = groups[k];
+  }
+}
+
+void check_temperature(const Tensor& temperature, const Tensor& params) {
+  TORCH_CHECK_VALUE(temperature.dim() == 0, "temperature must have shape [], got ", temperature.sizes());
+  TORCH_CHECK_TYPE(temperature.scalar_type() == params.scalar_type(), "temperature must be ", params.scalar_type(),
+                   " as params, got ", temperature.scalar_type());
+  TORCH_CHECK_VALUE(temperature.device() == params.device(), "temperature is on ", temperature.device(), ", params on ",
+                    params.device(), ": move it");
+}
+
+Groups describe(IntArrayRef groups) {
+  Groups out{};
+  for (size_t k = 0; k < groups.size(); ++k) out.first[groups[k] + 1] = static_cast<uint8_t>(k + 1);
+  out.count = static_cast<int>(groups.back() + 1);
+  return out;
+}
+
+template <bool Cuda>
+Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups, const Tensor& temperature,
+                int64_t reduction, bool save) {
+  const Problem p = bomkern::check_goals(goals);
+  bomkern::check_params(params, curves, p, goals[0].device());
+  check_groups(groups, p);
+  check_temperature(temperature, params);
+  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 3, "reduction must be 0 to 3, got ", reduction);
+  const auto number = params.options();
+  const Groups owners = describe(groups);
+  const auto mode = static_cast<Reduction>(reduction);
+  const Tensor loss = mode == Reduction::none ? fresh<Cuda>({p.batch}, number) : fresh<Cuda>({}, number);
+  const Tensor bottleneck = fresh<Cuda>({p.batch}, number.dtype(at::kLong));
+  const Tensor record = fresh<Cuda>({RecordAt(owners.count, static_cast<int>(p.count)).finite + 1}, number);
+  const Tensor weight = save ? fresh<Cuda>({p.count, p.batch}, number) : fresh<Cuda>({0}, number);
+  const auto table = params.expect_contiguous();
+  bomkern::with_number(p.wide, [&](auto zero) {
+    using S = decltype(zero);
+    const Forward<S> a{bomkern::describe(goals, p, curves), owners, table->const_data_ptr<S>(), temperature.const_data_ptr<S>(),
+                       mode, loss.mutable_data_ptr<S>(), bottleneck.mutable_data_ptr<int64_t>(),
+                       record.mutable_data_ptr<S>(), save ? weight.mutable_data_ptr<S>() : nullptr};
+    bomkern::launch<Cuda>("goal_set", cpu_kernels(), a, goals[0]);
+  });
+  return {loss, bottleneck, record, weight};
+}
+
+// The gradients wanted: for each its goal's index (0 for the [B, K] matrix), dim of the goal's tensor, and DType.
+template <bool Cuda>
+std::vector<Tensor> goal_set_backward(const Tensor& grad, const Tensor& weight, IntArrayRef index, IntArrayRef dim,
+                                      IntArrayRef dtype) {
+  const auto type = weight.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "weight must be Float or Double, got ", type);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous(),
+                    "weight must be [K, B] and contiguous, as goal_set returns it with save=True, got ", weight.sizes());
+  const int64_t count = weight.size(0), batch = weight.size(1);
+  TORCH_CHECK_TYPE(grad.scalar_type() == type, "grad must be ", type, ", got ", grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.dim() == 0 || (grad.dim() == 1 && grad.size(0) == batch), "grad must have shape [] or [", batch,
+                    "], got ", grad.sizes());
+  TORCH_CHECK_VALUE(count <= max_goals && index.size() <= max_goals && index.size() == dim.size() && index.size() == dtype.size(),
+                    "index, dim and dtype must have one entry for each gradient");
+  for (size_t i = 0; i < index.size(); ++i) {
+    TORCH_CHECK_VALUE(index[i] >= 0 && index[i] < count, "index must be below ", count, ", got ", index[i]);
+    TORCH_CHECK_VALUE(dim[i] >= 0 && dim[i] <= 2, "dim must be 0 to 2, got ", dim[i]);
+    TORCH_CHECK_VALUE(dim[i] < 2 || dim.size() == 1, "dim must be 2 for one gradient alone, got ", dim);
+    TORCH_CHECK_VALUE(dtype[i] >= 0 && dtype[i] < 4, "dtype must be 0 to 3, got ", dtype[i]);
+  }
+  const int64_t sizes[] = {batch, count};
+  std::vector<Tensor> grads;
+  grads.reserve(index.size());
+  for (size_t i = 0; i < index.size(); ++i)
+    grads.push_back(fresh<Cuda>(IntArrayRef(sizes, dim[i]), weight.options().dtype(bomkern::types[dtype[i]])));
+  bomkern::with_number(type == at::kDouble, [&](auto zero) {
+    using S = decltype(zero);
+    Backward<S> a{{grad.const_data_ptr<S>(), grad.dim() == 0 ? 0 : grad.stride(0)},
+                  weight.const_data_ptr<S>(), batch, static_cast<int>(count), {}, static_cast<int>(index.size())};
+    for (size_t i = 0; i < index.size(); ++i)
+      a.out[i] = {grads[i].mutable_data_ptr(), dim[i] == 2 ? -1 : static_cast<int>(index[i]), dim[i] == 0,
+                  static_cast<DType>(dtype[i])};
+    bomkern::launch<Cuda>("goal_set_backward", cpu_kernels(), a, weight);
+  });
+  return grads;
+}
+
+using ForwardOp = Result(TensorList, const Tensor&, IntArrayRef, IntArrayRef, const Tensor&, int64_t, bool);
+using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef);
+
+Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups,
+                         const Tensor& temperature, int64_t reduction, bool save) {
+  static const auto op = bomkern::operator_named<ForwardOp>("bomkern::goal_set", "");
+  static const auto back = bomkern::operator_named<BackwardOp>("bomkern::goal_set_backward", "");
+  const bomkern::Differentiable autograd("goal_set", goals);
+  const Result out = autograd.run(
+      [&] { return op.call(goals, params, curves, groups, temperature, reduction, save || autograd.wanted()); });
+  if (!autograd.wanted()) return out;
+  using Numbers = c10::SmallVector<int64_t, 16>;
+  Numbers dims, dtypes;
+  for (const Tensor& goal : goals) {
+    dims.push_back(goal.dim());
+    dtypes.push_back(static_cast<int64_t>(bomkern::dtype_of(goal.scalar_type())));
+  }
+  const auto pull = [dims, dtypes](const auto& grads, const auto& kept, const auto& want) {
+    Numbers index, dim, dtype;
+    for (size_t k = 0; k < dims.size(); ++k) {
+      if (!want[k]) continue;
+      index.push_back(static_cast<int64_t>(k));
+      dim.push_back(dims[k]);
+      dtype.push_back(dtypes[k]);
+    }
+    const auto made = back.call(grads[0], kept[0], index, dim, dtype);
+    bomkern::variable_list gradients(dims.size());
+    for (size_t i = 0; i < index.size(); ++i) gradients[index[i]] = made[i];
+    return gradients;
+  };
+  autograd.finish({std::get<0>(out)}, {std::get<3>(out)}, pull);
+  return out;
+}
+
+}  // namespace
+
+// The schemas and the fake kernels are on one page: bomkern/_ops.py.
+TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
+  m.impl("goal_set", goal_set<false>);
+  m.impl("goal_set_backward", goal_set_backward<false>);
+}
+
+#ifdef BOMKERN_CUDA
+TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
+  m.impl("goal_set", goal_set<true>);
+  m.impl("goal_set_backward", goal_set_backward<true>);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
+  m.impl("goal_set", goal_set_autograd);
+  m.impl("goal_set_backward", torch::autograd::autogradNotImplementedFallback());
+}

@@ -1,0 +1,129 @@
+// goal_set on the GPU: which kernel, how many blocks, how shared memory and the workspace are laid out.
+#include "cuda.h"
+
+#include "cuda_backward.h"
+#include "cuda_forward.h"
+
+namespace bomkern {
+namespace goal_set {
+namespace cuda {
+namespace {
+
+// Up to `one_block` samples, a grid that waits for itself would cost more than it saves.
+constexpr int64_t one_block = 1024;
+constexpr int grid_threads = 128;
+constexpr size_t shared_limit = 49152;  // what any block may have unasked
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Neighbours, where four of them are one aligned piece everywhere.
+template <class S> Access access_of(const Forward<S>& a) {
+  bool adjacent = aligned(a.bottleneck) && (a.reduction != Reduction::none || aligned(a.loss)), halves = true;
+  if (a.weight) adjacent &= aligned(a.weight) && a.columns.batch * sizeof(S) % 16 == 0;
+  for (int k = 0; k < a.columns.count; ++k) {
+    const bool half = size_of(a.columns.dtype[k]) == 2;
+    const int64_t stride = a.columns.stride[k];
+    const bool whole = aligned(a.columns.data[k]) || (half && reinterpret_cast<uintptr_t>(a.columns.data[k]) % 8 == 0);
+    adjacent &= stride == 0 || (stride == 1 && whole);
+    halves &= half;
+  }
+  return adjacent ? Access::adjacent : halves ? Access::halves : Access::apart;
+}
+
+template <class S> bool valid(const Forward<S>& a) {
+  return a.columns.batch >= 1 && a.columns.count >= 1 && a.columns.count <= max_goals && a.groups.count >= 1;
+}
+
+template <class S> struct ForwardPlan {
+  ForwardLaunch<S> l{};
+  int64_t blocks = 1;
+  int threads = grid_threads;
+  size_t shared, bytes = 0;
+
+  ForwardPlan(const Forward<S>& a, void* base) {
+    const int64_t batch = a.columns.batch;
+    const int columns = a.columns.count, goals = a.groups.count;
+    l.a = a;
+    l.access = access_of(a);
+    if (batch <= one_block) {
+      threads = int(ceil_div(batch, warp_rows)) * 32;
+    } else {
+      static std::atomic<int> known[16];
+      blocks = least(ceil_div(batch, grid_threads * rows),
+                     resident_blocks(forward_kernel<S>, grid_threads, shared_limit, known));
+      Memory memory(base);
+      l.parts.total = memory.take<Total>(blocks);
+      l.parts.sums = memory.take<double>(blocks * RecordAt(goals, columns).highest);
+      l.parts.highest = memory.take<S>(blocks * columns);
+      bytes = memory.bytes();
+    }
+    const size_t fixed = stage_offset<S>(threads / 32, goals, columns), column_bytes = threads * rows * sizeof(S);
+    l.group = int(least(columns, (shared_limit - fixed) / column_bytes));
+    shared = fixed + l.group * column_bytes;
+  }
+};
+
+template <class S> size_t workspace(const Forward<S>& a) { return valid(a) ? ForwardPlan<S>(a, nullptr).bytes : 0; }
+
+template <class S> cudaError_t run(const Forward<S>& a, void* base, cudaStream_t stream) {
+  if (!valid(a)) return cudaErrorInvalidValue;
+  const ForwardPlan<S> plan(a, base);
+  if (plan.bytes && base == nullptr) return cudaErrorInvalidValue;
+  return start(forward_kernel<S>, plan.blocks, plan.threads, plan.shared, plan.blocks > 1, stream, plan.l);
+}
+
+template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
+  if (a.outputs == 0) return cudaSuccess;
+  if (a.batch < 1 || a.outputs < 0 || a.outputs > max_goals || a.columns > max_goals) return cudaErrorInvalidValue;
+  if (a.out[0].column < 0) {
+    if (a.outputs > 1) return cudaErrorInvalidValue;
+    const int width = width_of<S>(1, a.batch * a.columns, {contiguous(a.out[0].data, a.out[0].dtype, 1),
+                                                           contiguous(a.out[0].data, dtype_of_number<S>, 1)});
+    const size_t tile = size_t(tile_rows<S>) * (a.columns | 1) * sizeof(S);
+    return with_width<S, false>(width, [&](auto w) {
+      return start(matrix_kernel<S, decltype(w)::value>, ceil_div(a.batch, tile_rows<S>), backward_threads, tile, false,
+                   stream, a);
+    });
+  }
+  BackwardLaunch<S> l{a, 0, 0, {}};
+  Matrix matrices[max_goals + 1] = {contiguous(const_cast<S*>(a.weight), dtype_of_number<S>, a.batch)};
+  int sums = 0;
+  for (int o = 0; o < a.outputs; ++o) {
+    if (a.out[o].batch_level) {
+      l.order[a.outputs - ++sums] = uint8_t(o);
+    } else {
+      l.order[l.dense++] = uint8_t(o);
+      matrices[l.dense] = contiguous(a.out[o].data, a.out[o].dtype, a.batch);
+    }
+  }
+  const int width = width_of<S>(1, a.batch, matrices, size_t(l.dense + 1));
+  return with_width<S, false>(width, [&](auto w) {
+    constexpr int W = decltype(w)::value;
+    l.blocks_each = ceil_div(a.batch, backward_threads * W);
+    return start(backward_kernel<S, W>, l.dense * l.blocks_each + sums, backward_threads,
+                 backward_threads / 32 * sizeof(double), false, stream, l);
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+
+template <class S> size_t cuda_workspace(const Forward<S>& a) { return cuda::workspace(a); }
+template <class S> size_t cuda_workspace(const Backward<S>&) { return 0; }
+
+template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream) {
+  return cuda::run(a, workspace, stream);
+}
+template <class S> cudaError_t cuda_run(const Backward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
+
+template size_t cuda_workspace(const Forward<float>&);
+template size_t cuda_workspace(const Forward<double>&);
+template size_t cuda_workspace(const Backward<float>&);
+template size_t cuda_workspace(const Backward<double>&);
+template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+
+}  // namespace goal_set
+}  // namespace bomkern
