@@ -22,6 +22,7 @@ import sass_count  # noqa: E402
 # Of each op: what is compiled with its emulated kernels, how many kernels it has, and which accesses they must have.
 COMPANIONS = {
     "min_goal": ["kernels/min_goal/cpu_baseline.cpp"],
+    "goal_set": [],
     "total_correlation": [],
     "gaussian_kl": [],
     "consistency_variance": [],
@@ -31,6 +32,7 @@ COMPANIONS = {
 }
 COUNTS = {
     "min_goal": 14,
+    "goal_set": 10,
     "total_correlation": 20,
     "gaussian_kl": 20,
     "consistency_variance": 10,
@@ -59,6 +61,11 @@ ACCESSES = {
         ("forward_kernel", WRITE),
         ("backward_kernel", READ),
         ("backward_kernel", WRITE),
+    ],
+    "goal_set": [
+        ("forward_kernel", r"LDGSTS\.E\.BYPASS\.128"),
+        ("forward_kernel", WRITE),
+        *streaming("backward_kernel", "backward_kernel matrix_kernel", PIECES[1:]),
     ],
     "total_correlation": [
         (name, wanted)

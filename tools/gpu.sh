@@ -21,7 +21,7 @@ GPU=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name().replace(" ", 
 BOMKERN_BUILD_CUDA=1 step build $PYTHON -m pip install --quiet --no-build-isolation --no-deps -e . || exit 1
 $PYTHON -m bomkern info
 step tests $PYTHON -m pytest tests -q -k "not train"
-OPS=$(echo tests/test_{min_goal,total_correlation,gaussian_kl,consistency_variance,active_units,latent_statistics,covariance_penalty}.py)
+OPS=$(echo tests/test_{min_goal,goal_set_op,total_correlation,gaussian_kl,consistency_variance,active_units,latent_statistics,covariance_penalty}.py)
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do
     step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
