@@ -12,7 +12,7 @@ from .goal_set import GoalOutput, GoalSet
 from .history import History
 from .latent_statistics import LatentStatistics, latent_statistics
 from .min_goal import MinGoalStats, min_goal_loss
-from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Tracking
+from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Spill, Tracking
 from .probe import Payoff, probe
 from .total_correlation import gaussian_total_correlation, total_correlation
 
@@ -39,6 +39,7 @@ __all__ = [
     "Payoff",
     "Policy",
     "ShareGuard",
+    "Spill",
     "Tracking",
     "Upper",
     "active_units",

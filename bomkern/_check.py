@@ -97,6 +97,18 @@ def check_temperature(temperature: Tensor, params: Tensor) -> None:
         raise ValueError(f"temperature is on {temperature.device}, params on {params.device}: move it")
 
 
+def check_multipliers(multipliers: Tensor | None, groups: Sequence[int], params: Tensor) -> None:
+    """That there is one for each goal, beside the params and of their dtype."""
+    if multipliers is None:
+        return
+    if list(multipliers.shape) != [groups[-1] + 1]:
+        raise ValueError(f"multipliers must have shape [{groups[-1] + 1}], got {list(multipliers.shape)}")
+    if multipliers.dtype != params.dtype:
+        raise TypeError(f"multipliers must be {params.dtype} as params, got {multipliers.dtype}")
+    if multipliers.device != params.device:
+        raise ValueError(f"multipliers is on {multipliers.device}, params on {params.device}: move it")
+
+
 def check_matrices(least: int = 1, /, **given: Tensor) -> tuple[int, int, torch.dtype]:
     """(B, D, compute dtype) of tensors that must all be [B, D], B >= ``least``, on one device."""
     first, model = next(iter(given.items()))

@@ -17,6 +17,7 @@ from ._check import (
     check_groups,
     check_latents,
     check_matrices,
+    check_multipliers,
     check_params,
     check_prior,
     check_temperature,
@@ -47,11 +48,11 @@ _library.define(
     "int[] dtype, int reduction) -> Tensor[]"
 )
 
-# groups: the goal of each column, counting up. record: see reference.record_parts. weight [K, B]: d loss / d column,
+# groups: the goal of each column, counting up. multipliers [G]: weights given, instead of a rule. record: see reference.record_parts. weight [K, B]: d loss / d column,
 # where save, else no elements.
 _library.define(
     "goal_set(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, "
-    "bool save=False) -> (Tensor loss, Tensor bottleneck, Tensor record, Tensor weight)"
+    "Tensor? multipliers=None, bool save=False) -> (Tensor loss, Tensor bottleneck, Tensor record, Tensor weight)"
 )
 # index, dim, dtype: as in min_goal_backward.
 _library.define("goal_set_backward(Tensor grad, Tensor weight, int[] index, int[] dim, int[] dtype) -> Tensor[]")
@@ -172,12 +173,14 @@ def _(
     groups: Sequence[int],
     temperature: Tensor,
     reduction: int,
+    multipliers: Tensor | None = None,
     save: bool = False,
 ) -> tuple[Tensor, ...]:
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
     check_groups(groups, count)
     check_temperature(temperature, params)
+    check_multipliers(multipliers, groups, params)
     return (
         params.new_empty([batch] if reduction == 0 else []),
         params.new_empty([batch], dtype=torch.int64),

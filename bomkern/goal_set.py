@@ -16,7 +16,7 @@ from ._raw import Raw, RawValues
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
 from .history import Full, History, Layout, Monitor
 from .min_goal import REDUCTIONS
-from .policies import STATE, Anchored, Group, Policy, ShareGuard, policy_of
+from .policies import STATE, Anchored, Group, Policy, ShareGuard, Spill, policy_of
 
 log = logging.getLogger("bomkern")
 
@@ -63,12 +63,14 @@ class GoalSet(Full):
     Per sample, with ``D_g`` the deficit of goal g (of a `Group`, the mean of its members'), the loss is ``max_g D_g``,
     or with a temperature ``mu > 0`` the smooth Tchebycheff scalarisation ``mu log sum_g exp(D_g / mu)`` (Lin et al.
     2024, "Smooth Tchebycheff scalarization for multi-objective optimization"), which gives a share of every sample to
-    every goal, most to the worst.
+    every goal, most to the worst. With ``spill`` the goals are weighed by their ranks, see `Spill`: the worst gets most,
+    and none can hold everything.
 
     Args:
         goals: constraints, policies or `Group` by name, in a mapping or as keywords; 1 to 64 columns in all.
         reduction: "mean" over samples, "sum", "none", or "min": the one worst sample of the batch.
         temperature: mu >= 0, in units of deficit.
+        spill: a `Spill`, its ratio as a number, or 0 for none; then there is no temperature.
         guard: a `ShareGuard`, or None.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves.
 
@@ -98,8 +100,11 @@ class GoalSet(Full):
     policy_state: Tensor
     log_nudge: Tensor
     guard_share: Tensor
+    average: Tensor
+    multipliers: Tensor
     start: Tensor
     _belongs: Tensor
+    _by_rank: Tensor | None
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class GoalSet(Full):
         *,
         reduction: str = "mean",
         temperature: float = 0.0,
+        spill: float | Spill = 0.0,
         guard: ShareGuard | None = None,
         impl: str | None = None,
         **named: Constraint | Policy | Group,
@@ -122,6 +128,9 @@ class GoalSet(Full):
             raise ValueError(f"temperature must be a number, at least 0, got {temperature!r}")
         if guard is not None and not isinstance(guard, ShareGuard):
             raise TypeError(f"guard must be a ShareGuard or None, got {type(guard).__name__}")
+        self.spill = spill if isinstance(spill, Spill) else None if spill == 0 else Spill(spill)
+        if self.spill and temperature:
+            raise ValueError(f"temperature must be 0 with spill, got temperature={temperature} and spill={spill}")
         self.reduction, self.guard, self.impl = reduction, guard, impl
         self.names = list(given)
         members: dict[str, list[str]] = {}  # of each group
@@ -154,9 +163,12 @@ class GoalSet(Full):
             ("policy_state", torch.zeros(len(columns), STATE)),
             ("log_nudge", torch.zeros(len(columns))),
             ("guard_share", torch.full((len(self.names),), -1.0)),
+            ("average", torch.full((len(self.names),), torch.inf)),
+            ("multipliers", torch.full((len(self.names),), 1 / len(self.names))),
         ):
             self.register_buffer(name, buffer)
         self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)
+        self.register_buffer("_by_rank", self.spill.weights(len(self.names)) if self.spill else None, persistent=False)
 
     # One step.
 
@@ -174,17 +186,20 @@ class GoalSet(Full):
         if self._waits and self._only is None:
             self._refuse_unanchored()
         adapts = self.training and self.monitor.steps < self._until
-        self._before = [x.clone() for x in self._learnt()] if adapts or (self.training and self.guard) else []
+        learns = adapts or (self.training and (self.guard or self.spill))
+        self._before = [x.clone() for x in self._learnt()] if learns else []
         if adapts:
             self._adapt(tensors)
         device = self.params.device
         params, temperature = self.params, self.temperature
+        multipliers = self.multipliers if self.spill else None
         if params.dtype is torch.float32 and any(getattr(t, "dtype", None) is torch.float64 for t in tensors):
             params, temperature = params.double(), temperature.double()
+            multipliers = None if multipliers is None else multipliers.double()
         serve = _impl.resolve("goal_set", device.type, self.impl)
         try:
             loss, bottleneck, record = serve(
-                tensors, params, self.curves, self.owner, temperature, REDUCTIONS[self.reduction]
+                tensors, params, self.curves, self.owner, temperature, REDUCTIONS[self.reduction], multipliers
             )
         except (ValueError, TypeError, RuntimeError):
             self._raw.explain(tensors, self.params.device)
@@ -223,6 +238,12 @@ class GoalSet(Full):
             nudge = self.guard.update(share, self.guard_share)[self._belongs]
             self.log_nudge += nudge
             self.params[:, 1:3] *= torch.exp(-nudge)[:, None]
+        if self.spill is not None:
+            deficit = self.layout.parts(record)["deficit"].to(self.average.dtype)
+            if self.gather is not None:
+                deficit = self.gather(deficit).view(-1, len(self.names)).mean(0)
+            assert self._by_rank is not None
+            self.spill.update(deficit, self.average, self._by_rank, self.multipliers)
 
     def accept(self, ok: Tensor) -> None:
         """Take the last step back where ``ok``, a 0-dim bool on the device, is False; no host sync.
@@ -236,7 +257,7 @@ class GoalSet(Full):
         self.monitor.reject(ok)
 
     def _learnt(self) -> tuple[Tensor, ...]:
-        return self.params, self.policy_state, self.log_nudge, self.guard_share
+        return self.params, self.policy_state, self.log_nudge, self.guard_share, self.average, self.multipliers
 
     @property
     def history(self) -> History:
@@ -365,7 +386,8 @@ class GoalSet(Full):
             numbers = [f"{seen[part][owner]:.3f}" if seen[part] else "" for part in ("share", "level")]
             rows.append((column, repr(self.policies[column]), f"{ideal:.4g}", f"{scale:.4g}", *numbers))
         widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-        options = f"reduction={self.reduction}, temperature={float(self.temperature):g}"
+        rule = f"spill={self.spill.ratio:g}" if self.spill else f"temperature={float(self.temperature):g}"
+        options = f"reduction={self.reduction}, {rule}"
         lines = [f"GoalSet({options}{f', {self.guard}' * bool(self.guard)}), {self.steps} steps"]
         for row in rows:
             cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]

@@ -76,6 +76,10 @@ class History:
         history._rows = rows.float()
         return history
 
+    def first_rows(self, count: int) -> History:
+        """The history as it was when it had this many rows, of the stride of now."""
+        return self.from_rows(self.layout, self._rows[:count], self.first, self.stride)
+
     def append(self, records: Tensor) -> None:
         """Take in the records of the next steps, [n, size], on the host."""
         rows = torch.cat([self._open, records.float()])

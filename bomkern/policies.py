@@ -259,6 +259,48 @@ class ShareGuard:
         return f"ShareGuard(low={self.low:g}, high={self.high:g}, rate={self.rate:g})"
 
 
+class Spill:
+    """What flows over: goals in the order of their deficits, worst first, weigh ``1 : ratio : ratio^2 : ...``.
+
+    ``loss = sum_g w_g mean_b D_bg`` with ``w_g`` proportional to ``ratio^(rank of goal g)``, an ordered weighted average
+    of the goals' deficits (Yager 1988, "On ordered weighted averaging aggregation operators"); as ratio goes to 0 it
+    becomes the worst goal's alone, and the weights are those of "leximin" fairness (Ogryczak & Sliwinski 2003). Ranks
+    are of a moving average of the steps before, so the weights are known before a step, and only ranks matter: a goal
+    that can never be satisfied holds ``1 - ratio`` of the gradient however bad it is, where the hard minimum would give
+    it all, and the rest is shared out as if it were not there.
+
+    Args:
+        ratio: in (0, 1).
+        halflife: of the moving average, in steps, > 0.
+    """
+
+    def __init__(self, ratio: float = 0.5, halflife: float = 7.0) -> None:
+        self.ratio = _number("Spill", "ratio", ratio, above=0)
+        if self.ratio >= 1:
+            raise ValueError(f"Spill: ratio must be below 1, got {ratio}")
+        self.weight = 1 - 2 ** (-1 / _number("Spill", "halflife", halflife, above=0))
+
+    def weights(self, goals: int) -> Tensor:
+        """By rank, [goals], summing to 1."""
+        weights = self.ratio ** torch.arange(goals, dtype=torch.float64)
+        return (weights / weights.sum()).float()
+
+    def update(self, deficit: Tensor, average: Tensor, weights: Tensor, multipliers: Tensor) -> None:
+        """Take in a step.
+
+        Args:
+            deficit: mean of each goal in this step, [G]; what is not finite is left out.
+            average: [G], changed in place; inf before the first step.
+            weights: by rank, [G]. multipliers: by goal, [G], changed in place.
+        """
+        known = torch.where(deficit.isfinite(), deficit, average)
+        average.copy_(torch.where(average.isinf(), known, average.lerp(known, self.weight)))
+        multipliers.scatter_(0, average.argsort(descending=True, stable=True), weights)
+
+    def __repr__(self) -> str:
+        return f"Spill({self.ratio:g})"
+
+
 class Group:
     """Several constraints as one goal, whose deficit is the mean of its members': their scores' geometric mean.
 

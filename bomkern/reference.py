@@ -15,6 +15,7 @@ from ._check import (
     check_groups,
     check_latents,
     check_matrices,
+    check_multipliers,
     check_params,
     check_prior,
     check_temperature,
@@ -134,8 +135,10 @@ def goal_set(
     groups: Sequence[int],
     temperature: Tensor,
     reduction: int,
+    multipliers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``mu log sum_g exp(D_bg / mu)``, D the mean deficit of a goal's members; at mu = 0 ``max_g D_bg``.
+    """``mu log sum_g exp(D_bg / mu)``, D the mean deficit of a goal's members; at mu = 0 ``max_g D_bg``; with
+    ``multipliers`` [G], weights >= 0 that should sum to 1, ``sum_g multipliers_g D_bg``, whatever mu.
 
     Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`, and `record_parts` for what the record holds.
     """
@@ -143,6 +146,7 @@ def goal_set(
     check_params(params, curves, count, dtype, goals[0].device)
     check_groups(groups, count)
     check_temperature(temperature, params)
+    check_multipliers(multipliers, groups, params)
     if len(goals) == 1 and goals[0].dim() == 2:
         x = goals[0].to(dtype)
     else:
@@ -161,6 +165,11 @@ def goal_set(
     terms = torch.where(soft[:, None], torch.exp(apart / mu), hard)
     weight = terms / terms.sum(1, keepdim=True)  # [B, G]: who gets the gradient
     per_sample = worst + torch.where(soft, mu * terms.sum(1).log(), 0)
+    if multipliers is not None:
+        total = torch.where(multipliers > 0, multipliers * every, 0).sum(1)
+        per_sample = torch.where(finite, total, worst)
+        finite = per_sample.isfinite()
+        weight = torch.where(finite[:, None], multipliers, hard)
 
     row = _worst(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
     if reduction == MEAN:

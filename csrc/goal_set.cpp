@@ -43,6 +43,15 @@ void check_temperature(const Tensor& temperature, const Tensor& params) {
                     params.device(), ": move it");
 }
 
+void check_multipliers(const Tensor& multipliers, int64_t goals, const Tensor& params) {
+  TORCH_CHECK_VALUE(multipliers.dim() == 1 && multipliers.size(0) == goals, "multipliers must have shape [", goals, "], got ",
+                    multipliers.sizes());
+  TORCH_CHECK_TYPE(multipliers.scalar_type() == params.scalar_type(), "multipliers must be ", params.scalar_type(),
+                   " as params, got ", multipliers.scalar_type());
+  TORCH_CHECK_VALUE(multipliers.device() == params.device(), "multipliers is on ", multipliers.device(), ", params on ",
+                    params.device(), ": move it");
+}
+
 Groups describe(IntArrayRef groups) {
   Groups out{};
   for (size_t k = 0; k < groups.size(); ++k) out.first[groups[k] + 1] = static_cast<uint8_t>(k + 1);
@@ -52,7 +61,7 @@ Groups describe(IntArrayRef groups) {
 
 template <bool Cuda>
 Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups, const Tensor& temperature,
-                int64_t reduction, bool save) {
+                int64_t reduction, const std::optional<Tensor>& multipliers, bool save) {
   const Problem p = bomkern::check_goals(goals);
   bomkern::check_params(params, curves, p, goals[0].device());
   check_groups(groups, p);
@@ -60,16 +69,18 @@ Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntA
   TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 3, "reduction must be 0 to 3, got ", reduction);
   const auto number = params.options();
   const Groups owners = describe(groups);
+  if (multipliers) check_multipliers(*multipliers, owners.count, params);
   const auto mode = static_cast<Reduction>(reduction);
   const Tensor loss = mode == Reduction::none ? fresh<Cuda>({p.batch}, number) : fresh<Cuda>({}, number);
   const Tensor bottleneck = fresh<Cuda>({p.batch}, number.dtype(at::kLong));
   const Tensor record = fresh<Cuda>({RecordAt(owners.count, static_cast<int>(p.count)).finite + 1}, number);
   const Tensor weight = save ? fresh<Cuda>({p.count, p.batch}, number) : fresh<Cuda>({0}, number);
   const auto table = params.expect_contiguous();
+  const Tensor given = multipliers ? multipliers->contiguous() : Tensor();
   bomkern::with_number(p.wide, [&](auto zero) {
     using S = decltype(zero);
     const Forward<S> a{bomkern::describe(goals, p, curves), owners, table->const_data_ptr<S>(), temperature.const_data_ptr<S>(),
-                       mode, loss.mutable_data_ptr<S>(), bottleneck.mutable_data_ptr<int64_t>(),
+                       multipliers ? given.const_data_ptr<S>() : nullptr, mode, loss.mutable_data_ptr<S>(), bottleneck.mutable_data_ptr<int64_t>(),
                        record.mutable_data_ptr<S>(), save ? weight.mutable_data_ptr<S>() : nullptr};
     bomkern::launch<Cuda>("goal_set", cpu_kernels(), a, goals[0]);
   });
@@ -113,16 +124,18 @@ std::vector<Tensor> goal_set_backward(const Tensor& grad, const Tensor& weight, 
   return grads;
 }
 
-using ForwardOp = Result(TensorList, const Tensor&, IntArrayRef, IntArrayRef, const Tensor&, int64_t, bool);
+using ForwardOp = Result(TensorList, const Tensor&, IntArrayRef, IntArrayRef, const Tensor&, int64_t,
+                        const std::optional<Tensor>&, bool);
 using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef);
 
 Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups,
-                         const Tensor& temperature, int64_t reduction, bool save) {
+                         const Tensor& temperature, int64_t reduction,
+                         const std::optional<Tensor>& multipliers, bool save) {
   static const auto op = bomkern::operator_named<ForwardOp>("bomkern::goal_set", "");
   static const auto back = bomkern::operator_named<BackwardOp>("bomkern::goal_set_backward", "");
   const bomkern::Differentiable autograd("goal_set", goals);
   const Result out = autograd.run(
-      [&] { return op.call(goals, params, curves, groups, temperature, reduction, save || autograd.wanted()); });
+      [&] { return op.call(goals, params, curves, groups, temperature, reduction, multipliers, save || autograd.wanted()); });
   if (!autograd.wanted()) return out;
   using Numbers = c10::SmallVector<int64_t, 16>;
   Numbers dims, dtypes;

@@ -41,6 +41,7 @@ def call(
     constraints: Sequence[Constraint] = SIX,
     mu: float = 0.0,
     reduction: str = "mean",
+    multipliers: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, bottleneck, record) of the goals, each its own group where ``groups`` is None."""
     device = goals[0].device
@@ -50,7 +51,8 @@ def call(
     temperature = torch.tensor(mu, device=device).to(dtype)
     serve = _impl.resolve("goal_set", device.type, impl)
     owners = list(range(len(constraints)) if groups is None else groups)
-    return serve(list(goals), table.params.to(dtype), table.curves, owners, temperature, CODES[reduction])
+    given = None if multipliers is None else torch.tensor(multipliers, device=device).to(dtype)
+    return serve(list(goals), table.params.to(dtype), table.curves, owners, temperature, CODES[reduction], given)
 
 
 def ramp(loss: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class TestKernels:
         raw = [x.to(DEVICE).requires_grad_() for x in raw_values(5)]
         goals = [torch.stack(raw, 1).detach().requires_grad_()] if matrix else raw
         table, mu = ConstraintTable(SIX, DEVICE), torch.tensor(0.2, device=DEVICE)
-        arguments = (goals, table.params, table.curves, [0, 0, 1, 2, 2, 3], mu, reduction, True)
+        arguments = (goals, table.params, table.curves, [0, 0, 1, 2, 2, 3], mu, reduction, None, True)
         torch.library.opcheck(torch.ops.bomkern.goal_set_triton.default, arguments)
         loss, _, _, weight = torch.ops.bomkern.goal_set_triton(*arguments)
         index, dim = ([0], [2]) if matrix else ([1, 3], [1, 1])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._check import FLOATS, check_goals, check_groups, check_params, check_temperature
+from .._check import FLOATS, check_goals, check_groups, check_multipliers, check_params, check_temperature
 from .._ops import record_size
 from ..reference import NONE
 from . import guard, load
@@ -24,6 +24,7 @@ def _allocate(
     groups: Sequence[int],
     temperature: Tensor,
     reduction: int,
+    multipliers: Tensor | None,
     save: bool,
 ) -> Outputs:
     """Fresh loss, bottleneck, record and weight, the last with no elements unless it is to be saved."""
@@ -31,6 +32,7 @@ def _allocate(
     check_params(params, curves, count, dtype, goals[0].device)
     check_groups(groups, count)
     check_temperature(temperature, params)
+    check_multipliers(multipliers, groups, params)
     new = params.new_empty
     return (
         new((batch,) if reduction == NONE else ()),
@@ -47,13 +49,21 @@ def _forward(
     groups: Sequence[int],
     temperature: Tensor,
     reduction: int,
+    multipliers: Tensor | None,
     save: bool,
 ) -> Outputs:
-    out = _allocate(goals, params, curves, groups, temperature, reduction, save)
+    out = _allocate(goals, params, curves, groups, temperature, reduction, multipliers, save)
     kernels = load("goal_set", params.device.type)
     with guard(params):
         kernels.launch_forward(
-            goals, params.contiguous(), curves, groups, temperature, reduction, kernels.Outputs(*out)
+            goals,
+            params.contiguous(),
+            curves,
+            groups,
+            temperature,
+            reduction,
+            None if multipliers is None else multipliers.contiguous(),
+            kernels.Outputs(*out),
         )
     return out
 
@@ -100,13 +110,14 @@ def _pull_back(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, .
         made = torch.ops.bomkern.goal_set_triton_backward(grad, *ctx.saved_tensors, ctx.index, ctx.dim, ctx.dtype)
         for k, g in zip(ctx.index, made, strict=True):
             grads[k] = g
-    return (grads, *[None] * 6)
+    return (grads, *[None] * 7)
 
 
 _library = register(
     "goal_set",
     (
-        "(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, bool save)"
+        "(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction,"
+        " Tensor? multipliers, bool save)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         _forward,
         _allocate,
@@ -128,10 +139,11 @@ def goal_set(
     groups: Sequence[int],
     temperature: Tensor,
     reduction: int,
+    multipliers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bomkern.reference.goal_set` by Triton kernels: same arguments, same results, no stack of the inputs."""
     save = torch.is_grad_enabled() and any(g.requires_grad for g in goals)
     loss, bottleneck, record, _ = torch.ops.bomkern.goal_set_triton(
-        list(goals), params, list(curves), list(groups), temperature, reduction, save
+        list(goals), params, list(curves), list(groups), temperature, reduction, multipliers, save
     )
     return loss, bottleneck, record

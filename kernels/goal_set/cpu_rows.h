@@ -100,17 +100,29 @@ template <class S, class V> void compare(const Groups& groups, int g, Block<S>& 
   sums.deficit[g] = deficit;
 }
 
+// How goals are weighed: the worst takes all, or each a part by its distance from the worst, or as multipliers say.
+enum class Rule { hard, soft, given };
+
 // Losses and weights, and the gradient of each column, which goes to `weight` [K, B] where that is not null.
-template <bool Soft, class S, class V> void share_out(const Forward<S>& a, S* weight, Block<S>& b, Sums<V>& sums) {
+template <Rule rule, class S, class V> void share_out(const Forward<S>& a, S* weight, Block<S>& b, Sums<V>& sums) {
   typedef typename Lanes<S>::Int I;
   const V one = splat<V>(S(1));
   const S mu = *a.temperature, part = a.reduction == Reduction::mean ? S(1) / S(a.columns.batch) : S(1);
   for_vectors<S>(b.n, [&](int64_t i, auto lanes) {
     const V worst = load_lanes<V>(b.worst + i, lanes);
     const I winner = load_lanes<I>(b.winner + i, lanes);
-    const auto finite = is_finite(worst);
+    auto finite = is_finite(worst);
     V loss = worst, inverse = one;
-    if constexpr (Soft) {
+    if constexpr (rule == Rule::given) {
+      V total{};
+      for (int g = 0; g < a.groups.count; ++g) {
+        if (a.multipliers[g] == 0) continue;  // 0 times an infinite deficit is not 0
+        total += a.multipliers[g] * load_lanes<V>(b.deficit[a.groups.first[g]] + i, lanes);
+      }
+      loss = finite ? total : worst;
+      finite = is_finite(loss);
+    }
+    if constexpr (rule == Rule::soft) {
       V total{};
       for (int g = 0; g < a.groups.count; ++g) {
         S* const place = b.deficit[a.groups.first[g]] + i;
@@ -127,7 +139,8 @@ template <bool Soft, class S, class V> void share_out(const Forward<S>& a, S* we
     for (int g = 0; g < a.groups.count; ++g) {
       const int first = a.groups.first[g], end = a.groups.first[g + 1];
       V share = winner == g ? one : V{};
-      if constexpr (Soft) share = load_lanes<V>(b.deficit[first] + i, lanes) * inverse;
+      if constexpr (rule == Rule::given) share = finite ? splat<V>(a.multipliers[g]) : share;
+      if constexpr (rule == Rule::soft) share = load_lanes<V>(b.deficit[first] + i, lanes) * inverse;
       sums.share[g].add(keep(share, V{}, lanes));
       if (weight == nullptr) continue;
       const V pull = finite ? share * (part / S(end - first)) : V{};
@@ -142,7 +155,7 @@ template <bool Soft, class S, class V> void share_out(const Forward<S>& a, S* we
 // What is known of each sample, and what of the block.
 template <class S> void put_rows(const Forward<S>& a, const Block<S>& b, Partial* out) {
   bool finite = true;
-  for (int i = 0; i < b.n; ++i) finite &= is_finite(b.worst[i]);
+  for (int i = 0; i < b.n; ++i) finite &= is_finite(b.loss[i]);
   out->finite &= finite;
   for (int i = 0; i < b.n; ++i) a.bottleneck[b.first + i] = b.winner[i];
   if (a.reduction == Reduction::none) __builtin_memcpy(a.loss + b.first, b.loss, b.n * sizeof(S));
@@ -158,7 +171,9 @@ template <class S> void put_rows(const Forward<S>& a, const Block<S>& b, Partial
 template <class S> void see(const Forward<S>& a, int64_t begin, int64_t end, S* weight, Partial* out) {
   typedef typename Lanes<S>::Vec V;
   const int columns = a.columns.count, goals = a.groups.count;
-  const bool soft = *a.temperature > 0;
+  const auto weigh = a.multipliers        ? share_out<Rule::given, S, V>
+                     : *a.temperature > 0 ? share_out<Rule::soft, S, V>
+                                          : share_out<Rule::hard, S, V>;
   Ramp<S> ramps[max_goals];
   Sums<V> sums;
   for (int k = 0; k < columns; ++k) {
@@ -175,7 +190,7 @@ template <class S> void see(const Forward<S>& a, int64_t begin, int64_t end, S* 
     for (int i = 0; i < b.n; ++i) b.worst[i] = S(-__builtin_inff()), b.winner[i] = 0;
     for (int k = 0; k < columns; ++k) meet(a.columns, k, ramps[k], b, sums);
     for (int g = 0; g < goals; ++g) compare(a.groups, g, b, sums);
-    (soft ? share_out<true, S, V> : share_out<false, S, V>)(a, weight, b, sums);
+    weigh(a, weight, b, sums);
     put_rows(a, b, out);
   }
   out->loss = sums.loss.value();

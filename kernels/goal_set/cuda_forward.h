@@ -96,7 +96,7 @@ template <class S> struct Kernel {
   S* highest;    // [warps, K]
   unsigned char* stage;
   const RecordAt at;
-  const S mu;
+  const Rule<S> rule;
   const int columns, goals, lane, warp, warps;
 
   BOMKERN_HD Kernel(const ForwardLaunch<S>& l, unsigned char* bytes)
@@ -104,7 +104,7 @@ template <class S> struct Kernel {
         a(l.a),
         s(*reinterpret_cast<Shared<S>*>(bytes)),
         at(l.a.groups.count, l.a.columns.count),
-        mu(*l.a.temperature),
+        rule{*l.a.temperature, l.a.multipliers},
         columns(l.a.columns.count),
         goals(l.a.groups.count),
         lane(threadIdx.x % 32),
@@ -148,7 +148,7 @@ template <class S> struct Kernel {
 #pragma unroll
         for (int r = 0; r < rows; ++r) level[r] = exp_of(-scan.deficit[r]);
         add(own + at.level + scan.g, level, p);
-        scan.compare(mu);
+        scan.compare(rule);
       }
     }
   }
@@ -174,14 +174,14 @@ template <class S> struct Kernel {
       int64_t goal[rows];
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
-        loss[r] = scan.loss(r, mu), goal[r] = scan.goal[r];
-        if (p.inside(r)) taken.take(loss[r], finite_of(scan.worst[r]), p.row(r));
+        loss[r] = scan.loss(r, rule), goal[r] = scan.goal[r];
+        if (p.inside(r)) taken.take(loss[r], finite_of(loss[r]), p.row(r));
       }
       if (a.reduction == Reduction::none) store(a.loss, loss, p, whole);
       store(a.bottleneck, goal, p, whole);
       if (!global) {
         share_out(
-            a, s.ramp, samples, scan, mu,
+            a, s.ramp, samples, scan, rule,
             [&](int g, const S(&share)[rows]) { add(sums + warp * at.highest + at.share + g, share, p); },
             [&](int k, const S(&v)[rows]) { store(a.weight + k * p.batch, v, p, whole); });
       } else if (a.weight) {
@@ -223,10 +223,10 @@ template <class S> struct Kernel {
       S x[1], deficit[1], slope[1];
       samples.read(k, x);
       evaluate(a.columns.curve[k], s.ramp[k], x, deficit, slope);
-      if (scan.take(a.groups, k, deficit)) scan.compare(mu);
+      if (scan.take(a.groups, k, deficit)) scan.compare(rule);
     }
     share_out(
-        a, s.ramp, samples, scan, mu, [&](int g, const S(&share)[1]) { a.record[at.share + g] = share[0]; },
+        a, s.ramp, samples, scan, rule, [&](int g, const S(&share)[1]) { a.record[at.share + g] = share[0]; },
         [&](int k, const S(&v)[1]) { a.weight[k * a.columns.batch + b] = v[0]; });
   }
 

@@ -59,10 +59,17 @@ template <class S> BOMKERN_HD S inverse_of(const Groups& groups, int g) {
   return S(1) / S(groups.first[g + 1] - groups.first[g]);
 }
 
+// The rule: mu, and the multipliers, or null.
+template <class S> struct Rule {
+  S mu;
+  const S* multipliers;
+};
+
 // The worst goal so far of each sample.
 template <class S, int R> struct Scan {
-  S deficit[R];           // the mean of goal g's members so far
-  S worst[R], total[R];  // M, and where smoothed Z: each time that M rises it is scaled down
+  S deficit[R];  // the mean of goal g's members so far
+  // M; and where smoothed Z, which is scaled down each time that M rises, or the sum of multipliers times deficits.
+  S worst[R], total[R];
   int goal[R], g = 0;
 
   BOMKERN_HD Scan() {
@@ -79,12 +86,15 @@ template <class S, int R> struct Scan {
   }
 
   // Goal g is complete.
-  BOMKERN_HD void compare(S mu) {
+  BOMKERN_HD void compare(const Rule<S>& rule) {
+    const S weight = rule.multipliers ? rule.multipliers[g] : S(0);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const bool replace = worse(deficit[r], worst[r]);
-      if (mu > 0) {
-        const S apart = deficit[r] - worst[r], term = exp_of((replace ? -apart : apart) / mu);
+      if (rule.multipliers) {
+        total[r] = (g == 0 ? S(0) : total[r]) + (weight == 0 ? S(0) : weight * deficit[r]);
+      } else if (rule.mu > 0) {
+        const S apart = deficit[r] - worst[r], term = exp_of((replace ? -apart : apart) / rule.mu);
         total[r] = g == 0 ? S(1) : replace ? total[r] * term + 1 : total[r] + term;
       }
       worst[r] = replace ? deficit[r] : worst[r];
@@ -94,15 +104,18 @@ template <class S, int R> struct Scan {
     ++g;
   }
 
-  BOMKERN_HD S loss(int r, S mu) const {
-    return mu > 0 && finite_of(worst[r]) ? worst[r] + mu * log_of(total[r]) : worst[r];
+  BOMKERN_HD S loss(int r, const Rule<S>& rule) const {
+    if (!finite_of(worst[r])) return worst[r];
+    if (rule.multipliers) return total[r];
+    return rule.mu > 0 ? worst[r] + rule.mu * log_of(total[r]) : worst[r];
   }
+  BOMKERN_HD bool finite(int r, const Rule<S>& rule) const { return finite_of(loss(r, rule)); }
 };
 
 // Calls take_share(g, weights) for each goal; where a.weight is not null also put(k, gradients) for each column.
 template <class S, int R, class TakeShare, class Put>
-BOMKERN_HD void share_out(const Forward<S>& a, const Ramp<S>* ramps, const Samples& samples, const Scan<S, R>& scan, S mu,
-                          TakeShare take_share, Put put) {
+BOMKERN_HD void share_out(const Forward<S>& a, const Ramp<S>* ramps, const Samples& samples, const Scan<S, R>& scan,
+                          const Rule<S>& rule, TakeShare take_share, Put put) {
   const S part = a.reduction == Reduction::mean ? S(1) / S(a.columns.batch) : S(1);
 #pragma unroll 1
   for (int g = 0; g < a.groups.count; ++g) {
@@ -111,7 +124,12 @@ BOMKERN_HD void share_out(const Forward<S>& a, const Ramp<S>* ramps, const Sampl
     S share[R], x[R], deficit[R], slope[R], mean[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) share[r] = scan.goal[r] == g, mean[r] = 0;
-    if (mu > 0) {
+    if (rule.multipliers) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (scan.finite(r, rule)) share[r] = rule.multipliers[g];
+      }
+    } else if (rule.mu > 0) {
 #pragma unroll 1
       for (int k = first; k < end; ++k) {
         samples.read(k, x);
@@ -121,7 +139,7 @@ BOMKERN_HD void share_out(const Forward<S>& a, const Ramp<S>* ramps, const Sampl
       }
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (finite_of(scan.worst[r])) share[r] = exp_of((mean[r] - scan.worst[r]) / mu) / scan.total[r];
+        if (finite_of(scan.worst[r])) share[r] = exp_of((mean[r] - scan.worst[r]) / rule.mu) / scan.total[r];
       }
     }
     take_share(g, share);
@@ -129,7 +147,7 @@ BOMKERN_HD void share_out(const Forward<S>& a, const Ramp<S>* ramps, const Sampl
     bool none = true;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      share[r] = finite_of(scan.worst[r]) ? share[r] * (part * inverse) : S(0);
+      share[r] = scan.finite(r, rule) ? share[r] * (part * inverse) : S(0);
       none = none && share[r] == 0;
     }
 #pragma unroll 1

@@ -2,7 +2,8 @@
 //
 // D_bg is the mean deficit of goal g's members, M_b = max_g D_bg. Hard (mu <= 0): l_b = M_b, all weight to the
 // bottleneck. Smoothed: with e_bg = exp((D_bg - M_b) / mu) and Z_b = sum_g e_bg, l_b = M_b + mu log Z_b, weights
-// e_bg / Z_b. Where M_b is not finite, l_b = M_b, and the bottleneck has all the weight in the record but no gradient.
+// e_bg / Z_b. With multipliers lambda_g: l_b = sum_g lambda_g D_bg, weights lambda_g. Where M_b is not finite, l_b = M_b,
+// and the bottleneck has all the weight in the record but no gradient; where l_b alone is not, likewise.
 #pragma once
 #include "../common/parallel.h"
 #include "../min_goal/min_goal.h"
@@ -40,6 +41,7 @@ template <class S> struct Forward {
   Groups groups;
   const S* params;       // [K, 4] center, right, left, tail
   const S* temperature;  // mu, one
+  const S* multipliers;  // [G], or null
   Reduction reduction;
   S* loss;              // [B] for none, else one
   int64_t* bottleneck;  // [B]

@@ -85,7 +85,7 @@ def _put(value, at, record, parts, total, WHOLE: tl.constexpr, mask=None):
 
 @triton.jit
 def forward(
-    goals, strides, stride_k, params, temperature, batch,
+    goals, strides, stride_k, params, temperature, multipliers, batch,
     loss, bottleneck, record, weight, parts, part_rows,
     K: tl.constexpr, G: tl.constexpr, CURVES: tl.constexpr, CURVE: tl.constexpr, LOADS: tl.constexpr,
     OWNERS: tl.constexpr, SIZES: tl.constexpr, REDUCTION: tl.constexpr, SAVE: tl.constexpr,
@@ -121,6 +121,12 @@ def forward(
     sums = tl.sum(tl.where(leads[None, :], term, 0), 1)
     share = div(term, sums[:, None] + tl.zeros_like(term))
     per_sample = tl.where(soft, top + mu * tl.log(sums), top)
+    if multipliers is not None:
+        given = tl.load(multipliers + owner, mask=used, other=0)[None, :]
+        weighed = tl.where(leads[None, :] & (given != 0), mean * given, 0)  # 0 times an infinite deficit is not 0
+        per_sample = tl.where(finite, tl.sum(weighed, 1), top)
+        finite = (per_sample - per_sample) == 0
+        share = tl.where(finite[:, None], given + tl.zeros_like(mean), mine.to(CD))
 
     part = div(one, total) if REDUCTION == MEAN else one
     pull = tl.where(finite[:, None], share, 0) * (part * inverse)[None, :]
@@ -307,6 +313,7 @@ def launch_forward(
     groups: Sequence[int],
     temperature: Tensor,
     reduction: int,
+    multipliers: Tensor | None,
     out: Outputs,
 ) -> None:
     """Fills ``out``; its weight may have no elements. ``goals``: one [B, K] tensor, or K tensors [B] or []."""
@@ -324,7 +331,7 @@ def launch_forward(
     shared.update(options(record.dtype))
     forward[(programs,)](
         tuple(goals), tuple(g.stride(0) if g.dim() else 0 for g in goals), goals[0].stride(1) if matrix else 0,
-        params, temperature, batch, loss, bottleneck, record, weight, parts, part_rows,
+        params, temperature, multipliers, batch, loss, bottleneck, record, weight, parts, part_rows,
         CURVES=tuple(curves), CURVE=curves[0] if len(set(curves)) == 1 else MIXED.value,
         LOADS=None if matrix else loads_of(goals), OWNERS=owners,
         SIZES=owners and tuple(owners.count(g) for g in range(made)),

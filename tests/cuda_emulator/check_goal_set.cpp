@@ -17,7 +17,7 @@ struct Setting {
   Reduction reduction;
   double mu;
   Lay lay;
-  bool save = true, grouped = true, special = false;
+  bool save = true, grouped = true, special = false, given = false;
 };
 
 bool chance(double p) { return uniform(0, 1) < p; }
@@ -40,13 +40,13 @@ double deficit_of(int curve, const double* p, double x, double* slope) {
 template <class S> struct Case {
   Setting s;
   std::vector<std::unique_ptr<Input>> inputs;  // a column each, [1, B]; the matrix's are one
-  Buffer<S> params, temperature;
+  Buffer<S> params, temperature, multipliers;
   Forward<S> a{};
   std::vector<double> raw, slopes, means, weights, losses;  // [B, K], [B, K], [B, G], [B, G], [B]
   std::vector<int> winner;
   std::vector<int> owner;
 
-  explicit Case(const Setting& s) : s(s), params(4 * s.count), temperature(1) {
+  explicit Case(const Setting& s) : s(s), params(4 * s.count), temperature(1), multipliers(s.count) {
     const int K = s.count;
     a.columns.count = K, a.columns.batch = s.batch;
     for (int k = 0, g = 0; k < K; ++k) {
@@ -60,6 +60,8 @@ template <class S> struct Case {
     for (int k = 0; k < K; ++k) add_column(k, common);
     *temperature.data = S(s.mu);
     a.params = params.data, a.temperature = temperature.data, a.reduction = s.reduction;
+    for (int g = 0; g < s.count; ++g) multipliers.data[g] = S(chance(0.2) ? 0 : uniform(0, 1));
+    a.multipliers = s.given ? multipliers.data : nullptr;
     define();
   }
 
@@ -116,10 +118,16 @@ template <class S> struct Case {
       for (int g = 0; g < G(); ++g) total += weight[g] = soft ? exp((mean[g] - mean[w]) / s.mu) : g == w;
       for (int g = 0; g < G(); ++g) weight[g] /= total;
       losses[b] = soft ? mean[w] + s.mu * log(total) : mean[w];
+      if (s.given && std::isfinite(mean[w])) give(mean, weight, w, &losses[b]);
     }
   }
+  void give(const double* mean, double* weight, int w, double* loss) const {
+    *loss = 0;
+    for (int g = 0; g < G(); ++g) *loss += multipliers.data[g] == 0 ? 0 : multipliers.data[g] * mean[g];
+    for (int g = 0; g < G(); ++g) weight[g] = std::isfinite(*loss) ? double(multipliers.data[g]) : g == w;
+  }
   int members(int g) const { return a.groups.first[g + 1] - a.groups.first[g]; }
-  bool finite(int64_t b) const { return std::isfinite(means[b * G() + winner[b]]); }
+  bool finite(int64_t b) const { return std::isfinite(losses[b]); }
 
   // The sample that reduction "min" takes.
   int64_t worst() const {
@@ -154,7 +162,9 @@ template <class S> void check_record(const Case<S>& c, const S* record, double l
     const double share = c.s.reduction == Reduction::min ? weight(c, taken, g) : mean_of<S>(c, batch, weight, g);
     same("share", at.share + g, share, slack);
     same("level", at.level + g, mean_of<S>(c, batch, [](auto& c, auto b, int g) { return exp(-c.means[b * c.G() + g]); }, g), epsilon);
-    same("deficit", at.deficit + g, mean_of<S>(c, batch, [](auto& c, auto b, int g) { return c.means[b * c.G() + g]; }, g), epsilon);
+    double size = 1;  // what cancels in the mean
+    for (int64_t b = 0; b < batch; ++b) size = std::max(size, std::isfinite(c.means[b * c.G() + g]) ? fabs(c.means[b * c.G() + g]) : 0);
+    same("deficit", at.deficit + g, mean_of<S>(c, batch, [](auto& c, auto b, int g) { return c.means[b * c.G() + g]; }, g), epsilon, size);
   }
   for (int k = 0; k < c.K(); ++k) {
     double highest = -INFINITY, size = 1;
@@ -199,7 +209,8 @@ template <class S> void check_backward(const Case<S>& c, const std::vector<doubl
     const goal_set::Output& out = a.out[o];
     made[o]->buffer.check_guards("gradient");
     if (out.batch_level) {
-      double sum = 0, size = 0;
+      long double sum = 0;  // so that the error is the kernel's
+      double size = 0;
       for (int64_t b = 0; b < batch; ++b) sum += pull(out.column, b), size += fabs(pull(out.column, b));
       expect(close_as(out.dtype, made[o]->at(0), sum, epsilon, size), "sum", o, made[o]->at(0), sum);
       continue;
@@ -214,8 +225,8 @@ template <class S> void check_backward(const Case<S>& c, const std::vector<doubl
 }
 
 template <class S> void check(const Setting& s) {
-  begin("float%d B=%lld K=%d reduction=%d mu=%g layout=%d save=%d grouped=%d special=%d", int(sizeof(S)) * 8,
-        (long long)s.batch, s.count, int(s.reduction), s.mu, int(s.lay), s.save, s.grouped, s.special);
+  begin("float%d B=%lld K=%d reduction=%d mu=%g layout=%d save=%d grouped=%d special=%d given=%d", int(sizeof(S)) * 8,
+        (long long)s.batch, s.count, int(s.reduction), s.mu, int(s.lay), s.save, s.grouped, s.special, s.given);
   Case<S> c(s);
   const bool each = s.reduction == Reduction::none, global = s.reduction == Reduction::min;
   Buffer<S> loss(each ? s.batch : 1), record(RecordAt(c.G(), s.count).finite + 1), weight(s.save ? s.batch * s.count : 0);
@@ -258,7 +269,8 @@ template <class S> void check(const Setting& s) {
 template <class S> void check_modes(int64_t batch, int count) {
   for (int mode = 0; mode < 16; ++mode) {
     const double mu = mode / 4 % 2 ? uniform(0.05, 2) : 0;
-    check<S>({batch, count, Reduction(mode % 4), mu, Lay(below(4)), !chance(0.2), mode / 8 == 1, chance(0.4)});
+    const bool save = !chance(0.2), grouped = mode / 8 == 1, special = chance(0.4), given = chance(0.3);
+    check<S>({batch, count, Reduction(mode % 4), mu, Lay(below(4)), save, grouped, special, given});
   }
 }
 
