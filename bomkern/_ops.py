@@ -48,8 +48,8 @@ _library.define(
     "int[] dtype, int reduction) -> Tensor[]"
 )
 
-# groups: the goal of each column, counting up. multipliers [G]: weights given, instead of a rule. record: see reference.record_parts. weight [K, B]: d loss / d column,
-# where save, else no elements.
+# groups: the goal of each column, counting up. multipliers [G]: weights given, instead of a rule. record: see
+# reference.record_parts. weight [K, B]: d loss / d column, where save, else no elements.
 _library.define(
     "goal_set(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, "
     "Tensor? multipliers=None, bool save=False) -> (Tensor loss, Tensor bottleneck, Tensor record, Tensor weight)"

@@ -262,12 +262,12 @@ class ShareGuard:
 class Spill:
     """What flows over: goals in the order of their deficits, worst first, weigh ``1 : ratio : ratio^2 : ...``.
 
-    ``loss = sum_g w_g mean_b D_bg`` with ``w_g`` proportional to ``ratio^(rank of goal g)``, an ordered weighted average
-    of the goals' deficits (Yager 1988, "On ordered weighted averaging aggregation operators"); as ratio goes to 0 it
-    becomes the worst goal's alone, and the weights are those of "leximin" fairness (Ogryczak & Sliwinski 2003). Ranks
-    are of a moving average of the steps before, so the weights are known before a step, and only ranks matter: a goal
-    that can never be satisfied holds ``1 - ratio`` of the gradient however bad it is, where the hard minimum would give
-    it all, and the rest is shared out as if it were not there.
+    ``loss = sum_g w_g mean_b D_bg`` with ``w_g`` proportional to ``ratio^(rank of goal g)``: an ordered weighted
+    average of the goals' deficits (Yager 1988, "On ordered weighted averaging aggregation operators in multicriteria
+    decisionmaking"), which becomes the worst goal's alone as ratio goes to 0. Ranks are those of a moving average of
+    the steps before, so the weights are known before a step. Only ranks matter: a goal that can never be satisfied
+    holds about ``1 - ratio`` of the gradient however bad it is, where the hard minimum would give it all, and the rest
+    is shared out as if it were not there.
 
     Args:
         ratio: in (0, 1).

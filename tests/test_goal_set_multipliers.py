@@ -75,7 +75,9 @@ def test_opcheck_and_gradcheck() -> None:
 
     def loss(*raw: Tensor) -> Tensor:
         params = table.params.double()
-        out = torch.ops.bomkern.goal_set(raw, params, table.curves, [0, 0, 1, 2, 2, 2], mu.double(), 1, given[:3].double())
+        out = torch.ops.bomkern.goal_set(
+            raw, params, table.curves, [0, 0, 1, 2, 2, 2], mu.double(), 1, given[:3].double()
+        )
         return out[0]
 
     assert torch.autograd.gradcheck(loss, wide)

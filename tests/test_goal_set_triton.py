@@ -59,6 +59,15 @@ class TestKernels:
         for reduction in REDUCTIONS:
             check_places(raw_values(1500), SERVER, places, groups=[0, 0, 1, 2, 2, 3], mu=0.1, reduction=reduction)
 
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    @pytest.mark.parametrize("groups", GROUPINGS.values(), ids=GROUPINGS)
+    def test_multipliers(self, groups: list[int], reduction: str) -> None:
+        weights = [0.4, 0.0, 0.3, 0.1, 0.15, 0.05][: max(groups) + 1]
+        for batch in (1, 90, 600):
+            check(raw_values(batch), SERVER, groups=groups, reduction=reduction, multipliers=weights)
+        places = {(599, 0): float("nan"), (7, 1): float("inf"), (8, 2): -float("inf")}
+        check_places(raw_values(600), SERVER, places, groups=groups, reduction=reduction, multipliers=weights)
+
     def test_equal_inputs_give_equal_bits(self) -> None:
         first, second = (run(raw_values(1500), "triton", mu=0.1, device=DEVICE) for _ in range(2))
         for one, two in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
@@ -130,10 +139,18 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     for name in ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"):
         setattr(kernels, name, Recorder(getattr(kernels, name), launches))
 
-    def both(goals: list[Tensor], groups: list[int], reduction: int, save: bool = True) -> None:
+    def both(goals: list[Tensor], groups: list[int], reduction: int, save: bool = True, weighed: bool = False) -> None:
         dtype = DOUBLE if any(g.dtype == DOUBLE for g in goals) else FLOAT
         table, mu = ConstraintTable((SIX * 11)[: len(groups)], dtype=dtype), torch.zeros((), dtype=dtype)
-        given = (goals, table.params, table.curves, groups, mu, reduction)
+        given = (
+            goals,
+            table.params,
+            table.curves,
+            groups,
+            mu,
+            reduction,
+            mu.new_ones(groups[-1] + 1) if weighed else None,
+        )
         out = kernels.Outputs(*allocate(*given, save))
         kernels.launch_forward(*given, out)
         if save:
@@ -149,6 +166,7 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         both([torch.empty(many, count)], alone, 1)
         both([torch.empty(many) for _ in range(count)], alone, 1)
         both([torch.empty(many) for _ in range(count)], pairs, 3)
+        both([torch.empty(many) for _ in range(count)], pairs, 1, weighed=True)
         both([torch.empty(many) for _ in range(count)], alone, 0, save=False)
         both([torch.empty(many, dtype=HALF) if k % 2 else torch.empty(()) for k in range(count)], pairs, 1)
     both([torch.empty(20_000, 9, dtype=DOUBLE)], [0] * 9, 1)
