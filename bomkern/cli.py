@@ -36,6 +36,13 @@ def _at_least(kind: Callable[[str], float], low: float, exclusive: bool = False)
     return parse
 
 
+def _ratio(text: str) -> float:
+    value = _at_least(float, 0)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"must be less than 1, got {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bomkern", description="Multi-goal training by the bottleneck rule.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -63,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibration-steps", type=one, help=f"of the auto scales ({default.calibration_steps})")
     add("--reduction", choices=REDUCTIONS, help=f"of the per-sample losses ({default.reduction})")
     add("--temperature", type=_at_least(float, 0), help=f"of the minimum over goals ({default.temperature:g}: hard)")
+    add("--spill", type=_ratio, help="weight of each goal over the next worse one's; 0: the minimum alone (0.5, or 0)")
+    add("--probe", type=_at_least(int, 0), help="steps of a short run for each goal alone, before the first step (0)")
     add("--lr", type=_at_least(float, 0, True), help=f"learning rate ({default.lr:g})")
     add("--discriminator-lr", type=_at_least(float, 0, True), help=f"({default.discriminator_lr:g})")
     add("--structure", type=_at_least(int, 2), help=f"latents of the structure ({default.structure})")

@@ -63,8 +63,8 @@ class GoalSet(Full):
     Per sample, with ``D_g`` the deficit of goal g (of a `Group`, the mean of its members'), the loss is ``max_g D_g``,
     or with a temperature ``mu > 0`` the smooth Tchebycheff scalarisation ``mu log sum_g exp(D_g / mu)`` (Lin et al.
     2024, "Smooth Tchebycheff scalarization for multi-objective optimization"), which gives a share of every sample to
-    every goal, most to the worst. With ``spill`` goals are weighed by their ranks, see `Spill`: the worst gets most, and
-    none can hold everything.
+    every goal, most to the worst. With ``spill`` goals are weighed by rank, see `Spill`: the worst gets most, and none
+    can hold everything.
 
     Args:
         goals: constraints, policies or `Group` by name, in a mapping or as keywords; 1 to 64 columns in all.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class History:
         self.first, self.stride = state["first"], state["stride"]
         self._rows, self._open = state["rows"].clone(), state["open"].clone()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write it to a file that `load` reads; plain numbers and tensors, no code."""
         torch.save({"layout": self.layout.to_dict(), **self.state_dict()}, path)
 

@@ -16,9 +16,9 @@ pytest.importorskip("lightning_fabric")
 
 import torch
 
-from bomkern import cli
+from bomkern import History, cli
 from bomkern.train import checkpoint, loop, record
-from bomkern.train.config import Config, TrainError
+from bomkern.train.config import SPILL, Config, TrainError
 from bomkern.train.goals import GOALS, anchors
 from bomkern.train.scales import DIAGNOSIS
 from tests.train_helpers import assert_same, config, leaves
@@ -30,13 +30,22 @@ PARTS = {"raw", "level", "share", "deficit", "ideal", "scale"}
 
 @pytest.mark.parametrize(
     ("scales", "reduction"),
-    [("anchored", "mean"), ("anchored", "min"), ("moving", "mean"), ("auto", "mean"), ("diagnosis", "mean")],
+    [
+        ("anchored", "mean"),
+        ("anchored", "min"),
+        ("moving", "mean"),
+        ("probed", "mean"),
+        ("auto", "mean"),
+        ("diagnosis", "mean"),
+    ],
 )
 def test_every_preset_runs_and_leaves_its_folder(tmp_path: Path, scales: str, reduction: str) -> None:
     out = tmp_path / "run"
-    summary = loop.train(config(out, scales=scales, reduction=reduction, calibration_steps=2, eval_every=2))
+    how = {"calibration_steps": 2, "eval_every": 2, "probe": 2 * (scales == "probed")}
+    summary = loop.train(config(out, scales=scales, reduction=reduction, **how))
     names = {path.name for path in out.iterdir()}
-    assert set(record.OWN) <= names and any(name.startswith("events.out.tfevents") for name in names)
+    own = set(record.OWN) - ({record.PAYOFF} if scales != "probed" else set())
+    assert own <= names and any(name.startswith("events.out.tfevents") for name in names)
     assert not [name for name in names if name.endswith(".tmp")]
 
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -45,6 +54,8 @@ def test_every_preset_runs_and_leaves_its_folder(tmp_path: Path, scales: str, re
     assert set(summary["share"]) == set(summary["longest_starvation"]) == set(GOALS)
     assert sum(summary["share"].values()) == pytest.approx(1)
     assert all((share > 0) == (summary["longest_starvation"][name] < 3) for name, share in summary["share"].items())
+    assert summary["spill"] == (SPILL if scales in ("anchored", "moving", "probed") and reduction == "mean" else 0)
+    assert summary["probe_updates"] == (18 if scales == "probed" else 0)
     assert {"torch", "bomkern", "lightning-fabric"} <= set(summary["versions"])
     assert summary["impl"] in ("cpu", "reference")
     assert json.loads((out / "config.json").read_text())["scales"] == scales
@@ -113,10 +124,10 @@ def test_a_users_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("scales", ["anchored", "auto"])
+@pytest.mark.parametrize("scales", ["anchored", "probed", "auto"])
 def test_resuming_is_bit_for_bit(tmp_path: Path, scales: str) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
-    settings = {"scales": scales, "calibration_steps": 5, "eval_every": 2}
+    settings = {"scales": scales, "calibration_steps": 5, "eval_every": 2, "probe": 2 * (scales == "probed")}
     loop.train(config(straight, steps=6, **settings))
     loop.train(config(parts, steps=3, **settings))
     torch.manual_seed(1234)  # nothing hangs on the global generator
@@ -126,7 +137,8 @@ def test_resuming_is_bit_for_bit(tmp_path: Path, scales: str) -> None:
     for name in ("/config/out", "/config/steps", "/config/resume"):
         a.pop(name), b.pop(name)
     assert_same(a, b)
-    assert (straight / record.METRICS).read_text() == (parts / record.METRICS).read_text()
+    for name in (record.METRICS, *([record.PAYOFF] if scales == "probed" else [])):
+        assert (straight / name).read_text() == (parts / name).read_text()
 
 
 @pytest.mark.usefixtures("plain")
@@ -218,6 +230,10 @@ def test_a_run_that_cannot_start_is_one_line(tmp_path: Path, capsys: pytest.Capt
         assert "no CUDA device" in capsys.readouterr().err
     assert cli.main(["train", "--out", str(tmp_path / "run"), "--device", "cpu", "--impl", "cuda"]) == 1
     assert "--impl cuda cannot serve on cpu: " in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--scales", "probed"]) == 1
+    assert "say how long with --probe STEPS" in capsys.readouterr().err
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--temperature", "0.1", "--spill", "0.5"]) == 1
+    assert "--temperature 0.1 and --spill 0.5 exclude each other" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,6 +256,55 @@ def test_info_and_train_print_something_useful(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["train", "--out", str(tmp_path), *small]) == 0
     printed = capsys.readouterr().out
     assert "mean colour" in printed and all(name in printed for name in GOALS) and str(tmp_path) in printed
+
+
+# The diagnosis.
+
+
+@pytest.mark.usefixtures("plain")
+def test_the_top_finding_is_printed_and_the_rest_can_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = loop.train(config(tmp_path, steps=40, log_every=20))
+    capsys.readouterr()
+    assert cli.main(["diagnose", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == summary["diagnosis"]
+    assert len(History.load(tmp_path / record.HISTORY)) == 40
+
+    finding = {
+        "kind": "locked",
+        "goals": ["realism"],
+        "confidence": 0.9,
+        "evidence": "see here",
+        "suggestion": "do this",
+    }
+    more = {**finding, "kind": "starved", "evidence": "not shown"}
+    for findings, tail in (([finding], ""), ([finding, more], "1 more: bomkern diagnose")):
+        printed = loop.report({**summary, "diagnosis": {"note": "", "findings": findings}}, str(tmp_path))
+        assert "realism: locked (90% sure)\n  see here\n  -> do this" in printed and "not shown" not in printed
+        assert tail in printed and ("1 more" in printed) == bool(tail)
+    calm = loop.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "kind": "idle"}]}}, "")
+    assert "no bucket has a hole" in calm
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_run_that_is_still_going_can_be_diagnosed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_finish", lambda *_: {})  # as if it had been killed after its last checkpoint
+    loop.train(config(tmp_path, steps=5, checkpoint_every=2))
+    assert cli.main(["diagnose", str(tmp_path), "--no-report"]) == 0
+    assert len(History.load(tmp_path / record.HISTORY)) == 5
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_run_is_not_lost_over_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(loop, "diagnose_folder", fail)
+    with pytest.warns(UserWarning, match="its diagnosis failed: ValueError: no room"):
+        summary = loop.train(config(tmp_path))
+    assert summary["diagnosis"] is None and summary["psnr"] > 0 and (tmp_path / record.SUMMARY).is_file()
+    assert "diagnosis" not in loop.report(summary, str(tmp_path))
 
 
 @pytest.mark.usefixtures("plain")

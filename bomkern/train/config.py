@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-SCALES = ("anchored", "moving", "auto", "diagnosis")
+SCALES = ("anchored", "moving", "probed", "auto", "diagnosis")
+SPILL = 0.5  # the default ratio, see bomkern.Spill
 REDUCTIONS = ("mean", "min")
 IMAGE_SIZES = (32, 64, 128, 256)
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -42,6 +43,8 @@ class Config:
     calibration_steps: int = 50
     reduction: str = "mean"
     temperature: float = 0.0
+    spill: float | None = None  # None: `SPILL` with anchored scales and neither a temperature nor the global minimum
+    probe: int = 0
     lr: float = 1e-3
     discriminator_lr: float = 3e-4
     structure: int = 48
@@ -57,6 +60,14 @@ class Config:
     checkpoint_every: int = 200
     overwrite: bool = False
     resume: bool = False
+
+    @property
+    def spill_ratio(self) -> float:
+        """What goals' weights fall by from rank to rank; 0 for the minimum alone."""
+        if self.spill is not None:
+            return self.spill
+        anchored = self.scales in ("anchored", "moving", "probed")
+        return SPILL if anchored and self.reduction == "mean" and self.temperature == 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -16,6 +16,8 @@ from lightning_fabric import Fabric
 from tqdm import tqdm
 
 import bomkern
+from bomkern.diagnose import NOTHING
+from bomkern.report import diagnose_folder
 
 from . import checkpoint, evaluate, record
 from .config import REDUCTIONS, SCALES, Config, TrainError
@@ -107,6 +109,10 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
         config = config.merged(stored["config"], given if given is not None else set())
     if config.scales not in SCALES or config.reduction not in REDUCTIONS:
         raise TrainError(f"unknown --scales {config.scales} or --reduction {config.reduction}")
+    if config.scales == "probed" and not config.probe:
+        raise TrainError("--scales probed takes its anchors from short runs: say how long with --probe STEPS")
+    if config.temperature and config.spill_ratio:
+        raise TrainError(f"--temperature {config.temperature:g} and --spill {config.spill_ratio:g} exclude each other")
     fabric = launch(config)
     chief = fabric.is_global_zero
     impl = serving(fabric.device.type, config.impl)
@@ -127,6 +133,11 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
         raise TrainError(f"the run in {folder} is at step {trainer.step} already: ask for more than {steps} steps")
     if chief:
         record.write_json(folder / record.CONFIG, {**config.to_dict(), "total_steps": steps, "images": data.names})
+    if config.probe and not stored:
+        payoff = bomkern.probe(trainer.advance, trainer.goals, config.probe, progress=chief)
+        trainer.goals.anchor(probe=payoff)
+        if chief:
+            record.write_json(folder / record.PAYOFF, payoff.to_dict())
     images = to_float(data.held_out.grid(evaluate.HELD_OUT_CROPS), trainer.device)
     recorder, stop = record.Recorder(folder, trainer.step, chief), Stop()
     try:
@@ -171,6 +182,7 @@ def _steps(
                 asked = int(trainer.agree(torch.tensor(float(asked), device=trainer.device), "max"))
             if chief and (asked or n == steps or n % config.checkpoint_every == 0):
                 checkpoint.save(folder / record.CHECKPOINT, trainer.state_dict())
+                checkpoint.write_atomically(folder / record.HISTORY, trainer.goals.history.save)
             aside += time.perf_counter() - paused
             if asked:
                 raise Interrupted(asked, n)
@@ -212,18 +224,32 @@ def _finish(trainer: Trainer, images: torch.Tensor, folder: Path, speed: float |
         "held_out_crops": len(images),
         "scales": config.scales,
         "reduction": config.reduction,
+        "temperature": config.temperature,
+        "spill": config.spill_ratio,
+        "probe_updates": config.probe * len(GOALS),
         "seed": config.seed,
         "impl": impl,
         "device": str(trainer.device),
         "threads": torch.get_num_threads(),
         "versions": record.versions(),
     }
-    record.write_json(folder / record.SUMMARY, summary)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         plots.curves(folder)
         plots.contact_sheets(folder, trainer.average, images, found)
+    summary["diagnosis"] = _diagnosis(trainer, folder)
+    record.write_json(folder / record.SUMMARY, summary)
     return summary
+
+
+def _diagnosis(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
+    """What `bomkern diagnose` finds, and its report; a run is not lost over them."""
+    try:
+        checkpoint.write_atomically(folder / record.HISTORY, trainer.goals.history.save)
+        return diagnose_folder(folder)[0].to_dict()
+    except Exception as why:
+        warnings.warn(f"the run is complete, but its diagnosis failed: {type(why).__name__}: {why}", stacklevel=2)
+        return None
 
 
 def report(summary: dict[str, Any], folder: str) -> str:
@@ -244,4 +270,21 @@ def report(summary: dict[str, Any], folder: str) -> str:
             f"{name:<22}{raw:>10.3f}{level:>8.3f}{summary['share'][name]:>8.1%}"
             f"{summary['longest_starvation'][name]:>14} steps"
         )
-    return "\n".join([*rows, "", f"pictures, metrics and checkpoint: {folder}"])
+    rows += ["", *_top_finding(summary["diagnosis"], folder)]
+    return "\n".join([*rows, f"pictures, metrics, checkpoint and {record.REPORT}: {folder}"])
+
+
+def _top_finding(diagnosis: dict[str, Any] | None, folder: str) -> list[str]:
+    """The worst of what was found, in a few lines."""
+    if diagnosis is None:
+        return []
+    faults = [finding for finding in diagnosis["findings"] if finding["kind"] != "idle"]
+    if not faults:
+        return [f"diagnosis: {diagnosis['note'] or NOTHING}"]
+    top = faults[0]
+    return [
+        f"diagnosis: {' and '.join(top['goals']) or 'the run'}: {top['kind']} ({top['confidence']:.0%} sure)",
+        f"  {top['evidence']}",
+        f"  -> {top['suggestion']}",
+        *([f"  {len(faults) - 1} more: bomkern diagnose {folder}"] if len(faults) > 1 else []),
+    ]

@@ -38,6 +38,9 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.stack([values[max(0, i - width) : i + width + 1].mean(0) for i in range(len(values))])
 
 
+HIGHEST = 2.0  # of a level in the plot: far beyond its ideal a goal's score, an exponential, has no scale
+
+
 def curves(folder: Path) -> None:
     """`levels.png` and `shares.png` from the logged lines."""
     lines = [line for line in read_lines(folder / METRICS) if "goals" in line]
@@ -49,6 +52,7 @@ def curves(folder: Path) -> None:
         key: _smooth(np.array([[line["goals"][name][key] for name in GOALS] for line in lines]), width)
         for key in ("level", "share")
     }
+    table["level"] = table["level"].clip(max=HIGHEST)
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -64,9 +68,9 @@ def curves(folder: Path) -> None:
     axes = figure.add_subplot()
     axes.stackplot(steps, table["share"].T, labels=GOALS, colors=COLOURS, edgecolor="white", linewidth=0.4)
     axes.set(
-        title="Gradient shares: samples whose bottleneck is each goal",
+        title="Gradient shares: who got the gradient",
         xlabel="step",
-        ylabel="share of the samples",
+        ylabel="share of the gradient",
         ylim=(0, 1),
         xlim=(steps[0], max(steps[-1], steps[0] + 1)),
     )

@@ -18,6 +18,7 @@ def policies(preset: str, batch_size: int, calibration_steps: int) -> dict[str, 
       against networks, or an adversary, that have not trained.
     - ``moving``: the same, but the anchors of realism follow the discriminator: what it says of held-out photographs,
       and of their mean colours.
+    - ``probed``: ideal and nadir from the payoff table of `bomkern.probe`.
     - ``auto``: ideal 0; the scale is the largest raw value of the first ``calibration_steps`` steps.
     - ``diagnosis``: auto, but with the fixed scales of `DIAGNOSIS`.
     """
@@ -25,5 +26,7 @@ def policies(preset: str, batch_size: int, calibration_steps: int) -> dict[str, 
         known = anchors(batch_size)
         moving = ("realism",) if preset == "moving" else ()
         return {name: Anchored(*known[name], moving=name in moving) for name in GOALS}
+    if preset == "probed":
+        return {name: Anchored("probe", "probe") for name in GOALS}
     fixed = DIAGNOSIS if preset == "diagnosis" else {}
     return {name: Minimize(fixed[name]) if name in fixed else Calibrated(calibration_steps) for name in GOALS}

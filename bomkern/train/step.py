@@ -90,7 +90,13 @@ class Trainer:
         self.model, self._step_vae = fabric.setup(self.vae, self.optimizers[0])
         self.judge, self._step_judge = fabric.setup(self.discriminator, self.optimizers[1])
         chosen = policies(config.scales, config.batch_size, config.calibration_steps)
-        self.goals = GoalSet(chosen, reduction=config.reduction, temperature=config.temperature, impl=config.impl)
+        self.goals = GoalSet(
+            chosen,
+            reduction=config.reduction,
+            temperature=config.temperature,
+            spill=config.spill_ratio,
+            impl=config.impl,
+        )
         self.goals.to(self.device)
         if fabric.world_size > 1:
             self.goals.gather = lambda raw: cast(Tensor, fabric.all_gather(raw)).flatten()
@@ -139,7 +145,8 @@ class Trainer:
         self.goals.accept(ok)
         bad = ~torch.stack(raw).isfinite().all(1)
         bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
-        self.tally.add(ok, out_goals.share, torch.where(bad.any(), bad, out_goals.share > 0))
+        share = out_goals.share
+        self.tally.add(ok, share, torch.where(bad.any(), bad, share == share.max()))
         self.step += 1
 
     @torch.no_grad()
