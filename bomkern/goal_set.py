@@ -149,7 +149,7 @@ class GoalSet(Full):
         self._waits = [column for column, policy in self.policies.items() if policy.waits]
         self._given: dict[str, dict[str, float | Tensor]] = {c: {} for c in self._waits}  # anchors found so far
         self._only: int | None = None
-        self._before: list[Tensor] = []  # what was learnt before this step
+        self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it
         self.gather: Callable[[Tensor], Tensor] | None = None
         self._until = max(math.inf if p.until is None else p.until for p in self.policies.values())
         self.monitor = Monitor(self.layout)
@@ -163,7 +163,7 @@ class GoalSet(Full):
             ("policy_state", torch.zeros(len(columns), STATE)),
             ("log_nudge", torch.zeros(len(columns))),
             ("guard_share", torch.full((len(self.names),), -1.0)),
-            ("average", torch.full((len(self.names),), torch.inf)),
+            ("average", torch.zeros(len(self.names))),
             ("multipliers", torch.full((len(self.names),), 1 / len(self.names))),
         ):
             self.register_buffer(name, buffer)
@@ -186,8 +186,7 @@ class GoalSet(Full):
         if self._waits and self._only is None:
             self._refuse_unanchored()
         adapts = self.training and self.monitor.steps < self._until
-        learns = adapts or (self.training and (self.guard or self.spill))
-        self._before = [x.clone() for x in self._learnt()] if learns else []
+        self._before[:] = [(x, x.clone()) for x in self._learnt(adapts)] if self.training else []
         if adapts:
             self._adapt(tensors)
         device = self.params.device
@@ -239,7 +238,7 @@ class GoalSet(Full):
             self.log_nudge += nudge
             self.params[:, 1:3] *= torch.exp(-nudge)[:, None]
         if self.spill is not None:
-            deficit = self.layout.parts(record)["deficit"].to(self.average.dtype)
+            deficit = record[2 * len(self.names) : 3 * len(self.names)].to(self.average.dtype)
             if self.gather is not None:
                 deficit = self.gather(deficit).view(-1, len(self.names)).mean(0)
             assert self._by_rank is not None
@@ -251,13 +250,17 @@ class GoalSet(Full):
         For whoever rejects steps, as `torch.amp.GradScaler` does: what the policies learnt from such a step is
         forgotten, and the history counts it as not finite.
         """
-        for now, before in zip(self._learnt(), self._before, strict=False):  # none where nothing was learnt
+        for now, before in self._before:
             now.copy_(torch.where(ok, now, before))
-        self._before = []
+        self._before.clear()
         self.monitor.reject(ok)
 
-    def _learnt(self) -> tuple[Tensor, ...]:
-        return self.params, self.policy_state, self.log_nudge, self.guard_share, self.average, self.multipliers
+    def _learnt(self, adapts: bool) -> list[Tensor]:
+        """What a training step changes."""
+        policies = [self.policy_state] if adapts else []
+        guard = [self.log_nudge, self.guard_share] if self.guard else []
+        spill = [self.average, self.multipliers] if self.spill else []
+        return [*([self.params] if policies or guard else []), *policies, *guard, *spill]
 
     @property
     def history(self) -> History:

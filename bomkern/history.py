@@ -172,6 +172,15 @@ class Full(nn.Module):
         return self
 
 
+class _Count:
+    """Steps, and rows of the ring in use: outside the module, whose ``__setattr__`` would cost more than the ring."""
+
+    __slots__ = ("pending", "steps")
+
+    def __init__(self) -> None:
+        self.steps = self.pending = 0
+
+
 class Monitor(Full):
     """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting."""
 
@@ -180,30 +189,35 @@ class Monitor(Full):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layout, self.steps = layout, 0
-        self._history, self._pending = History(layout), 0
+        self.layout, self._count, self._history = layout, _Count(), History(layout)
         self._copy: _Copy | None = None
         self._fresh = torch.empty(0, layout.size)  # rows on the host that `take` has not returned yet
         self.register_buffer("ring", torch.zeros(ROWS, layout.size), persistent=False)
         self.register_buffer("row", torch.zeros(1, dtype=torch.int64), persistent=False)
 
+    @property
+    def steps(self) -> int:
+        """Added so far."""
+        return self._count.steps
+
     def add(self, record: Tensor) -> None:
         """Keep the record of a step, [size]."""
-        if self._pending == ROWS:
+        count = self._count
+        if count.pending == ROWS:
             self._send()
         self.ring.index_copy_(0, self.row, record[None].to(self.ring.dtype))
         self.row.add_(1)
-        self.steps += 1
-        self._pending += 1
+        count.steps += 1
+        count.pending += 1
 
     def reject(self, ok: Tensor) -> None:
         """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
-        self.ring[self._pending - 1, -1].mul_(ok)
+        self.ring[self._count.pending - 1, -1].mul_(ok)
 
     def _send(self) -> None:
         """Send what the ring holds to the host, and take in what was sent the time before."""
-        arrived, self._copy = self._copy, _Copy(self.ring, self._pending)
-        self._pending = 0
+        arrived, self._copy = self._copy, _Copy(self.ring, self._count.pending)
+        self._count.pending = 0
         self.row.zero_()
         if arrived is not None:
             self._arrive(arrived)
@@ -222,7 +236,7 @@ class Monitor(Full):
     @property
     def history(self) -> History:
         """All steps so far. Reading it waits for the device."""
-        if self._pending:
+        if self._count.pending:
             self._send()
         if self._copy is not None:
             self._arrive(self._copy)
@@ -233,7 +247,7 @@ class Monitor(Full):
         return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.steps, self._pending, self._copy = state["steps"], 0, None
+        self._count.steps, self._count.pending, self._copy = state["steps"], 0, None
         self.row.zero_()
         self._history.load_state_dict(state)
         self._fresh = state["fresh"].clone()

@@ -290,11 +290,10 @@ class Spill:
 
         Args:
             deficit: mean of each goal in this step, [G]; what is not finite is left out.
-            average: [G], changed in place; inf before the first step.
+            average: [G], changed in place; 0 before the first step, which lowers all alike and so leaves the ranks.
             weights: by rank, [G]. multipliers: by goal, [G], changed in place.
         """
-        known = torch.where(deficit.isfinite(), deficit, average)
-        average.copy_(torch.where(average.isinf(), known, average.lerp(known, self.weight)))
+        average.lerp_(torch.where(deficit.isfinite(), deficit, average), self.weight)
         multipliers.scatter_(0, average.argsort(descending=True, stable=True), weights)
 
     def __repr__(self) -> str:

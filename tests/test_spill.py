@@ -26,21 +26,21 @@ def test_the_first_step_weighs_all_alike_and_the_next_by_rank() -> None:
     raw = {name: x.requires_grad_() for name, x in raw.items()}
     first = goals(raw)
     assert torch.allclose(first.share, torch.full((3,), 1 / 3))
-    assert float(first.loss) == pytest.approx((2 + 6 + 0) / 3)
+    assert first.loss.item() == pytest.approx((2 + 6 + 0) / 3)
     second = goals(raw)
     assert torch.allclose(second.share, torch.tensor([2 / 7, 4 / 7, 1 / 7]))
-    assert float(second.loss) == pytest.approx((2 * 2 + 4 * 6) / 7)
+    assert second.loss.item() == pytest.approx((2 * 2 + 4 * 6) / 7)
     second.loss.backward()
     assert torch.allclose(raw["b"].grad, torch.full((2,), 4 / 7 / 2))  # every sample, by the goal's weight
 
 
 @given(
-    deficits=st.lists(st.floats(-3, 50, width=32), min_size=2, max_size=9, unique=True),
+    deficits=st.lists(st.integers(-30, 500), min_size=2, max_size=9, unique=True),
     ratio=st.floats(0.05, 0.95),
 )
 def test_weights_are_a_fixed_list_in_the_order_of_the_deficits(deficits: list[float], ratio: float) -> None:
     goals = GoalSet({f"g{k}": Minimize(1.0) for k in range(len(deficits))}, spill=ratio)
-    share = feed(goals, {f"g{k}": torch.tensor([d]) for k, d in enumerate(deficits)}, 2).share
+    share = feed(goals, {f"g{k}": torch.tensor([d / 10]) for k, d in enumerate(deficits)}, 2).share
     assert float(share.sum()) == pytest.approx(1, abs=1e-5)
     order = sorted(range(len(deficits)), key=lambda k: -deficits[k])
     assert torch.allclose(share[order][1:] / share[order][:-1], torch.tensor(ratio), rtol=1e-4)
@@ -60,7 +60,7 @@ def test_a_goal_that_cannot_be_satisfied_does_not_change_what_the_others_get() -
 
 def test_ranks_follow_a_moving_average() -> None:
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), spill=Spill(0.5, halflife=1.0))
-    feed(goals, {"a": torch.tensor([1.0]), "b": torch.tensor([0.0])}, 2)
+    feed(goals, {"a": torch.tensor([1.0]), "b": torch.tensor([0.0])}, 20)
     turned = {"a": torch.tensor([0.0]), "b": torch.tensor([0.9])}
     assert feed(goals, turned).share[0] > 0.5  # known before the step
     assert feed(goals, turned).share[0] > 0.5  # averages 0.5 and 0.45
@@ -73,7 +73,7 @@ def test_what_is_not_finite_is_left_out_of_the_average() -> None:
     before = goals.average.clone()
     out = feed(goals, {"a": torch.tensor([torch.nan]), "b": torch.tensor([2.0])})
     assert not out.finite
-    assert goals.average[0] == before[0] and goals.multipliers.isfinite().all()
+    assert goals.average[0] == pytest.approx(float(before[0])) and goals.multipliers.isfinite().all()
 
 
 def test_state_is_taken_back_kept_in_evaluation_and_checkpointed() -> None:
