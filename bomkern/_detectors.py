@@ -15,8 +15,8 @@ from ._trends import blocks, last_rise, ramp, rise, smooth, stretches, trend
 
 
 def _holding(run: Digest, g: int, share: float) -> Iterator[tuple[int, int]]:
-    """Windows in which a goal holds the gradient."""
-    for a, b in stretches(run.calm[:, g] >= share, run.width):
+    """Windows in which a goal holds the gradient, or as much of it as the rule gives to one."""
+    for a, b in stretches(run.calm[:, g] >= share * run.most, run.width):
         if b - a >= max(2 * run.width, at.SPAN[0] * run.rows):
             yield a, b
 
@@ -57,7 +57,7 @@ def _reached(run: Digest, k: int) -> float:
     alone = run.alone(k)
     if alone is not None:
         return alone
-    held = run.raw[run.calm[:, run.columns[k].goal] >= at.HOLDS, k]
+    held = run.raw[run.calm[:, run.columns[k].goal] >= at.HOLDS * run.most, k]
     return (held if held.isfinite().any() else run.raw[:, k]).nanquantile(0.25).item()
 
 
@@ -120,7 +120,7 @@ def locked(run: Digest, g: int) -> Iterator[Finding]:
         gap = height - deficits[others].nan_to_num(-math.inf).max().item()
         wait = sum(not _improves(run, o, a, b) for o in others)
         sure = min(
-            ramp(share, *at.LOCKED),
+            ramp(share / run.most, *at.LOCKED),
             ramp((b - a) / run.rows, *at.SPAN),
             ramp(moved, max(at.CHANGE[1], at.STILL * height), at.CHANGE[0]),
             ramp(gap, *at.GAP),

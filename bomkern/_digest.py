@@ -69,7 +69,7 @@ class Digest:
 
     Attributes:
         goals: names. columns: `Column`s.
-        share, level, deficit: [T, G]. calm: the share's moving mean over ``width`` rows.
+        share, level, deficit: [T, G]. calm: the share's moving mean over ``width`` rows. most: `Layout.most`.
         raw, ideal, scale, highest: [T, K].
         distance: [T, K], `Column.distance` by the last ideal and scale, so that it moves as raw does.
         worse: [T, G], its mean over a goal's columns: raw in the direction of worse, in scales.
@@ -87,6 +87,7 @@ class Digest:
         for part in ("share", "level", "deficit", "raw"):
             values = getattr(self, part)
             setattr(self, part, torch.where(bad | ~values.isfinite(), torch.nan, values))
+        self.most = layout.most
         self.rows = len(self.finite)
         self.width = max(LEAST_WIDTH, self.rows // WINDOWS)
         self.calm = smooth(self.share, self.width)

@@ -82,6 +82,8 @@ def conflict(run: Digest, i: int, j: int) -> Iterator[Finding]:
 
 def _opposed(run: Digest, i: int, j: int, a: int, b: int) -> tuple[float, str]:
     """How sure it is that the gain of one goal is the loss of the other, and what says so."""
+    # Where the rule gives each goal a part by its rank, the two worst always hold most: that says nothing by itself.
+    stalemate = at.STALEMATE if run.most == 1 else 0.0
     known = _payoff_says(run, i, j)
     if known is not None:
         why = "trained alone, each makes the other worse" if known else "yet trained alone neither harms the other"
@@ -91,11 +93,11 @@ def _opposed(run: Digest, i: int, j: int, a: int, b: int) -> tuple[float, str]:
     turns, apart = ramp(min(rates), at.T_NONE, at.T_FULL), ramp(min(motion), at.T_NONE / 2, at.T_FULL - at.T_NONE)
     if turns >= apart and turns > 0:
         return max(
-            turns, at.STALEMATE
+            turns, stalemate
         ), f"each gets worse while the other has the gradient (t = {rates[0]:.1f} and {rates[1]:.1f})"
     if apart > 0:
-        return max(apart, at.STALEMATE), f"one falls when the other rises (t = {motion[0]:.1f} and {motion[1]:.1f})"
-    return at.STALEMATE, "or both are at floors of their own, which `bomkern.probe` would tell"
+        return max(apart, stalemate), f"one falls when the other rises (t = {motion[0]:.1f} and {motion[1]:.1f})"
+    return stalemate, "or both are at floors of their own, which `bomkern.probe` would tell"
 
 
 def _payoff_says(run: Digest, i: int, j: int) -> bool | None:

@@ -145,7 +145,9 @@ class GoalSet(Full):
             raise ValueError(f"a GoalSet must have 1 to {MAX_GOALS} goals, got {len(columns)}")
         self.owner = [self.names.index(column if column in given else column.rpartition(".")[0]) for column in columns]
         self._raw = RawValues(self.names, members, columns)
-        self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()])
+        by_rank = self.spill.weights(len(self.names)) if self.spill else None
+        most = 1.0 if by_rank is None else float(by_rank[0])
+        self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()], most)
         self._waits = [column for column, policy in self.policies.items() if policy.waits]
         self._given: dict[str, dict[str, float | Tensor]] = {c: {} for c in self._waits}  # anchors found so far
         self._only: int | None = None
@@ -168,7 +170,7 @@ class GoalSet(Full):
         ):
             self.register_buffer(name, buffer)
         self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)
-        self.register_buffer("_by_rank", self.spill.weights(len(self.names)) if self.spill else None, persistent=False)
+        self.register_buffer("_by_rank", by_rank, persistent=False)
 
     # One step.
 

@@ -24,11 +24,18 @@ class Layout:
         columns: K names: a goal's own, or "goal.member".
         owner: the goal's index of each column.
         constraints: how each column's constraint or policy prints.
+        most: the largest share that a goal can hold: less than 1 where the rule gives every goal a part.
     """
 
     def __init__(
-        self, goals: Sequence[str], columns: Sequence[str], owner: Sequence[int], constraints: Sequence[str]
+        self,
+        goals: Sequence[str],
+        columns: Sequence[str],
+        owner: Sequence[int],
+        constraints: Sequence[str],
+        most: float = 1.0,
     ) -> None:
+        self.most = most
         self.goals, self.columns, self.owner, self.constraints = (
             list(goals),
             list(columns),

@@ -41,6 +41,10 @@ def _steps(owner: str, name: str, value: object) -> int:
     return value
 
 
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else getattr(value, "__name__", repr(value))
+
+
 def _level(owner: str, statistic: object) -> float:
     """A quantile's level; "max" is level 1."""
     if statistic == "max":
@@ -84,7 +88,7 @@ class Policy:
         return None
 
     def __repr__(self) -> str:
-        shown = (f"{name}={getattr(value, '__name__', repr(value))}" for name, value in self._arguments.items())
+        shown = (f"{name}={_shown(value)}" for name, value in self._arguments.items())
         return f"{type(self).__name__}({', '.join(shown)})"
 
     _arguments: dict[str, object]

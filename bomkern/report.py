@@ -241,7 +241,7 @@ def _shares(history: History, diagnosis: Diagnosis) -> str:
     for g, name in enumerate(history.layout.goals):
         chart.area(_steps(history), below[:, g].tolist(), tops[:, g].tolist(), colour(g), name)
     body = _chart(history, diagnosis, chart, [0, 0.25, 0.5, 0.75, 1], percent=True)
-    lead = "Fraction of the samples whose bottleneck is each goal: who gets the gradient. First goal at the bottom."
+    lead = "Who got the gradient: each goal's part of the samples, or its weight. First goal at the bottom."
     return _section("Shares of the gradient", body, lead)
 
 
@@ -375,6 +375,6 @@ div.grid{gap:16px 28px}
 @media(max-width:480px){
 main{padding:12px 12px 40px}h1{font-size:1.4rem}table{font-size:.82rem}
 .findings small,.findings br:has(+small){display:none}
-.findings thead th:nth-child(2){width:7.2em}.findings thead th:nth-child(4){width:5.8em}
+.findings thead th:nth-child(2){width:8.6em}.findings thead th:nth-child(4){width:4.8em}
 }
 """

@@ -53,6 +53,7 @@ def written(
     anchors: dict[str, tuple[Tensor | float, Tensor | float]] | None = None,
     constraints: dict[str, object] | None = None,
     highest: dict[str, Tensor] | None = None,
+    most: float = 1.0,
 ) -> History:
     """A history of these raw values and shares. A goal is anchored at (0, 1), and "goal.member" belongs to its goal."""
     columns = list(raw)
@@ -60,7 +61,7 @@ def written(
     owner = [goals.index(column.split(".")[0]) for column in columns]
     rows = len(raw[columns[0]])
     given = {column: (constraints or {}).get(column, Anchored(0.0, 1.0)) for column in columns}
-    layout = Layout(goals, columns, owner, [repr(c) for c in given.values()])
+    layout = Layout(goals, columns, owner, [repr(c) for c in given.values()], most)
 
     def wide(value: Tensor | float) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float32).expand(rows)
@@ -112,6 +113,17 @@ def test_a_goal_at_a_floor_is_locked() -> None:
     assert "97% of the gradient" in found.evidence and "2 of 2 others" in found.evidence
     assert found.suggestion.startswith("give realism Anchored(1.4")
     eval(found.suggestion.removeprefix("give realism "), {"Anchored": Anchored})  # it can be pasted
+
+
+def test_shares_by_rank_are_judged_by_what_one_goal_can_hold() -> None:
+    """With spill 1/2 and three goals the worst holds 4/7. The two worst holding 6/7 is no conflict by itself."""
+    raw = {"realism": flat(1.5, T), "recon": flat(0.6, T, 1), "kl": flat(0.3, T, 2)}
+    share: dict[str, Tensor | float] = {"realism": 4 / 7, "recon": 2 / 7, "kl": 1 / 7}
+    assert only(written(raw, share, most=4 / 7), "locked").goals == ("realism",)
+    level = {"a": flat(0.8), "b": flat(0.79, T, 1), "c": flat(0.1, T, 2)}
+    pair: dict[str, Tensor | float] = {"a": 3 / 7, "b": 3 / 7, "c": 1 / 7}
+    assert "conflict" in kinds(written(level, pair))
+    assert "conflict" not in kinds(written(level, pair, most=4 / 7))
 
 
 def test_a_goal_that_comes_down_is_not_locked_until_it_stops() -> None:

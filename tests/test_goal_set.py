@@ -253,7 +253,7 @@ def test_checkpoint_goes_on_to_the_bit() -> None:
 
 def test_prints_as_a_table(tmp_path: Any) -> None:
     goals = GoalSet(THREE)
-    assert "Anchored(ideal=0.2, nadir=1.0)" in str(goals) and "0 steps" in str(goals)
+    assert "Anchored(ideal=0.2, nadir=1)" in str(goals) and "0 steps" in str(goals)
     goals(values())
     lines = str(goals).splitlines()
     assert len(lines) == 5 and lines[1].split()[-2:] == ["share", "level"] and "reduction=mean" in lines[0]
