@@ -124,8 +124,8 @@ def record_parts(record: Tensor, goals: int, columns: int) -> dict[str, Tensor]:
 
 def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
     """[K, G]: 1 / members where a column belongs to a goal, else 0."""
-    member = torch.nn.functional.one_hot(torch.tensor(list(groups), device=like.device)).to(like.dtype)
-    return member / member.sum(0)
+    sizes = [list(groups).count(g) for g in range(groups[-1] + 1)]
+    return like.new_tensor([[(owner == g) / size for g, size in enumerate(sizes)] for owner in groups])
 
 
 def goal_set(
