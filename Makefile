@@ -7,16 +7,19 @@ TORCH ?= torch>=2.11,<2.14
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 
+# A process to each core, up to 8: most tests are one thread of Python.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
+
 .PHONY: demo test fast lint bench cuda-check gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN)/bomkern train --out runs/demo --overwrite
 
 test: $(VENV)/.ready
-	$(RUN)/python -m pytest tests
+	$(RUN)/python -m pytest tests $(PARALLEL)
 
 fast: $(VENV)/.ready
-	$(RUN)/python -m pytest tests -m "not slow"
+	$(RUN)/python -m pytest tests $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.ready
 	$(RUN)/ruff check .

@@ -17,6 +17,9 @@ from bomkern import _impl
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.manual_seed(0)
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # processes that share the cores would else each start a thread on every one
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 settings.register_profile("bomkern", deadline=None)  # a busy machine is no failure
 settings.load_profile("bomkern")
 
