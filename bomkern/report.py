@@ -375,6 +375,8 @@ div.grid{gap:16px 28px}
 @media(max-width:480px){
 main{padding:12px 12px 40px}h1{font-size:1.4rem}table{font-size:.82rem}
 .findings small,.findings br:has(+small){display:none}
-.findings thead th:nth-child(2){width:8.6em}.findings thead th:nth-child(4){width:4.8em}
+.findings thead th:nth-child(2){width:7.8em}.findings thead th:nth-child(4){width:5.5em}
+.findings thead th:nth-child(5){width:2.9em;padding-right:0}
+.findings th,.findings td{padding-right:6px}.findings thead th{white-space:nowrap}
 }
 """
