@@ -39,7 +39,9 @@ def jobs(data: str, seeds: tuple[int, ...], picks: dict[str, str]) -> Iterator[J
             for name, arm in ARMS.items():
                 if fault == "none" or arm.faults or data not in LONG:
                     yield Job(data, fault, name, seed)
-            yield from (Job(data, fault, arm, seed) for arm in sorted(set(picks.values())))
+            brief = fault != "none" and data in LONG
+            tuned = [arm for name, arm in picks.items() if not (brief and name != TUNED)]
+            yield from (Job(data, fault, arm, seed) for arm in dict.fromkeys(tuned))
 
 
 def read(path: Path) -> dict[Job, dict[str, Any]]:

@@ -8,8 +8,8 @@ from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower,
 from .covariance_penalty import covariance_penalty
 from .diagnose import Diagnosis, Finding, diagnose
 from .gaussian_kl import gaussian_kl
-from .goal_set import GoalOutput, GoalSet
-from .history import History
+from .goal_set import GoalSet
+from .history import GoalOutput, History
 from .latent_statistics import LatentStatistics, latent_statistics
 from .min_goal import MinGoalStats, min_goal_loss
 from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Spill, Tracking

@@ -14,47 +14,11 @@ from torch import Tensor
 from . import _impl
 from ._raw import Raw, RawValues
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
-from .history import Full, History, Layout, Monitor
+from .history import Full, GoalOutput, History, Layout, Monitor
 from .min_goal import REDUCTIONS
 from .policies import STATE, Anchored, Group, Policy, ShareGuard, Spill, policy_of
 
 log = logging.getLogger("bomkern")
-
-
-class GoalOutput:
-    """What a `GoalSet` says of one step. Everything is on the device, and read or computed only when asked for.
-
-    Attributes:
-        loss: 0-dim, or [B] for ``reduction="none"``; has gradient.
-        bottleneck: [B] int64, the index in `GoalSet.names` of each sample's worst goal.
-        record: the step's numbers in one tensor; ``out["share"]`` and the other parts of `History` are views of it.
-    """
-
-    __slots__ = ("_layout", "bottleneck", "loss", "record")
-
-    def __init__(self, loss: Tensor, bottleneck: Tensor, record: Tensor, layout: Layout) -> None:
-        self.loss, self.bottleneck, self.record, self._layout = loss, bottleneck, record, layout
-
-    def __getitem__(self, part: str) -> Tensor:
-        return self._layout.parts(self.record)[part]
-
-    @property
-    def share(self) -> Tensor:
-        """[G]: who got the gradient, as a fraction of the samples taken into the loss."""
-        return self["share"]
-
-    @property
-    def level(self) -> Tensor:
-        """[G]: mean score, the water level."""
-        return self["level"]
-
-    @property
-    def finite(self) -> Tensor:
-        """0-dim bool: whether every sample's loss is finite."""
-        return self["finite"] > 0
-
-    def __repr__(self) -> str:
-        return f"GoalOutput(loss={self.loss!r}, goals {', '.join(self._layout.goals)})"
 
 
 class GoalSet(Full):
@@ -150,6 +114,7 @@ class GoalSet(Full):
         self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()], most)
         self._waits = [column for column, policy in self.policies.items() if policy.waits]
         self._given: dict[str, dict[str, float | Tensor]] = {c: {} for c in self._waits}  # anchors found so far
+        self._alarmed: set[str] = set()
         self._only: int | None = None
         self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it
         self.gather: Callable[[Tensor], Tensor] | None = None
@@ -336,14 +301,15 @@ class GoalSet(Full):
     def drift(self) -> dict[str, float]:
         """How far the anchors of each moving goal are from where they began, in units of its first scale.
 
-        Reads from the device. A drift beyond the policy's ``alarm`` is also logged as a warning.
+        Reads from the device. The first drift of a goal beyond its policy's ``alarm`` is also logged as a warning.
         """
         found = {}
         for k, (column, policy) in enumerate(self.policies.items()):
             if isinstance(policy, Anchored) and policy.moving:
                 (low, slope), (low0, slope0) = self.params[k, :2].tolist(), self.start[k, :2].tolist()
                 found[column] = max(abs(low - low0), abs(low + 1 / slope - low0 - 1 / slope0)) * slope0
-                if found[column] > policy.alarm:
+                if found[column] > policy.alarm and column not in self._alarmed:
+                    self._alarmed.add(column)
                     log.warning("the anchors of %s have drifted %.2f of its scale", column, found[column])
         return found
 

@@ -147,6 +147,42 @@ class History:
         return f"History({len(self)} rows of {self.stride} steps, goals {', '.join(self.layout.goals)})"
 
 
+class GoalOutput:
+    """What a `GoalSet` says of one step. Everything is on the device, and read or computed only when asked for.
+
+    Attributes:
+        loss: 0-dim, or [B] for ``reduction="none"``; has gradient.
+        bottleneck: [B] int64, the index in `GoalSet.names` of each sample's worst goal.
+        record: the step's numbers in one tensor; ``out["share"]`` and the other parts of `History` are views of it.
+    """
+
+    __slots__ = ("_layout", "bottleneck", "loss", "record")
+
+    def __init__(self, loss: Tensor, bottleneck: Tensor, record: Tensor, layout: Layout) -> None:
+        self.loss, self.bottleneck, self.record, self._layout = loss, bottleneck, record, layout
+
+    def __getitem__(self, part: str) -> Tensor:
+        return self._layout.parts(self.record)[part]
+
+    @property
+    def share(self) -> Tensor:
+        """[G]: who got the gradient, as a fraction of the samples taken into the loss."""
+        return self["share"]
+
+    @property
+    def level(self) -> Tensor:
+        """[G]: mean score, the water level."""
+        return self["level"]
+
+    @property
+    def finite(self) -> Tensor:
+        """0-dim bool: whether every sample's loss is finite."""
+        return self["finite"] > 0
+
+    def __repr__(self) -> str:
+        return f"GoalOutput(loss={self.loss!r}, goals {', '.join(self._layout.goals)})"
+
+
 class _Copy:
     """Rows on their way to the host, which does not wait for them."""
 

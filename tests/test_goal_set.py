@@ -169,6 +169,8 @@ def test_moving_anchors_follow_what_is_measured_only(caplog: pytest.LogCaptureFi
     goals.remeasure({"x": (torch.tensor([1.0, 1.0]), 3.0)})
     assert goals.anchors()["x"] == pytest.approx((0.75, 1.25))
     assert goals.drift() == {"x": pytest.approx(2.0)} and "drifted 2.00" in caplog.text
+    goals.drift()
+    assert len(caplog.records) == 1  # once
     with pytest.raises(ValueError, match="y is not a goal with"):
         goals.remeasure({"y": (0.0, 1.0)})
 

@@ -155,6 +155,7 @@ class Trainer:
         if self.config.scales == "moving":
             real, flat = (goal.realism(self.discriminator(x).float()) for x in (images, see.flat(images)))
             self.goals.remeasure({"realism": (real, flat)})
+            self.goals.drift()  # warns once
 
     def window(self) -> dict[str, Any]:
         """Means over the accepted steps since the last call, read from the device; empty if there was none."""
