@@ -11,7 +11,7 @@ import torch
 
 from .config import TrainError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def write_atomically(path: Path, write: Any) -> None:
