@@ -137,8 +137,10 @@ def goal_set(
     reduction: int,
     multipliers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``mu log sum_g exp(D_bg / mu)``, D the mean deficit of a goal's members; at mu = 0 ``max_g D_bg``; with
-    ``multipliers`` [G], weights >= 0 that should sum to 1, ``sum_g multipliers_g D_bg``, whatever mu.
+    """``mu log sum_g exp(D_bg / mu)``, D the mean deficit of a goal's members; at mu = 0 ``max_g D_bg``.
+
+    With ``multipliers`` lambda [G], constants >= 0, it is ``sum_g lambda_g D_bg`` whatever mu, and the shares are
+    ``lambda / sum(lambda)``, 0 where all are 0.
 
     Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`, and `record_parts` for what the record holds.
     """
@@ -165,11 +167,14 @@ def goal_set(
     terms = torch.where(soft[:, None], torch.exp(apart / mu), hard)
     weight = terms / terms.sum(1, keepdim=True)  # [B, G]: who gets the gradient
     per_sample = worst + torch.where(soft, mu * terms.sum(1).log(), 0)
+    part = weight  # as the record counts it
     if multipliers is not None:
-        total = torch.where(multipliers > 0, multipliers * every, 0).sum(1)
-        per_sample = torch.where(finite, total, worst)
+        given = multipliers.detach()
+        weighed = torch.where(given != 0, given * every, 0).sum(1)  # 0 times an infinite deficit would be NaN
+        per_sample = torch.where(finite, weighed, worst)
         finite = per_sample.isfinite()
-        weight = torch.where(finite[:, None], multipliers, hard)
+        weight, total = given.expand_as(every), given.sum()
+        part = torch.where(finite[:, None], given / torch.where(total > 0, total, 1), hard)
 
     row = _worst(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
     if reduction == MEAN:
@@ -178,7 +183,7 @@ def goal_set(
         loss = per_sample.sum()
     else:
         loss = per_sample.index_select(0, row).reshape(()) if reduction == MIN else per_sample
-    taken = weight.index_select(0, row) if reduction == MIN else weight
+    taken = part.index_select(0, row) if reduction == MIN else part
     seen = x.detach()
     highest = torch.where(seen.isfinite(), seen, -torch.inf).amax(0)
     summary = torch.stack([loss.mean(), finite.all().to(dtype)])

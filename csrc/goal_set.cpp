@@ -76,12 +76,13 @@ Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntA
   const Tensor record = fresh<Cuda>({RecordAt(owners.count, static_cast<int>(p.count)).finite + 1}, number);
   const Tensor weight = save ? fresh<Cuda>({p.count, p.batch}, number) : fresh<Cuda>({0}, number);
   const auto table = params.expect_contiguous();
-  const Tensor given = multipliers ? multipliers->contiguous() : Tensor();
+  const Tensor given = multipliers ? multipliers->contiguous() : Tensor();  // held while the kernel reads it
   bomkern::with_number(p.wide, [&](auto zero) {
     using S = decltype(zero);
     const Forward<S> a{bomkern::describe(goals, p, curves), owners, table->const_data_ptr<S>(), temperature.const_data_ptr<S>(),
-                       multipliers ? given.const_data_ptr<S>() : nullptr, mode, loss.mutable_data_ptr<S>(), bottleneck.mutable_data_ptr<int64_t>(),
-                       record.mutable_data_ptr<S>(), save ? weight.mutable_data_ptr<S>() : nullptr};
+                       multipliers ? given.const_data_ptr<S>() : nullptr, mode, loss.mutable_data_ptr<S>(),
+                       bottleneck.mutable_data_ptr<int64_t>(), record.mutable_data_ptr<S>(),
+                       save ? weight.mutable_data_ptr<S>() : nullptr};
     bomkern::launch<Cuda>("goal_set", cpu_kernels(), a, goals[0]);
   });
   return {loss, bottleneck, record, weight};

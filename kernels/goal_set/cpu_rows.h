@@ -103,8 +103,25 @@ template <class S, class V> void compare(const Groups& groups, int g, Block<S>& 
 // How goals are weighed: the worst takes all, or each a part by its distance from the worst, or as multipliers say.
 enum class Rule { hard, soft, given };
 
+// Of multipliers: the goals that have one, which are all that a sample's loss meets, and each goal's part of their sum.
+template <class S> struct Given {
+  int count = 0, goal[max_goals];
+  S part[max_goals];
+
+  explicit Given(const Forward<S>& a) {
+    if (a.multipliers == nullptr) return;
+    S total = 0;
+    for (int g = 0; g < a.groups.count; ++g) total += a.multipliers[g];
+    for (int g = 0; g < a.groups.count; ++g) {
+      part[g] = a.multipliers[g] / (total > 0 ? total : S(1));
+      if (a.multipliers[g] != 0) goal[count++] = g;
+    }
+  }
+};
+
 // Losses and weights, and the gradient of each column, which goes to `weight` [K, B] where that is not null.
-template <Rule rule, class S, class V> void share_out(const Forward<S>& a, S* weight, Block<S>& b, Sums<V>& sums) {
+template <Rule rule, class S, class V>
+void share_out(const Forward<S>& a, const Given<S>& given, S* weight, Block<S>& b, Sums<V>& sums) {
   typedef typename Lanes<S>::Int I;
   const V one = splat<V>(S(1));
   const S mu = *a.temperature, part = a.reduction == Reduction::mean ? S(1) / S(a.columns.batch) : S(1);
@@ -115,8 +132,8 @@ template <Rule rule, class S, class V> void share_out(const Forward<S>& a, S* we
     V loss = worst, inverse = one;
     if constexpr (rule == Rule::given) {
       V total{};
-      for (int g = 0; g < a.groups.count; ++g) {
-        if (a.multipliers[g] == 0) continue;  // 0 times an infinite deficit is not 0
+      for (int j = 0; j < given.count; ++j) {
+        const int g = given.goal[j];
         total += a.multipliers[g] * load_lanes<V>(b.deficit[a.groups.first[g]] + i, lanes);
       }
       loss = finite ? total : worst;
@@ -139,10 +156,11 @@ template <Rule rule, class S, class V> void share_out(const Forward<S>& a, S* we
     for (int g = 0; g < a.groups.count; ++g) {
       const int first = a.groups.first[g], end = a.groups.first[g + 1];
       V share = winner == g ? one : V{};
-      if constexpr (rule == Rule::given) share = finite ? splat<V>(a.multipliers[g]) : share;
+      if constexpr (rule == Rule::given) share = finite ? splat<V>(given.part[g]) : share;
       if constexpr (rule == Rule::soft) share = load_lanes<V>(b.deficit[first] + i, lanes) * inverse;
       sums.share[g].add(keep(share, V{}, lanes));
       if (weight == nullptr) continue;
+      if constexpr (rule == Rule::given) share = splat<V>(a.multipliers[g]);
       const V pull = finite ? share * (part / S(end - first)) : V{};
       for (int k = first; k < end; ++k) {
         const V slope = load_lanes<V>(b.slope[k] + i, lanes);  // not finite where another goal's weight is all there is
@@ -154,8 +172,9 @@ template <Rule rule, class S, class V> void share_out(const Forward<S>& a, S* we
 
 // What is known of each sample, and what of the block.
 template <class S> void put_rows(const Forward<S>& a, const Block<S>& b, Partial* out) {
+  const S* const judged = a.multipliers ? b.loss : b.worst;
   bool finite = true;
-  for (int i = 0; i < b.n; ++i) finite &= is_finite(b.loss[i]);
+  for (int i = 0; i < b.n; ++i) finite &= is_finite(judged[i]);
   out->finite &= finite;
   for (int i = 0; i < b.n; ++i) a.bottleneck[b.first + i] = b.winner[i];
   if (a.reduction == Reduction::none) __builtin_memcpy(a.loss + b.first, b.loss, b.n * sizeof(S));
@@ -174,6 +193,7 @@ template <class S> void see(const Forward<S>& a, int64_t begin, int64_t end, S* 
   const auto weigh = a.multipliers        ? share_out<Rule::given, S, V>
                      : *a.temperature > 0 ? share_out<Rule::soft, S, V>
                                           : share_out<Rule::hard, S, V>;
+  const Given<S> given(a);
   Ramp<S> ramps[max_goals];
   Sums<V> sums;
   for (int k = 0; k < columns; ++k) {
@@ -190,7 +210,7 @@ template <class S> void see(const Forward<S>& a, int64_t begin, int64_t end, S* 
     for (int i = 0; i < b.n; ++i) b.worst[i] = S(-__builtin_inff()), b.winner[i] = 0;
     for (int k = 0; k < columns; ++k) meet(a.columns, k, ramps[k], b, sums);
     for (int g = 0; g < goals; ++g) compare(a.groups, g, b, sums);
-    weigh(a, weight, b, sums);
+    weigh(a, given, weight, b, sums);
     put_rows(a, b, out);
   }
   out->loss = sums.loss.value();

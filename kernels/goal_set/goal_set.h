@@ -2,8 +2,9 @@
 //
 // D_bg is the mean deficit of goal g's members, M_b = max_g D_bg. Hard (mu <= 0): l_b = M_b, all weight to the
 // bottleneck. Smoothed: with e_bg = exp((D_bg - M_b) / mu) and Z_b = sum_g e_bg, l_b = M_b + mu log Z_b, weights
-// e_bg / Z_b. With multipliers lambda_g: l_b = sum_g lambda_g D_bg, weights lambda_g. Where M_b is not finite, l_b = M_b,
-// and the bottleneck has all the weight in the record but no gradient; where l_b alone is not, likewise.
+// e_bg / Z_b. With multipliers lambda_g >= 0: l_b = sum_g lambda_g D_bg over those that are not 0, weights lambda_g, in
+// the record lambda_g / sum lambda (0 where all are 0). Where M_b is not finite, l_b = M_b, and the bottleneck has all the
+// weight in the record but no gradient; with multipliers likewise where l_b alone is not.
 #pragma once
 #include "../common/parallel.h"
 #include "../min_goal/min_goal.h"

@@ -121,15 +121,18 @@ def forward(
     sums = tl.sum(tl.where(leads[None, :], term, 0), 1)
     share = div(term, sums[:, None] + tl.zeros_like(term))
     per_sample = tl.where(soft, top + mu * tl.log(sums), top)
+    given = share  # who gets the gradient; share is as the record counts it
     if multipliers is not None:
-        given = tl.load(multipliers + owner, mask=used, other=0)[None, :]
+        given = tl.load(multipliers + owner, mask=used, other=0)[None, :] + tl.zeros_like(mean)
         weighed = tl.where(leads[None, :] & (given != 0), mean * given, 0)  # 0 times an infinite deficit is not 0
         per_sample = tl.where(finite, tl.sum(weighed, 1), top)
         finite = (per_sample - per_sample) == 0
-        share = tl.where(finite[:, None], given + tl.zeros_like(mean), mine.to(CD))
+        sums = tl.sum(tl.where(leads[None, :], given, 0), 1)
+        share = div(given, tl.where(sums > 0, sums, 1)[:, None] + tl.zeros_like(given))
+        share = tl.where(finite[:, None], share, mine.to(CD))
 
     part = div(one, total) if REDUCTION == MEAN else one
-    pull = tl.where(finite[:, None], share, 0) * (part * inverse)[None, :]
+    pull = tl.where(finite[:, None], given, 0) * (part * inverse)[None, :]
     pull = tl.where(pull == 0, 0, pull * slope)
     counted = leads[None, :] & mask[:, None]
 
