@@ -104,7 +104,7 @@ template <class S> struct Kernel {
         a(l.a),
         s(*reinterpret_cast<Shared<S>*>(bytes)),
         at(l.a.groups.count, l.a.columns.count),
-        rule{*l.a.temperature, l.a.multipliers},
+        rule(l.a),
         columns(l.a.columns.count),
         goals(l.a.groups.count),
         lane(threadIdx.x % 32),
@@ -175,7 +175,7 @@ template <class S> struct Kernel {
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
         loss[r] = scan.loss(r, rule), goal[r] = scan.goal[r];
-        if (p.inside(r)) taken.take(loss[r], finite_of(loss[r]), p.row(r));
+        if (p.inside(r)) taken.take(loss[r], scan.finite(r, rule), p.row(r));
       }
       if (a.reduction == Reduction::none) store(a.loss, loss, p, whole);
       store(a.bottleneck, goal, p, whole);

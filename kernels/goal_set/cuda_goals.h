@@ -59,10 +59,16 @@ template <class S> BOMKERN_HD S inverse_of(const Groups& groups, int g) {
   return S(1) / S(groups.first[g + 1] - groups.first[g]);
 }
 
-// The rule: mu, and the multipliers, or null.
+// The rule: mu, or the multipliers and their sum.
 template <class S> struct Rule {
-  S mu;
+  S mu, sum = 0;
   const S* multipliers;
+
+  BOMKERN_HD explicit Rule(const Forward<S>& a) : mu(*a.temperature), multipliers(a.multipliers) {
+    if (multipliers == nullptr) return;
+    for (int g = 0; g < a.groups.count; ++g) sum += multipliers[g];
+    sum = sum > 0 ? sum : S(1);
+  }
 };
 
 // The worst goal so far of each sample.
@@ -109,7 +115,9 @@ template <class S, int R> struct Scan {
     if (rule.multipliers) return total[r];
     return rule.mu > 0 ? worst[r] + rule.mu * log_of(total[r]) : worst[r];
   }
-  BOMKERN_HD bool finite(int r, const Rule<S>& rule) const { return finite_of(loss(r, rule)); }
+  BOMKERN_HD bool finite(int r, const Rule<S>& rule) const {
+    return finite_of(worst[r]) && (rule.multipliers == nullptr || finite_of(total[r]));
+  }
 };
 
 // Calls take_share(g, weights) for each goal; where a.weight is not null also put(k, gradients) for each column.
@@ -127,7 +135,7 @@ BOMKERN_HD void share_out(const Forward<S>& a, const Ramp<S>* ramps, const Sampl
     if (rule.multipliers) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (scan.finite(r, rule)) share[r] = rule.multipliers[g];
+        if (scan.finite(r, rule)) share[r] = rule.multipliers[g] / rule.sum;
       }
     } else if (rule.mu > 0) {
 #pragma unroll 1
@@ -147,6 +155,7 @@ BOMKERN_HD void share_out(const Forward<S>& a, const Ramp<S>* ramps, const Sampl
     bool none = true;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+      if (rule.multipliers) share[r] = rule.multipliers[g];
       share[r] = scan.finite(r, rule) ? share[r] * (part * inverse) : S(0);
       none = none && share[r] == 0;
     }

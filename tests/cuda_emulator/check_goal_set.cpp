@@ -42,7 +42,7 @@ template <class S> struct Case {
   std::vector<std::unique_ptr<Input>> inputs;  // a column each, [1, B]; the matrix's are one
   Buffer<S> params, temperature, multipliers;
   Forward<S> a{};
-  std::vector<double> raw, slopes, means, weights, losses;  // [B, K], [B, K], [B, G], [B, G], [B]
+  std::vector<double> raw, slopes, means, weights, shares, losses;  // [B, K], [B, K], [B, G] three times, [B]
   std::vector<int> winner;
   std::vector<int> owner;
 
@@ -102,7 +102,7 @@ template <class S> struct Case {
 
   void define() {
     raw.resize(s.batch * K()), slopes.resize(s.batch * K()), losses.resize(s.batch), winner.resize(s.batch);
-    means.assign(s.batch * G(), 0), weights.assign(s.batch * G(), 0);
+    means.assign(s.batch * G(), 0), weights.assign(s.batch * G(), 0), shares.resize(s.batch * G());
     for (int64_t b = 0; b < s.batch; ++b) {
       double *mean = &means[b * G()], *weight = &weights[b * G()], total = 0;
       for (int k = 0; k < K(); ++k) {
@@ -118,13 +118,20 @@ template <class S> struct Case {
       for (int g = 0; g < G(); ++g) total += weight[g] = soft ? exp((mean[g] - mean[w]) / s.mu) : g == w;
       for (int g = 0; g < G(); ++g) weight[g] /= total;
       losses[b] = soft ? mean[w] + s.mu * log(total) : mean[w];
-      if (s.given && std::isfinite(mean[w])) give(mean, weight, w, &losses[b]);
+      for (int g = 0; g < G(); ++g) shares[b * G() + g] = weight[g];
+      if (s.given && std::isfinite(mean[w])) give(mean, weight, &shares[b * G()], w, &losses[b]);
     }
   }
-  void give(const double* mean, double* weight, int w, double* loss) const {
+  // Weights by the multipliers, and shares by their parts of the sum.
+  void give(const double* mean, double* weight, double* share, int w, double* loss) const {
+    double sum = 0;
     *loss = 0;
-    for (int g = 0; g < G(); ++g) *loss += multipliers.data[g] == 0 ? 0 : multipliers.data[g] * mean[g];
-    for (int g = 0; g < G(); ++g) weight[g] = std::isfinite(*loss) ? double(multipliers.data[g]) : g == w;
+    for (int g = 0; g < G(); ++g) sum += multipliers.data[g], *loss += multipliers.data[g] == 0 ? 0 : multipliers.data[g] * mean[g];
+    for (int g = 0; g < G(); ++g) {
+      const bool finite = std::isfinite(*loss);
+      weight[g] = finite ? double(multipliers.data[g]) : g == w;
+      share[g] = finite ? multipliers.data[g] / (sum > 0 ? sum : 1) : g == w;
+    }
   }
   int members(int g) const { return a.groups.first[g + 1] - a.groups.first[g]; }
   bool finite(int64_t b) const { return std::isfinite(losses[b]); }
@@ -158,7 +165,7 @@ template <class S> void check_record(const Case<S>& c, const S* record, double l
     expect(close(record[i], want, tolerance, size), what, i, record[i], want);
   };
   for (int g = 0; g < c.G(); ++g) {
-    const auto weight = [](const Case<S>& c, int64_t b, int g) { return c.weights[b * c.G() + g]; };
+    const auto weight = [](const Case<S>& c, int64_t b, int g) { return c.shares[b * c.G() + g]; };
     const double share = c.s.reduction == Reduction::min ? weight(c, taken, g) : mean_of<S>(c, batch, weight, g);
     same("share", at.share + g, share, slack);
     same("level", at.level + g, mean_of<S>(c, batch, [](auto& c, auto b, int g) { return exp(-c.means[b * c.G() + g]); }, g), epsilon);
