@@ -58,7 +58,7 @@ ARMS: dict[str, Entry] = {
     "best ideals": Entry(lambda _: peers.BestIdeals(), "ideals move to the best held-out value"),
     "multipliers": Entry(lambda _: peers.Multipliers(), "softmax of averaged deficits weighs whole batches"),
     "spill 1/2": Entry(lambda _: Bottleneck(rules.anchored, spill=1 / 2), "`Anchored`, spill 1/2", faults=True),
-    "spill 1/3": Entry(lambda _: Bottleneck(rules.anchored, spill=1 / 3), "`Anchored`, spill 1/3"),
+    "spill 1/3": Entry(lambda _: Bottleneck(rules.anchored, spill=1 / 3), "`Anchored`, spill 1/3", faults=True),
     "sum": Entry(lambda _: peers.Weighted(), "equal weights"),
     "STCH": Entry(lambda _: peers.SmoothTchebycheff(), "smooth Tchebycheff of batch means (TorchJD)"),
     "FAMO": Entry(lambda _: peers.FastAdaptive(), "fast adaptive multitask optimisation (TorchJD)"),

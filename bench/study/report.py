@@ -138,7 +138,13 @@ def reported_table(results: Results) -> str:
 
 def verdicts(results: Results) -> list[str]:
     """What the default promises, each with the numbers that say whether it is kept."""
-    lines = []
+    count = {arm: len(results.runs(arm, "none")) for arm in results.arms}
+    few = [f"{arm} {n}" for arm, n in count.items() if n < len(results.seeds)]
+    lines = [
+        f"{max(count.values())} seeds"
+        + (f", but of {', '.join(few)}" if max(count.values()) > min(count.values()) else "")
+        + "."
+    ]
     if TUNED in results.arms:
         lines.append(
             f"Against the tuned sum ({results.tuned[TUNED]} of the random ones): PSNR "
@@ -161,9 +167,9 @@ def verdicts(results: Results) -> list[str]:
 NAMES = {"digits": "Digits", "photographs": "Photographs"}
 HOW = """\
 `python -m bench.policies` makes this page. Two small VAEs: scikit-learn's digits (six goals, 1,500 steps) and the
-trainer's photographs (nine goals, 320 steps), each with a live discriminator; {seeds} paired seeds that were not looked
-at while rules were tried; in brackets bootstrap 95% intervals of the mean. Every rule that can use them is given the
-same ideals and nadirs, known before training. Updates are equal: those of a probe are taken off the run. *Worst goal*
+trainer's photographs (nine goals, 320 steps), each with a live discriminator; paired seeds that were not looked at
+while rules were tried; in brackets bootstrap 95% intervals of the mean. Every rule that can use them is given the same
+ideals and nadirs, known before training. Updates are equal: those of a probe are taken off the run. *Worst goal*
 is the largest held-out deficit by those outside ideals and nadirs, 0 ideal and 1 no better than nothing; realism is
 judged by the distribution of fixed features there, as every run trains a judge of its own. *Tuned sum*: of 30 random
 weightings (log-uniform from 0.1 to 10) the best on a validation split by its worst goal, or by PSNR among those that
@@ -174,7 +180,8 @@ processor time on one thread.
 FAULTY = """\
 *untrained*: the discriminator has not trained while scales are calibrated. *hot*: its learning rate times 4. *drift*:
 a script adds up to 1.5 scales to consistency. *floor*: one goal cannot come below 0.8. Cells are PSNR / worst goal; a
-star: a goal was starved for more than 5% of the steps in some run.
+star: a goal was starved for more than 5% of the steps in some run. An added constant has no gradient, so drift and
+floor cannot hurt a sum with fixed weights: they are faults of rules that look at values.
 """
 
 
@@ -187,7 +194,7 @@ def write(
         found = Results([r for r in records.values() if r["data"] == data], picks, seeds, tuning)
         if found.arms:
             sets[data] = found
-    page = ["# Which rule, scales and ideals", HOW.format(seeds=len(seeds))]
+    page = ["# Which rule, scales and ideals", HOW]
     for data, results in sets.items():
         page += [f"## {NAMES[data]}", *verdicts(results), main_table(results)]
         page += ["### Faults", FAULTY, fault_table(results)]
