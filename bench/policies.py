@@ -1,6 +1,6 @@
 """Which rule, scales and ideals train many goals best, with and without faults: bomkern's, and what else one would use.
 
-    python -m bench.policies             # everything: about an hour on 2 cores; goes on where it was interrupted
+    python -m bench.policies             # everything: some 85 minutes on 2 cores; goes on where it was interrupted
     python -m bench.policies --report    # the table and plots of what has been run so far
 
 Two small VAEs (scikit-learn's digits, six goals; the trainer's photographs, nine), five faults, paired seeds, and equal
