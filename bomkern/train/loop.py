@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -22,11 +23,12 @@ from bomkern.report import diagnose_folder
 from . import checkpoint, evaluate, record
 from .config import REDUCTIONS, SCALES, Config, TrainError
 from .data import DataError, load, to_float
-from .goals import GOALS
+from .goals import GOALS, anchors
 from .step import Trainer
 from .tally import REJECTED_IN_A_ROW
 
 DEFAULT_STEPS = 1000
+log = logging.getLogger("bomkern")
 
 
 class Interrupted(Exception):
@@ -134,8 +136,7 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
     if chief:
         record.write_json(folder / record.CONFIG, {**config.to_dict(), "total_steps": steps, "images": data.names})
     if config.probe and not stored:
-        payoff = bomkern.probe(trainer.advance, trainer.goals, config.probe, progress=chief)
-        trainer.goals.anchor(probe=payoff)
+        payoff = _probe(trainer)
         if chief:
             record.write_json(folder / record.PAYOFF, payoff.to_dict())
     images = to_float(data.held_out.grid(evaluate.HELD_OUT_CROPS), trainer.device)
@@ -146,6 +147,27 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
         stop.restore()
         recorder.close()
     return _finish(trainer, images, folder, speed, impl) if chief else {}
+
+
+def _probe(trainer: Trainer) -> bomkern.Payoff:
+    """The payoff table, the same on all ranks; anchors that wait for it are given."""
+    config, chief = trainer.config, trainer.fabric.is_global_zero
+    try:
+        found = bomkern.probe(trainer.advance, trainer.goals, config.probe, progress=chief)
+    except ValueError as why:
+        raise TrainError(f"--probe {config.probe}: {why}") from why
+    payoff = found._replace(table=trainer.agree(found.table.to(trainer.device), "mean").cpu())
+    trainer.goals.anchor(probe=payoff)
+    ideals, nadirs, least = payoff.anchors("ideal"), payoff.anchors("nadir"), payoff.table.amin(0).tolist()
+    late = [name for name, low in zip(GOALS, least, strict=True) if ideals[name] > low]
+    if late and chief:
+        log.warning("--probe %d is short: %s got further when another goal was trained", config.probe, ", ".join(late))
+    for name, usual in anchors(config.batch_size).items():
+        if config.scales == "probed" and ideals[name] >= nadirs[name]:  # a scale of nothing would hold the gradient
+            trainer.goals[name] = bomkern.Minimize(usual.nadir - usual.ideal, usual.ideal)
+            if chief:
+                log.warning("%s came out worst when trained alone: it keeps its anchors %g and %g", name, *usual)
+    return payoff
 
 
 def _steps(
@@ -248,7 +270,8 @@ def _diagnosis(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
         checkpoint.write_atomically(folder / record.HISTORY, trainer.goals.history.save)
         return diagnose_folder(folder)[0].to_dict()
     except Exception as why:
-        warnings.warn(f"the run is complete, but its diagnosis failed: {type(why).__name__}: {why}", stacklevel=2)
+        reason = " ".join(f"{type(why).__name__}: {why}".split())
+        log.warning("the run is complete, but its diagnosis failed: %s", reason)
         return None
 
 

@@ -188,7 +188,7 @@ class Trainer:
         return ok
 
     def agree(self, tensor: Tensor, how: str) -> Tensor:
-        """The "max" or "min" over the ranks, on all of them."""
+        """The "max", "min" or "mean" over the ranks, on all of them."""
         return cast(Tensor, self.fabric.all_reduce(tensor, reduce_op=how))
 
     def state_dict(self) -> dict[str, Any]:
