@@ -18,6 +18,7 @@ UNIT = 1000  # the SVG's own size on both axes; the browser stretches it
 LIGHT = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#000000", "#7F3C8D")
 DARK = ("#4FA3E0", "#F5B83D", "#2CC79B", "#E7A3CB", "#9AD8FF", "#FF8A3D", "#DCCB2A", "#C5CCD3", "#C08FD6")
 DASHES = ("", "6 4", "8 3 2 3", "2 3", "10 2", "", "6 4", "8 3 2 3", "2 3")
+LINE = 13  # CSS pixels
 WIDTH_OF_A_LETTER = 1.9  # percent of a phone's width, for labels that must not lie on each other
 
 
@@ -44,12 +45,16 @@ def colour(index: int) -> str:
     return f"var(--c{index % len(LIGHT)})"
 
 
+def dash(index: int) -> str:
+    """Where the colours begin anew, goals differ in their dashes."""
+    return DASHES[(index + index // len(LIGHT)) % len(DASHES)]
+
+
 def swatch(index: int) -> str:
     """The line of a goal, for legends."""
-    dash = DASHES[index % len(DASHES)]
     return (
         f'<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true"><line x1="0" y1="5" x2="28" y2="5" '
-        f'stroke="{colour(index)}" stroke-dasharray="{dash}"/></svg>'
+        f'stroke="{colour(index)}" stroke-dasharray="{dash(index)}"/></svg>'
     )
 
 
@@ -71,12 +76,15 @@ class Chart:
         label: what the picture shows, for those who cannot see it.
         x, y: the ranges of the axes.
         height: in CSS pixels.
+        y_name: what the y axis shows.
     """
 
-    def __init__(self, label: str, x: tuple[float, float], y: tuple[float, float], height: int) -> None:
-        self.label, self.x, self.y, self.height = label, x, y, height
+    def __init__(
+        self, label: str, x: tuple[float, float], y: tuple[float, float], height: int, y_name: str = ""
+    ) -> None:
+        self.label, self.x, self.y, self.height, self.y_name = label, x, y, height, y_name
         self._shapes: list[str] = []
-        self._words: list[str] = []
+        self._notes: list[tuple[float, str]] = []
 
     def _across(self, value: float) -> float:
         return UNIT * (value - self.x[0]) / max(self.x[1] - self.x[0], 1e-12)
@@ -117,11 +125,24 @@ class Chart:
         self._shapes.append(f'<rect class="span" x="{left:.0f}" y="0" width="{right - left:.0f}" height="{UNIT}"/>')
 
     def note(self, y: float, text: str) -> None:
-        """A word at the right end of a height."""
-        top = 100 * self._down(y) / UNIT
-        self._words.append(f'<span class="note" style="top:{min(max(top, 0), 100):.1f}%">{escape(text)}</span>')
+        """A word at the right end of a height; words that would lie on each other share a line."""
+        top = min(max(100 * self._down(y) / UNIT, 0.0), 100.0)
+        for i, (other, said) in enumerate(self._notes):
+            if abs(other - top) * self.height < 100 * LINE:
+                self._notes[i] = other, f"{said}, {text}"
+                return
+        self._notes.append((top, text))
 
-    def html(self, x_ticks: Sequence[float] = (), y_ticks: Sequence[float] = (), percent: bool = False) -> str:
+    def _step(self, x: float, x_name: str) -> str:
+        """A label of the x axis; at the right edge it ends there."""
+        across = self._across(x) / UNIT
+        side = "right:0;transform:none" if across > 0.97 else f"left:{across:.2%}"
+        return f'<span class="x" style="{side}">{x_name}{short(x) if x >= 1e5 else f"{x:.0f}"}</span>'
+
+    def html(
+        self, x_ticks: Sequence[float] = (), y_ticks: Sequence[float] = (), percent: bool = False, x_name: str = ""
+    ) -> str:
+        """The figure. ``x_name`` goes before the first label of the x axis."""
         grid = "".join(
             f'<line class="grid" x1="0" x2="{UNIT}" y1="{self._down(y):.0f}" y2="{self._down(y):.0f}"/>'
             for y in y_ticks
@@ -130,16 +151,14 @@ class Chart:
             f'<span class="y" style="top:{self._down(y) / UNIT:.2%}">{f"{y:.0%}" if percent else short(y)}</span>'
             for y in y_ticks
         )
-        steps = "".join(
-            f'<span class="x" style="left:{self._across(x) / UNIT:.2%}">{short(x) if x >= 1e5 else f"{x:.0f}"}</span>'
-            for x in x_ticks
-            if self._across(x) < 0.97 * UNIT  # a label at the edge would be cut
-        )
+        steps = "".join(self._step(x, f"{x_name} " * bool(x_name and not i)) for i, x in enumerate(x_ticks))
+        notes = "".join(f'<span class="note" style="top:{y:.1f}%">{escape(text)}</span>' for y, text in self._notes)
+        name = f'<span class="y-name">{escape(self.y_name)}</span>' * bool(self.y_name)
         return (
             f'<div class="plot" style="height:{self.height}px">'
             f'<svg viewBox="0 0 {UNIT} {UNIT}" preserveAspectRatio="none" role="img" aria-label="{escape(self.label)}">'
             f"{grid}{''.join(self._shapes)}</svg>"
-            f'<div aria-hidden="true">{heights}{steps}{"".join(self._words)}</div></div>'
+            f'<div aria-hidden="true">{heights}{steps}{notes}{name}</div></div>'
         )
 
 

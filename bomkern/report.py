@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._charts import DARK, DASHES, LIGHT, Chart, colour, extent, lanes, short, swatch, thin, thin_extremes, ticks
+from ._charts import Chart, colour, dash, extent, lanes, short, swatch, thin, thin_extremes, ticks
 from ._digest import Column, payoff_of
+from ._report_style import style
 from ._trends import smooth
 from .diagnose import NOTHING, Diagnosis, diagnose
 from .history import History
@@ -82,7 +84,7 @@ def write_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        f"<title>bomkern: which bucket has a hole?</title><style>{_style()}</style></head><body><main>"
+        f"<title>bomkern: which bucket has a hole?</title><style>{style()}</style></head><body><main>"
         f"{''.join(parts)}</main></body></html>\n"
     )
     Path(path).write_text(page, encoding="utf-8")
@@ -132,12 +134,14 @@ def _section(title: str, body: str, lead: str = "") -> str:
 
 def _head(history: History, diagnosis: Diagnosis) -> str:
     first, last = diagnosis.steps
-    count = len(diagnosis.faults)
+    count, idle = len(diagnosis.faults), len(diagnosis) - len(diagnosis.faults)
     verdict = diagnosis.note or (f"{count} finding{'s' * (count != 1)}" if count else NOTHING)
+    verdict += f", and {idle} for information" * bool(count and idle)
+    over = f"steps {first} to {last}" if last >= first else "no step yet"
     held = f"<p>{escape(diagnosis.held[0].upper() + diagnosis.held[1:])}.</p>" if diagnosis.held else ""
     return (
         f"<header><h1>Which bucket has a hole?</h1><p><strong>{escape(verdict[0].upper() + verdict[1:])}.</strong> "
-        f"{len(history.layout.goals)} goals, steps {first} to {last}.</p>{held}{_pull(diagnosis)}</header>"
+        f"{len(history.layout.goals)} goals, {over}.</p>{held}{_pull(diagnosis)}</header>"
     )
 
 
@@ -162,6 +166,11 @@ def _breakable(name: str) -> str:
     return escape(name).replace("_", "_<wbr>")
 
 
+def _prose(text: str) -> str:
+    """A sentence, whose arrows are not broken."""
+    return escape(text).replace("-&gt;", '<span class="whole">-&gt;</span>')
+
+
 def _findings(diagnosis: Diagnosis) -> str:
     if not len(diagnosis):
         return ""
@@ -172,8 +181,8 @@ def _findings(diagnosis: Diagnosis) -> str:
             f'<tbody{calm}><tr><th scope="row">{n}</th><td><strong>{escape(f.kind)}</strong><br>'
             f'<small>{escape(KINDS.get(f.kind, ""))}</small></td><td class="name">{_breakable(f.goal)}</td>'
             f"<td>{f.first}\u2013{f.last}</td><td>{f.confidence:.0%}</td></tr>"
-            f'<tr class="more"><td></td><td colspan="4">{escape(f.evidence)}.<br><strong>Change:</strong> '
-            f"{escape(f.suggestion)}.</td></tr></tbody>"
+            f'<tr class="more"><td></td><td colspan="4">{_prose(f.evidence)}.<br><strong>Change:</strong> '
+            f"{_prose(f.suggestion)}.</td></tr></tbody>"
         )
     lead = (
         "Worst first. \u201cSure\u201d comes from the evidence alone: the trend beyond the noise, the length of the "
@@ -213,7 +222,7 @@ def _steps(history: History) -> list[float]:
 def _chart(history: History, diagnosis: Diagnosis, chart: Chart, y_ticks: list[float], percent: bool = False) -> str:
     x = _x(history)
     return (
-        f"<figure>{lanes(_marks(history, diagnosis), x)}{chart.html(ticks(*x, 6), y_ticks, percent)}"
+        f"<figure>{lanes(_marks(history, diagnosis), x)}{chart.html(ticks(*x, 5), y_ticks, percent)}"
         '<figcaption class="axis">step</figcaption></figure>'
     )
 
@@ -221,13 +230,14 @@ def _chart(history: History, diagnosis: Diagnosis, chart: Chart, y_ticks: list[f
 def _levels(history: History, diagnosis: Diagnosis) -> str:
     level = smooth(history["level"].double(), max(1, len(history) // 60))
     top = max(1.05, min(extent(level)[1], 2.0))
-    ends = ", ".join(f"{n} {v:.2f}" for n, v in zip(history.layout.goals, level[-1].tolist(), strict=True))
-    chart = Chart(f"Water level of each goal over the steps. At the end: {ends}", _x(history), (0, top), 260)
+    ends = ", ".join(f"{n} {_end(values):.2f}" for n, values in zip(history.layout.goals, level.T, strict=True))
+    label = f"Water level of each goal over the steps. At the end: {ends}"
+    chart = Chart(label, _x(history), (0, top), 260, "mean score")
     for first, last, _, _ in _marks(history, diagnosis)[:3]:
         if last - first < 0.9 * (chart.x[1] - chart.x[0]):  # a shade over everything says nothing
             chart.span(first, last)
     for g, values in enumerate(thin(level).T.tolist()):
-        chart.line(_steps(history), values, colour(g), DASHES[g % len(DASHES)])
+        chart.line(_steps(history), values, colour(g), dash(g))
     body = _chart(history, diagnosis, chart, ticks(0, top))
     return _section("Water levels", body, "Mean score of each goal; 1 is its ideal, 0.37 its nadir.")
 
@@ -235,7 +245,8 @@ def _levels(history: History, diagnosis: Diagnosis) -> str:
 def _shares(history: History, diagnosis: Diagnosis) -> str:
     share = smooth(history["share"].double(), max(1, len(history) // 60)).nan_to_num()
     total = ", ".join(f"{n} {v:.0%}" for n, v in zip(history.layout.goals, share.mean(0).tolist(), strict=True))
-    chart = Chart(f"Share of the gradient of each goal over the steps. On average: {total}", _x(history), (0, 1), 260)
+    label = f"Share of the gradient of each goal over the steps. On average: {total}"
+    chart = Chart(label, _x(history), (0, 1), 260, "share")
     tops = thin(share.cumsum(1))
     below = torch.cat([torch.zeros_like(tops[:, :1]), tops[:, :-1]], dim=1)
     for g, name in enumerate(history.layout.goals):
@@ -256,13 +267,19 @@ def _raw(history: History, diagnosis: Diagnosis) -> str:
     return _section("Raw values", f'<div class="grid">{figures}</div>', lead)
 
 
+def _end(values: Tensor) -> float:
+    """The last that there is, NaN where there is none."""
+    there = values[~values.isnan()]
+    return float(there[-1]) if len(there) else math.nan
+
+
 def _guides(history: History, k: int, column: Column) -> list[tuple[str, Tensor]]:
     """The lines that raw is to be read against: a name and [T] values each."""
     ideal, scale = history["ideal"][:, k].double(), history["scale"][:, k].double()
     if column.box:
         return [(name, torch.full_like(ideal, column.arguments[name])) for name in ("lower", "upper")]
     if column.kind in ("Upper", "Lower"):
-        return [("limit", torch.full_like(ideal, column.arguments.get("limit", float(ideal[-1]))))]
+        return [("limit", torch.full_like(ideal, column.arguments.get("limit", _end(ideal))))]
     return [("ideal", ideal), ("nadir", ideal + scale)]
 
 
@@ -272,10 +289,10 @@ def _panel(history: History, diagnosis: Diagnosis, k: int, column: Column) -> st
     calm = smooth(raw, max(1, len(raw) // 40))
     low, high = extent(raw)
     guides, room = _guides(history, k, column), high - low
-    near = [(n, v) for n, v in guides if low - room <= v[-1].item() <= high + room]
-    low, high = extent(raw, *(values[-1:] for _, values in near))
-    end = short(calm[calm.isfinite()][-1].item()) if calm.isfinite().any() else "none"
-    said = ", ".join(f"{n} {short(v[-1].item())}" + " (off the scale)" * (n not in dict(near)) for n, v in guides)
+    near = [(n, v) for n, v in guides if low - room <= _end(v) <= high + room]
+    low, high = extent(raw, *(torch.tensor([_end(values)]) for _, values in near))
+    end = short(_end(calm)) if calm.isfinite().any() else "none"
+    said = ", ".join(f"{n} {short(_end(v))}" + " (off the scale)" * (n not in dict(near)) for n, v in guides)
     chart = Chart(f"Raw value of {column.name}, at the end {end}; {said}", _x(history), (low, high), 110)
     name = history.layout.goals[column.goal]
     for finding in diagnosis.faults:
@@ -286,10 +303,10 @@ def _panel(history: History, diagnosis: Diagnosis, k: int, column: Column) -> st
     chart.line(xs, thin(calm).tolist(), colour(column.goal))
     for guide, values in near:
         chart.line(xs, thin(values).tolist(), "var(--ink)", "5 4" if guide == "ideal" else "1.5 3", 1.2)
-        chart.note(values[-1].item(), guide)
+        chart.note(_end(values), guide)
     return (
         f"<figure><figcaption>{swatch(column.goal)} <b>{escape(column.name)}</b> {end}<br><small>{escape(said)}</small>"
-        f"</figcaption>{chart.html(ticks(*chart.x, 3), ticks(low, high, 2))}</figure>"
+        f"</figcaption>{chart.html(ticks(*chart.x, 3), ticks(low, high, 2), x_name='step')}</figure>"
     )
 
 
@@ -328,55 +345,3 @@ def _config(config: Mapping[str, Any]) -> str:
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         rows += f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(text)}</td></tr>'
     return _section("Configuration", _table("config", ("Setting", "Value"), f"<tbody>{rows}</tbody>"))
-
-
-def _style() -> str:
-    light, dark = (";".join(f"--c{i}:{c}" for i, c in enumerate(palette)) for palette in (LIGHT, DARK))
-    return f":root{{{ON_LIGHT};{light}}}@media(prefers-color-scheme:dark){{:root{{{ON_DARK};{dark}}}}}{CSS}"
-
-
-ON_LIGHT = "color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#57606a;--rule:#d0d7de"
-ON_DARK = "--paper:#14171a;--ink:#e8eaed;--soft:#a8b0b9;--rule:#3a4149"
-CSS = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:break-word}
-.name,.more td,.legend,figcaption,.config td{overflow-wrap:anywhere}
-main{max-width:1100px;margin:0 auto;padding:20px 16px 48px}
-h1{font-size:1.7rem;line-height:1.2;margin:.2em 0}h2{font-size:1.2rem;margin:2em 0 .3em}
-p{margin:.4em 0}small,.lead,.axis{color:var(--soft)}small,.lead{font-size:.875rem}
-table{border-collapse:collapse;width:100%;font-size:.9rem}
-th,td{text-align:left;vertical-align:top;padding:6px 10px 6px 0}
-thead th{border-bottom:2px solid var(--rule);color:var(--soft);font-weight:600}
-.findings tbody{border-bottom:1px solid var(--rule)}
-.findings{table-layout:fixed}.findings thead th:nth-child(1){width:2em}.findings thead th:nth-child(2){width:34%}
-.findings thead th:nth-child(4){width:7.5em}.findings thead th:nth-child(5){width:3.5em}
-.findings td:nth-child(n+4),.findings strong{white-space:nowrap}
-.findings .more td{padding-top:0;white-space:normal}.calm td,.calm th{color:var(--soft)}
-.legend,div.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:2px 20px}
-.legend{list-style:none;margin:0;padding:0}.legend li{display:flex;gap:8px;align-items:baseline}
-.swatch{width:28px;height:10px;flex:none;vertical-align:middle}.swatch line{stroke-width:3}
-figure{margin:0}figcaption{font-size:.875rem}.axis{text-align:center;padding-left:44px}
-.lanes{position:relative;margin-left:44px;font-size:12px;line-height:16px}
-.bar{position:absolute;height:4px;border-radius:2px}.tag{position:absolute;white-space:nowrap;max-width:100%}
-.plot{position:relative;margin:4px 0 26px 44px}
-.plot svg{position:absolute;inset:0;width:100%;height:100%;border-bottom:1px solid var(--soft);overflow:hidden}
-.line{fill:none;vector-effect:non-scaling-stroke;stroke-linejoin:round}
-.area{stroke:var(--paper);stroke-width:.5;vector-effect:non-scaling-stroke}
-.grid .area{opacity:.25;stroke:none}
-.span{fill:var(--ink);opacity:.07}
-line.grid{stroke:var(--rule);stroke-width:1;vector-effect:non-scaling-stroke}
-.y,.x,.note{position:absolute;font-size:12px;line-height:1;color:var(--soft);white-space:nowrap}
-.y{right:calc(100% + 6px);transform:translateY(-50%)}.x{top:calc(100% + 6px);transform:translateX(-50%)}
-.note{right:2px;transform:translateY(-115%);color:var(--ink);background:var(--paper);padding:0 2px;opacity:.85}
-div.grid{gap:16px 28px}
-.scroll{overflow-x:auto}.numbers td,.numbers th{white-space:nowrap;padding-right:14px}
-.numbers td{font-variant-numeric:tabular-nums}.own{font-weight:700;text-decoration:underline}
-.config th{width:38%;font-weight:600}img{max-width:100%;height:auto;background:#fff;border-radius:4px}
-@media(max-width:480px){
-main{padding:12px 12px 40px}h1{font-size:1.4rem}table{font-size:.82rem}
-.findings small,.findings br:has(+small){display:none}
-.findings thead th:nth-child(2){width:7.8em}.findings thead th:nth-child(4){width:5.5em}
-.findings thead th:nth-child(5){width:2.9em;padding-right:0}
-.findings th,.findings td{padding-right:6px}.findings thead th{white-space:nowrap}
-}
-"""
