@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _evidence as at
-from ._digest import Digest, number
-from ._findings import Finding, anchored, make, when
+from ._digest import Column, Digest, number
+from ._findings import Finding, anchored, make, raised, when
 from ._trends import blocks, last_rise, ramp, rise, smooth, stretches, trend
 
 
@@ -47,9 +47,11 @@ def starved(run: Digest, g: int) -> Iterator[Finding]:
 def _feed(run: Digest, holder: int, held: float, window: tuple[int, int]) -> str:
     """What gives a starved goal gradient: a reachable ideal for who holds it, or a share for all."""
     k = run.mover(holder, *window)
-    if held >= at.HOLDS and run.columns[k].one_sided:
-        return anchored(run, k, _reached(run, k))
-    return "give every goal a share of every sample: GoalSet(..., temperature=0.1)"
+    if held >= at.HOLDS * run.most and run.columns[k].one_sided:
+        return raised(run, k, _reached(run, k))
+    if run.most < 1:
+        return f"give {run.columns[k].name} a wider scale, so that it ranks lower"
+    return "let the gradient spill over to every goal: GoalSet(..., spill=0.5)"
 
 
 def _reached(run: Digest, k: int) -> float:
@@ -58,7 +60,8 @@ def _reached(run: Digest, k: int) -> float:
     if alone is not None:
         return alone
     held = run.raw[run.calm[:, run.columns[k].goal] >= at.HOLDS * run.most, k]
-    return (held if held.isfinite().any() else run.raw[:, k]).nanquantile(0.25).item()
+    better = 0.75 if run.columns[k].kind == "Lower" else 0.25
+    return (held if held.isfinite().any() else run.raw[:, k]).nanquantile(better).item()
 
 
 def moving(run: Digest, g: int) -> Iterator[Finding]:
@@ -88,6 +91,8 @@ def moving(run: Digest, g: int) -> Iterator[Finding]:
 def _follow(run: Digest, k: int) -> str:
     if run.columns[k].moving:
         return f"train the adversary of {run.columns[k].name} more slowly, or measure its anchors more often"
+    if not run.columns[k].one_sided:
+        return f"ask less of {run.columns[k].name}, or train what it is measured against more slowly"
     ideal = run.anchor(k)[0]
     return anchored(run, k, ideal if run.columns[k].kind == "Anchored" else None, moving=True) + (
         " and measure its anchors (GoalSet.remeasure)"
@@ -96,13 +101,16 @@ def _follow(run: Digest, k: int) -> str:
 
 def _drifting(run: Digest, k: int) -> Iterator[Finding]:
     low, high = run.ideal[:, k], run.ideal[:, k] + run.scale[:, k]
-    first = run.scale[0, k].item()
-    away = torch.maximum((low - low[0]).abs(), (high - high[0]).abs()) / first
-    sure = ramp(away[-1].item(), *at.DRIFT)
+    known = (low.isfinite() & high.isfinite()).nonzero()[:, 0].tolist()
+    if not known:
+        return
+    first, last = known[0], known[-1]
+    away = torch.maximum((low - low[first]).abs(), (high - high[first]).abs()) / run.scale[first, k]
+    sure = ramp(away[last].item(), *at.DRIFT)
     begun = int((away > at.CHANGE[0]).to(torch.int8).argmax())
+    was, now = (f"({number(low[i].item())}, {number(high[i].item())})" for i in (first, last))
     text = (
-        f"{when(run, (begun, run.rows))}: its anchors drifted from ({number(low[0].item())}, {number(high[0].item())}) "
-        f"to ({number(low[-1].item())}, {number(high[-1].item())}), {away[-1]:.1f} of its first scale"
+        f"{when(run, (begun, run.rows))}: its anchors drifted from {was} to {now}, {away[last]:.1f} of its first scale"
     )
     change = f"train what {run.columns[k].name} is measured against more slowly"
     yield make(run, "moving target", (run.columns[k].goal,), (begun, run.rows), sure, text, change)
@@ -130,7 +138,7 @@ def locked(run: Digest, g: int) -> Iterator[Finding]:
         text = (
             f"{when(run, (a, b))}: {share:.0%} of the gradient, yet {run.path(k, a, b)} of an ideal "
             f"{number(run.anchor(k)[0])}; deficit {height:.2g}, {gap:.2g} above the next; {wait} of {len(others)} "
-            "others do not improve"
+            "others improve little or not"
         )
         yield make(run, "locked", (g,), (a, b), sure, text, _lower(run, k))
 
@@ -155,7 +163,18 @@ def _lower(run: Digest, k: int) -> str:
     column, reached = run.columns[k], _reached(run, k)
     if column.kind in ("Upper", "Lower"):
         return f"give {column.name} {column.kind}({number(reached)}, {number(column.arguments.get('margin', 1.0))})"
-    return anchored(run, k, reached)
+    return _wider(column, reached) if column.box else raised(run, k, reached)
+
+
+def _wider(column: Column, reached: float) -> str:
+    """A box in which what the goal came to lies two thirds of the way from the other end, or nearer the middle."""
+    assert column.box
+    low, high = column.box
+    if reached > (low + high) / 2:
+        high = max(high, low + 1.5 * (reached - low))
+    else:
+        low = min(low, high - 1.5 * (high - reached))
+    return f"give {column.name} Box({number(low)}, {number(high)})"
 
 
 def miscalibrated(run: Digest, g: int) -> Iterator[Finding]:
@@ -246,10 +265,10 @@ def estimated_pull(run: Digest) -> tuple[Tensor, Tensor]:
         away = run.distance[:, k]
         within = run.top(k) - away
         halves = [
-            torch.maximum(away[rows].nanquantile(0.95) - away[rows].nanquantile(0.05), within[rows].nanmedian())
+            torch.fmax(away[rows].nanquantile(0.95) - away[rows].nanquantile(0.05), within[rows].nanmedian())
             for rows in (slice(half), slice(half, None))
         ]
-        ranges.append(torch.minimum(*halves).nan_to_num())
+        ranges.append(torch.fmin(*halves).nan_to_num())
     found = torch.stack(ranges)
     width = torch.stack([found[run.members(g)].mean() for g in range(len(run.goals))])
     pull = run.share.nanmean(0).nan_to_num() * width
@@ -276,15 +295,12 @@ def infeasible(run: Digest, g: int) -> Iterator[Finding]:
         if not runs or runs[-1][1] < run.rows:
             continue
         a, b = runs[-1]
-        share, name = run.share[a:b, g].nanmean().item(), run.columns[k].name
+        share = run.share[a:b, g].nanmean().item()
         text = (
             f"{when(run, (a, b))}: {run.path(k, a, b)}, never inside ({number(box[0])}, {number(box[1])}), with "
             f"{share:.0%} of the gradient"
         )
-        end, room = raw[-1].item(), (box[1] - box[0]) / 2
-        lower = min(box[0], end - room) if end <= box[0] else box[0]
-        upper = max(box[1], end + room) if end >= box[1] else box[1]
-        change = f"give {name} Box({number(lower)}, {number(upper)})"
+        change = _wider(run.columns[k], raw[-1].item())
         yield make(run, "infeasible box", (g,), (a, b), _shut_out(run, k, (a, b), share), text, change)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -91,6 +92,7 @@ class Digest:
         self.rows = len(self.finite)
         self.width = max(LEAST_WIDTH, self.rows // WINDOWS)
         self.calm = smooth(self.share, self.width)
+        self._anchors = [_last(self.ideal[:, k], self.scale[:, k]) for k in range(len(self.columns))]
         self.distance = (
             torch.stack([c.distance(self.raw[:, k], *self.anchor(k)) for k, c in enumerate(self.columns)], dim=1)
             if self.rows
@@ -109,8 +111,8 @@ class Digest:
     finite: Tensor
 
     def anchor(self, column: int) -> tuple[float, float]:
-        """(ideal, scale) of a column at the end."""
-        return float(self.ideal[-1, column]), float(self.scale[-1, column])
+        """(ideal, scale) of a column at the end, as far as it is known."""
+        return self._anchors[column]
 
     def members(self, goal: int) -> list[int]:
         """Columns of a goal."""
@@ -160,6 +162,12 @@ class Digest:
         """What column ``seen`` (the same one) came to when column ``trained`` was trained alone, if the payoff says."""
         names = self.columns[trained].name, self.columns[trained if seen is None else seen].name
         return self.payoff.get(names)
+
+
+def _last(ideal: Tensor, scale: Tensor) -> tuple[float, float]:
+    """Of [T] each, those of the last row that has both: a row joined of lost steps has none."""
+    rows = (~(ideal.isnan() | scale.isnan())).nonzero()
+    return (float(ideal[rows[-1]]), float(scale[rows[-1]])) if len(rows) else (math.nan, math.nan)
 
 
 def payoff_of(given: Any) -> dict[tuple[str, str], float]:

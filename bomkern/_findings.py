@@ -65,4 +65,17 @@ def anchored(run: Digest, column: int, ideal: float | None, moving: bool = False
     nadir = old_ideal + scale if math.isfinite(scale) else math.inf
     if not ideal + spread / 3 < nadir < ideal + 30 * spread:
         nadir = max(high, ideal + spread)
-    return f"give {run.columns[column].name} Anchored({number(ideal)}, {number(nadir)}{', moving=True' * moving})"
+    return _give(run, column, ideal, nadir, ", moving=True" * moving)
+
+
+def raised(run: Digest, column: int, ideal: float) -> str:
+    """ "give realism Anchored(0.5, 1)", an ideal that it can reach. A nadir that was named stays if that leaves half of
+    the scale. Else the scale stays: between an ideal raised to where it is and an old nadir, the goal would be so steep
+    that it held the gradient again."""
+    old_ideal, scale = run.anchor(column)
+    named = run.columns[column].kind == "Anchored" and old_ideal + scale >= ideal + scale / 2
+    return _give(run, column, ideal, old_ideal + scale if named else ideal + max(scale, 0.1 * abs(ideal), 1e-6))
+
+
+def _give(run: Digest, column: int, ideal: float, nadir: float, more: str = "") -> str:
+    return f"give {run.columns[column].name} Anchored({number(ideal)}, {number(nadir)}{more})"

@@ -26,8 +26,8 @@ def collapse(run: Digest) -> Iterator[Finding]:
             continue
         a, b = runs[-1]
         shut = [u for u in units if _shut(run, u)]
-        sure = min(ramp((b - a) / run.rows, *at.SPAN), 1.0 if shut else at.ALONE)
         left = run.values(k, a).median().item()
+        sure = min(ramp((b - a) / run.rows, *at.SPAN), ramp(left, *at.EMPTY), 1.0 if shut else at.ALONE)
         text = f"{when(run, (a, b))}: raw {number(left)}, at most {left / peak:.1%} of the {number(peak)} that it was"
         if shut:
             end = number(run.values(shut[0], a).median().item())
@@ -101,7 +101,10 @@ def _opposed(run: Digest, i: int, j: int, a: int, b: int) -> tuple[float, str]:
 
 
 def _payoff_says(run: Digest, i: int, j: int) -> bool | None:
-    """Whether training on either alone leaves the other far worse than it could be; None if that is not known."""
+    """Whether training on either alone leaves the other far worse than it could be; None if that is not known, as of
+    groups, whose members were trained one by one."""
+    if any(len(run.members(g)) > 1 for g in (i, j)):
+        return None
     costs = []
     for one, other in ((i, j), (j, i)):
         k, m = run.members(one)[0], run.members(other)[0]

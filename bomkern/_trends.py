@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A trend is judged on so many block means: enough for a slope, few enough that each averages the noise of its steps.
@@ -32,14 +33,15 @@ class Trend(NamedTuple):
 
 def smooth(series: Tensor, width: int) -> Tensor:
     """Centred moving mean along the first axis over ``width`` rows, fewer at the ends; NaN only where all are."""
-    half = width // 2
-    seen = series.isfinite()
-    total = torch.where(seen, series, 0).cumsum(0)
-    count = seen.to(series.dtype).cumsum(0)
-    total, count = (torch.cat([torch.zeros_like(x[:1]), x]) for x in (total, count))
-    rows = torch.arange(len(series))
-    low, high = (rows - half).clamp(min=0), (rows + half + 1).clamp(max=len(series))
-    return (total[high] - total[low]) / (count[high] - count[low])  # 0 / 0 is NaN
+    half, seen = width // 2, series.isfinite()
+    if not len(series):
+        return series
+
+    def window(values: Tensor) -> Tensor:  # summed anew at every row: differences of one long sum forget what is small
+        flat = values.reshape(len(series), -1).T[:, None]
+        return F.avg_pool1d(flat, 2 * half + 1, 1, half)[:, 0].T.reshape(series.shape)
+
+    return window(torch.where(seen, series, 0)) / window(seen.to(series.dtype))  # 0 / 0 is NaN
 
 
 def blocks(series: Tensor, count: int) -> Tensor:
@@ -63,7 +65,7 @@ def trend(series: Tensor) -> Trend:
         return Trend(0.0, 0.0)
     x, y = torch.arange(count, dtype=torch.float64)[kept], y[kept]
     change = _slope(x, y)[0] * (count - 1)
-    slope, left = _slope(x, y.argsort(stable=True).argsort(stable=True).double() if float(y.std()) > 0 else y * 0)
+    slope, left = _slope(x, _ranks(y))
     squares, n = float((left * left).sum()), len(x)
     if squares <= 1e-9 * n**3:
         return Trend(change, math.copysign(BEST_T, slope) if slope else 0.0)
@@ -71,6 +73,12 @@ def trend(series: Tensor) -> Trend:
     r = min(max(r + (1 + 3 * r) / n, 0.0), MOST_CORRELATED)
     error = math.sqrt(squares / (n - 2) / float((x - x.mean()).square().sum()) * (1 + r) / (1 - r))
     return Trend(change, min(max(slope / error, -BEST_T), BEST_T))
+
+
+def _ranks(y: Tensor) -> Tensor:
+    """Equal values share the mean of their ranks: in order of time a series that is mostly 0 would seem to rise."""
+    _, place, count = y.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0).double() - (count + 1) / 2)[place]
 
 
 def _slope(x: Tensor, y: Tensor) -> tuple[float, Tensor]:

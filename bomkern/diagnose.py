@@ -14,6 +14,8 @@ from ._trends import ramp, trend
 from .history import History
 
 NOTHING = "no bucket has a hole, as far as this run tells"
+STRICTER = {"Upper": "a lower limit", "Lower": "a higher limit", "Box": "a narrower box"}
+STRICTER["BoxAsymmetric"] = STRICTER["Box"]
 # A locked goal is what these look like from outside; they say why.
 EXPLAINS = ("infeasible box", "miscalibrated", "moving target", "conflict")
 
@@ -24,7 +26,7 @@ class Diagnosis(Sequence[Finding]):
     Attributes:
         findings: a tuple of them.
         steps: steps of the history that was read, first and last.
-        share: by goal, who really got the gradient over the whole run, as a fraction of the samples.
+        share: by goal, who really got the gradient over the whole run: the mean of the history's ``share``.
         pull: by goal, its part of the gradient's norm as estimated from ``share * range of raw / scale``.
         note: why there is nothing to say, or "".
     """
@@ -73,7 +75,8 @@ class Diagnosis(Sequence[Finding]):
         return f"the gradient went to {', '.join(parts)}" if parts else ""
 
     def __str__(self) -> str:
-        title = f"steps {self.steps[0]} to {self.steps[1]}: {self.note or self.held}"
+        span = f"steps {self.steps[0]} to {self.steps[1]}: " if self.steps[1] >= self.steps[0] else ""
+        title = f"{span}{self.note or self.held}"
         if not self.findings:
             return title + ("" if self.note else f"\n{NOTHING}")
         rows = [("", "kind", "goal", "steps", "sure")]
@@ -166,11 +169,11 @@ def _idle(run: Digest) -> Iterator[Finding]:
             ramp(share, 2 * at.STARVED, 0.0), ramp(level, *at.HIGH), 1 - ramp(line.t, 2, 4) * ramp(line.change, 0, 0.1)
         )
         if sure >= at.LEAST:
-            path = run.path(run.mover(g, half, run.rows), half, run.rows)
+            k = run.mover(g, half, run.rows)
+            path = run.path(k, half, run.rows)
             text = f"{when(run, (half, run.rows))}: share {share:.1%}, level {level:.2f}, {path}"
-            yield make(
-                run, "idle", (g,), (half, run.rows), sure, text, "none needed; a lower nadir would ask more of it"
-            )
+            change = f"none needed; {STRICTER.get(run.columns[k].kind, 'a lower nadir')} would ask more of it"
+            yield make(run, "idle", (g,), (half, run.rows), sure, text, change)
 
 
 def _not_finite(run: Digest) -> Iterator[Finding]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,93 +11,14 @@ from torch import Tensor
 from bomkern import (
     Anchored,
     Box,
-    BoxAsymmetric,
     Calibrated,
-    Finding,
-    GoalSet,
-    History,
     Lower,
     Minimize,
-    MinimizeHard,
     Payoff,
     Upper,
-    cli,
     diagnose,
 )
-from bomkern._digest import Column
-from bomkern._trends import BEST_T, ramp, rise, smooth, stretches, trend
-from bomkern.history import Layout
-
-T = 400
-
-
-def noise(size: float, rows: int = T, seed: int = 0) -> Tensor:
-    return size * torch.randn(rows, generator=torch.Generator().manual_seed(seed))
-
-
-def flat(value: float, rows: int = T, seed: int = 0) -> Tensor:
-    return value + noise(0.03 * abs(value), rows, seed)
-
-
-def slope(first: float, last: float, rows: int = T, seed: int = 0) -> Tensor:
-    return torch.linspace(first, last, rows) + noise(0.03 * max(abs(first), abs(last)), rows, seed)
-
-
-def written(
-    raw: dict[str, Tensor],
-    share: dict[str, Tensor | float],
-    anchors: dict[str, tuple[Tensor | float, Tensor | float]] | None = None,
-    constraints: dict[str, object] | None = None,
-    highest: dict[str, Tensor] | None = None,
-    most: float = 1.0,
-) -> History:
-    """A history of these raw values and shares. A goal is anchored at (0, 1), and "goal.member" belongs to its goal."""
-    columns = list(raw)
-    goals = list(dict.fromkeys(column.split(".")[0] for column in columns))
-    owner = [goals.index(column.split(".")[0]) for column in columns]
-    rows = len(raw[columns[0]])
-    given = {column: (constraints or {}).get(column, Anchored(0.0, 1.0)) for column in columns}
-    layout = Layout(goals, columns, owner, [repr(c) for c in given.values()], most)
-
-    def wide(value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float32).expand(rows)
-
-    pairs = {column: (anchors or {}).get(column, (0.0, 1.0)) for column in columns}
-    ideal = torch.stack([wide(pairs[c][0]) for c in columns], 1)
-    scale = torch.stack([wide(pairs[c][1]) for c in columns], 1)
-    values = torch.stack([wide(raw[c]) for c in columns], 1)
-    away = [
-        Column(c, 0, repr(given[c])).distance(values[:, k], ideal[0, k].item(), scale[0, k].item())
-        for k, c in enumerate(columns)
-    ]
-    single = torch.stack(away, 1).clamp(min=-1)
-    deficit = torch.stack([single[:, [k for k, o in enumerate(owner) if o == g]].mean(1) for g in range(len(goals))], 1)
-    shares = torch.stack([wide(share.get(goal, 0.0)) for goal in goals], 1)
-    top = torch.stack([wide((highest or {}).get(c, values[:, k])) for k, c in enumerate(columns)], 1)
-    finite = deficit.isfinite().all(1, keepdim=True).float()
-    loss = deficit.amax(1, keepdim=True)
-    return History.from_rows(
-        layout, torch.cat([shares, torch.exp(-deficit), deficit, values, top, ideal, 1 / scale, loss, finite], 1)
-    )
-
-
-def only(history: History, kind: str, **options: object) -> Finding:
-    """The one finding of a kind, which must be there."""
-    found = [f for f in diagnose(history, **options) if f.kind == kind]  # type: ignore[arg-type]
-    assert len(found) == 1, diagnose(history, **options)  # type: ignore[arg-type]
-    return found[0]
-
-
-def kinds(history: History, **options: object) -> list[str]:
-    return [f.kind for f in diagnose(history, **options).faults]  # type: ignore[arg-type]
-
-
-def locked(rows: int = T) -> History:
-    return written(
-        {"realism": flat(1.5, rows), "recon": flat(0.6, rows, 1), "kl": flat(0.3, rows, 2)},
-        {"realism": 0.97, "recon": 0.03},
-    )
-
+from tests.diagnose_helpers import T, flat, kinds, locked, noise, only, slope, turns, written
 
 # The faults.
 
@@ -189,13 +106,6 @@ def test_drifting_anchors_are_a_moving_target() -> None:
         {"realism": Anchored(0.5, 1.0, moving=True)},
     )
     assert kinds(still) == []
-
-
-def turns(period: int = 80) -> tuple[Tensor, Tensor]:
-    """Who has the gradient, and raw of the first of two goals that undo each other."""
-    first = (torch.arange(T) // (period // 2) % 2).float()
-    wave = torch.cumsum(torch.where(first > 0, -0.01, 0.01), 0)
-    return first, wave - wave.mean()
 
 
 def test_two_goals_that_undo_each_other_are_in_conflict() -> None:
@@ -307,7 +217,7 @@ def test_a_box_that_raw_cannot_enter_is_infeasible() -> None:
     history = written(raw, {"latent": 0.8, "b": 0.2}, SIDES, BOX)
     found = only(history, "infeasible box")
     assert found.goals == ("latent",) and found.confidence > 0.9 and "never inside (0, 0.4)" in found.evidence
-    assert found.suggestion.startswith("give latent Box(0, 0.8") and "locked" not in kinds(history)
+    assert found.suggestion.startswith("give latent Box(0, 0.9") and "locked" not in kinds(history)
     reached = {"goals": ["latent", "b"], "table": [[0.3, 1.0], [1.0, 0.1]]}
     assert only(history, "infeasible box", payoff=reached).confidence < 0.5
     reached["table"][0][0] = 0.55
@@ -347,265 +257,60 @@ def test_the_run_that_bomkern_began_with() -> None:
     assert "the gradient went to consistency 50%, kl 28%, realism 21%" in str(diagnosis)
 
 
-# Rows that are not steps, goals that are not columns, numbers that are not finite.
+# What to change.
 
 
-def test_steps_without_a_finite_loss_name_the_goal() -> None:
-    raw = {"a": slope(1.0, 0.5), "b": slope(0.9, 0.5, seed=1)}
-    raw["b"][100:140] = torch.nan
-    found = only(written(raw, {"a": 0.5, "b": 0.5}), "not finite")
-    assert found.goals == ("b",) and (found.first, found.last) == (101, 140) and found.confidence > 0.9
-    assert "40 of them" in found.evidence and "first at step 101" in found.evidence
-
-
-def test_joined_rows_do_not_say_whose_fault_it_was() -> None:
-    raw = {"a": slope(1.0, 0.5), "b": slope(0.9, 0.5, seed=1)}
-    raw["b"][100:140] = torch.nan
-    steps = written(raw, {"a": 0.5, "b": 0.5})
-    history = History(steps.layout, stride=4)
-    history.append(steps._rows)
-    found = only(history, "not finite")
-    assert found.goals == () and found.goal == "?" and (found.first, found.last) == (101, 140)
-
-
-def test_lost_steps_do_not_hide_other_faults() -> None:
-    steps = locked()
-    rows = steps._rows.clone()
-    rows[50:90, :-1] = torch.nan
-    rows[50:90, -1] = 0
-    found = diagnose(History.from_rows(steps.layout, rows))
-    assert {f.kind for f in found.faults} == {"locked", "not finite"}
-
-
-@pytest.mark.parametrize("rows", [0, 1, 19])
-def test_a_short_history_is_not_judged(rows: int) -> None:
-    diagnosis = diagnose(locked(max(rows, 1)) if rows else History(locked().layout))
-    assert len(diagnosis) == 0 and f"{rows} rows" in diagnosis.note and "too little to judge" in str(diagnosis)
-    assert diagnosis.to_dict()["findings"] == []
-
-
-@pytest.mark.parametrize("stride", [1, 2, 8])
-def test_rows_may_stand_for_several_steps(stride: int) -> None:
-    steps = written({"a": slope(2.0, 1.0, 800), "b": torch.cat([flat(0.3, 400), slope(0.3, 0.9, 400)])}, {"a": 1.0})
-    history = History(steps.layout, first=1000, stride=stride)
-    history.append(steps._rows)
-    found = only(history, "starved")
-    assert found.goals == ("b",) and 1200 <= found.first <= 1480 and found.last == 1800
-
-
-def test_a_group_is_one_goal_and_its_worst_member_is_named() -> None:
-    raw = {"a": slope(2.0, 1.0), "latent.spread": flat(0.3, T, 1), "latent.correlation": slope(0.2, 1.2, seed=2)}
-    found = only(written(raw, {"a": 1.0}), "starved")
-    assert found.goals == ("latent",) and "raw of latent.correlation 0.2" in found.evidence
-
-    raw = {"b": flat(0.2), "latent.spread": flat(0.5, T, 1), "latent.correlation": flat(2.5, T, 2)}
-    found = only(written(raw, {"latent": 1.0}), "locked")
-    assert found.goals == ("latent",) and found.suggestion.startswith("give latent.correlation Anchored(2.")
-
-
-def test_columns_know_which_way_is_worse() -> None:
-    raw = torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
-    for constraint in (
-        Minimize(2.0, 0.5),
-        MinimizeHard(2.0),
-        Upper(0.5, 2.0),
-        Lower(0.5, 2.0),
-        Box(0.0, 1.0),
-        BoxAsymmetric(-1, 0.5, 2),
+def test_a_locked_goal_gets_an_ideal_that_it_can_reach_and_is_not_made_steep() -> None:
+    """On real photographs, realism at 0.57 between an ideal raised to 0.48 and its old nadir of 0.64 held the gradient
+    as before. A nadir that was named, and leaves room, stays."""
+    raw = {"realism": flat(0.55), "b": flat(0.2, T, 1)}
+    for given, scale, nadir in (
+        (Calibrated(50), 0.64, 1.18),
+        (Minimize(0.64), 0.64, 1.18),
+        (Anchored(0.0, 0.64), 0.64, 1.18),
+        (Anchored(0.0, 1.5), 1.5, 1.5),
     ):
-        goals = GoalSet(a=constraint)
-        center, right = goals.params[0, :2].tolist()
-        away = Column("a", 0, goals.layout.constraints[0]).distance(raw, center, 1 / right if right else math.inf)
-        score = goals({"a": raw.float()})["deficit"]
-        assert len(away) == 4 and torch.isfinite(score).all()
-        order = [goals.eval()({"a": x[None].float()})["deficit"].item() for x in raw]
-        assert sorted(range(4), key=lambda i: max(away[i].item(), 0)) == sorted(
-            range(4), key=lambda i: max(order[i], 0)
-        )
+        found = only(written(raw, {"realism": 1.0}, {"realism": (0.0, scale)}, {"realism": given}), "locked")
+        assert found.suggestion == f"give realism Anchored(0.541, {nadir})"
 
 
-# What is common to all.
+def test_what_is_to_change_fits_the_constraint() -> None:
+    share = {"a": 1.0}
+
+    def told(raw: Tensor, given: object, kind: str, anchor: tuple[float, float] = (0.0, 1.0)) -> str:
+        return only(written({"a": raw, "b": flat(0.1, T, 1)}, share, {"a": anchor}, {"a": given}), kind).suggestion
+
+    # What is high is good: it came to the upper quartile.
+    assert told(flat(-1.0), Lower(1.0, 1.0), "locked", (1.0, math.inf)) == "give a Lower(-0.979, 1)"
+    assert told(flat(3.0), Upper(1.0, 1.0), "locked") == "give a Upper(2.95, 1)"
+    assert told(flat(0.95), Box(-1.0, 1.0), "locked") == "give a Box(-1, 1.9)"
+    falls = torch.cat([flat(0.5, 100), slope(0.5, -2.0, 300)])
+    assert told(falls, Lower(1.0, 1.0), "moving target", (1.0, math.inf)).startswith("ask less of a, or train")
+    for given, what in (
+        (Upper(1.0, 1.0), "a lower limit"),
+        (Lower(-9.0, 9.0), "a higher limit"),
+        (Box(-1.0, 1.0), "a narrower box"),
+        (Minimize(1.0), "a lower nadir"),
+    ):
+        history = written({"a": flat(0.1), "b": flat(0.9, T, 1)}, {"b": 1.0}, constraints={"a": given})
+        assert only(history, "idle").suggestion == f"none needed; {what} would ask more of it"
 
 
-def clean(seed: int) -> History:
-    """Four goals come down together and trade the gradient, in noise that remembers itself."""
-    random_numbers = torch.Generator().manual_seed(seed)
-    weather, noises = torch.zeros(4), []
-    for _ in range(T):
-        weather = 0.9 * weather + 0.04 * torch.randn(4, generator=random_numbers)
-        noises.append(weather + 0.05 * torch.randn(4, generator=random_numbers))
-    level = 0.1 + 0.9 * torch.exp(-torch.linspace(0, 4, T))
-    raw = level[:, None] * torch.exp(torch.stack(noises))
-    share = torch.softmax(10 * raw, 1)
-    return written({n: raw[:, i] for i, n in enumerate("abcd")}, {n: share[:, i] for i, n in enumerate("abcd")})
+def test_a_starved_goal_is_fed_by_the_rule_where_nobody_holds_all() -> None:
+    raw = {"a": slope(2.0, 1.0), "b": slope(2.0, 1.0, seed=1), "c": slope(2.0, 1.0, seed=2), "recon": slope(0.3, 0.9)}
+    share: dict[str, Tensor | float] = {"a": 0.34, "b": 0.33, "c": 0.33}
+    assert "spill=0.5" in only(written(raw, share), "starved").suggestion
+    assert "wider scale" in only(written(raw, share, most=0.9), "starved").suggestion
 
 
-def test_no_alarm_where_nothing_is_wrong() -> None:
-    alarms = [f for seed in range(30) for f in diagnose(clean(seed)).faults if f.confidence >= 0.5]
-    assert len(alarms) <= 1, alarms
-    assert "no bucket has a hole" in str(diagnose(clean(0)))
+def test_a_kl_that_only_began_high_has_not_collapsed() -> None:
+    """From 20,000 nats of a random start to a healthy 30 is a fall to 0.15%."""
+    kl = torch.cat([slope(20000.0, 30.0, 20), flat(30.0, 380)])
+    raw = {"kl": kl, "recon": slope(0.8, 0.5, seed=1)}
+    assert "collapse" not in kinds(written(raw, {"kl": 0.5, "recon": 0.5}, {"kl": (0.0, 120.0)}))
 
 
-def test_findings_are_ranked_by_severity_with_causes_before_what_they_cause() -> None:
-    raw = {"realism": flat(1.5), "recon": slope(0.4, 1.0, seed=1), "kl": slope(0.3, 0.8, seed=2), "c": flat(0.02, T, 3)}
-    diagnosis = diagnose(written(raw, {"realism": 1.0}))
-    assert [f.kind for f in diagnosis] == ["locked", "starved", "starved", "idle"]
-    severities = [f.severity for f in diagnosis]
-    assert severities == sorted(severities, reverse=True)
-    assert diagnosis[0:2] == diagnosis.findings[:2] and len(diagnosis) == 4 and list(diagnosis) == [*diagnosis.findings]
-
-
-def test_it_prints_as_a_table_and_goes_through_json() -> None:
-    diagnosis = diagnose(locked())
-    text = str(diagnosis)
-    for finding in diagnosis:
-        assert finding.evidence in text and finding.suggestion in text and finding.kind in text
-    assert "the gradient went to realism 97%, recon 3%" in text and repr(diagnosis) == text
-    back = json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))
-    assert back == diagnosis.to_dict()
-    first = back["findings"][0]
-    assert Finding(**{**first, "goals": tuple(first["goals"])}) == diagnosis[0]
-
-
-def test_it_is_deterministic_and_leaves_the_history_alone() -> None:
-    history = clean(3)
-    before = history._rows.clone()
-    state = torch.get_rng_state()
-    assert diagnose(history).to_dict() == diagnose(history).to_dict()
-    assert torch.equal(history._rows, before) and torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_real_goal_set_can_be_diagnosed() -> None:
-    goals = GoalSet(a=Anchored(0.0, 1.0), b=Anchored(0.0, 1.0), c=Lower(-5.0, 1.0))
-    for step in range(60):
-        x = torch.full((8,), 2.0)
-        goals({"a": x, "b": x * 0.1, "c": x / (step + 1)})
-    assert [f.goals for f in diagnose(goals.history) if f.kind == "locked"] == [("a",)]
-
-
-@pytest.mark.parametrize(
-    ("history", "payoff", "message"),
-    [
-        ("run", None, "history must be a History"),
-        (None, [1, 2], "payoff must be"),
-        (None, {"goals": ["a"], "table": [[1, 2]]}, "payoff: table must have 1 rows"),
-        (None, {"goals": ["a"], "table": [["x"]]}, "payoff: table must hold numbers"),
-    ],
-)
-def test_bad_arguments_are_named(history: object, payoff: object, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        diagnose(clean(0) if history is None else history, payoff=payoff)  # type: ignore[arg-type]
-
-
-def test_nothing_in_a_record_makes_it_fail() -> None:
-    """Any numbers, any constraints: no exception, and confidences within bounds."""
-    draw, dice = torch.Generator().manual_seed(0), random.Random(0)
-    choice = [
-        Minimize(0.1),
-        MinimizeHard(2.0),
-        Upper(0, 1),
-        Lower(0, 1),
-        Box(-1, 1),
-        BoxAsymmetric(-1, 0, 2),
-        Calibrated(),
-        Anchored(0.0, 1.0, moving=True),
-    ]
-    for _ in range(60):
-        rows = dice.choice([20, 21, 37, 150])
-        names = dice.sample(["kl", "a.x", "a.y", "capacity", "b", "active"], dice.randint(1, 6))
-        given = {name: dice.choice(choice) for name in names}
-        history = written({name: torch.randn(rows, generator=draw) for name in names}, {}, constraints=given)
-        values = history._rows
-        values[:, :-1] = torch.randn(values[:, :-1].shape, generator=draw) * 10 ** dice.uniform(-6, 6)
-        for bad in (torch.nan, torch.inf, -torch.inf, 0.0):
-            values[torch.rand(values.shape, generator=draw) < dice.choice([0, 0.02, 0.5, 1.0])] = bad
-        values[:, -1] = (torch.rand(rows, generator=draw) > 0.1).float() * dice.choice([0.0, 0.5, 1.0])
-        diagnosis = diagnose(history)
-        assert all(0 <= f.confidence <= 0.95 and 0 <= f.severity <= 1 for f in diagnosis)
-        json.dumps(diagnosis.to_dict()), str(diagnosis)
-
-
-def test_the_largest_history_takes_seconds() -> None:
-    names = [f"g{i}" for i in range(64)]
-    history = written({n: flat(0.5, 4000, i) for i, n in enumerate(names)}, {n: 1 / 64 for n in names})
-    begun = time.perf_counter()
-    diagnose(history)
-    assert time.perf_counter() - begun < 10
-
-
-# The statistics.
-
-
-def test_trends_allow_for_noise_that_remembers_itself() -> None:
-    draw = torch.Generator().manual_seed(0)
-    for memory, most in ((0.0, 0.05), (0.9, 0.12)):
-        beyond = 0
-        for _ in range(200):
-            x, series = torch.zeros(()), []
-            for e in torch.randn(300, generator=draw):
-                x = memory * x + e
-                series.append(x)
-            beyond += abs(trend(torch.stack(series).double()).t) > 2.5
-        assert beyond / 200 <= most, memory
-
-
-def test_trends_see_bent_rises_and_gaps() -> None:
-    bent = torch.exp(torch.linspace(0, 5, 300).double())
-    assert trend(bent).t == BEST_T and trend(-bent).t == -BEST_T
-    line = torch.linspace(0, 1, 300).double() + noise(0.1, 300).double()
-    line[40:90] = torch.nan
-    assert trend(line).t > 6 and trend(line).change == pytest.approx(1, abs=0.15)
-    assert trend(torch.ones(300).double()) == (0, 0) and trend(line[:8]) == (0, 0) and trend(line * torch.nan) == (0, 0)
-
-
-def test_windows() -> None:
-    mask = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 1]).bool()
-    assert stretches(mask) == [(1, 3), (4, 5), (8, 9)] and stretches(mask, 1) == [(1, 5), (8, 9)]
-    assert rise(torch.tensor([3.0, 1, 2, 5, 0, 3])) == (1, 4)
-    mean = smooth(torch.tensor([[1.0], [torch.nan], [3.0], [5.0]]), 3)
-    assert mean[:, 0].tolist() == [1, 2, 4, 4]
-    assert [ramp(x, 2, 4) for x in (1.0, 3.0, 5.0, math.nan)] == [0, 0.5, 1, 0] and ramp(1.0, 4, 2) == 1
-
-
-# The bench, and the command.
-
-
-@pytest.mark.slow
-def test_planted_faults_are_found() -> None:
-    from bench import faults
-
-    cases = [faults.run((fault, 77)) for fault in ("floor", "conflict", "adversary", "clean")]
-    figures = faults.judge(cases)
-    assert figures["recall"] == 1 and figures["clean runs with an alarm"] == 0
-    assert "floor" in faults.show(figures) and json.dumps(faults._plain(figures), allow_nan=False)
-
-
-def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    locked().save(tmp_path / "history.pt")
-    assert cli.main(["diagnose", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "locked" in out and "report.html" in out and (tmp_path / "report.html").is_file()
-    (tmp_path / "report.html").unlink()
-    assert cli.main(["diagnose", str(tmp_path), "--json", "--no-report"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["findings"][0]["kind"] == "locked" and not (tmp_path / "report.html").exists()
-
-
-def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said() -> str:
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error
-
-    assert cli.main(["diagnose", str(tmp_path)]) == 1 and "holds no history.pt" in said()
-    (tmp_path / "history.pt").write_bytes(b"not a history")
-    assert cli.main(["diagnose", str(tmp_path)]) == 1 and "is not a history of bomkern" in said()
-    locked().save(tmp_path / "history.pt")
-    (tmp_path / "payoff.json").write_text("{")
-    assert cli.main(["diagnose", str(tmp_path)]) == 1 and "is not JSON" in said()
-    (tmp_path / "payoff.json").write_text('{"goals": ["a"], "table": []}')
-    assert cli.main(["diagnose", str(tmp_path)]) == 1 and "payoff: table" in said()
-    for bad in ([], [str(tmp_path / "none")], [str(tmp_path), "--yaml"]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["diagnose", *bad])
-        assert stop.value.code == 2 and "error" in said()
+def test_a_payoff_of_members_does_not_speak_for_their_group() -> None:
+    history = written({"a.x": flat(0.9), "a.y": flat(0.9, T, 3), "b": flat(0.9, T, 1)}, {"a": 0.5, "b": 0.5})
+    payoff = {"goals": ["a.x", "a.y", "b"], "table": [[0.9, 3.0, 3.0], [3.0, 0.9, 3.0], [3.0, 3.0, 0.9]]}
+    assert only(history, "conflict", payoff=payoff) == only(history, "conflict")

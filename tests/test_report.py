@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bomkern import Box, Calibrated, History, Lower, Payoff, Upper, cli, diagnose
-from bomkern._charts import DARK, DASHES, LIGHT, POINTS, Chart, lanes, thin, thin_extremes, ticks
+from bomkern._charts import DARK, DASHES, LIGHT, POINTS, Chart, colour, dash, lanes, thin, thin_extremes, ticks
 from bomkern.report import KINDS, write_report
-from tests.test_diagnose import clean, flat, locked, slope, written
+from tests.diagnose_helpers import clean, flat, locked, slope, written
 
 EVIL = '<script>alert("1")</script>&'
 VOID = {"meta", "img", "br", "wbr"}
@@ -189,8 +189,8 @@ def test_the_palette_is_the_trainers() -> None:
 
 
 def test_colours_stand_out_from_their_page() -> None:
-    def light(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def light(code: str) -> float:
+        parts = [int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -198,9 +198,9 @@ def test_colours_stand_out_from_their_page() -> None:
         (LIGHT, "#ffffff", ("#1b1f24", "#57606a")),
         (DARK, "#14171a", ("#e8eaed", "#a8b0b9")),
     ):
-        for colour, least in [*((c, 1.9) for c in palette), *((c, 4.5) for c in words)]:
-            bright, dim = sorted((light(colour), light(paper)), reverse=True)
-            assert (bright + 0.05) / (dim + 0.05) >= least, colour
+        for one, least in [*((c, 1.9) for c in palette), *((c, 4.5) for c in words)]:
+            bright, dim = sorted((light(one), light(paper)), reverse=True)
+            assert (bright + 0.05) / (dim + 0.05) >= least, one
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -228,3 +228,36 @@ def test_long_curves_are_thinned_and_gaps_stay_gaps() -> None:
     chart = Chart("a", (0, 2), (0, 1), 100)
     chart.line([0, 1, 2], [0.0, float("nan"), 1.0], "red")
     assert 'd="M0 1000M1000 0"' in chart.html()
+
+
+def test_words_at_one_height_share_a_line_and_labels_stay_inside() -> None:
+    chart = Chart("a", (0, 1000), (0, 1e5), 110, "raw")
+    chart.note(0.0, "ideal"), chart.note(1.0, "nadir"), chart.note(9e4, "limit")
+    html = chart.html([500, 1000], [0], x_name="step")
+    assert re.findall(r'class="note"[^>]*>([^<]*)', html) == ["ideal, nadir", "limit"]
+    assert re.findall(r'class="x" style="([^"]*)">([^<]*)', html) == [
+        ("left:50.00%", "step 500"),
+        ("right:0;transform:none", "1000"),
+    ]
+    assert 'class="y-name">raw<' in html
+
+
+def test_goals_beyond_the_palette_differ_in_their_dashes() -> None:
+    looks = [(colour(g), dash(g)) for g in range(40)]
+    assert len(set(looks)) == len(looks)
+
+
+def test_axes_are_named_and_what_is_idle_is_counted_apart(tmp_path: Path) -> None:
+    found = page(tmp_path, written({"a": flat(1.5), "b": slope(1.0, 0.6), "c": flat(0.02)}, {"a": 0.95, "b": 0.05}))
+    assert "1 finding, and 1 for information." in found.text
+    assert all(words in found.text for words in ("mean score", "share", "step 200"))
+
+
+def test_lost_rows_at_the_end_are_no_numbers(tmp_path: Path) -> None:
+    history = locked()
+    history._rows[-40:, :-1] = torch.nan
+    history._rows[-40:, -1] = 0
+    found = page(tmp_path, history)
+    labels = [a.get("aria-label") or "" for a in found.all("svg")]
+    assert any("at the end" in label.lower() for label in labels) and not any("nan" in label for label in labels)
+    assert "ideal 0" in found.text and not re.search(r"\bnan\b", found.text)
