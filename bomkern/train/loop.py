@@ -157,16 +157,17 @@ def _probe(trainer: Trainer) -> bomkern.Payoff:
     except ValueError as why:
         raise TrainError(f"--probe {config.probe}: {why}") from why
     payoff = found._replace(table=trainer.agree(found.table.to(trainer.device), "mean").cpu())
-    trainer.goals.anchor(probe=payoff)
     ideals, nadirs, least = payoff.anchors("ideal"), payoff.anchors("nadir"), payoff.table.amin(0).tolist()
     late = [name for name, low in zip(GOALS, least, strict=True) if ideals[name] > low]
     if late and chief:
         log.warning("--probe %d is short: %s got further when another goal was trained", config.probe, ", ".join(late))
-    for name, usual in anchors(config.batch_size).items():
-        if config.scales == "probed" and ideals[name] >= nadirs[name]:  # a scale of nothing would hold the gradient
-            trainer.goals[name] = bomkern.Minimize(usual.nadir - usual.ideal, usual.ideal)
-            if chief:
+    told = payoff.table.clone()
+    for k, (name, usual) in enumerate(anchors(config.batch_size).items()):
+        if ideals[name] >= nadirs[name]:  # a scale of nothing would hold the gradient
+            told[:, k], told[k, k] = usual.nadir, usual.ideal
+            if chief and config.scales == "probed":
                 log.warning("%s came out worst when trained alone: it keeps its anchors %g and %g", name, *usual)
+    trainer.goals.anchor(probe=payoff._replace(table=told))
     return payoff
 
 
