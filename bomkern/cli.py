@@ -107,15 +107,22 @@ def _info() -> int:
 def _diagnose(folder: str, as_json: bool, report: bool) -> int:
     from .report import diagnose_folder
 
+    trouble: Exception | None = None
     try:
-        diagnosis, written = diagnose_folder(folder, report)
+        try:
+            diagnosis, written = diagnose_folder(folder, report)
+        except OSError as why:  # a folder that cannot be written to can be read all the same
+            trouble = why
+            diagnosis, written = diagnose_folder(folder, False)
     except (OSError, ValueError, TypeError) as why:
         print(f"bomkern diagnose: error: {why}", file=sys.stderr)
         return 1
     print(json.dumps(diagnosis.to_dict(), indent=2) if as_json else diagnosis)
     if written and not as_json:
         print(f"\nreport: {written}")
-    return 0
+    if trouble:
+        print(f"bomkern diagnose: error: no report: {trouble}", file=sys.stderr)
+    return 1 if trouble else 0
 
 
 def _train(given: dict[str, object]) -> int:

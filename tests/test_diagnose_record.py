@@ -254,6 +254,17 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["findings"][0]["kind"] == "locked" and not (tmp_path / "report.html").exists()
 
 
+def test_a_report_that_cannot_be_written_does_not_hide_the_diagnosis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    locked().save(tmp_path / "history.pt")
+    (tmp_path / "report.html").mkdir()
+    assert cli.main(["diagnose", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "give realism Anchored(" in printed.out and "report:" not in printed.out
+    assert "error: no report: " in printed.err and printed.err.count("\n") == 1
+
+
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said() -> str:
         error = capsys.readouterr().err
