@@ -16,7 +16,7 @@ from ._raw import Raw, RawValues
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
 from .history import Full, GoalOutput, History, Layout, Monitor
 from .min_goal import REDUCTIONS
-from .policies import STATE, Anchored, Group, Policy, ShareGuard, Spill, policy_of
+from .policies import MOST_NUDGE, SMALLEST, STATE, Anchored, Group, Policy, ShareGuard, Spill, policy_of
 
 log = logging.getLogger("bomkern")
 
@@ -113,11 +113,12 @@ class GoalSet(Full):
         most = 1.0 if by_rank is None else float(by_rank[0])
         self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()], most)
         self._waits = [column for column, policy in self.policies.items() if policy.waits]
-        self._given: dict[str, dict[str, float | Tensor]] = {c: {} for c in self._waits}  # anchors found so far
+        self._given: dict[str, dict[str, float]] = {c: {} for c in self._waits}  # anchors found so far
         self._alarmed: set[str] = set()
         self._only: int | None = None
         self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it
         self.gather: Callable[[Tensor], Tensor] | None = None
+        self._learns = ["params", "log_nudge", "guard_share"] * bool(guard) + ["average", "multipliers"] * bool(spill)
         self._until = max(math.inf if p.until is None else p.until for p in self.policies.values())
         self.monitor = Monitor(self.layout)
 
@@ -152,38 +153,46 @@ class GoalSet(Full):
         tensors = self._raw.columns(raw)
         if self._waits and self._only is None:
             self._refuse_unanchored()
-        adapts = self.training and self.monitor.steps < self._until
-        self._before[:] = [(x, x.clone()) for x in self._learnt(adapts)] if self.training else []
-        if adapts:
-            self._adapt(tensors)
-        device = self.params.device
-        params, temperature = self.params, self.temperature
-        multipliers = self.multipliers if self.spill else None
-        if params.dtype is torch.float32 and any(getattr(t, "dtype", None) is torch.float64 for t in tensors):
-            params, temperature = params.double(), temperature.double()
-            multipliers = None if multipliers is None else multipliers.double()
-        serve = _impl.resolve("goal_set", device.type, self.impl)
+        self._before.clear()
         try:
-            loss, bottleneck, record = serve(
-                tensors, params, self.curves, self.owner, temperature, REDUCTIONS[self.reduction], multipliers
-            )
-        except (ValueError, TypeError, RuntimeError):
+            if self.training:
+                self._learn(tensors)
+            loss, bottleneck, record = self._serve(tensors)
+        except Exception:
+            for now, before in self._before:
+                now.copy_(before)
+            self._before.clear()
             self._raw.explain(tensors, self.params.device)
             raise
         if self._only is not None:
-            loss = tensors[self._only].float().mean()
+            loss = tensors[self._only].to(record.dtype).mean()
         if self.training:
             self._keep(record)
         return GoalOutput(loss, bottleneck, record, self.layout)
 
-    def _adapt(self, tensors: list[Tensor]) -> None:
-        """Ask the policies that still have something to say."""
-        step = self.monitor.steps
+    def _serve(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """One call of the op, in float64 where a raw value is."""
+        held: dict[str, Any] = self._buffers  # each attribute of a module would cost as much as a small op
+        numbers = [held["params"], held["temperature"], held["multipliers"] if self.spill else None]
+        dtype = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+        if numbers[0].dtype is not dtype:
+            numbers = [x if x is None else x.to(dtype) for x in numbers]
+        params, temperature, multipliers = numbers
+        serve = _impl.resolve("goal_set", params.device.type, self.impl)
+        return serve(tensors, params, self.curves, self.owner, temperature, REDUCTIONS[self.reduction], multipliers)
+
+    def _learn(self, tensors: list[Tensor]) -> None:
+        """Keep a copy of what this step changes; ask the policies that still have something to say."""
+        held: dict[str, Any] = self._buffers
+        for name in self._learns:
+            self._before.append((held[name], held[name].clone()))
+        if not self._until or (step := self.monitor.steps) >= self._until:
+            return
+        for name in ("params", "policy_state"):
+            self._before.append((held[name], held[name].clone()))
         for k, policy in enumerate(self.policies.values()):
             if policy.until is not None and step >= policy.until:
                 continue
-            if not isinstance(tensors[k], Tensor):
-                self._raw.explain(tensors, self.params.device)
             raw = tensors[k].detach().float()
             found = policy.update(raw if self.gather is None else self.gather(raw), self.policy_state[k], step)
             if found is not None:
@@ -198,18 +207,23 @@ class GoalSet(Full):
         row[2] = torch.where(row[2] < 0, -slope, slope)  # MinimizeHard's other side mirrors the first
 
     def _keep(self, record: Tensor) -> None:
-        self.monitor.add(record)
+        """Put the step into the history; let the guard and the spill look at it."""
+        held: dict[str, Any] = self._buffers
+        self._modules["monitor"].add(record)  # type: ignore[operator,union-attr]
+        goals = len(self.names)
+        if record.dtype is not held["average"].dtype:
+            record = record.to(held["average"].dtype)
         if self.guard is not None:
-            share = record[: len(self.names)].to(self.guard_share.dtype)
-            nudge = self.guard.update(share, self.guard_share)[self._belongs]
-            self.log_nudge += nudge
-            self.params[:, 1:3] *= torch.exp(-nudge)[:, None]
+            so_far = held["log_nudge"]
+            nudge = self.guard.update(record[:goals], held["guard_share"])[held["_belongs"]]
+            nudge = (so_far + nudge).clamp(-MOST_NUDGE, MOST_NUDGE) - so_far
+            so_far += nudge
+            held["params"][:, 1:3] *= torch.exp(-nudge)[:, None]
         if self.spill is not None:
-            deficit = record[2 * len(self.names) : 3 * len(self.names)].to(self.average.dtype)
+            deficit = record[2 * goals : 3 * goals]
             if self.gather is not None:
-                deficit = self.gather(deficit).view(-1, len(self.names)).mean(0)
-            assert self._by_rank is not None
-            self.spill.update(deficit, self.average, self._by_rank, self.multipliers)
+                deficit = self.gather(deficit).view(-1, goals).mean(0)
+            self.spill.update(deficit, held["average"], held["_by_rank"], held["multipliers"])
 
     def accept(self, ok: Tensor) -> None:
         """Take the last step back where ``ok``, a 0-dim bool on the device, is False; no host sync.
@@ -221,13 +235,6 @@ class GoalSet(Full):
             now.copy_(torch.where(ok, now, before))
         self._before.clear()
         self.monitor.reject(ok)
-
-    def _learnt(self, adapts: bool) -> list[Tensor]:
-        """What a training step changes."""
-        policies = [self.policy_state] if adapts else []
-        guard = [self.log_nudge, self.guard_share] if self.guard else []
-        spill = [self.average, self.multipliers] if self.spill else []
-        return [*([self.params] if policies or guard else []), *policies, *guard, *spill]
 
     @property
     def history(self) -> History:
@@ -269,12 +276,21 @@ class GoalSet(Full):
                     found = sources.get(str(wanted), {})
                     value = (found.anchors(name) if hasattr(found, "anchors") else found).get(column)
                 if value is not None:
-                    known[name] = value.detach().float().mean() if isinstance(value, Tensor) else float(value)
+                    known[name] = number = float(value.detach().float().mean() if isinstance(value, Tensor) else value)
+                    if not math.isfinite(number):
+                        raise ValueError(f"the {name} of {column} must be finite, got {number}")
             if len(known) == len(policy.waits):
                 assert isinstance(policy, Anchored)
                 both = {**policy.known, **known}
-                k = list(self.policies).index(column)
-                self._place(k, both["ideal"], torch.as_tensor(both["nadir"] - both["ideal"]).clamp(min=1e-6))
+                ideal, nadir, k = both["ideal"], both["nadir"], self._column(column)
+                if not ideal < nadir:
+                    log.warning(
+                        "the nadir of %s, %g, is not above its ideal, %g: it will hold the gradient",
+                        column,
+                        nadir,
+                        ideal,
+                    )
+                self._place(k, ideal, max(nadir - ideal, SMALLEST))
                 self.start[k] = self.params[k]
                 self._waits.remove(column)
 
@@ -284,6 +300,7 @@ class GoalSet(Full):
 
         Args:
             measured: by column, raw values [n] or 0-dim of what is ideal and of what is no better than nothing.
+                What is not finite moves nothing.
         """
         for column, pair in measured.items():
             policy = self.policies.get(column)
@@ -293,8 +310,9 @@ class GoalSet(Full):
             now = self.params[k]
             ideal, nadir = (torch.as_tensor(x, dtype=now.dtype, device=now.device).mean() for x in pair)
             scale = torch.exp(-self.log_nudge[k]) / now[1]
-            low = now[0].lerp(ideal, policy.weight)
-            high = (now[0] + scale).lerp(nadir, policy.weight)
+            old = torch.stack([now[0], now[0] + scale])
+            new = torch.stack([ideal, nadir])
+            low, high = old.lerp(torch.where(new.isfinite(), new, old), policy.weight).unbind()
             least = 0.05 / self.start[k, 1]  # anchors that meet would make the goal infinitely steep
             self._place(k, low, torch.maximum(high - low, least))
 
@@ -317,10 +335,13 @@ class GoalSet(Full):
 
     def __setitem__(self, column: str, constraint: Constraint) -> None:
         """Give a goal another constraint of the same curve; no host sync."""
-        k = list(self.policies).index(column)
+        k = self._column(column)
+        if not isinstance(constraint, Constraint):
+            raise TypeError(f"{column} must be a constraint, got {type(constraint).__name__}")
         if constraint.curve != self.curves[k]:
             raise ValueError(f"{column} cannot become {constraint!r}: its curve is fixed; make a new GoalSet")
         self.params[k].copy_(torch.tensor(constraint.ramp, dtype=self.params.dtype), non_blocking=True)
+        self.log_nudge[k] = 0  # which is part of the scale
 
     def anchors(self) -> dict[str, tuple[float, float]]:
         """(ideal, scale) of every column, read from the device."""
@@ -329,23 +350,27 @@ class GoalSet(Full):
             column: (row[0], 1 / row[1] if row[1] else 0.0) for column, row in zip(self.policies, rows, strict=True)
         }
 
+    def _column(self, name: str) -> int:
+        columns = list(self.policies)
+        if name not in columns:
+            raise KeyError(f"no goal is called {name} (there are {', '.join(columns)})")
+        return columns.index(name)
+
     @contextmanager
     def only(self, goal: str) -> Iterator[None]:
         """Train on one goal alone: inside, the loss is the mean of its raw value, whatever its scale."""
-        columns = list(self.policies)
-        if goal not in columns:
-            raise KeyError(f"no goal is called {goal} (there are {', '.join(columns)})")
-        self._only = columns.index(goal)
+        self._only = self._column(goal)
         try:
             yield
         finally:
             self._only = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"waits": list(self._waits)}
+        return {"waits": list(self._waits), "given": {column: dict(self._given[column]) for column in self._waits}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._waits = [column for column in self._waits if column in state["waits"]]
+        self._waits = [column for column, policy in self.policies.items() if policy.waits and column in state["waits"]]
+        self._given = {column: dict(state.get("given", {}).get(column, {})) for column in self._waits}
 
     def __repr__(self) -> str:
         history, anchors = self.history, self.anchors()

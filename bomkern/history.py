@@ -101,6 +101,13 @@ class History:
             self._rows = self._join(self._rows[:even], 2)
             self.stride *= 2
 
+    def reject_last(self) -> None:
+        """Count the last step as one whose loss was not finite."""
+        name, part = ("_open", 1.0) if len(self._open) else ("_rows", 1 / self.stride)
+        rows = getattr(self, name).clone()
+        rows[-1:, -1] = (rows[-1:, -1] - part).clamp(min=0)
+        setattr(self, name, rows)
+
     def _join(self, rows: Tensor, every: int) -> Tensor:
         if every == 1:
             return rows
@@ -228,7 +235,6 @@ class Monitor(Full):
     """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting."""
 
     ring: Tensor
-    row: Tensor
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -236,7 +242,6 @@ class Monitor(Full):
         self._copy: _Copy | None = None
         self._fresh = torch.empty(0, layout.size)  # rows on the host that `take` has not returned yet
         self.register_buffer("ring", torch.zeros(ROWS, layout.size), persistent=False)
-        self.register_buffer("row", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     @property
     def steps(self) -> int:
@@ -248,20 +253,24 @@ class Monitor(Full):
         count = self._count
         if count.pending == ROWS:
             self._send()
-        self.ring.index_copy_(0, self.row, record[None].to(self.ring.dtype))
-        self.row.add_(1)
+        ring: Any = self._buffers["ring"]
+        ring[count.pending].copy_(record)
         count.steps += 1
         count.pending += 1
 
     def reject(self, ok: Tensor) -> None:
         """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
-        self.ring[self._count.pending - 1, -1].mul_(ok)
+        if self._count.pending:
+            self.ring[self._count.pending - 1, -1].mul_(ok)
+        elif self._count.steps and not ok:  # the history has been read since the step: its record is on the host
+            self._history.reject_last()
+            self._fresh = self._fresh.clone()
+            self._fresh[-1:, -1] = 0
 
     def _send(self) -> None:
         """Send what the ring holds to the host, and take in what was sent the time before."""
         arrived, self._copy = self._copy, _Copy(self.ring, self._count.pending)
         self._count.pending = 0
-        self.row.zero_()
         if arrived is not None:
             self._arrive(arrived)
 
@@ -286,11 +295,14 @@ class Monitor(Full):
             self._copy = None
         return self._history
 
+    def __getstate__(self) -> dict[str, Any]:
+        _ = self.history  # rows on their way to the host come with an event, which cannot be copied or pickled
+        return self.__dict__.copy()
+
     def get_extra_state(self) -> dict[str, Any]:
         return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._count.steps, self._count.pending, self._copy = state["steps"], 0, None
-        self.row.zero_()
         self._history.load_state_dict(state)
         self._fresh = state["fresh"].clone()

@@ -18,6 +18,7 @@ from .constraints import Constraint, Minimize
 
 STATE = 2  # numbers a policy may keep
 SMALLEST = 1e-6  # a scale is greater than 0
+MOST_NUDGE = 7.0  # of log scale, a factor of about 1,000: a goal that is satisfied for good is not nudged to infinity
 SOURCES = ("floor", "baseline", "probe")
 Anchor = float | str | Callable[..., Any]
 Found = tuple[Tensor, Tensor]  # ideal, scale
@@ -234,7 +235,7 @@ class ShareGuard:
 
     The share is a moving average of who really got the gradient. Every nudge is in the history. It keeps any goal from
     being starved or from holding everything for long, at the price of what the scales meant: a goal that is satisfied
-    and idle is pulled in too. Anchors first; this if a run must not be watched.
+    and idle is pulled in too, until its scale is a thousandth. Anchors first; this if a run must not be watched.
 
     Args:
         low, high: the band without nudges, 0 <= low < high <= 1.
@@ -297,7 +298,7 @@ class Spill:
             average: [G], changed in place; 0 before the first step, which lowers all alike and so leaves the ranks.
             weights: by rank, [G]. multipliers: by goal, [G], changed in place.
         """
-        average.lerp_(torch.where(deficit.isfinite(), deficit, average), self.weight)
+        average.add_((deficit - average).nan_to_num_(0.0, 0.0, 0.0), alpha=self.weight)
         multipliers.scatter_(0, average.argsort(descending=True, stable=True), weights)
 
     def __repr__(self) -> str:
