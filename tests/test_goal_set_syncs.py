@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ from bomkern import (
     Spill,
     Tracking,
     Upper,
+    _impl,
     history,
+    policies,
 )
-from tests.test_min_goal_bridge import CountSyncs
+from tests.test_min_goal_bridge import COMPILED, CountSyncs
 
 RULES: dict[str, dict[str, Any]] = {
     "hard": {},
@@ -30,12 +33,14 @@ RULES: dict[str, dict[str, Any]] = {
     "smooth": {"temperature": 0.1},
     "spill": {"spill": Spill(0.5)},
     "guard": {"guard": ShareGuard(0.1, 0.3)},
+    "guarded": {"guard": ShareGuard(0.1, 0.3), "temperature": 0.1, "reduction": "none"},
+    "spilling, guarded": {"guard": ShareGuard(0.1, 0.3), "spill": 0.5, "reduction": "sum"},
 }
 EACH = pytest.mark.parametrize("rule", RULES)
 
 
 def everything(**rule: Any) -> GoalSet:
-    """Every policy and a group."""
+    """Every policy and a group, of which each process of many would have its own values."""
     goals: dict[str, Policy | Group] = {
         "max": Calibrated(4),
         "quantile": Calibrated(4, statistic=0.9),
@@ -44,7 +49,9 @@ def everything(**rule: Any) -> GoalSet:
         "moving": Anchored(0.5, 1.0, moving=True),
         "both": Group(a=Anchored(0.0, 2.0), b=Fixed(Upper(1.0, 0.5))),
     }
-    return GoalSet(goals, **rule)
+    made = GoalSet(goals, **rule)
+    made.gather = lambda x: torch.cat([x.reshape(-1), x.reshape(-1)])
+    return made
 
 
 def values(device: str) -> dict[str, Any]:
@@ -56,10 +63,12 @@ def values(device: str) -> dict[str, Any]:
 
 def step(goals: GoalSet, raw: dict[str, Any], ok: Tensor) -> None:
     out = goals(raw)
-    out.loss.backward()
-    goals.accept(ok)
+    out.loss.sum().backward()
+    goals.accept(ok & out.finite)
+    _ = out.share, out.level, out["scale"]
     goals.remeasure({"moving": (raw["moving"].detach(), raw["moving"].detach() + 1)})
     goals.temperature.mul_(0.9)
+    goals["hard"] = MinimizeHard(0.5)
 
 
 @EACH
@@ -72,15 +81,69 @@ def test_no_host_sync_in_a_step(rule: str) -> None:
     assert goals.steps == 6
 
 
-@EACH
-def test_nothing_depends_on_values(rule: str) -> None:
-    """On a device whose tensors have no values to read, where ``item``, ``tolist`` and ``if tensor`` raise."""
-    goals = everything(impl="reference", **RULES[rule]).to("meta")
+class Arrives:
+    """In place of the copy of the ring, which a GPU makes without waiting."""
+
+    def __init__(self, ring: Tensor, rows: int) -> None:
+        self.host = torch.zeros(rows, ring.shape[1])
+
+    def wait(self) -> Tensor:
+        return self.host
+
+
+def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: Any) -> GoalSet:
+    """On a device whose tensors have no values, where whatever reads or copies one raises; past the ring's end."""
+    monkeypatch.setattr(history, "ROWS", 4)
+    monkeypatch.setattr(history, "_Copy", Arrives)
+    if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
+        monkeypatch.setattr(_impl, "resolve", lambda op, device, impl: _impl._COMPILED[op]())
+    goals = everything(**rule).to("meta")
     raw, ok = values("meta"), torch.ones((), dtype=torch.bool, device="meta")
-    for _ in range(6):
+    for _ in range(10):  # through the end of the calibration
         step(goals, raw, ok)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        goals.anchors()  # which does read
+    return goals
+
+
+SERVED = pytest.mark.parametrize("served", ["reference", pytest.param("compiled", marks=[COMPILED])])
+
+
+@SERVED
+@EACH
+def test_nothing_depends_on_values(monkeypatch: pytest.MonkeyPatch, rule: str, served: str) -> None:
+    goals = steps_without_values(monkeypatch, served, **RULES[rule])
+    assert goals.steps == 10 and len(goals.history) == 10
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x.amax().item(),
+    "float": lambda x: float(x.amax()),
+    "tolist": lambda x: x.tolist(),
+    "if": lambda x: 1 if x.amax() > 0 else 0,
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "cpu": lambda x: x.cpu(),
+    "copy_": lambda x: torch.empty(x.shape).copy_(x),
+    "equal": lambda x: torch.equal(x, x),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_policy_that_reads_is_found(monkeypatch: pytest.MonkeyPatch, read: str) -> None:
+    def update(self: Tracking, raw: Tensor, *rest: Any) -> Any:
+        READS[read](raw)
+        return policies.Found
+
+    monkeypatch.setattr(Tracking, "update", update)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        steps_without_values(monkeypatch, "reference")
+
+
+def test_the_copy_of_the_ring_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real one it is what raises, at the end of the ring and not before."""
+    real = history._Copy
+    monkeypatch.setattr(Arrives, "__new__", lambda cls, ring, rows: real(ring, rows))
+    with pytest.raises(NotImplementedError, match="meta"):
+        steps_without_values(monkeypatch, "reference")
 
 
 def test_the_history_is_copied_once_in_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
