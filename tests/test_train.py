@@ -378,12 +378,16 @@ def test_mixed_precision(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     shape = ["--batch-size", "4", "--structure", "4", "--appearance", "4", "--scales", "auto", "--steps", "4"]
+    shape += ["--probe", "1"]
     launch = ["--device", "cpu", "--devices", "2", "--strategy", "ddp", "--log-every", "2", "--calibration-steps", "3"]
     command = [sys.executable, "-m", "bomkern", "train", "--out", str(tmp_path), *shape, *launch]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in record.read_lines(tmp_path / record.METRICS)] == [2, 4]
     assert json.loads((tmp_path / record.SUMMARY).read_text())["steps"] == 4
+    assert {record.PAYOFF, record.HISTORY, record.REPORT} <= {path.name for path in tmp_path.iterdir()}
+    assert len(History.load(tmp_path / record.HISTORY)) == 4
+    assert done.stderr.count("--probe 1 is short") <= 1  # one of the two says it
 
 
 @pytest.mark.slow

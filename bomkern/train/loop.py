@@ -152,10 +152,13 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
 def _probe(trainer: Trainer) -> bomkern.Payoff:
     """The payoff table, the same on all ranks; anchors that wait for it are given."""
     config, chief = trainer.config, trainer.fabric.is_global_zero
+    trainer.partial = trainer.fabric.world_size > 1
     try:
         found = bomkern.probe(trainer.advance, trainer.goals, config.probe, progress=chief)
     except ValueError as why:
         raise TrainError(f"--probe {config.probe}: {why}") from why
+    finally:
+        trainer.partial = False
     payoff = found._replace(table=trainer.agree(found.table.to(trainer.device), "mean").cpu())
     ideals, nadirs, least = payoff.anchors("ideal"), payoff.anchors("nadir"), payoff.table.amin(0).tolist()
     late = [name for name, low in zip(GOALS, least, strict=True) if ideals[name] > low]
@@ -286,13 +289,13 @@ def report(summary: dict[str, Any], folder: str) -> str:
         f"{summary['steps']} steps, {summary['rejected_steps']} rejected"
         + (f", {summary['steps_per_second']:.2f} steps/s" if summary["steps_per_second"] else ""),
         "",
-        f"{'goal':<22}{'raw':>10}{'level':>8}{'share':>8}{'longest starvation':>20}",
+        f"{'goal':<22} {'raw':>9} {'level':>9} {'share':>7} {'longest starvation':>19}",
     ]
     for name in GOALS:
         raw, level = summary["raw"].get(name, math.nan), summary["level"].get(name, math.nan)
         rows.append(
-            f"{name:<22}{raw:>10.3f}{level:>8.3f}{summary['share'][name]:>8.1%}"
-            f"{summary['longest_starvation'][name]:>14} steps"
+            f"{name:<22} {raw:>9.4g} {level:>9.3g} {summary['share'][name]:>7.1%} "
+            f"{summary['longest_starvation'][name]:>13} steps"
         )
     rows += ["", *_top_finding(summary["diagnosis"], folder)]
     return "\n".join([*rows, f"pictures, metrics, checkpoint and {record.REPORT}: {folder}"])
