@@ -17,17 +17,19 @@ from ._trends import blocks, last_rise, ramp, rise, smooth, stretches, trend
 def _holding(run: Digest, g: int, share: float) -> Iterator[tuple[int, int]]:
     """Windows in which a goal holds the gradient, or as much of it as the rule gives to one."""
     for a, b in stretches(run.calm[:, g] >= share * run.most, run.width):
-        if b - a >= max(2 * run.width, at.SPAN[0] * run.rows):
+        if b - a >= max(run.least, at.SPAN[0] * run.rows):
             yield a, b
 
 
 def starved(run: Digest, g: int) -> Iterator[Finding]:
     """No share while raw gets worse, and the goal ends badly off: it was not just waiting for its turn."""
     for a, b in stretches(run.calm[:, g] < at.STARVED, run.width // 2):
-        if b - a < 2 * run.width:
+        if b - a < run.least:
             continue
         # From its best on to the end: what it loses and finds again without gradient is how batches differ.
         low = a + last_rise(smooth(run.worse[a:b, g], run.width))
+        if b - low < run.least:
+            continue
         line, end = trend(run.worse[low:b, g]), run.deficit[b - run.width : b, g].nanmean().item()
         sure = min(
             ramp(line.t, at.T_NONE, at.T_FULL),
@@ -68,7 +70,7 @@ def moving(run: Digest, g: int) -> Iterator[Finding]:
     """Raw gets worse while the goal holds the gradient; or its anchors drift."""
     for a, b in _holding(run, g, at.PART[0]):
         low, high = (a + i for i in rise(smooth(run.worse[a:b, g], run.width)))
-        if high - low < 2 * run.width:
+        if high - low < run.least:
             continue
         line, share = trend(run.worse[low:high, g]), run.share[low:high, g].nanmean().item()
         sure = min(
@@ -121,7 +123,7 @@ def locked(run: Digest, g: int) -> Iterator[Finding]:
     others = [o for o in range(len(run.goals)) if o != g]
     for a, b in _holding(run, g, at.LOCKED[0]):
         a = _settled(run, g, a, b)
-        if b - a < 2 * run.width or not others:
+        if b - a < run.least or not others:
             continue
         share, deficits = run.share[a:b, g].nanmean().item(), run.deficit[a:b].nanmean(0)
         height, moved = deficits[g].item(), abs(trend(run.worse[a:b, g]).change)

@@ -15,6 +15,7 @@ from .history import History
 
 WINDOWS = 30  # a moving mean spans one so-many-th of the run: long enough to see shares of 1%, short against findings
 LEAST_WIDTH = 5  # and never fewer rows
+LEAST_WINDOW = 20  # rows of which something is found: in fewer, goals that settle look like ones that move
 _KIND = re.compile(r"\w+")
 _ARGUMENT = re.compile(r"(\w+)=(-?(?:\d+\.?\d*(?:e[+-]?\d+)?|inf))(?=[,)])")
 
@@ -71,6 +72,7 @@ class Digest:
     Attributes:
         goals: names. columns: `Column`s.
         share, level, deficit: [T, G]. calm: the share's moving mean over ``width`` rows. most: `Layout.most`.
+        least: rows that a window must have at least.
         raw, ideal, scale, highest: [T, K].
         distance: [T, K], `Column.distance` by the last ideal and scale, so that it moves as raw does.
         worse: [T, G], its mean over a goal's columns: raw in the direction of worse, in scales.
@@ -91,6 +93,7 @@ class Digest:
         self.most = layout.most
         self.rows = len(self.finite)
         self.width = max(LEAST_WIDTH, self.rows // WINDOWS)
+        self.least = max(2 * self.width, LEAST_WINDOW)
         self.calm = smooth(self.share, self.width)
         self._anchors = [_last(self.ideal[:, k], self.scale[:, k]) for k in range(len(self.columns))]
         self.distance = (

@@ -58,7 +58,7 @@ def conflict(run: Digest, i: int, j: int) -> Iterator[Finding]:
     between = torch.minimum(run.calm[:, i], run.calm[:, j]) >= at.PAIR[0]
     held = run.calm[:, i] + run.calm[:, j] >= at.PAIR[1]
     for a, b in stretches(between & held, run.width):
-        if b - a < 2 * run.width:
+        if b - a < run.least:
             continue
         lines = [trend(run.worse[a:b, g]) for g in (i, j)]
         shares, ends = run.share[a:b, [i, j]].nanmean(0), run.deficit[a:b, [i, j]].nanmean(0)
