@@ -12,7 +12,28 @@
 
 #include <algorithm>
 
+#ifdef __linux__
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);  // null where torch has another library
+#else
+constexpr int (*MKL_Set_Num_Threads_Local)(int) = nullptr;
+#endif
+
 namespace bomkern::covariance_penalty {
+
+// While it lives, this thread's products are cut for one thread. MKL takes one in a parallel region anyway, but cuts for as
+// many as there could be, and so gives other bits.
+class OneThread {
+ public:
+  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+
+ private:
+  int before_;
+};
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // out, product, second, offset, inverse
 
@@ -75,6 +96,7 @@ template <class S> class OnCpu {
     std::atomic<int64_t> next{0};
     const int64_t threads = std::min<int64_t>(std::max<int64_t>(tasks, 2), at::get_num_threads());
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      const OneThread one;
       Tensor scratch;
       for (int64_t task = next++; task < tasks; task = next++) {
         if (!scratch.defined()) scratch = empty({numbers});
