@@ -48,15 +48,18 @@ white-space:nowrap;font-size:.8rem;line-height:1;color:var(--soft)}
 line.grid{stroke:var(--rule);stroke-width:1;vector-effect:non-scaling-stroke}
 .y,.x,.note{position:absolute;font-size:12px;line-height:1;color:var(--soft);white-space:nowrap}
 .y{right:calc(100% + 6px);transform:translateY(-50%)}.x{top:calc(100% + 6px);transform:translateX(-50%)}
-.note{right:2px;transform:translateY(-115%);color:var(--ink);background:var(--paper);padding:0 2px;opacity:.85}
+.note{right:2px;transform:translateY(-115%);color:var(--ink);
+text-shadow:0 0 2px var(--paper),0 0 2px var(--paper),0 0 4px var(--paper)}
 div.grid{gap:16px 28px}
 .scroll{overflow-x:auto}.numbers td,.numbers th{white-space:nowrap;padding-right:14px}
+.numbers tbody th{position:sticky;left:0;background:var(--paper)}
 .numbers td{font-variant-numeric:tabular-nums}.own{font-weight:700;text-decoration:underline}
 .config th{width:38%;font-weight:600}img{max-width:100%;height:auto;background:#fff;border-radius:4px}
 @media(max-width:480px){
 main{padding:12px 12px 40px}h1{font-size:1.4rem}table{font-size:.82rem}
 .findings small,.findings br:has(+small){display:none}
-.findings thead th:nth-child(2){width:8.6em}.findings thead th:nth-child(4){width:5.5em}
+.findings thead th:nth-child(1){width:1.7em}.findings thead th:nth-child(2){width:8.2em}
+.findings thead th:nth-child(4){width:5.5em}
 .findings thead th:nth-child(5){width:2.9em;padding-right:0}
 .findings th,.findings td{padding-right:6px}.findings thead th{white-space:nowrap}
 }
