@@ -77,7 +77,7 @@ def test_weight_is_made_only_where_it_is_asked_for() -> None:
 @KERNELS
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [("aot_eager", True), *(pytest.param("inductor", d, marks=pytest.mark.slow) for d in (None, True))],
+    [("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.slow)],  # a second B makes it symbolic
 )
 def test_compile_fullgraph(server: tuple[str, str], backend: str, dynamic: bool | None) -> None:
     """Batches that change, and a temperature and constraints that change on the device."""

@@ -126,7 +126,7 @@ def test_fakes_match_what_runs(name: str, server: tuple[str, str]) -> None:
 @EVERY
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [("aot_eager", True), *(pytest.param("inductor", d, marks=pytest.mark.slow) for d in (None, True))],
+    [("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.slow)],  # a second B makes it symbolic
 )
 def test_compile_fullgraph(name: str, server: tuple[str, str], backend: str, dynamic: bool | None) -> None:
     """Batches that change, D below and above B."""

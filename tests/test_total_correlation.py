@@ -84,9 +84,11 @@ def test_oracle(server: tuple[str, str], batch: int, dims: int, which: str) -> N
 @IMPLS
 @pytest.mark.parametrize("which", ["plain", "mss"])
 def test_larger_than_every_tile(server: tuple[str, str], which: str) -> None:
-    if server == ("triton", "cpu"):
-        pytest.skip("minutes under Triton's interpreter")
-    check(latents(1500, 40), server, ESTIMATORS[which])
+    if server in (("triton", "cpu"), ("reference", "cpu")):
+        pytest.skip(
+            "minutes under Triton's interpreter; the reference has no tiles, and is what the others are held to"
+        )
+    check(latents(1100, 40), server, ESTIMATORS[which])
 
 
 @IMPLS

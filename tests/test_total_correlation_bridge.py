@@ -33,8 +33,8 @@ def test_opcheck(which: str) -> None:
 
 
 @IMPLS
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_compile_fullgraph(server: tuple[str, str], dynamic: bool | None) -> None:
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", True), ("inductor", None)])
+def test_compile_fullgraph(server: tuple[str, str], backend: str, dynamic: bool | None) -> None:
     impl, device = server
     torch._dynamo.reset()
 
@@ -42,7 +42,8 @@ def test_compile_fullgraph(server: tuple[str, str], dynamic: bool | None) -> Non
         return total_correlation(*(x * 1.5 for x in inputs), 5000, "mss", impl=impl).mean()
 
     # The reference goes in chunks, whose number is a size that a compiled graph must know.
-    compiled = torch.compile(step, fullgraph=True, dynamic=False if impl == "reference" else dynamic)
+    dynamic = False if impl == "reference" else dynamic
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
     for batch in (24, 40):
         ours, theirs = leaves(latents(batch, 6), device=device), leaves(latents(batch, 6), device=device)
         got, want = compiled(*ours), step(*theirs)
