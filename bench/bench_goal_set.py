@@ -36,7 +36,7 @@ def plain(rule: str) -> Step:
             loss = (MU * torch.logsumexp(d / MU, 1)).mean()
             share = torch.softmax(d.detach() / MU, 1).mean(0)
         else:
-            loss, share = (d.mean(0) * weights).sum(), weights
+            loss, share = (d.mean(0) * weights).sum(), weights / weights.sum()
         return loss, torch.stack([share, scores.detach().mean(0), torch.stack([x.detach().mean() for x in goals])])
 
     return step

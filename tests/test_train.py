@@ -284,6 +284,8 @@ def test_the_top_finding_is_printed_and_the_rest_can_be_asked_for(
         printed = loop.report({**summary, "diagnosis": {"note": "", "findings": findings}}, str(tmp_path))
         assert "realism: locked (90% sure)\n  see here\n  -> do this" in printed and "not shown" not in printed
         assert tail in printed and ("1 more" in printed) == bool(tail)
+    unsure = loop.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "confidence": 0.3}]}}, "")
+    assert "realism: perhaps locked (30% sure)" in unsure
     calm = loop.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "kind": "idle"}]}}, "")
     assert "no bucket has a hole" in calm
 

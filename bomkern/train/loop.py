@@ -309,8 +309,9 @@ def _top_finding(diagnosis: dict[str, Any] | None, folder: str) -> list[str]:
     if not faults:
         return [f"diagnosis: {diagnosis['note'] or NOTHING}"]
     top = faults[0]
+    maybe = "perhaps " * (top["confidence"] < 0.5)  # right about every second time: bench/results/faults.json
     return [
-        f"diagnosis: {' and '.join(top['goals']) or 'the run'}: {top['kind']} ({top['confidence']:.0%} sure)",
+        f"diagnosis: {' and '.join(top['goals']) or 'the run'}: {maybe}{top['kind']} ({top['confidence']:.0%} sure)",
         f"  {top['evidence']}",
         f"  -> {top['suggestion']}",
         *([f"  {len(faults) - 1} more: bomkern diagnose {folder}"] if len(faults) > 1 else []),
