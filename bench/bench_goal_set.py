@@ -112,7 +112,7 @@ def test_whole_step_of_a_goal_set(benchmark: object, batch: int, name: str) -> N
     if name.startswith("bomkern"):
 
         def step() -> None:
-            torch.autograd.grad(min_goal_loss(raw, ANCHORED, return_stats=True)[0], raw)
+            torch.autograd.grad(min_goal_loss(raw, ANCHORED, return_stats=True)[0], raw, materialize_grads=True)
 
     else:
         policies = {f"goal{k}": Anchored(c.ideal, c.ideal + c.scale) for k, c in enumerate(ANCHORED)}
@@ -120,7 +120,7 @@ def test_whole_step_of_a_goal_set(benchmark: object, batch: int, name: str) -> N
         named = dict(zip(policies, raw, strict=True))
 
         def step() -> None:
-            torch.autograd.grad(goals(named).loss, raw)
+            torch.autograd.grad(goals(named).loss, raw, materialize_grads=True)
 
     benchmark.group = f"GoalSet step K={K} B={batch}"  # type: ignore[attr-defined]
     benchmark.extra_info.update(peer=name, device=DEVICE, calls=1)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from .gaussian_kl import gaussian_kl
 from .goal_set import GoalSet
 from .history import GoalOutput, History
 from .latent_statistics import LatentStatistics, latent_statistics
+from .lazy import Lazy, lazy
 from .min_goal import MinGoalStats, min_goal_loss
 from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Spill, Tracking
 from .probe import Payoff, probe
@@ -32,6 +33,7 @@ __all__ = [
     "Group",
     "History",
     "LatentStatistics",
+    "Lazy",
     "Lower",
     "MinGoalStats",
     "Minimize",
@@ -50,6 +52,7 @@ __all__ = [
     "gaussian_total_correlation",
     "info",
     "latent_statistics",
+    "lazy",
     "min_goal_loss",
     "probe",
     "total_correlation",

@@ -11,6 +11,7 @@ import torch
 
 from . import _ops, reference
 from ._check import check_goals, check_latents, check_matrices, check_views
+from ._route import gated
 
 IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
 
@@ -60,14 +61,50 @@ def why_not(op: str, impl: str, device: str) -> str | None:
 def _min_goal() -> Callable[..., Any]:
     plain, with_stats = torch.ops.bomkern.min_goal.default, torch.ops.bomkern.min_goal.stats
 
-    def serve(goals: Any, params: Any, curves: Any, reduction: int, stats: bool) -> Any:
+    def serve(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
         try:
-            return with_stats(goals, params, curves, reduction) if stats else plain(goals, params, curves, reduction)
+            return (with_stats if stats else plain)(goals, params, curves, reduction, route)
         except RuntimeError:
             check_goals(goals)  # what the dispatcher turned away before our own checks saw it, by name
             raise
 
     return serve
+
+
+def _goal_set() -> Callable[..., Any]:
+    call = torch.ops.bomkern.goal_set.default
+
+    def serve(goals: Any, *arguments: Any, route: int = 0) -> Any:
+        try:
+            return call(goals, *arguments, route=route)[:3]
+        except RuntimeError:
+            check_goals(goals)
+            raise
+
+    return serve
+
+
+def _routed_min_goal(serve: Callable[..., Any]) -> Callable[..., Any]:
+    def routed(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
+        if not route:
+            return serve(goals, params, curves, reduction, stats)
+        out = gated(lambda given: serve(given, params, curves, reduction, True), goals, route, range(len(goals)), -3)
+        return out if stats else out[:1]
+
+    return routed
+
+
+def _routed_goal_set(serve: Callable[..., Any]) -> Callable[..., Any]:
+    def routed(goals: Any, params: Any, curves: Any, groups: Any, *arguments: Any, route: int = 0) -> Any:
+        if not route:
+            return serve(goals, params, curves, groups, *arguments)
+        return gated(lambda given: serve(given, params, curves, groups, *arguments), goals, route, groups, 2)
+
+    return routed
+
+
+# Around an implementation in Python of an op whose branches can be left out; the compiled ones do it themselves.
+_ROUTED = {"min_goal": _routed_min_goal, "goal_set": _routed_goal_set}
 
 
 def _compiled(op: str, check: Callable[..., Any], results: int | slice = slice(None)) -> Callable[..., Any]:
@@ -88,7 +125,7 @@ def _compiled(op: str, check: Callable[..., Any], results: int | slice = slice(N
 # How each op's compiled implementation is called with the reference's arguments.
 _COMPILED: dict[str, Callable[[], Callable[..., Any]]] = {
     "min_goal": _min_goal,
-    "goal_set": lambda: _compiled("goal_set", lambda goals, *_: check_goals(goals), slice(3)),
+    "goal_set": _goal_set,
     "total_correlation": lambda: _compiled(
         "total_correlation", lambda z, mu, logvar, *_: check_latents(z, mu, logvar), 0
     ),
@@ -104,13 +141,15 @@ OPS = tuple(_COMPILED)
 
 
 def _server(op: str, impl: str) -> Callable[..., Any]:
-    if impl == "reference":
-        return getattr(reference, op)
+    if impl not in ("reference", "triton"):
+        return _COMPILED[op]()
     if impl == "triton":
         from . import _triton
 
-        return getattr(_triton, op)
-    return _COMPILED[op]()
+        serve = getattr(_triton, op)
+    else:
+        serve = getattr(reference, op)
+    return _ROUTED[op](serve) if op in _ROUTED else serve
 
 
 _chosen: dict[tuple[str, str, str | None], str] = {}

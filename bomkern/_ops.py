@@ -33,13 +33,14 @@ def record_size(goals: int, columns: int) -> int:
     return 3 * goals + 4 * columns + 2
 
 
-# reduction: 0 none, 1 mean, 2 sum, 3 min. winner, slope: what backward needs. curves: see constraints.py.
+# reduction: 0 none, 1 mean, 2 sum, 3 min. winner, slope: what backward needs. curves: see constraints.py. route: bit k
+# where the gradient of goal k may be undefined instead of zero, see _route.py.
 _library.define(
-    "min_goal(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> "
+    "min_goal(Tensor[] goals, Tensor? params, int[] curves, int reduction, int route=0) -> "
     "(Tensor loss, Tensor winner, Tensor slope)"
 )
 _library.define(
-    "min_goal.stats(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> "
+    "min_goal.stats(Tensor[] goals, Tensor? params, int[] curves, int reduction, int route=0) -> "
     "(Tensor loss, Tensor winner, Tensor slope, Tensor bottleneck, Tensor share, Tensor level, Tensor finite)"
 )
 # For each gradient wanted: index of its goal, dim of that tensor (2: the [B, K] matrix), place of its dtype in FLOATS.
@@ -52,7 +53,8 @@ _library.define(
 # reference.record_parts. weight [K, B]: d loss / d column, where save, else no elements.
 _library.define(
     "goal_set(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, "
-    "Tensor? multipliers=None, bool save=False) -> (Tensor loss, Tensor bottleneck, Tensor record, Tensor weight)"
+    "Tensor? multipliers=None, bool save=False, int route=0) -> "
+    "(Tensor loss, Tensor bottleneck, Tensor record, Tensor weight)"
 )
 # index, dim, dtype: as in min_goal_backward.
 _library.define("goal_set_backward(Tensor grad, Tensor weight, int[] index, int[] dim, int[] dtype) -> Tensor[]")
@@ -128,7 +130,7 @@ MIN = 3
 
 @torch.library.register_fake("bomkern::min_goal", lib=_library)
 def _(
-    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int
+    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, route: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
@@ -140,7 +142,9 @@ def _(
 
 
 @torch.library.register_fake("bomkern::min_goal.stats", lib=_library)
-def _(goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int) -> tuple[Tensor, ...]:
+def _(
+    goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, route: int = 0
+) -> tuple[Tensor, ...]:
     first = torch.ops.bomkern.min_goal.default(goals, params, curves, reduction)
     batch, count, dtype = check_goals(goals)
     like = goals[0]
@@ -175,6 +179,7 @@ def _(
     reduction: int,
     multipliers: Tensor | None = None,
     save: bool = False,
+    route: int = 0,
 ) -> tuple[Tensor, ...]:
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from . import _impl
 from ._raw import Raw, RawValues
+from ._route import bits, check_route, routes, rows_too
+from ._settle import Settled
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
 from .history import Full, GoalOutput, History, Layout, Monitor
+from .lazy import Lazy
 from .min_goal import REDUCTIONS
 from .policies import MOST_NUDGE, SMALLEST, STATE, Anchored, Group, Policy, ShareGuard, Spill, policy_of
 
@@ -36,6 +39,9 @@ class GoalSet(Full):
         temperature: mu >= 0, in units of deficit.
         spill: a `Spill`, its ratio as a number, or 0 for none; then there is no temperature.
         guard: a `ShareGuard`, or None.
+        route, materialize: whether backward passes by the graphs of goals without a share in the batch, and the names
+            of goals that get zeros all the same; see `min_goal_loss`. With ``spill`` or a temperature every goal has a
+            share of every sample.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves.
 
     Attributes:
@@ -80,6 +86,8 @@ class GoalSet(Full):
         spill: float | Spill = 0.0,
         guard: ShareGuard | None = None,
         impl: str | None = None,
+        route: str = "auto",
+        materialize: Sequence[str] = (),
         **named: Constraint | Policy | Group,
     ) -> None:
         super().__init__()
@@ -105,9 +113,14 @@ class GoalSet(Full):
                 members[name] = list(inside)
             self.policies |= {f"{name}.{member}" if member else name: policy for member, policy in inside.items()}
         columns = list(self.policies)
+        check_route(route)
+        for name in materialize if not isinstance(materialize, str) else [materialize]:
+            if name not in self.names:
+                raise ValueError(f"materialize must name goals ({', '.join(self.names)}), got {name!r}")
         if not 1 <= len(columns) <= MAX_GOALS:
             raise ValueError(f"a GoalSet must have 1 to {MAX_GOALS} goals, got {len(columns)}")
         self.owner = [self.names.index(column if column in given else column.rpartition(".")[0]) for column in columns]
+        self.route, self._may = route, bits([self.names[g] for g in self.owner], materialize)
         self._raw = RawValues(self.names, members, columns)
         by_rank = self.spill.weights(len(self.names)) if self.spill else None
         most = 1.0 if by_rank is None else float(by_rank[0])
@@ -144,7 +157,8 @@ class GoalSet(Full):
         """The loss of a step and its record.
 
         Args:
-            raw: a raw value for every goal, [B] or 0-dim, of any float dtype; for a `Group` a mapping of its members'.
+            raw: a raw value for every goal, [B] or 0-dim, of any float dtype, or `lazy`; for a `Group` a mapping of its
+                members'.
 
         Raises:
             KeyError: a goal is missing or unknown; the message names it.
@@ -154,7 +168,11 @@ class GoalSet(Full):
         if self._waits and self._only is None:
             self._refuse_unanchored()
         self._before.clear()
+        settled = None
         try:
+            if any(type(value) is Lazy for value in tensors):
+                settled = Settled(tensors, rows_too(self.route), self.route == "always")
+                tensors = settled.tensors
             if self.training:
                 self._learn(tensors)
             loss, bottleneck, record = self._serve(tensors)
@@ -166,9 +184,11 @@ class GoalSet(Full):
             raise
         if self._only is not None:
             loss = tensors[self._only].to(record.dtype).mean()
+        if settled is not None:
+            loss = settled.attach(loss)
         if self.training:
             self._keep(record)
-        return GoalOutput(loss, bottleneck, record, self.layout)
+        return GoalOutput(loss, bottleneck, record, self.layout, None if settled is None else settled.walked)
 
     def _serve(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """One call of the op, in float64 where a raw value is."""
@@ -179,7 +199,9 @@ class GoalSet(Full):
             numbers = [x if x is None else x.to(dtype) for x in numbers]
         params, temperature, multipliers = numbers
         serve = _impl.resolve("goal_set", params.device.type, self.impl)
-        return serve(tensors, params, self.curves, self.owner, temperature, REDUCTIONS[self.reduction], multipliers)
+        route = self._may if routes(self.route, params.device) else 0
+        code = REDUCTIONS[self.reduction]
+        return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
 
     def _learn(self, tensors: list[Tensor]) -> None:
         """Keep a copy of what this step changes; ask the policies that still have something to say."""

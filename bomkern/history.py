@@ -161,12 +161,16 @@ class GoalOutput:
         loss: 0-dim, or [B] for ``reduction="none"``; has gradient.
         bottleneck: [B] int64, the index in `GoalSet.names` of each sample's worst goal.
         record: the step's numbers in one tensor; ``out["share"]`` and the other parts of `History` are views of it.
+        walked: None without `bomkern.lazy` goals; else the part of their backward that this step walks, weighed by
+            measured times.
     """
 
-    __slots__ = ("_layout", "bottleneck", "loss", "record")
+    __slots__ = ("_layout", "bottleneck", "loss", "record", "walked")
 
-    def __init__(self, loss: Tensor, bottleneck: Tensor, record: Tensor, layout: Layout) -> None:
-        self.loss, self.bottleneck, self.record, self._layout = loss, bottleneck, record, layout
+    def __init__(
+        self, loss: Tensor, bottleneck: Tensor, record: Tensor, layout: Layout, walked: float | None = None
+    ) -> None:
+        self.loss, self.bottleneck, self.record, self._layout, self.walked = loss, bottleneck, record, layout, walked
 
     def __getitem__(self, part: str) -> Tensor:
         return self._layout.parts(self.record)[part]

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from . import _impl
 from ._check import check_goals
+from ._route import bits, check_route, routes, rows_too
+from ._settle import Settled
 from .constraints import Constraint, ConstraintTable, check_constraints, pack
+from .lazy import Lazy
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "min": 3}
 
@@ -33,12 +36,14 @@ class MinGoalStats(NamedTuple):
 
 
 def min_goal_loss(
-    goals: Tensor | Sequence[Tensor],
+    goals: Tensor | Sequence[Tensor | Lazy],
     constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
     *,
     reduction: str = "mean",
     return_stats: bool = False,
     impl: str | None = None,
+    route: str = "auto",
+    materialize: Sequence[int] = (),
 ) -> Tensor | tuple[Tensor, MinGoalStats]:
     """``-log(min over goals of score)`` per sample, and its gradient to the worst goal alone.
 
@@ -54,6 +59,9 @@ def min_goal_loss(
             is ``-log(goals.min())``.
         return_stats: also return `MinGoalStats`, from the same launch.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the goals' device.
+        route: whether backward passes by the graphs of goals without a share in the batch: "auto", "always" or "never",
+            see below.
+        materialize: indices of goals that get a gradient of zeros all the same.
 
     Returns:
         The loss, float32 (float64 if any goal is float64): 0-dim, or [B] for ``reduction="none"``. With
@@ -64,6 +72,24 @@ def min_goal_loss(
     loss inf. Such samples get zero gradient, and ``stats.finite`` is False; no host sync is made to tell. Constraint
     parameters get no gradient.
 
+    **Routing.** A goal that is no sample's bottleneck has gradient zero. Routed, its gradient is *undefined* instead,
+    and autograd does not walk its graph (a decode, a feature network, a discriminator): the other gradients are the
+    same to the bit. What only such graphs reach keeps ``grad`` None, or what it had accumulated, exactly as if the goal
+    had not been computed (and `torch.autograd.grad` wants ``materialize_grads=True``): an optimizer then skips that
+    parameter, where a gradient of zeros would have let its weight decay and its momentum move it. ``route="never"`` is
+    for who wants that. Also: 0 times an infinite derivative would be NaN, and is not computed.
+
+    "auto" routes on the CPU, where it costs nothing; not on a GPU (the host must wait for the forward to know the
+    shares, and what that costs has not been measured yet), not with several processes, never under torch.compile.
+    "always" routes on a GPU too, though not while a CUDA graph is captured: the shares go to pinned memory and backward
+    waits for them alone. With several processes: DistributedDataParallel takes undefined gradients in its stride (every
+    rank reaches every parameter's hook), so "always" is right there; under FSDP a rank that has no gradient for a layer
+    leaves its collective out and the others wait for it, so it is wrong there. A `torch.autograd.Function` is handed
+    zeros, unless it calls ``set_materialize_grads(False)`` and so says that it takes None; ``materialize`` names goals
+    whose graph cannot take an undefined gradient for another reason.
+
+    `lazy` goals go further: of their graphs only the rows are built that get gradient.
+
     Raises:
         ValueError: a shape, device, count or name that cannot serve, named in the message.
         TypeError: an argument of the wrong type or dtype, named in the message.
@@ -73,6 +99,8 @@ def min_goal_loss(
         >>> loss = min_goal_loss([recon, kl], [Minimize(0.1), Upper(30.0, margin=10.0)])
         >>> loss.backward()
     """
+    check_route(route)
+    settled = None
     if isinstance(goals, Tensor):
         tensors = [goals if goals.dim() != 1 else goals.unsqueeze(0)]
         if goals.dim() not in (1, 2):
@@ -81,6 +109,9 @@ def min_goal_loss(
     elif isinstance(goals, (list, tuple)):
         tensors = list(goals)
         count = len(tensors)
+        if any(type(goal) is Lazy for goal in goals):
+            settled = Settled(goals, rows_too(route), route == "always")
+            tensors = settled.tensors
         if count == 1 and isinstance(tensors[0], Tensor) and tensors[0].dim() == 2:
             raise ValueError(f"goals[0] must have shape [B] or [], got {list(tensors[0].shape)}")
     else:
@@ -91,13 +122,15 @@ def min_goal_loss(
     if count == 0 or not isinstance(tensors[0], Tensor):
         check_goals(tensors)  # raises; all else is checked by the implementation
     device = tensors[0].device
+    may = bits(range(count), materialize) if routes(route, device) else 0
     serve = _impl.resolve("min_goal", device.type, impl)
     if constraints is None:
-        out = serve(tensors, None, [], code, return_stats)
+        out = serve(tensors, None, [], code, return_stats, may)
     else:
         table = _table(constraints, count, tensors, device)
-        out = serve(tensors, table.params, table.curves, code, return_stats)
-    return (out[0], MinGoalStats(*out[-4:])) if return_stats else out[0]
+        out = serve(tensors, table.params, table.curves, code, return_stats, may)
+    loss = out[0] if settled is None else settled.attach(out[0])
+    return (loss, MinGoalStats(*out[-4:])) if return_stats else loss
 
 
 # The tables of the tuples seen last, by identity: a tuple of immutable constraints cannot change, and hashing each of

@@ -4,6 +4,7 @@
 #include "checks.h"
 #include "goals.h"
 #include "launch.h"
+#include "route.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -61,7 +62,7 @@ Groups describe(IntArrayRef groups) {
 
 template <bool Cuda>
 Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups, const Tensor& temperature,
-                int64_t reduction, const std::optional<Tensor>& multipliers, bool save) {
+                int64_t reduction, const std::optional<Tensor>& multipliers, bool save, int64_t /* route */) {
   const Problem p = bomkern::check_goals(goals);
   bomkern::check_params(params, curves, p, goals[0].device());
   check_groups(groups, p);
@@ -126,17 +127,17 @@ std::vector<Tensor> goal_set_backward(const Tensor& grad, const Tensor& weight, 
 }
 
 using ForwardOp = Result(TensorList, const Tensor&, IntArrayRef, IntArrayRef, const Tensor&, int64_t,
-                        const std::optional<Tensor>&, bool);
+                        const std::optional<Tensor>&, bool, int64_t);
 using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef);
 
 Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups,
                          const Tensor& temperature, int64_t reduction,
-                         const std::optional<Tensor>& multipliers, bool save) {
+                         const std::optional<Tensor>& multipliers, bool save, int64_t route) {
   static const auto op = bomkern::operator_named<ForwardOp>("bomkern::goal_set", "");
   static const auto back = bomkern::operator_named<BackwardOp>("bomkern::goal_set_backward", "");
   const bomkern::Differentiable autograd("goal_set", goals);
   const Result out = autograd.run(
-      [&] { return op.call(goals, params, curves, groups, temperature, reduction, multipliers, save || autograd.wanted()); });
+      [&] { return op.call(goals, params, curves, groups, temperature, reduction, multipliers, save || autograd.wanted(), 0); });
   if (!autograd.wanted()) return out;
   using Numbers = c10::SmallVector<int64_t, 16>;
   Numbers dims, dtypes;
@@ -144,14 +145,20 @@ Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef cur
     dims.push_back(goal.dim());
     dtypes.push_back(static_cast<int64_t>(bomkern::dtype_of(goal.scalar_type())));
   }
-  const auto pull = [dims, dtypes](const auto& grads, const auto& kept, const auto& want) {
+  std::shared_ptr<bomkern::Owners> owners;
+  if (route && goals[0].dim() < 2) {
+    owners = std::make_shared<bomkern::Owners>(route, groups);
+    owners->watch(std::get<2>(out).narrow(0, 0, groups.back() + 1));  // the record begins with the shares
+  }
+  const auto pull = [dims, dtypes, owners](const auto& grads, const auto& kept, const auto& want) {
     Numbers index, dim, dtype;
     for (size_t k = 0; k < dims.size(); ++k) {
-      if (!want[k]) continue;
+      if (!want[k] || (owners && !owners->holds(k))) continue;
       index.push_back(static_cast<int64_t>(k));
       dim.push_back(dims[k]);
       dtype.push_back(dtypes[k]);
     }
+    if (index.empty()) return bomkern::variable_list(dims.size());
     const auto made = back.call(grads[0], kept[0], index, dim, dtype);
     bomkern::variable_list gradients(dims.size());
     for (size_t i = 0; i < index.size(); ++i) gradients[index[i]] = made[i];

@@ -1,6 +1,7 @@
 // min_goal: argument checks, autograd node and dispatch. The arithmetic is in kernels/min_goal/.
 #include "goals.h"
 #include "op.h"
+#include "route.h"
 
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -26,6 +27,7 @@ using bomkern::dtype_of;
 using bomkern::fresh;
 using bomkern::make_node;
 using bomkern::operator_named;
+using bomkern::Owners;
 using bomkern::Problem;
 using bomkern::refuse_second_derivative;
 using bomkern::types;
@@ -162,7 +164,8 @@ void check_reduction(int64_t reduction) {
 }
 
 template <bool Cuda>
-Result min_goal(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves, int64_t reduction) {
+Result min_goal(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves, int64_t reduction,
+                int64_t /* route */) {
   const Problem p = check_goals(goals);
   check_reduction(reduction);
   const auto result = [](auto call) { return Result(call.loss, call.winner, call.slope); };
@@ -172,7 +175,7 @@ Result min_goal(TensorList goals, const std::optional<Tensor>& params, at::IntAr
 
 template <bool Cuda>
 StatsResult min_goal_stats(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
-                           int64_t reduction) {
+                           int64_t reduction, int64_t /* route */) {
   const Problem p = check_goals(goals);
   check_reduction(reduction);
   const auto result = [](auto c) {
@@ -247,8 +250,8 @@ std::vector<Tensor> min_goal_backward(const Tensor& grad, const Tensor& winner, 
       : run_backward<float, Cuda>(grad, winner, slope, batch, count, index, dim, dtype, code);
 }
 
-using ForwardOp = Result(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
-using StatsOp = StatsResult(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
+using ForwardOp = Result(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t, int64_t);
+using StatsOp = StatsResult(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t, int64_t);
 using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t,
                                        at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
 
@@ -260,6 +263,7 @@ struct MinGoalBackward : torch::autograd::Node {
   int64_t count, reduction;
   c10::SmallVector<int64_t, 16> dims;
   c10::SmallVector<int64_t, 16> dtypes;
+  Owners owners;
 
   std::string name() const override { return "MinGoalBackward"; }
 
@@ -273,11 +277,12 @@ struct MinGoalBackward : torch::autograd::Node {
     if (!grads[0].defined()) return out;
     c10::SmallVector<int64_t, 16> index, dim, dtype;
     for (size_t k = 0; k < dims.size(); ++k) {
-      if (!task_should_compute_output(k)) continue;
+      if (!task_should_compute_output(k) || !owners.holds(k)) continue;
       index.push_back(static_cast<int64_t>(k));
       dim.push_back(dims[k]);
       dtype.push_back(dtypes[k]);
     }
+    if (index.empty()) return out;
     const auto saved_winner = winner.unpack(), saved_slope = slope.unpack();
     static const auto op = operator_named<BackwardOp>("bomkern::min_goal_backward", "");
     const auto values = [&] {
@@ -292,7 +297,7 @@ struct MinGoalBackward : torch::autograd::Node {
 
 template <class Op>
 auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
-                  int64_t reduction) {
+                  int64_t reduction, int64_t route) {
   bool wanted = false;
   for (const Tensor& goal : goals) {
     wanted |= goal.requires_grad();
@@ -306,7 +311,7 @@ auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& p
   }
   auto out = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(goals, params, curves, reduction);
+    return op.call(goals, params, curves, reduction, route);
   }();
   if (!node) return out;
   const bool matrix = goals.size() == 1 && goals[0].dim() == 2;
@@ -320,20 +325,32 @@ auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& p
   node->reduction = reduction;
   node->winner = torch::autograd::SavedVariable(std::get<1>(out), false);
   node->slope = torch::autograd::SavedVariable(std::get<2>(out), false);
+  if (route && !matrix) {
+    node->owners = Owners(route, {});
+    if constexpr (std::tuple_size_v<decltype(out)> > 3) {
+      node->owners.watch(std::get<4>(out));
+    } else {
+      node->owners.watch_winners(std::get<1>(out), node->count);
+    }
+  }
   torch::autograd::set_history(std::get<0>(out), node);
   return out;
 }
 
-Result min_goal_autograd(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
-                         int64_t reduction) {
-  static const auto op = operator_named<ForwardOp>("bomkern::min_goal", "");
-  return with_history(op, goals, params, curves, reduction);
+StatsResult min_goal_stats_autograd(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
+                                    int64_t reduction, int64_t route) {
+  static const auto op = operator_named<StatsOp>("bomkern::min_goal", "stats");
+  return with_history(op, goals, params, curves, reduction, route);
 }
 
-StatsResult min_goal_stats_autograd(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
-                                    int64_t reduction) {
-  static const auto op = operator_named<StatsOp>("bomkern::min_goal", "stats");
-  return with_history(op, goals, params, curves, reduction);
+Result min_goal_autograd(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
+                         int64_t reduction, int64_t route) {
+  static const auto op = operator_named<ForwardOp>("bomkern::min_goal", "");
+  if (route && !goals.empty() && goals[0].is_cuda()) {  // the shares are what is sent to the host
+    const auto out = min_goal_stats_autograd(goals, params, curves, reduction, route);
+    return {std::get<0>(out), std::get<1>(out), std::get<2>(out)};
+  }
+  return with_history(op, goals, params, curves, reduction, route);
 }
 
 }  // namespace

@@ -45,6 +45,11 @@ def servers(op: str) -> list[object]:
     return [pytest.param(pair, id="-".join(pair)) for pair in PAIRS if why_skipped(op, *pair) is None]
 
 
+def grad_of(x: Tensor) -> Tensor:
+    """The gradient of a leaf; zeros where it is undefined, as that of a goal without a share is."""
+    return torch.zeros_like(x) if x.grad is None else x.grad
+
+
 def assert_as_good_as_eager(ours: Tensor, eager: Tensor, exact: Tensor, slack: float = 1e-6, unit: float = 0.0) -> None:
     """Our largest error against float64 is at most twice eager float32's, or ``slack`` of the largest value.
 

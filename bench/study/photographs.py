@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bomkern import active_units
+from bomkern import Lazy, active_units, lazy
 from bomkern.train import features as see
 from bomkern.train import goals as goal
 from bomkern.train.data import Data, load, to_float
@@ -57,8 +57,9 @@ class Photographs(Problem):
         out = self.model(image, see.photometric(image, view), posterior, shake)
         self.code = [out.mu, out.logvar, out.views]
         self.active = active_units(out.mu.detach())[0]
-        raw = raw_values(out, image, self.judge(out.recon), order, _data()[1])
-        return dict(zip(goal.GOALS, raw, strict=True)), out.recon
+        raw = raw_values(out, image, lazy(self.judge, out.recon), order, _data()[1])
+        *values, recon = Lazy.tensors([*raw, out.recon])
+        return dict(zip(goal.GOALS, values, strict=True)), recon
 
     def decode_means(self, image: Tensor) -> Tensor:
         return self.model.decode(self.model.encoder(image)[0])

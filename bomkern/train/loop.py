@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import statistics
 import threading
 import time
 import warnings
@@ -244,6 +245,7 @@ def _finish(trainer: Trainer, images: torch.Tensor, folder: Path, speed: float |
         "steps": trainer.step,
         "steps_per_second": speed,
         **totals,
+        "walked": statistics.fmean(line.get("walked", 1.0) for line in lines) if lines else 1.0,
         "raw": {name: last[name]["raw"] for name in last},
         "level": {name: last[name]["level"] for name in last},
         "constraints": {name: {"ideal": i, "scale": s} for name, (i, s) in trainer.goals.anchors().items()},
@@ -287,7 +289,8 @@ def report(summary: dict[str, Any], folder: str) -> str:
         f"held-out PSNR {summary['psnr']:.2f} dB, {verdict} the {summary['baseline_psnr']:.2f} dB of each crop's "
         f"mean colour; SSIM {summary['ssim']:.3f} (mean colour {summary['baseline_ssim']:.3f})",
         f"{summary['steps']} steps, {summary['rejected_steps']} rejected"
-        + (f", {summary['steps_per_second']:.2f} steps/s" if summary["steps_per_second"] else ""),
+        + (f", {summary['steps_per_second']:.2f} steps/s" if summary["steps_per_second"] else "")
+        + (f", {1 - summary['walked']:.0%} of the images' backward saved" if summary["walked"] < 1 else ""),
         "",
         f"{'goal':<22} {'raw':>9} {'level':>9} {'share':>7} {'longest starvation':>19}",
     ]

@@ -13,20 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bomkern import Lazy, lazy
+from bomkern._route import several_ranks
+
 SMALLEST = 4  # side of the innermost feature map, in pixels
 
 
 class Pass(NamedTuple):
-    """One forward pass of `VAE`, everything a step needs. B images, D = structure + appearance latents."""
+    """One forward pass of `VAE`, everything a step needs. B images, D = structure + appearance latents.
+
+    The decodes are `bomkern.lazy`: of each, only the rows that a goal gets gradient for are put into a graph.
+    """
 
     z: Tensor  # [B, D] sample of the posterior
     mu: Tensor  # [B, D]
     logvar: Tensor  # [B, D]
     views: Tensor  # [2, B, structure] means of the image and of its other view
-    recon: Tensor  # [B, 3, S, S]
-    swap: Tensor  # [B, 3, S, S] own structure, appearance of the next row
-    moved_structure: Tensor  # [B, 3, S, S] after unit noise on the structure
-    moved_appearance: Tensor  # [B, 3, S, S] after unit noise on the appearance
+    recon: Tensor | Lazy  # [B, 3, S, S]
+    swap: Tensor | Lazy  # [B, 3, S, S] own structure, appearance of the next row
+    moved_structure: Tensor | Lazy  # [B, 3, S, S] after unit noise on the structure
+    moved_appearance: Tensor | Lazy  # [B, 3, S, S] after unit noise on the appearance
 
 
 def widths(image_size: int, width: int) -> list[int]:
@@ -108,6 +114,9 @@ class VAE(nn.Module):
         self.decoder = Decoder(image_size, structure, appearance, width)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def _image(self, structure: Tensor, appearance: Tensor) -> Tensor:
+        return self.decoder(structure, appearance).float()
+
     def decode(self, z: Tensor) -> Tensor:
         """[B, D] -> [B, 3, S, S] in [0, 1]."""
         structure, appearance = z.split(self.parts, dim=1)
@@ -115,6 +124,9 @@ class VAE(nn.Module):
 
     def forward(self, image: Tensor, view: Tensor, noise: Tensor, shake: Tensor) -> Pass:
         """One encoder call for image and view, one decoder call for reconstruction, swap and the two perturbed decodes.
+
+        Call it as a function where several processes train: they need the decoder's call to be inside this one, so the
+        decodes are tensors then.
 
         Args:
             image, view: [B, 3, S, S].
@@ -127,8 +139,11 @@ class VAE(nn.Module):
         z = torch.addcmul(mu, noise, torch.exp(logvar / 2))
         s, a = z.split(self.parts, dim=1)
         ds, da = shake.split(self.parts, dim=1)
-        images = self.decoder(torch.cat([s, s, s + ds, s]), torch.cat([a, a.roll(-1, 0), a, a + da]))
-        return Pass(z, mu, logvar, views, *images.chunk(4))
+        codes = ((s, a), (s, a.roll(-1, 0)), (s + ds, a), (s, a + da))
+        images: list[Tensor | Lazy] = [lazy(self._image, *code) for code in codes]
+        if several_ranks():
+            images = list(Lazy.tensors(images))
+        return Pass(z, mu, logvar, views, *images)
 
 
 class Discriminator(nn.Module):

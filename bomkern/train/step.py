@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bomkern import GoalSet, latent_statistics
+from bomkern import GoalSet, Lazy, latent_statistics, lazy
 
 from . import features as see
 from . import goals as goal
@@ -27,9 +27,9 @@ AVERAGE = 0.01  # weight of a step in the moving average of the weights
 
 
 def raw_values(
-    out: Pass, image: Tensor, logits: Tensor, order: Tensor, trivial: goal.Trivial, impl: str | None = None
-) -> list[Tensor]:
-    """The nine raw values of a step, each [B], in the order of `goals.GOALS`.
+    out: Pass, image: Tensor, logits: Tensor | Lazy, order: Tensor, trivial: goal.Trivial, impl: str | None = None
+) -> list[Tensor | Lazy]:
+    """The nine raw values of a step, each [B], in the order of `goals.GOALS`; those of images are lazy.
 
     Args:
         out: the forward pass. image: [B, 3, S, S]. logits: the discriminator's for ``out.recon``.
@@ -37,21 +37,19 @@ def raw_values(
         trivial: errors of trivial answers.
         impl: the implementation of the statistics that have kernels.
     """
-    recon_edges, swap_edges, moved_edges, image_edges = see.edges(
-        torch.cat([out.recon, out.swap, out.moved_appearance, image])
-    ).chunk(4)
+    recon_edges, swap_edges, moved_edges = (lazy(see.edges, x) for x in (out.recon, out.swap, out.moved_appearance))
+    colour, moved_colour = (lazy(see.mean_colour, x) for x in (out.recon, out.moved_structure))
+    edges = see.edges(image)
     code = latent_statistics(out.z, out.mu, out.logvar, impl=impl)
     return [
         goal.kl_divergence(code),
         goal.disentanglement(out.z, out.mu, out.logvar, order, impl),
         goal.capacity(code),
-        goal.behavioral_separation(
-            see.mean_colour(out.recon), see.mean_colour(out.moved_structure), recon_edges, moved_edges, trivial
-        ),
+        lazy(goal.behavioral_separation, colour, moved_colour, recon_edges, moved_edges, trivial),
         goal.latent_stats(out.z, code, impl),
-        goal.reconstruction(out.recon, image, recon_edges, image_edges, trivial),
-        goal.cross_recon(out.swap, swap_edges, image_edges, image.roll(-1, 0), trivial),
-        goal.realism(logits),
+        lazy(goal.reconstruction, out.recon, image, recon_edges, edges, trivial),
+        lazy(goal.cross_recon, out.swap, swap_edges, edges, image.roll(-1, 0), trivial),
+        lazy(goal.realism, logits),
         goal.consistency(out.views, code.mu_variance[: out.views.shape[2]], impl),
     ]
 
@@ -77,6 +75,7 @@ class Trainer:
         self.config, self.fabric, self.crops = config, fabric, crops
         self.device = fabric.device
         self.step, self.partial = 0, False
+        self._walked: list[float] = []  # since the last `window`
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.vae = VAE(config.image_size, config.structure, config.appearance, config.width)
@@ -91,6 +90,7 @@ class Trainer:
         ]
         self.model, self._step_vae = fabric.setup(self.vae, self.optimizers[0])
         self.judge, self._step_judge = fabric.setup(self.discriminator, self.optimizers[1])
+        hard = config.temperature == 0 and config.spill_ratio == 0  # a sample gives gradient to one goal alone
         chosen = policies(config.scales, config.batch_size, config.calibration_steps)
         self.goals = GoalSet(
             chosen,
@@ -98,6 +98,9 @@ class Trainer:
             temperature=config.temperature,
             spill=config.spill_ratio,
             impl=config.impl,
+            # Not "auto", which times things: a run that is resumed gives the bits of one that was not. Not on a GPU,
+            # where the host would have to wait for the rows, and nobody has measured what that costs.
+            route="always" if hard and self.device.type == "cpu" else "never",
         )
         self.goals.to(self.device)
         if fabric.world_size > 1:
@@ -133,8 +136,8 @@ class Trainer:
         out = self.model(image, see.photometric(image, view), noise, shake)
         self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the judge's weights
         with self.fabric.autocast():
-            logits = self.discriminator(out.recon)
-        raw = raw_values(out, image, logits.float(), order, self.trivial, self.config.impl)
+            logits = lazy(self.discriminator, out.recon)
+        raw = raw_values(out, image, logits, order, self.trivial, self.config.impl)
         out_goals = self.goals(dict(zip(goal.GOALS, raw, strict=True)))
         loss = out_goals.loss
         if self.partial:
@@ -142,16 +145,18 @@ class Trainer:
         self.fabric.backward(loss)
 
         self.discriminator.requires_grad_(True)
-        real, fake = self.judge(torch.cat([image, out.recon.detach()])).float().chunk(2)
+        recon = out.recon.value if isinstance(out.recon, Lazy) else out.recon.detach()
+        real, fake = self.judge(torch.cat([image, recon])).float().chunk(2)
         judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
         self.fabric.backward(judge_loss)
 
         ok = self._apply(out_goals.finite & judge_loss.isfinite())
         self.goals.accept(ok)
-        bad = ~torch.stack(raw).isfinite().all(1)
+        bad = ~out_goals["raw"].isfinite()
         bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
         share = out_goals.share
         self.tally.add(ok, share, torch.where(bad.any(), bad, share == share.max()))
+        self._walked.append(1.0 if out_goals.walked is None else out_goals.walked)
         self.step += 1
 
     @torch.no_grad()
@@ -172,7 +177,8 @@ class Trainer:
         names = ("raw", "level", "share", "deficit", "ideal", "scale")
         columns = {name: parts[name].tolist() for name in names}
         goals = {g: {name: columns[name][k] for name in names} for k, g in enumerate(goal.GOALS)}
-        return {"loss": float(parts["loss"]), "goals": goals}
+        walked, self._walked = self._walked, []
+        return {"loss": float(parts["loss"]), "walked": sum(walked) / max(1, len(walked)), "goals": goals}
 
     def _apply(self, finite: Tensor) -> Tensor:
         """Update both networks, or neither; returns whether, as a 0-dim bool on the device, the same on all ranks."""

@@ -1,0 +1,108 @@
+"""Branch routing: a goal without a share gets an undefined gradient, not zeros, and autograd passes its branch by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import check_goals
+
+ROUTES = ("auto", "always", "never")
+
+
+def check_route(route: object) -> None:
+    if route not in ROUTES:
+        raise ValueError(f"route must be one of {', '.join(map(repr, ROUTES))}, got {route!r}")
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of several: what one rank leaves out, another may wait for."""
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
+
+
+def routes(route: str, device: torch.device) -> bool:
+    """Whether branches are to be left out of the backward of a loss on this device."""
+    if route == "never" or torch.compiler.is_compiling():
+        return False  # a compiled graph has its branches fixed
+    if device.type == "cuda":
+        # What auto should do where the host waits for a GPU's answer has not been measured yet.
+        return route == "always" and not torch.cuda.is_current_stream_capturing()
+    return route == "always" or not several_ranks()
+
+
+def rows_too(route: str) -> bool:
+    """Whether graphs may be built for a part of the rows of lazy goals."""
+    return route == "always" or (route == "auto" and not several_ranks())
+
+
+def bits(names: Sequence[object], materialize: Sequence[object]) -> int:
+    """A bit for each goal that may be left out, as the int64 that the ops take."""
+    may = sum(1 << k for k, name in enumerate(names) if name not in materialize)
+    return may - (1 << 64) if may >> 63 else may
+
+
+class _Gate(torch.autograd.Function):
+    """The goals as they are; in backward, nothing for those that hold no share by then."""
+
+    @staticmethod
+    def forward(ctx: Any, owners: Owners, *goals: Tensor) -> tuple[Tensor, ...]:
+        ctx.owners = owners
+        ctx.set_materialize_grads(False)
+        out = tuple(goal.view_as(goal) for goal in goals)
+        ctx.mark_non_differentiable(*[same for same, goal in zip(out, goals, strict=True) if not goal.requires_grad])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        held = ctx.owners.held()
+        return (None, *(grad if hold else None for grad, hold in zip(grads, held, strict=True)))
+
+
+class Owners:
+    """Who holds a share, known on the host when backward asks: csrc/route.h in Python.
+
+    Args:
+        may: see `bits`. groups: the goal of each column.
+    """
+
+    def __init__(self, may: int, groups: Sequence[int]) -> None:
+        self.may, self.groups = may, list(groups)
+        self.share: Tensor | None = None
+        self.event: Any = None
+
+    def watch(self, share: Tensor) -> None:
+        """Take the shares [G] of the forward; from a GPU without waiting for them."""
+        if share.device.type == "cuda":
+            self.share = torch.empty(share.shape, dtype=share.dtype, pin_memory=True)
+            self.share.copy_(share, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        elif share.device.type == "cpu" and type(share) is Tensor:
+            self.share = share.clone()  # the caller's own may be written to
+
+    def held(self) -> list[bool]:
+        """Whether each column has to be reached."""
+        if self.share is None:
+            return [True] * len(self.groups)
+        if self.event is not None:
+            self.event.synchronize()
+            self.event = None
+        shares = (self.share != 0).tolist()
+        return [shares[g] or not self.may >> k & 1 for k, g in enumerate(self.groups)]
+
+
+def gated(
+    serve: Callable[..., tuple[Tensor, ...]], goals: Sequence[Tensor], may: int, groups: Sequence[int], place: int
+) -> tuple[Tensor, ...]:
+    """``serve(goals)`` with a gate before the goals; shares begin result number ``place``."""
+    check_goals(goals)
+    if goals[0].dim() == 2:
+        return serve(goals)  # one tensor, one branch
+    owners = Owners(may, groups)
+    out = serve(list(_Gate.apply(owners, *goals)))
+    owners.watch(out[place].detach()[: max(groups) + 1])
+    return out

@@ -1,0 +1,73 @@
+// Which goals of a loss a backward has to reach, known on the host when it starts.
+#pragma once
+#include "op.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <optional>
+
+namespace bomkern {
+
+// A goal without a share in the batch has gradient zero. Given as an *undefined* gradient, autograd passes its branch by.
+// `may`: bit k for each input that may be left out; 0 for none. `groups`: the goal of each input, empty where that is itself.
+class Owners {
+ public:
+  Owners() = default;
+  Owners(int64_t may, at::IntArrayRef groups) : may_(static_cast<uint64_t>(may)), groups_(groups.begin(), groups.end()) {}
+
+  bool routed() const { return may_ != 0; }
+
+  // Reads the shares [G] of the forward. From a GPU they are on their way to pinned memory after this, and only `hold`
+  // waits for them. What has no values (a fake tensor, one on the meta device) leaves every branch in.
+  void watch(const Tensor& share) {
+    if (share.key_set().has(c10::DispatchKey::Python)) return void(may_ = 0);
+    if (share.is_cpu()) {
+      read(share);
+    } else if (share.is_cuda()) {
+      host_ = at::empty(share.sizes(), share.options().device(at::kCPU).pinned_memory(true));
+      host_.copy_(share, /*non_blocking=*/true);
+      ready_.emplace(share.device().type());
+      ready_->record(c10::impl::VirtualGuardImpl(share.device().type()).getStream(share.device()));
+    } else {
+      may_ = 0;
+    }
+  }
+
+  // The winning goals themselves, on the CPU: of each sample, or [1] the place in [B, goals] of the worst entry.
+  void watch_winners(const Tensor& winner, int64_t goals) {
+    if (!winner.is_cpu() || winner.key_set().has(c10::DispatchKey::Python)) return void(may_ = 0);
+    if (winner.scalar_type() == at::kLong) return void(owned_ = uint64_t(1) << (*winner.const_data_ptr<int64_t>() % goals));
+    uint8_t seen[64] = {};
+    const uint8_t* begin = winner.const_data_ptr<uint8_t>();
+    for (const uint8_t* w = begin; w < begin + winner.numel(); ++w) seen[*w] = 1;
+    for (int k = 0; k < 64; ++k) owned_ |= uint64_t(seen[k]) << k;
+  }
+
+  // Whether input k has to be reached.
+  bool holds(size_t k) {
+    if (!(may_ >> k & 1)) return true;
+    if (ready_) {
+      ready_->synchronize();
+      ready_.reset();
+      read(host_);
+    }
+    return owned_ >> (groups_.empty() ? k : static_cast<size_t>(groups_[k])) & 1;
+  }
+
+ private:
+  void read(const Tensor& share) {
+    with_number(share.scalar_type() == at::kDouble, [&](auto zero) {
+      const auto* begin = share.const_data_ptr<decltype(zero)>();
+      for (int64_t g = 0; g < share.numel(); ++g) owned_ |= uint64_t(begin[g] != 0) << g;  // NaN is a share
+    });
+  }
+
+  uint64_t may_ = 0, owned_ = 0;
+  c10::SmallVector<int64_t, 16> groups_;
+  Tensor host_;
+  std::optional<c10::Event> ready_;
+};
+
+}  // namespace bomkern
