@@ -15,6 +15,7 @@ from . import _impl
 from ._raw import Raw, RawValues
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
+from ._table import table
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
 from .history import Full, GoalOutput, History, Layout, Monitor
 from .lazy import Lazy
@@ -114,7 +115,9 @@ class GoalSet(Full):
             self.policies |= {f"{name}.{member}" if member else name: policy for member, policy in inside.items()}
         columns = list(self.policies)
         check_route(route)
-        for name in materialize if not isinstance(materialize, str) else [materialize]:
+        if isinstance(materialize, str):
+            materialize = [materialize]
+        for name in materialize:
             if name not in self.names:
                 raise ValueError(f"materialize must name goals ({', '.join(self.names)}), got {name!r}")
         if not 1 <= len(columns) <= MAX_GOALS:
@@ -395,19 +398,4 @@ class GoalSet(Full):
         self._given = {column: dict(state.get("given", {}).get(column, {})) for column in self._waits}
 
     def __repr__(self) -> str:
-        history, anchors = self.history, self.anchors()
-        rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", "share", "level")]
-        last = slice(-max(1, 100 // history.stride), None)
-        seen = {part: history[part][last].nanmean(0).tolist() if len(history) else [] for part in ("share", "level")}
-        for column, owner in zip(self.policies, self.owner, strict=True):
-            ideal, scale = anchors[column]
-            numbers = [f"{seen[part][owner]:.3f}" if seen[part] else "" for part in ("share", "level")]
-            rows.append((column, repr(self.policies[column]), f"{ideal:.4g}", f"{scale:.4g}", *numbers))
-        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-        rule = f"spill={self.spill.ratio:g}" if self.spill else f"temperature={float(self.temperature):g}"
-        options = f"reduction={self.reduction}, {rule}"
-        lines = [f"GoalSet({options}{f', {self.guard}' * bool(self.guard)}), {self.steps} steps"]
-        for row in rows:
-            cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            lines.append(f"  {'  '.join(cells)}".rstrip())
-        return "\n".join(lines)
+        return table(self)

@@ -77,7 +77,9 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
     numbers that ``fn`` draws are the same both times, autocast is as it was when ``lazy`` was called, and ``fn`` may
     use `torch.autograd.grad` inside. Where the rows that get gradient are most of them, two evaluations cost more than
     one: forward and backward are timed, and ``route="auto"`` then evaluates once, with a graph. It does so too under
-    torch.compile and with several processes, where ranks must walk the same graph.
+    torch.compile and with several processes, where ranks must walk the same graph. Which way it goes can change the last
+    bits of a gradient; "always" and "never" do not depend on times. On a GPU the host waits, once a loss, to learn which
+    rows are owned.
 
     Raises:
         TypeError, ValueError: arguments that cannot serve.

@@ -293,6 +293,8 @@ def test_the_top_finding_is_printed_and_the_rest_can_be_asked_for(
     assert "realism: perhaps locked (30% sure)" in unsure
     calm = loop.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "kind": "idle"}]}}, "")
     assert "no bucket has a hole" in calm
+    assert "backward saved" not in calm and summary["walked"] == 1  # the default gives every goal a share
+    assert "75% of the images' backward saved" in loop.report({**summary, "walked": 0.25}, "")
 
 
 @pytest.mark.usefixtures("plain")

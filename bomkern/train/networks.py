@@ -6,6 +6,7 @@ Normalisation is GroupNorm throughout, so a row of the batch does not depend on 
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from bomkern import Lazy, lazy
 from bomkern._route import several_ranks
 
 SMALLEST = 4  # side of the innermost feature map, in pixels
+JOINT = 2**20  # numbers in images that are decoded in one call on a CPU
 
 
 class Pass(NamedTuple):
@@ -140,7 +142,9 @@ class VAE(nn.Module):
         s, a = z.split(self.parts, dim=1)
         ds, da = shake.split(self.parts, dim=1)
         codes = ((s, a), (s, a.roll(-1, 0)), (s + ds, a), (s, a + da))
-        images: list[Tensor | Lazy] = [lazy(self._image, *code) for code in codes]
+        # One call for all, unless its feature maps are so large that the C library gives their memory back after use.
+        large = image.device.type == "cpu" and len(codes) * image.numel() > JOINT
+        images: list[Tensor | Lazy] = [lazy(partial(self._image) if large else self._image, *code) for code in codes]
         if several_ranks():
             images = list(Lazy.tensors(images))
         return Pass(z, mu, logvar, views, *images)

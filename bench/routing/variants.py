@@ -1,0 +1,169 @@
+"""The trainer's step in four ways: as one writes it in plain PyTorch, and bomkern's with less and less to walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bomkern import Lazy, latent_statistics, lazy
+from bomkern.train import features as see
+from bomkern.train import goals as goal
+from bomkern.train import loop
+from bomkern.train.config import Config
+from bomkern.train.data import Data, load
+from bomkern.train.step import AVERAGE, Trainer, raw_values
+
+SIZE = 64  # pixels
+VARIANTS = ("plain", "walked", "branches", "rows")
+WORDS = {
+    "plain": "plain PyTorch: separate decodes, all graphs walked, `.any()` and `.item()`",
+    "walked": 'bomkern, `route="never"`: one decode, fused loss and statistics, no syncs',
+    "branches": "and branches without a share passed by",
+    "rows": "and graphs built for owned rows alone (`lazy`)",
+}
+
+
+@lru_cache
+def data() -> Data:
+    return load(None, SIZE)
+
+
+def config(batch: int, reduction: str) -> Config:
+    return Config(image_size=SIZE, batch_size=batch, reduction=reduction, spill=0.0, device="cpu")
+
+
+class Routed(Trainer):
+    """bomkern's trainer. Only "rows" leaves the goals lazy; only "walked" walks all of their graphs."""
+
+    def __init__(self, variant: str, batch: int, reduction: str) -> None:
+        chosen = config(batch, reduction)
+        super().__init__(chosen, loop.launch(chosen), data().train)
+        self.lazy = variant == "rows"
+        self.goals.route = "never" if variant == "walked" else "always"
+
+    def raw(self) -> tuple[list[Tensor | Lazy], Tensor, Tensor | Lazy]:
+        """Raw values of the coming step, its images, and what was reconstructed of them."""
+        image = self.images()
+        noise, shake, view, order = self._noise()
+        out = self.model(image, see.photometric(image, view), noise, shake)
+        self.discriminator.requires_grad_(False)
+        raw = raw_values(out, image, lazy(self.discriminator, out.recon), order, self.trivial)
+        return (raw if self.lazy else list(Lazy.tensors(raw))), image, out.recon
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of every parameter of the VAE, without taking the step."""
+        raw, _, _ = self.raw()
+        self.goals(dict(zip(goal.GOALS, raw, strict=True))).loss.backward()
+        grads = [p.grad for p in self.vae.parameters()]
+        self.optimizers[0].zero_grad()
+        return grads
+
+    def advance(self) -> None:
+        raw, image, recon = self.raw()
+        out = self.goals(dict(zip(goal.GOALS, raw, strict=True)))
+        out.loss.backward()
+        self.discriminator.requires_grad_(True)
+        fake = recon.value if isinstance(recon, Lazy) else recon.detach()
+        real, fake = self.judge(torch.cat([image, fake])).chunk(2)
+        judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
+        judge_loss.backward()
+        ok = self._apply(out.finite & judge_loss.isfinite())
+        self.goals.accept(ok)
+        self.step += 1
+
+
+class Plain(Trainer):
+    """The same step by hand: each decode and each feature by its own call, scores, stack, min, log, checks, logs."""
+
+    def __init__(self, batch: int, reduction: str) -> None:
+        chosen = config(batch, reduction)
+        super().__init__(chosen, loop.launch(chosen), data().train)
+        self.optimizers = [
+            torch.optim.AdamW(self.vae.parameters(), lr=chosen.lr),
+            torch.optim.AdamW(self.discriminator.parameters(), lr=chosen.discriminator_lr, betas=(0.5, 0.99)),
+        ]
+        self.log: dict[str, float] = {}
+
+    def raw(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        image = self.images()
+        noise, shake, view, order = self._noise()
+        vae, cut = self.vae, self.vae.parts
+        mu, logvar = vae.encoder(image)
+        other, _ = vae.encoder(see.photometric(image, view))
+        z = mu + noise * torch.exp(logvar / 2)
+        s, a = z.split(cut, dim=1)
+        ds, da = shake.split(cut, dim=1)
+        recon, swap = vae.decoder(s, a), vae.decoder(s, a.roll(-1, 0))
+        moved_structure, moved_appearance = vae.decoder(s + ds, a), vae.decoder(s, a + da)
+        code = latent_statistics(z, mu, logvar, impl="reference")
+        views = torch.stack([mu[:, : cut[0]], other[:, : cut[0]]])
+        edges, recon_edges = see.edges(image), see.edges(recon)
+        values = [
+            goal.kl_divergence(code),
+            goal.disentanglement(z, mu, logvar, order, "reference"),
+            goal.capacity(code),
+            goal.behavioral_separation(
+                see.mean_colour(recon), see.mean_colour(moved_structure), recon_edges, see.edges(moved_appearance),
+                self.trivial,
+            ),
+            goal.latent_stats(z, code, "reference"),
+            goal.reconstruction(recon, image, recon_edges, edges, self.trivial),
+            goal.cross_recon(swap, see.edges(swap), edges, image.roll(-1, 0), self.trivial),
+            goal.realism(self.discriminator(recon)),
+            goal.consistency(views, code.mu_variance[: cut[0]], "reference"),
+        ]  # fmt: skip
+        return dict(zip(goal.GOALS, values, strict=True)), image, recon
+
+    def loss(self, raw: dict[str, Tensor]) -> Tensor:
+        scores = []
+        for name, (ideal, nadir) in goal.anchors(self.config.batch_size).items():
+            if torch.isnan(raw[name]).any() or torch.isinf(raw[name]).any():
+                raise ValueError(f"{name} is not finite")
+            scores.append(torch.exp(-(raw[name] - ideal) / (nadir - ideal)))
+        stacked = torch.stack(scores, 1)
+        for k, name in enumerate(raw):
+            self.log[name] = stacked[:, k].mean().item()
+        loss = -torch.log(stacked.min()) if self.config.reduction == "min" else -torch.log(stacked.amin(1)).mean()
+        if torch.isnan(loss).any() or torch.isinf(loss).any():
+            raise ValueError("the loss is not finite")
+        return loss
+
+    def gradients(self) -> list[Tensor | None]:
+        self.discriminator.requires_grad_(False)
+        self.loss(self.raw()[0]).backward()
+        grads = [p.grad for p in self.vae.parameters()]
+        self.optimizers[0].zero_grad()
+        return grads
+
+    def advance(self) -> None:
+        self.discriminator.requires_grad_(False)
+        raw, image, recon = self.raw()
+        loss = self.loss(raw)
+        loss.backward()
+        self.log["loss"] = loss.item()
+        self.discriminator.requires_grad_(True)
+        judged = F.softplus(-self.discriminator(image)).mean() + F.softplus(self.discriminator(recon.detach())).mean()
+        (judged / 2).backward()
+        self.log["judge"] = judged.item()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for mean, now in zip(self.average.parameters(), self.vae.parameters(), strict=True):
+                mean.lerp_(now, max(AVERAGE, 1 / (self.step + 1)))
+        self.step += 1
+
+
+def build(variant: str, batch: int, reduction: str, start: Sequence[Trainer] = ()) -> Any:
+    """A trainer of this variant; with ``start``, in the state of that one."""
+    run = Plain(batch, reduction) if variant == "plain" else Routed(variant, batch, reduction)
+    for other in start:
+        run.vae.load_state_dict(other.vae.state_dict())
+        run.average.load_state_dict(other.average.state_dict())
+        run.discriminator.load_state_dict(other.discriminator.state_dict())
+    return cast(Any, run)

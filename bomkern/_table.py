@@ -1,0 +1,28 @@
+"""How a `bomkern.GoalSet` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .goal_set import GoalSet
+
+
+def table(goals: GoalSet) -> str:
+    """A row for each goal: its constraint, where its anchors stand, and its share and level over the last steps."""
+    history, anchors = goals.history, goals.anchors()
+    rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", "share", "level")]
+    last = slice(-max(1, 100 // history.stride), None)
+    seen = {part: history[part][last].nanmean(0).tolist() if len(history) else [] for part in ("share", "level")}
+    for column, owner in zip(goals.policies, goals.owner, strict=True):
+        ideal, scale = anchors[column]
+        numbers = [f"{seen[part][owner]:.3f}" if seen[part] else "" for part in ("share", "level")]
+        rows.append((column, repr(goals.policies[column]), f"{ideal:.4g}", f"{scale:.4g}", *numbers))
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    rule = f"spill={goals.spill.ratio:g}" if goals.spill else f"temperature={float(goals.temperature):g}"
+    options = f"reduction={goals.reduction}, {rule}"
+    lines = [f"GoalSet({options}{f', {goals.guard}' * bool(goals.guard)}), {goals.steps} steps"]
+    for row in rows:
+        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join(lines)
