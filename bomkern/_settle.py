@@ -19,7 +19,7 @@ LOOK = 10  # where it does not pay, every so many steps it is looked at whether 
 
 
 def _needed(roots: Sequence[Lazy]) -> list[Lazy]:
-    """The roots and all that they read, what is read first."""
+    """The roots and all that they read: what is read first, and then in the order in which they were made."""
     found: dict[int, Lazy] = {}
     todo = list(roots)
     while todo:
@@ -27,7 +27,7 @@ def _needed(roots: Sequence[Lazy]) -> list[Lazy]:
         if id(one) not in found:
             found[id(one)] = one
             todo += [a for a in one.args if isinstance(a, Lazy)]
-    return sorted(found.values(), key=lambda one: one.depth)
+    return sorted(found.values(), key=lambda one: (one.depth, one.made))
 
 
 def _autocast(state: tuple[str, torch.dtype, bool]) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ._calls import Call, is_rows, name_of
+
+_serial = itertools.count()
 
 
 class Lazy:
@@ -18,12 +21,12 @@ class Lazy:
         fn: the function. args: its arguments, some of them `Lazy` themselves. rows: B.
     """
 
-    __slots__ = ("args", "autocast", "call", "depth", "fn", "graph", "rows", "start", "whole")
+    __slots__ = ("args", "autocast", "call", "depth", "fn", "graph", "made", "rows", "start", "whole")
 
     def __init__(self, fn: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
         if not callable(fn):
             raise TypeError(f"lazy: fn must be a function, got {type(fn).__name__}")
-        self.fn, self.args, self.rows = fn, args, _rows(args)
+        self.fn, self.args, self.rows, self.made = fn, args, _rows(args), next(_serial)
         self.depth: int = 1 + max((a.depth for a in args if isinstance(a, Lazy)), default=0)
         device = self.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -77,9 +80,9 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
     numbers that ``fn`` draws are the same both times, autocast is as it was when ``lazy`` was called, and ``fn`` may
     use `torch.autograd.grad` inside. Where the rows that get gradient are most of them, two evaluations cost more than
     one: forward and backward are timed, and ``route="auto"`` then evaluates once, with a graph. It does so too under
-    torch.compile and with several processes, where ranks must walk the same graph. Which way it goes can change the last
-    bits of a gradient; "always" and "never" do not depend on times. On a GPU the host waits, once a loss, to learn which
-    rows are owned.
+    torch.compile and with several processes, where ranks must walk the same graph. Which way it goes can change the
+    last bits of a gradient; "always" and "never" do not depend on times. On a GPU the host waits, once a loss, to learn
+    which rows are owned.
 
     Raises:
         TypeError, ValueError: arguments that cannot serve.

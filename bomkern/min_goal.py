@@ -85,8 +85,9 @@ def min_goal_loss(
     waits for them alone. With several processes: DistributedDataParallel takes undefined gradients in its stride (every
     rank reaches every parameter's hook), so "always" is right there; under FSDP a rank that has no gradient for a layer
     leaves its collective out and the others wait for it, so it is wrong there. A `torch.autograd.Function` is handed
-    zeros, unless it calls ``set_materialize_grads(False)`` and so says that it takes None; ``materialize`` names goals
-    whose graph cannot take an undefined gradient for another reason.
+    zeros, unless it calls ``set_materialize_grads(False)`` and so says that it takes None. A hook on a tensor of such a
+    graph, or on a parameter that only it reaches, is called with None where it would have got zeros: ``materialize``
+    names goals whose graphs have hooks, or something else, that cannot take that.
 
     `lazy` goals go further: of their graphs only the rows are built that get gradient.
 
@@ -121,6 +122,9 @@ def min_goal_loss(
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if count == 0 or not isinstance(tensors[0], Tensor):
         check_goals(tensors)  # raises; all else is checked by the implementation
+    for k in materialize:
+        if k not in range(count):
+            raise ValueError(f"materialize must hold indices of goals, 0 to {count - 1}, got {k!r}")
     device = tensors[0].device
     may = bits(range(count), materialize) if routes(route, device) else 0
     serve = _impl.resolve("min_goal", device.type, impl)
