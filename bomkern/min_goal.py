@@ -83,11 +83,12 @@ def min_goal_loss(
     shares, and what that costs has not been measured yet), not with several processes, never under torch.compile.
     "always" routes on a GPU too, though not while a CUDA graph is captured: the shares go to pinned memory and backward
     waits for them alone. With several processes: DistributedDataParallel takes undefined gradients in its stride (every
-    rank reaches every parameter's hook), so "always" is right there; under FSDP a rank that has no gradient for a layer
-    leaves its collective out and the others wait for it, so it is wrong there. A `torch.autograd.Function` is handed
-    zeros, unless it calls ``set_materialize_grads(False)`` and so says that it takes None. A hook on a tensor of such a
-    graph, or on a parameter that only it reaches, is called with None where it would have got zeros: ``materialize``
-    names goals whose graphs have hooks, or something else, that cannot take that.
+    rank reaches every parameter's hook), so "always" is right there, unless ``static_graph=True`` has promised it that
+    the same parameters get gradient in every step (ranks would drift apart); under FSDP a rank that has no gradient for
+    a layer leaves its collective out and the others wait for it, so it is wrong there. A `torch.autograd.Function` is
+    handed zeros, unless it calls ``set_materialize_grads(False)`` and so says that it takes None. A hook on a tensor of
+    such a graph, or on a parameter that only it reaches, is called with None where it would have got zeros:
+    ``materialize`` names goals whose graphs have hooks, or something else, that cannot take that.
 
     `lazy` goals go further: of their graphs only the rows are built that get gradient.
 
