@@ -57,7 +57,7 @@ def _graph(ax: Axes, routed: bool, title: str) -> None:
     for d, at in enumerate(decodes):
         own = d in READS[OWNER]
         _edge(ax, encoder, at, d in used, not own)
-        _node(ax, at, f"decode:\\n{DECODES[d]}", d in used, own)
+        _node(ax, at, f"decode: {DECODES[d]}", d in used, own)
     _node(ax, encoder, "encoder", True, True)
     _node(ax, loss, "loss", True, True)
     ax.set_xlim(0.5, 5.1)

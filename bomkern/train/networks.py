@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,19 @@ class Decoder(nn.Module):
         return torch.sigmoid(self.out(x) + self.tint(mood)[..., None, None])
 
 
+class _ChannelsLast(torch.autograd.Function):
+    """An image as it is, whose gradient has one memory layout whatever reads the image: a sum over it, one order."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return image.view_as(image)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else grad.contiguous(memory_format=torch.channels_last)
+
+
 class VAE(nn.Module):
     """Encoder and decoder; the latent is ``[structure, appearance]``.
 
@@ -117,7 +130,8 @@ class VAE(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _image(self, structure: Tensor, appearance: Tensor) -> Tensor:
-        return self.decoder(structure, appearance).float()
+        image: Tensor = _ChannelsLast.apply(self.decoder(structure, appearance).float())
+        return image
 
     def decode(self, z: Tensor) -> Tensor:
         """[B, D] -> [B, 3, S, S] in [0, 1]."""
