@@ -172,23 +172,23 @@ class GoalSet(Full):
             self._refuse_unanchored()
         self._before.clear()
         settled = None
+        if any(type(value) is Lazy for value in tensors):
+            settled = Settled(tensors, rows_too(self.route), self.route == "always")
+            tensors = settled.tensors
         try:
-            if any(type(value) is Lazy for value in tensors):
-                settled = Settled(tensors, rows_too(self.route), self.route == "always")
-                tensors = settled.tensors
             if self.training:
                 self._learn(tensors)
             loss, bottleneck, record = self._serve(tensors)
+            if self._only is not None:
+                loss = tensors[self._only].to(record.dtype).mean()
+            if settled is not None:
+                loss = settled.attach(loss)
         except Exception:
             for now, before in self._before:
                 now.copy_(before)
             self._before.clear()
             self._raw.explain(tensors, self.params.device)
             raise
-        if self._only is not None:
-            loss = tensors[self._only].to(record.dtype).mean()
-        if settled is not None:
-            loss = settled.attach(loss)
         if self.training:
             self._keep(record)
         return GoalOutput(loss, bottleneck, record, self.layout, None if settled is None else settled.walked)
