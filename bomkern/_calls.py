@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from . import _replay
 
 TRIAL = 8  # rows of the check on first use
 WEIGHT = 0.2  # of a step in moving averages
+HALF = (torch.float16, torch.bfloat16)
 CLOSE, CLOSE_HALF = 1e-3, 5e-2  # how far a row may be from itself among others, of the largest value
 NEEDS_GRAPH = "does not require grad"
 
@@ -45,19 +47,24 @@ class Facts:
         self.forward += (seconds - self.forward) * (WEIGHT if self.forward else 1.0)
 
 
-_known: weakref.WeakKeyDictionary[Any, Facts] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, dict[Any, Facts]] = weakref.WeakKeyDictionary()
 
 
 def facts_of(fn: Callable[..., Any]) -> Facts:
-    """Of a module, an object, or the code of a function, which is the same one in every step."""
+    """Of a module or a method of one, an object, or the code of a function, which is the same one in every step."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    owner = getattr(fn, "__self__", None)
-    key = owner if isinstance(owner, torch.nn.Module) else getattr(fn, "__code__", fn)
+    owner, code = getattr(fn, "__self__", None), getattr(fn, "__code__", None)
+    key = owner if isinstance(owner, torch.nn.Module) else fn if code is None else code
     try:
-        return _known.setdefault(key, Facts())
-    except TypeError:  # neither hashable nor weakly referenced, as builtins: known only for now
+        return _known.setdefault(key, {}).setdefault(code, Facts())
+    except TypeError:  # not hashable, or not weakly referenced: known only for now
         return Facts()
+
+
+def identity(fn: Callable[..., Any]) -> Any:
+    """The same for the same function; a bound method is another object each time it is looked up."""
+    return (id(fn.__self__), id(fn.__func__)) if isinstance(fn, types.MethodType) else id(fn)
 
 
 def name_of(fn: Callable[..., Any]) -> str:
@@ -89,7 +96,10 @@ class Call:
         facts, device = self.facts, _device(args)
         before, begun = _replay.state(device), time.perf_counter()
         record = facts.draws or not facts.tried
+        versions = _versions(args)
         out = self._forward(args, _replay.Record() if record else None)
+        if _versions(args) != versions:
+            raise ValueError(f"lazy: {name_of(self.fn)} changes its arguments in place: it must leave them as they are")
         if not record and not torch.equal(before, _replay.state(device)):  # draws, and did not when it was tried
             _replay.restore(device, before)
             facts.draws = True
@@ -164,20 +174,20 @@ class Call:
                     raise RuntimeError(f"lazy: {name_of(self.fn)} fails for {len(picks)} of its rows: {why}") from why
                 middle = _clock(device)
                 wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad] + _parameters(alone)
-                if wanted:
+                if wanted and alone.requires_grad:
                     grad = torch.ones_like(alone)
                     torch.autograd.grad(alone, wanted, grad, allow_unused=True, retain_graph=True)
                 seconds.append((middle - begun, _clock(device) - middle))
-        check_rows(self.fn, alone, out[: len(picks)])
+        half = out.dtype in HALF or torch.is_autocast_enabled(device.type)
+        check_rows(self.fn, alone, out[: len(picks)], half)
         facts.tried = True
         forward, backward = (min(part) for part in zip(*seconds, strict=True))
         facts.ratio = backward / max(forward, 1e-9)
         facts.took(forward / len(picks))
 
 
-def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor) -> None:
-    """Raises ValueError where rows evaluated alone are not what they were among all."""
-    half = alone.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(alone.device.type)
+def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor, half: bool) -> None:
+    """Raises ValueError where rows evaluated alone are not what they were among all; less strictly where of halves."""
     alone, among = alone.detach().double(), among.detach().double()
     known = alone.isfinite() & among.isfinite()
     off = torch.where(known, alone - among, 0).abs().max()
@@ -195,6 +205,11 @@ def is_rows(value: object) -> bool:
 
 def _device(args: Sequence[Any]) -> torch.device:
     return next(a.device for a in args if is_rows(a))
+
+
+def _versions(args: Sequence[Any]) -> list[int]:
+    """What counts the writes into each tensor."""
+    return [a._version for a in args if is_rows(a) and not a.is_inference()]
 
 
 def _leaves(args: Sequence[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 # Draws whose number of random bits does not depend on the values they are given.
 BY_SIZE = ("rand", "randn", "randint", "randperm")  # the last one mixes rows, if it is of rows
 IN_PLACE = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_")
+INSTEAD = ": draw before and pass it in"
 LIKE = ("rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout")
 
 
@@ -28,7 +29,20 @@ def restore(device: torch.device, saved: Tensor) -> None:
 
 
 def _is_draw(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
+    return torch.Tag.nondeterministic_seeded in func.tags and func.overloadpacket.__name__ in (
+        *BY_SIZE,
+        *IN_PLACE,
+        *LIKE,
+    )
+
+
+def _may_draw(func: Any) -> bool:
+    """Whether it is tagged so though we do not know it: attention without dropout draws nothing."""
+    return torch.Tag.nondeterministic_seeded in func.tags and not _is_draw(func)
+
+
+def _name(func: Any) -> str:
+    return str(func.overloadpacket.__name__)
 
 
 def _first(result: Any) -> Tensor:
@@ -40,6 +54,9 @@ class Record(TorchDispatchMode):
 
     Attributes:
         draws: in order.
+
+    Raises:
+        RuntimeError: a draw that cannot be made again for some rows.
     """
 
     def __init__(self) -> None:
@@ -47,10 +64,26 @@ class Record(TorchDispatchMode):
         self.draws: list[Layout] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _may_draw(func):
+            return self._unless_it_draws(func, args, kwargs)
+        result = func(*args, **kwargs)
         if _is_draw(func):
+            if kwargs.get("generator") is not None:
+                raise RuntimeError(f"a lazy function draws by {_name(func)} from a generator of its own{INSTEAD}")
             drawn = _first(result)
             self.draws.append((tuple(drawn.shape), tuple(drawn.stride())))
+        return result
+
+    @staticmethod
+    def _unless_it_draws(func: Any, args: Any, kwargs: Any) -> Any:
+        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        before = state(device)
+        result = func(*args, **kwargs)
+        if kwargs.get("generator") is not None or not torch.equal(before, state(device)):
+            raise RuntimeError(
+                f"a lazy function draws by {_name(func)}, which cannot be repeated for some rows{INSTEAD}"
+            )
         return result
 
 
@@ -73,7 +106,7 @@ class Replay(TorchDispatchMode):
         return self._again(func, args, kwargs) if _is_draw(func) else func(*args, **kwargs)
 
     def _again(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name = func.overloadpacket.__name__
+        name = _name(func)
         sizes, strides = next(self.draws, ((), ()))
         if name in BY_SIZE:
             lists = isinstance(args[-1], (list, tuple))
@@ -82,10 +115,6 @@ class Replay(TorchDispatchMode):
                 return func(*args, **kwargs)
             self._check(name, sizes if lists else (), now)
             return func(*args[:-1], list(sizes), **kwargs)[self.picks]
-        if name not in IN_PLACE + LIKE:
-            raise RuntimeError(
-                f"a lazy function draws by {name}, which cannot be repeated for some rows: draw before and pass it in"
-            )
         given: Tensor = args[0]
         if tuple(given.shape) == sizes or (name == "native_dropout" and not args[2]):
             return func(*args, **kwargs)
@@ -105,7 +134,7 @@ class Replay(TorchDispatchMode):
         return given.copy_(drawn) if name in IN_PLACE else drawn
 
     def _spread(self, value: Any, sizes: tuple[int, ...]) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] == self.rows:
+        if not isinstance(value, Tensor) or value.dim() < len(sizes) or value.shape[0] == 1:  # alike for all rows
             return value
         whole = value.new_full((self.rows, *value.shape[1:]), 0.5)
         whole[self.picks] = value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._calls import Call, check_rows, facts_of, is_rows
+from ._calls import HALF, Call, check_rows, facts_of, identity, is_rows
 from .lazy import Lazy
 
 MARGIN = 0.9  # of what walking everything costs: what walking some rows must stay below
@@ -19,14 +19,18 @@ LOOK = 10  # where it does not pay, every so many steps it is looked at whether 
 
 
 def _needed(roots: Sequence[Lazy]) -> list[Lazy]:
-    """The roots and all that they read: what is read first, and then in the order in which they were made."""
+    """The roots and all that they read: what is read first, and then in the order in which they were made.
+
+    What has a graph for all rows is as good as a tensor: what it reads is not needed again.
+    """
     found: dict[int, Lazy] = {}
     todo = list(roots)
     while todo:
         one = todo.pop()
         if id(one) not in found:
             found[id(one)] = one
-            todo += [a for a in one.args if isinstance(a, Lazy)]
+            if one.graph is None:
+                todo += [a for a in one.args if isinstance(a, Lazy)]
     return sorted(found.values(), key=lambda one: (one.depth, one.made))
 
 
@@ -43,12 +47,12 @@ def _groups(lazies: Sequence[Lazy]) -> list[list[Lazy]]:
     found: dict[Any, list[Lazy]] = {}
     for one in lazies:
         kinds = tuple(
-            ("rows", a.fn if isinstance(a, Lazy) else (a.shape[1:], a.dtype))
+            ("rows", identity(a.fn) if isinstance(a, Lazy) else (a.shape[1:], a.dtype))
             if isinstance(a, Lazy) or is_rows(a)
             else id(a)
             for a in one.args
         )
-        found.setdefault((one.depth, one.fn, one.autocast, kinds), []).append(one)
+        found.setdefault((one.depth, identity(one.fn), one.autocast, kinds), []).append(one)
     return list(found.values())
 
 
@@ -84,7 +88,10 @@ def _again(lazies: Sequence[Lazy], rows: dict[int, Tensor]) -> dict[int, Tensor]
     made: dict[int, Tensor] = {}
     calls: dict[int, list[Lazy]] = {}
     for one in lazies:
-        if id(one) in rows:
+        if id(one) in rows and one.graph is not None:
+            wanted = rows[id(one)]
+            made[id(one)] = one.graph if len(wanted) == one.rows else one.graph[wanted.to(one.device)]
+        elif id(one) in rows:
             calls.setdefault(id(one.call), []).append(one)
     for group in calls.values():  # in the order of their depths
         call, device = group[0].call, group[0].device
@@ -114,21 +121,22 @@ def _some(one: Lazy, rows: dict[int, Tensor], made: dict[int, Tensor]) -> list[A
     return found
 
 
-def _spread(roots: Sequence[Lazy], masks: Sequence[Tensor]) -> dict[int, Tensor]:
+def _spread(needed: Sequence[Lazy], roots: Sequence[Lazy], masks: Sequence[Tensor]) -> dict[int, Tensor]:
     """The rows of every lazy that the masked rows of the roots, bool [B] on the host each, make needed."""
-    needed = _needed(roots)
     mask = {id(one): torch.zeros(one.rows, dtype=torch.bool) for one in needed}
     for one, rows in zip(roots, masks, strict=True):
         mask[id(one)] |= rows
     for one in reversed(needed):
         for a in one.args:
-            if isinstance(a, Lazy):
+            if isinstance(a, Lazy) and id(a) in mask:
                 mask[id(a)] |= mask[id(one)]
     return {key: rows.nonzero()[:, 0] for key, rows in mask.items() if rows.any()}
 
 
 def evaluate(lazies: Sequence[Lazy]) -> list[Tensor]:
     """All of them with gradient, as ordinary tensors; those of one function in one call."""
+    if not torch.is_grad_enabled():
+        return [look(one) for one in lazies]
     needed = _needed(lazies)
     if all(one.call is None or one.graph is not None for one in needed):
         _evaluate(needed, graph=True)
@@ -172,11 +180,16 @@ class Settled:
             _evaluate(self._needed, graph=False)
         else:
             evaluate(self._roots)
-        self._values = [self._goal(one, some) for one in self._roots]
-        self._built = not some
-        self._watched = some or (rows and grad and self._due())
-        found = dict(zip(map(id, self._roots), self._values, strict=True))
+        self._half = any(one.autocast[2] or (one.whole is not None and one.whole.dtype in HALF) for one in self._needed)
+        found = {id(one): self._goal(one, some) for one in self._roots}
         self.tensors: list[Any] = [found[id(goal)] if isinstance(goal, Lazy) else goal for goal in goals]
+        self._built = not some
+        # Those whose gradients tell which rows are needed; where rows are left out, what has a graph is just a tensor.
+        self._roots = [
+            one for one in self._roots if found[id(one)].requires_grad and not (some and one.graph is not None)
+        ]
+        self._values = [found[id(one)] for one in self._roots]
+        self._watched = bool(self._roots) and (some or (rows and grad and self._due()))
 
     def attach(self, loss: Tensor) -> Tensor:
         """The loss, with the graphs of the rows that it gives gradient to. Reads from the device which those are."""
@@ -189,7 +202,7 @@ class Settled:
             self._count({})
             return loss
         masks = torch.stack([grads[k] != 0 for k in reached]).cpu()
-        rows = _spread([self._roots[k] for k in reached], masks.unbind())
+        rows = _spread(self._needed, [self._roots[k] for k in reached], masks.unbind())
         self._count(rows)
         if self._built:
             return loss
@@ -201,21 +214,23 @@ class Settled:
             if part is None or grad is None:
                 continue
             place = rows[id(one)].to(one.device, non_blocking=True)
-            if one.device.type == "cpu" and len(place) < one.rows:
-                check_rows(one.fn, part, self._values[k][place])
+            if one.device.type == "cpu":  # also if all are there: the function itself may have changed
+                check_rows(one.fn, part, self._values[k][place], self._half)
             at.append(place)
             weights.append(grad[place])
             parts.append(part.to(grad.dtype))
         return _Attach.apply(loss, at, weights, *parts)
 
     def _goal(self, one: Lazy, some: bool) -> Tensor:
-        value = look(one) if one.graph is None else one.graph
+        value = look(one) if one.graph is None or not torch.is_grad_enabled() else one.graph
         if value.dim() != 1:
             raise ValueError(
                 f"{one!r} is a goal: it must return [n] for n rows, got {list(value.shape)} for {one.rows}"
             )
+        if not some or value is one.graph or not value.is_floating_point():
+            return value
         # In float32, as its gradient would be rounded to a half's few digits otherwise.
-        return value.to(torch.promote_types(value.dtype, torch.float32)).requires_grad_() if some else value
+        return value.detach().to(torch.promote_types(value.dtype, torch.float32)).requires_grad_()
 
     def _pays(self) -> bool:
         """Whether a second forward and backward of some rows is expected to take less than a backward of all."""
@@ -237,14 +252,15 @@ class Settled:
         done = total = 0.0
         calls: dict[int, tuple[Call, int]] = {}
         for one in self._needed:
-            assert one.call is not None
+            if one.call is None or (one.graph is not None and not self._built):
+                continue
             _, n = calls.get(id(one.call), (one.call, 0))
             calls[id(one.call)] = one.call, n + (len(rows[id(one)]) if id(one) in rows else 0)
         for call, n in calls.values():
             call.facts.saw(n / call.rows)
             cost = max(call.facts.forward, 1e-12) * call.facts.ratio
             done, total = done + n * cost, total + call.rows * cost
-        if not self._built:
+        if not self._built and total:
             self.walked = done / total
 
 
