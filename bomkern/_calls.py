@@ -19,7 +19,9 @@ from . import _replay
 TRIAL = 8  # rows of the check on first use
 WEIGHT = 0.2  # of a step in moving averages
 HALF = (torch.float16, torch.bfloat16)
-CLOSE, CLOSE_HALF = 1e-3, 5e-2  # how far a row may be from itself among others, of the largest value
+# How far a row may be from itself among others: of the largest value, and of the largest argument.
+CLOSE, CLOSE_HALF = 1e-3, 5e-2
+LEAST, LEAST_HALF = 1e-6, 1e-2
 NEEDS_GRAPH = "does not require grad"
 
 
@@ -179,24 +181,36 @@ class Call:
                     torch.autograd.grad(alone, wanted, grad, allow_unused=True, retain_graph=True)
                 seconds.append((middle - begun, _clock(device) - middle))
         half = out.dtype in HALF or torch.is_autocast_enabled(device.type)
-        check_rows(self.fn, alone, out[: len(picks)], half)
+        check_rows(self.fn, alone, out[: len(picks)], few, half)
         facts.tried = True
         forward, backward = (min(part) for part in zip(*seconds, strict=True))
         facts.ratio = backward / max(forward, 1e-9)
         facts.took(forward / len(picks))
 
 
-def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor, half: bool) -> None:
-    """Raises ValueError where rows evaluated alone are not what they were among all; less strictly where of halves."""
+def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor, args: Sequence[Any], half: bool) -> None:
+    """Raises ValueError where rows evaluated alone are not what they were among all.
+
+    Args:
+        args: of ``fn``; what cancels to nearly nothing is off by a part of them. half: whether halves were computed with.
+    """
     alone, among = alone.detach().double(), among.detach().double()
     known = alone.isfinite() & among.isfinite()
-    off = torch.where(known, alone - among, 0).abs().max()
-    size = torch.where(known, among, 0).abs().max()
-    if off > (CLOSE_HALF if half else CLOSE) * size:
+    off = _largest(torch.where(known, alone - among, 0))
+    size = _largest(torch.where(known, among, 0))
+    close, least = (CLOSE_HALF, LEAST_HALF) if half else (CLOSE, LEAST)
+    if off <= close * size:
+        return
+    if off > close * size + least * max(_largest(a.detach().double()) for a in args if is_rows(a)):
         raise ValueError(
-            f"lazy: rows of {name_of(fn)} depend on one another (a row alone differs by {float(off):.3g}, values are "
-            f"up to {float(size):.3g}), as under BatchNorm in training mode: call it plainly, or normalise within a row"
+            f"lazy: rows of {name_of(fn)} depend on one another (a row alone differs by {off:.3g}, values are up to "
+            f"{size:.3g}), as under BatchNorm in training mode: call it plainly, or normalise within a row"
         )
+
+
+def _largest(x: Tensor) -> float:
+    """Its largest finite size."""
+    return float(x.nan_to_num(0, 0, 0).abs().max()) if x.numel() else 0.0
 
 
 def is_rows(value: object) -> bool:

@@ -45,6 +45,12 @@ def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
+def _pack_hook() -> Any:
+    """What now packs the tensors that autograd saves, if anything does."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks and hooks[0]
+
+
 def _first(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
@@ -100,6 +106,7 @@ class Replay(TorchDispatchMode):
     def __init__(self, draws: list[Layout], rows: int, picks: Tensor) -> None:
         super().__init__()
         self.draws, self.rows, self.picks = iter(draws), rows, picks
+        self.hook = _pack_hook()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -141,6 +148,12 @@ class Replay(TorchDispatchMode):
         return whole
 
     def _check(self, name: str, sizes: tuple[int, ...], now: tuple[int, ...]) -> None:
+        hook = _pack_hook()
+        if hook is not self.hook and getattr(hook, "__module__", "") == "torch.utils.checkpoint":
+            raise RuntimeError(  # which would draw in backward, where nobody hands out rows
+                f"a lazy function draws by {name} inside torch.utils.checkpoint{INSTEAD}, or checkpoint only what does "
+                "not draw"
+            )
         if sizes[:1] != (self.rows,) or now != (len(self.picks), *sizes[1:]):
             raise RuntimeError(
                 f"a lazy function drew {list(sizes)} by {name} for {self.rows} rows and {list(now)} for "

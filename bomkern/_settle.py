@@ -215,7 +215,8 @@ class Settled:
                 continue
             place = rows[id(one)].to(one.device, non_blocking=True)
             if one.device.type == "cpu":  # also if all are there: the function itself may have changed
-                check_rows(one.fn, part, self._values[k][place], self._half)
+                args = [_whole(a, graph=False) for a in one.args]
+                check_rows(one.fn, part, self._values[k][place], args, self._half)
             at.append(place)
             weights.append(grad[place])
             parts.append(part.to(grad.dtype))

@@ -38,7 +38,7 @@ def _times(found: dict[str, Any]) -> list[str]:
             cells.append(f" {1e3 * seconds[variant]:.0f} ms{ratio} |")
         rows.append(f"| {WORDS[variant]} |" + "".join(cells))
     for name, before, after in (
-        ("one decode, fused, no syncs", "plain", "walked"),
+        ("fused, no syncs", "plain", "walked"),
         ("branches", "walked", "branches"),
         ("rows", "branches", "rows"),
     ):

@@ -22,7 +22,7 @@ SIZE = 64  # pixels
 VARIANTS = ("plain", "walked", "branches", "rows")
 WORDS = {
     "plain": "plain PyTorch: separate decodes, all graphs walked, `.any()` and `.item()`",
-    "walked": 'bomkern, `route="never"`: one decode, fused loss and statistics, no syncs',
+    "walked": 'bomkern, `route="never"`: fused loss and statistics, no syncs',
     "branches": "and branches without a share passed by",
     "rows": "and graphs built for owned rows alone (`lazy`)",
 }
