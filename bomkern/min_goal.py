@@ -74,10 +74,11 @@ def min_goal_loss(
 
     **Routing.** A goal that is no sample's bottleneck has gradient zero. Routed, its gradient is *undefined* instead,
     and autograd does not walk its graph (a decode, a feature network, a discriminator): the other gradients are the
-    same to the bit. What only such graphs reach keeps ``grad`` None, or what it had accumulated, exactly as if the goal
-    had not been computed (and `torch.autograd.grad` wants ``materialize_grads=True``): an optimizer then skips that
-    parameter, where a gradient of zeros would have let its weight decay and its momentum move it. ``route="never"`` is
-    for who wants that. Also: 0 times an infinite derivative would be NaN, and is not computed.
+    same, to the bit where those that meet in a sum have one memory layout. What only such graphs reach keeps ``grad``
+    None, or what it had accumulated, exactly as if the goal had not been computed (and `torch.autograd.grad` wants
+    ``materialize_grads=True``): an optimizer then skips that parameter, where a gradient of zeros would have let its
+    weight decay and its momentum move it. ``route="never"`` is for who wants that. Also: 0 times an infinite derivative
+    would be NaN, and is not computed.
 
     "auto" routes on the CPU, where it costs nothing; not on a GPU (the host must wait for the forward to know the
     shares, and what that costs has not been measured yet), not with several processes, never under torch.compile.

@@ -75,9 +75,19 @@ def _gradients(found: dict[str, Any]) -> list[str]:
             f"- reduction {g['reduction']}, B = {g['batch']}, {g['steps']} training steps in which {g['owners']} of 9 "
             f"goals were the bottleneck: branch routing {same} in every parameter; row routing within "
             f"{g['rows_error']:.1e} of the whole gradient's norm, and in the parameter that is furthest off "
-            f"({g['rows_worst'][1]}) within {g['rows_worst'][0]:.1e} of its own"
+            f"({g['rows_worst'][1]}) within {g['rows_worst'][0]:.1e} of its own{_against_float64(g['errors'])}"
         )
     return lines
+
+
+def _against_float64(errors: list[list[float]]) -> str:
+    if not errors:
+        return ""
+    walked, rows = max(errors, key=lambda pair: pair[1])
+    return (
+        f". In the {len(errors)} steps with more than 5e-6 the bottleneck is the difference of two decodes: there the "
+        f"walked gradient itself is up to {walked:.1e} from float64's, and the routed one {rows:.1e}"
+    )
 
 
 def _by_goal(found: dict[str, Any]) -> list[str]:

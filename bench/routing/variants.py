@@ -55,6 +55,16 @@ class Routed(Trainer):
         raw = raw_values(out, image, lazy(self.discriminator, out.recon), order, self.trivial)
         return (raw if self.lazy else list(Lazy.tensors(raw))), image, out.recon
 
+    def double(self, other: Trainer) -> Routed:
+        """The same in float64, with the weights and the scales of another."""
+        for part in ("vae", "discriminator", "goals"):
+            getattr(self, part).double().load_state_dict(getattr(other, part).state_dict())
+        self.trivial = goal.Trivial(*(x.double() for x in other.trivial))
+        self.step, images, noise = other.step, self.images, self._noise
+        self.images = lambda: images().double()  # type: ignore[method-assign]
+        self._noise = lambda: tuple(x.double() if x.is_floating_point() else x for x in noise())  # type: ignore
+        return self
+
     def gradients(self) -> list[Tensor | None]:
         """Of every parameter of the VAE, without taking the step."""
         raw, _, _ = self.raw()
