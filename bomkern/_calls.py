@@ -192,16 +192,17 @@ def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor, args: Seque
     """Raises ValueError where rows evaluated alone are not what they were among all.
 
     Args:
-        args: of ``fn``; what cancels to nearly nothing is off by a part of them. half: whether halves were computed with.
+        args: of ``fn``: what cancels to nearly nothing is off by a part of them. half: whether halves are among it.
     """
-    alone, among = alone.detach().double(), among.detach().double()
+    alone, among = (torch.view_as_real(x) if x.is_complex() else x for x in (alone.detach(), among.detach()))
+    alone, among = alone.double(), among.double()
     known = alone.isfinite() & among.isfinite()
     off = _largest(torch.where(known, alone - among, 0))
     size = _largest(torch.where(known, among, 0))
     close, least = (CLOSE_HALF, LEAST_HALF) if half else (CLOSE, LEAST)
     if off <= close * size:
         return
-    if off > close * size + least * max(_largest(a.detach().double()) for a in args if is_rows(a)):
+    if off > close * size + least * max(_largest(a.detach().abs().double()) for a in args if is_rows(a)):
         raise ValueError(
             f"lazy: rows of {name_of(fn)} depend on one another (a row alone differs by {off:.3g}, values are up to "
             f"{size:.3g}), as under BatchNorm in training mode: call it plainly, or normalise within a row"

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._calls import HALF, Call, check_rows, facts_of, identity, is_rows
 from .lazy import Lazy
 
 MARGIN = 0.9  # of what walking everything costs: what walking some rows must stay below
+ONCE = b"lazy goals have no second derivative: call backward without create_graph=True"
 LOOK = 10  # where it does not pay, every so many steps it is looked at whether it would
 
 
@@ -274,7 +274,8 @@ class _Attach(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         each = [w * (grad if grad.dim() == 0 else grad[at]) for at, w in zip(ctx.rows, ctx.weights, strict=True)]
+        if torch.is_grad_enabled():  # a second derivative would take the weights for constants, which they are not
+            each = [torch._C._functions.DelayedError(ONCE, 1)(part.detach().requires_grad_()) for part in each]
         return grad, None, None, *each

@@ -80,9 +80,13 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
     numbers that ``fn`` draws are the same both times, autocast is as it was when ``lazy`` was called, and ``fn`` may
     use `torch.autograd.grad` inside. Where the rows that get gradient are most of them, two evaluations cost more than
     one: forward and backward are timed, and ``route="auto"`` then evaluates once, with a graph. It does so too under
-    torch.compile and with several processes, where ranks must walk the same graph. Which way it goes can change the
-    last bits of a gradient; "always" and "never" do not depend on times. On a GPU the host waits, once a loss, to learn
-    which rows are owned.
+    torch.compile, inside torch.func and with several processes, where ranks must walk the same graph. Which way it goes
+    can change the last bits of a gradient; "always" and "never" do not depend on times. On a GPU the host waits, once a
+    loss, to learn which rows are owned.
+
+    ``fn`` is called when the loss is computed, more than once, and four times on first use: what else it does (count,
+    move an average, call hooks) it does as often, and what it draws must come from PyTorch's own generator. It must not
+    write into its arguments. There are no second derivatives.
 
     Raises:
         TypeError, ValueError: arguments that cannot serve.
@@ -93,7 +97,9 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
         >>> raw = {"pixels": bomkern.lazy(error, recon, image), "swap": bomkern.lazy(error, swap, other), "kl": kl}
         >>> loss = goals(raw).loss
     """
-    return fn(*args) if torch.compiler.is_compiling() else Lazy(fn, args)  # type: ignore[return-value]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return fn(*args)  # type: ignore[return-value]
+    return Lazy(fn, args)
 
 
 def _rows(args: Sequence[Any]) -> int:
