@@ -175,7 +175,7 @@ def realism(logits: Tensor) -> Tensor:
     Args:
         logits: [B, 1, s, s].
     """
-    return 1 - torch.sigmoid(logits.float()).mean((1, 2, 3))
+    return 1 - torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).mean((1, 2, 3))
 
 
 def consistency(views: Tensor, variance: Tensor, impl: str | None = None) -> Tensor:

@@ -130,7 +130,8 @@ class VAE(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _image(self, structure: Tensor, appearance: Tensor) -> Tensor:
-        image: Tensor = _ChannelsLast.apply(self.decoder(structure, appearance).float())
+        decoded = self.decoder(structure, appearance)
+        image: Tensor = _ChannelsLast.apply(decoded.to(torch.promote_types(decoded.dtype, torch.float32)))
         return image
 
     def decode(self, z: Tensor) -> Tensor:
