@@ -115,8 +115,7 @@ class GoalSet(Full):
             self.policies |= {f"{name}.{member}" if member else name: policy for member, policy in inside.items()}
         columns = list(self.policies)
         check_route(route)
-        if isinstance(materialize, str):
-            materialize = [materialize]
+        materialize = [materialize] if isinstance(materialize, str) else materialize
         for name in materialize:
             if name not in self.names:
                 raise ValueError(f"materialize must name goals ({', '.join(self.names)}), got {name!r}")

@@ -85,8 +85,9 @@ def _against_float64(errors: list[list[float]]) -> str:
         return ""
     walked, rows = max(errors, key=lambda pair: pair[1])
     return (
-        f". In the {len(errors)} steps with more than 5e-6 the bottleneck is the difference of two decodes: there the "
-        f"walked gradient itself is up to {walked:.1e} from float64's, and the routed one {rows:.1e}"
+        f". Steps with more than 5e-6: {len(errors)}, where the bottleneck is the difference of two decodes; there the "
+        f"walked gradient itself is up to {walked:.1e} from float64's (which may give a near tie to another goal), the "
+        f"routed one {rows:.1e}"
     )
 
 
