@@ -37,8 +37,12 @@ def routes(route: str, device: torch.device) -> bool:
 
 
 def rows_too(route: str) -> bool:
-    """Whether graphs may be built for a part of the rows of lazy goals."""
-    return route == "always" or (route == "auto" and not several_ranks())
+    """Whether graphs may be built for a part of the rows of lazy goals.
+
+    Never with several processes: where a rank owns no row there is no graph, so not even an undefined gradient arrives
+    at the parameters that the others wait for.
+    """
+    return route != "never" and not several_ranks()
 
 
 def bits(names: Sequence[object], materialize: Sequence[object]) -> int:
