@@ -71,19 +71,6 @@ def _min_goal() -> Callable[..., Any]:
     return serve
 
 
-def _goal_set() -> Callable[..., Any]:
-    call = torch.ops.bomkern.goal_set.default
-
-    def serve(goals: Any, *arguments: Any, route: int = 0) -> Any:
-        try:
-            return call(goals, *arguments, route=route)[:3]
-        except RuntimeError:
-            check_goals(goals)
-            raise
-
-    return serve
-
-
 def _routed_min_goal(serve: Callable[..., Any]) -> Callable[..., Any]:
     def routed(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
         if not route:
@@ -111,9 +98,9 @@ def _compiled(op: str, check: Callable[..., Any], results: int | slice = slice(N
     """The compiled op: of what it returns, ``results``. ``check`` names what the dispatcher turned away unnamed."""
     call = getattr(torch.ops.bomkern, op).default
 
-    def serve(*arguments: Any) -> Any:
+    def serve(*arguments: Any, **options: Any) -> Any:
         try:
-            returned = call(*arguments)
+            returned = call(*arguments, **options)
         except RuntimeError:
             check(*arguments)
             raise
@@ -125,7 +112,7 @@ def _compiled(op: str, check: Callable[..., Any], results: int | slice = slice(N
 # How each op's compiled implementation is called with the reference's arguments.
 _COMPILED: dict[str, Callable[[], Callable[..., Any]]] = {
     "min_goal": _min_goal,
-    "goal_set": _goal_set,
+    "goal_set": lambda: _compiled("goal_set", lambda goals, *_: check_goals(goals), slice(3)),
     "total_correlation": lambda: _compiled(
         "total_correlation", lambda z, mu, logvar, *_: check_latents(z, mu, logvar), 0
     ),

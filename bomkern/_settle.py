@@ -60,8 +60,7 @@ def _evaluate(lazies: Sequence[Lazy], graph: bool) -> None:
     """What has not been evaluated, for all rows."""
     for group in _groups([one for one in lazies if one.call is None]):
         first = group[0]
-        columns = zip(*[[_whole(a, graph) for a in one.args] for one in group], strict=True)
-        args = [torch.cat(column) if len(group) > 1 and is_rows(column[0]) else column[0] for column in columns]
+        args = _joined([[_whole(a, graph) for a in one.args] for one in group])
         call = Call(first.fn, [one.rows for one in group])
         with _autocast(first.autocast):
             made = call.with_graph(args) if graph else call.without_graph(args)
@@ -70,6 +69,13 @@ def _evaluate(lazies: Sequence[Lazy], graph: bool) -> None:
             one.call, one.start, one.whole = call, start, part.detach()
             one.graph = part if graph else None
             start += one.rows
+
+
+def _joined(args: Sequence[Sequence[Any]]) -> list[Any]:
+    """The arguments of one call for all of a group: their rows one after the other, what is no row once."""
+    return [
+        torch.cat(column) if len(column) > 1 and is_rows(column[0]) else column[0] for column in zip(*args, strict=True)
+    ]
 
 
 def _whole(argument: Any, graph: bool) -> Any:
@@ -96,8 +102,7 @@ def _again(lazies: Sequence[Lazy], rows: dict[int, Tensor]) -> dict[int, Tensor]
     for group in calls.values():  # in the order of their depths
         call, device = group[0].call, group[0].device
         assert call is not None
-        columns = zip(*[_some(one, rows, made) for one in group], strict=True)
-        args = [torch.cat(column) if len(group) > 1 and is_rows(column[0]) else column[0] for column in columns]
+        args = _joined([_some(one, rows, made) for one in group])
         picks = torch.cat([rows[id(one)] + one.start for one in group])
         with torch.enable_grad(), _autocast(group[0].autocast):
             out = call.again(args, picks.to(device, non_blocking=True))
