@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_goals
+from ._host import HostCopy
 
 ROUTES = ("auto", "always", "never")
 
@@ -77,27 +78,18 @@ class Owners:
 
     def __init__(self, may: int, groups: Sequence[int]) -> None:
         self.may, self.groups = may, list(groups)
-        self.share: Tensor | None = None
-        self.event: Any = None
+        self.copy: HostCopy | None = None
 
     def watch(self, share: Tensor) -> None:
         """Take the shares [G] of the forward; from a GPU without waiting for them."""
-        if share.device.type == "cuda":
-            self.share = torch.empty(share.shape, dtype=share.dtype, pin_memory=True)
-            self.share.copy_(share, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        elif share.device.type == "cpu" and type(share) is Tensor:
-            self.share = share.clone()  # the caller's own may be written to
+        if share.device.type == "cuda" or (share.device.type == "cpu" and type(share) is Tensor):
+            self.copy = HostCopy(share)
 
     def held(self) -> list[bool]:
         """Whether each column has to be reached."""
-        if self.share is None:
+        if self.copy is None:
             return [True] * len(self.groups)
-        if self.event is not None:
-            self.event.synchronize()
-            self.event = None
-        shares = (self.share != 0).tolist()
+        shares = (self.copy.wait() != 0).tolist()
         return [shares[g] or not self.may >> k & 1 for k, g in enumerate(self.groups)]
 
 

@@ -9,6 +9,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from ._host import HostCopy
 from ._ops import record_size
 from .reference import record_parts
 
@@ -194,25 +195,6 @@ class GoalOutput:
         return f"GoalOutput(loss={self.loss!r}, goals {', '.join(self._layout.goals)})"
 
 
-class _Copy:
-    """Rows on their way to the host, which does not wait for them."""
-
-    def __init__(self, ring: Tensor, rows: int) -> None:
-        self.event = None
-        if ring.device.type != "cuda":
-            self.host = ring[:rows].to("cpu", copy=True)
-            return
-        self.host = torch.empty(rows, ring.shape[1], dtype=ring.dtype, pin_memory=True)
-        self.host.copy_(ring[:rows], non_blocking=True)
-        self.event = torch.cuda.Event()
-        self.event.record()
-
-    def wait(self) -> Tensor:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.host
-
-
 class Full(nn.Module):
     """Keeps its buffers' precision under ``half()`` and ``bfloat16()`` of a model that it is a part of."""
 
@@ -243,7 +225,7 @@ class Monitor(Full):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout, self._count, self._history = layout, _Count(), History(layout)
-        self._copy: _Copy | None = None
+        self._copy: HostCopy | None = None
         self._fresh = torch.empty(0, layout.size)  # rows on the host that `take` has not returned yet
         self.register_buffer("ring", torch.zeros(ROWS, layout.size), persistent=False)
 
@@ -273,12 +255,12 @@ class Monitor(Full):
 
     def _send(self) -> None:
         """Send what the ring holds to the host, and take in what was sent the time before."""
-        arrived, self._copy = self._copy, _Copy(self.ring, self._count.pending)
+        arrived, self._copy = self._copy, HostCopy(self.ring[: self._count.pending])
         self._count.pending = 0
         if arrived is not None:
             self._arrive(arrived)
 
-    def _arrive(self, rows: _Copy) -> None:
+    def _arrive(self, rows: HostCopy) -> None:
         records = rows.wait()
         self._history.append(records)
         self._fresh = torch.cat([self._fresh, records.float()])[-CAPACITY:]

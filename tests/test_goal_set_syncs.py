@@ -84,8 +84,8 @@ def test_no_host_sync_in_a_step(rule: str) -> None:
 class Arrives:
     """In place of the copy of the ring, which a GPU makes without waiting."""
 
-    def __init__(self, ring: Tensor, rows: int) -> None:
-        self.host = torch.zeros(rows, ring.shape[1])
+    def __init__(self, rows: Tensor) -> None:
+        self.host = torch.zeros(rows.shape)
 
     def wait(self) -> Tensor:
         return self.host
@@ -94,7 +94,7 @@ class Arrives:
 def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: Any) -> GoalSet:
     """On a device whose tensors have no values, where whatever reads or copies one raises; past the ring's end."""
     monkeypatch.setattr(history, "ROWS", 4)
-    monkeypatch.setattr(history, "_Copy", Arrives)
+    monkeypatch.setattr(history, "HostCopy", Arrives)
     if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
         monkeypatch.setattr(_impl, "resolve", lambda op, device, impl: _impl._COMPILED[op]())
     goals = everything(**rule).to("meta")
@@ -140,8 +140,8 @@ def test_a_policy_that_reads_is_found(monkeypatch: pytest.MonkeyPatch, read: str
 
 def test_the_copy_of_the_ring_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real one it is what raises, at the end of the ring and not before."""
-    real = history._Copy
-    monkeypatch.setattr(Arrives, "__new__", lambda cls, ring, rows: real(ring, rows))
+    real = history.HostCopy
+    monkeypatch.setattr(Arrives, "__new__", lambda cls, rows: real(rows))
     with pytest.raises(NotImplementedError, match="meta"):
         steps_without_values(monkeypatch, "reference")
 
@@ -149,9 +149,9 @@ def test_the_copy_of_the_ring_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -
 def test_the_history_is_copied_once_in_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """To pinned memory, behind an event that is waited for when the next copy is made."""
     made = []
-    copy = history._Copy
-    monkeypatch.setattr(history, "_Copy", lambda *given: made.append(given) or copy(*given))
+    copy = history.HostCopy
+    monkeypatch.setattr(history, "HostCopy", lambda rows: made.append(len(rows)) or copy(rows))
     goals, raw = everything(), values("cpu")
     for _ in range(2 * history.ROWS + 1):
         goals(raw)
-    assert len(made) == 2 and all(rows == history.ROWS for _, rows in made)
+    assert made == [history.ROWS] * 2

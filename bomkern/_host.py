@@ -1,0 +1,26 @@
+"""A tensor's values on their way to the host, which does not wait for them until it reads them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """The values that a tensor has now: from a GPU into pinned memory behind an event, else a plain copy."""
+
+    def __init__(self, source: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if source.device.type != "cuda":
+            self._host = source.to("cpu", copy=True)  # the source may be written to
+            return
+        self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        self._host.copy_(source, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._host
