@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ def same_parameters(a: Any, b: Any) -> None:
     b.goals.params.copy_(a.goals.params)
 
 
-def favour(run: Any, raw: list[Tensor], k: int) -> None:
+def favour(run: Any, raw: Mapping[str, Tensor], k: int) -> None:
     """Scales at which the worst sample of each goal is as badly off, and that of goal k worse."""
-    held = torch.stack([x.detach().amax() for x in raw])
+    held = torch.stack([x.detach().amax() for x in raw.values()])
     wanted = torch.full_like(held, 1.0)
     wanted[k] = 1.6
     ideal = run.goals.params[:, 0]
@@ -101,7 +101,7 @@ def times(batch: int, reduction: str, rounds: int, start: Any, bar: tqdm[Any]) -
                 spent[variant].append(time.perf_counter() - begun)
             bar.update()
     share = runs["rows"].goals.history["share"][-rounds:].mean(0).tolist()
-    walked = runs["rows"].goals(dict(zip(GOALS, runs["rows"].raw()[0], strict=True))).walked
+    walked = runs["rows"].goals(runs["rows"].raw()[0]).walked
     return {
         "batch": batch, "reduction": reduction, "rounds": rounds,
         "seconds": {variant: statistics.median(found) for variant, found in spent.items()},
@@ -122,7 +122,7 @@ def held_by(run: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         raw = run.raw()[0]
         # Held until the sum is taken, so that no address is used twice.
-        out = run.loss(raw) if hasattr(run, "log") else run.goals(dict(zip(GOALS, raw, strict=True)))
+        out = run.loss(raw) if hasattr(run, "log") else run.goals(raw)
     assert out is not None
     return sum(seen.values())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bomkern import Lazy, latent_statistics, lazy
+from bomkern import Lazy, latent_statistics
 from bomkern.train import features as see
 from bomkern.train import goals as goal
 from bomkern.train import loop
 from bomkern.train.config import Config
 from bomkern.train.data import Data, load
-from bomkern.train.step import AVERAGE, Trainer, raw_values
+from bomkern.train.step import AVERAGE, Trainer
 
 SIZE = 64  # pixels
 VARIANTS = ("plain", "walked", "branches", "rows")
@@ -46,14 +46,11 @@ class Routed(Trainer):
         self.lazy = variant == "rows"
         self.goals.route = "never" if variant == "walked" else "always"
 
-    def raw(self) -> tuple[list[Tensor | Lazy], Tensor, Tensor | Lazy]:
-        """Raw values of the coming step, its images, and what was reconstructed of them."""
-        image = self.images()
-        noise, shake, view, order = self._noise()
-        out = self.model(image, see.photometric(image, view), noise, shake)
-        self.discriminator.requires_grad_(False)
-        raw = raw_values(out, image, lazy(self.discriminator, out.recon), order, self.trivial)
-        return (raw if self.lazy else list(Lazy.tensors(raw))), image, out.recon
+    def raw(self) -> tuple[Mapping[str, Tensor | Lazy], Tensor, Tensor | Lazy]:
+        raw, image, recon = super().raw()
+        if not self.lazy:
+            raw = dict(zip(raw, Lazy.tensors(list(raw.values())), strict=True))
+        return raw, image, recon
 
     def double(self, other: Trainer) -> Routed:
         """The same in float64, with the weights and the scales of another."""
@@ -67,24 +64,10 @@ class Routed(Trainer):
 
     def gradients(self) -> list[Tensor | None]:
         """Of every parameter of the VAE, without taking the step."""
-        raw, _, _ = self.raw()
-        self.goals(dict(zip(goal.GOALS, raw, strict=True))).loss.backward()
+        self.goals(self.raw()[0]).loss.backward()
         grads = [p.grad for p in self.vae.parameters()]
         self.optimizers[0].zero_grad()
         return grads
-
-    def advance(self) -> None:
-        raw, image, recon = self.raw()
-        out = self.goals(dict(zip(goal.GOALS, raw, strict=True)))
-        out.loss.backward()
-        self.discriminator.requires_grad_(True)
-        fake = recon.value if isinstance(recon, Lazy) else recon.detach()
-        real, fake = self.judge(torch.cat([image, fake])).chunk(2)
-        judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
-        judge_loss.backward()
-        ok = self._apply(out.finite & judge_loss.isfinite())
-        self.goals.accept(ok)
-        self.step += 1
 
 
 class Plain(Trainer):

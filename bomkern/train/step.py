@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -129,34 +130,39 @@ class Trainer:
         noise, shake, view = normal.split([latents, latents, 6], dim=1)
         return noise, shake, view, torch.rand(batch, latents, generator=source, device=self.device).argsort(0)
 
-    def advance(self) -> None:
-        """One step of the VAE and one of the discriminator, or of neither where anything is not finite."""
+    def raw(self) -> tuple[Mapping[str, Tensor | Lazy], Tensor, Tensor | Lazy]:
+        """Raw values of the coming step by goal, its images, and what was reconstructed of them."""
         image = self.images()
         noise, shake, view, order = self._noise()
         out = self.model(image, see.photometric(image, view), noise, shake)
         self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the judge's weights
         with self.fabric.autocast():
             logits = lazy(self.discriminator, out.recon)
-        raw = raw_values(out, image, logits, order, self.trivial, self.config.impl)
-        out_goals = self.goals(dict(zip(goal.GOALS, raw, strict=True)))
-        loss = out_goals.loss
+        values = raw_values(out, image, logits, order, self.trivial, self.config.impl)
+        return dict(zip(goal.GOALS, values, strict=True)), image, out.recon
+
+    def advance(self) -> None:
+        """One step of the VAE and one of the discriminator, or of neither where anything is not finite."""
+        raw, image, recon = self.raw()
+        out = self.goals(raw)
+        loss = out.loss
         if self.partial:
             loss = loss + 0 * torch.stack([p.sum() for p in self.vae.parameters()]).sum()
         self.fabric.backward(loss)
 
         self.discriminator.requires_grad_(True)
-        recon = out.recon.value if isinstance(out.recon, Lazy) else out.recon.detach()
-        real, fake = self.judge(torch.cat([image, recon])).float().chunk(2)
+        fakes = recon.value if isinstance(recon, Lazy) else recon.detach()
+        real, fake = self.judge(torch.cat([image, fakes])).float().chunk(2)
         judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
         self.fabric.backward(judge_loss)
 
-        ok = self._apply(out_goals.finite & judge_loss.isfinite())
+        ok = self._apply(out.finite & judge_loss.isfinite())
         self.goals.accept(ok)
-        bad = ~out_goals["raw"].isfinite()
+        bad = ~out["raw"].isfinite()
         bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
-        share = out_goals.share
+        share = out.share
         self.tally.add(ok, share, torch.where(bad.any(), bad, share == share.max()))
-        self._walked.append(1.0 if out_goals.walked is None else out_goals.walked)
+        self._walked.append(1.0 if out.walked is None else out.walked)
         self.step += 1
 
     @torch.no_grad()
