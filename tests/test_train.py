@@ -1,12 +1,10 @@
-"""The trainer end to end: run folder, resuming to the bit, signals, command line."""
+"""The trainer end to end: run folder, resuming to the bit, command line, diagnosis."""
 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ pytest.importorskip("lightning_fabric")
 
 import torch
 
-import bomkern
 from bomkern import History, cli
 from bomkern.train import checkpoint, loop, record
 from bomkern.train.config import SPILL, Config, TrainError
 from bomkern.train.goals import GOALS, anchors
 from bomkern.train.scales import DIAGNOSIS
-from tests.train_helpers import assert_same, config, leaves, trainer
+from tests.train_helpers import SMALL, assert_same, config, leaves
 
 PARTS = {"raw", "level", "share", "deficit", "ideal", "scale"}
 
@@ -177,33 +174,6 @@ def test_checkpoints_are_loaded_with_weights_only_and_written_whole(tmp_path: Pa
         checkpoint.load(path)
 
 
-@pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
-    arguments = ["--batch-size", "4", "--structure", "4", "--appearance", "4", "--log-every", "1", "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bomkern", "train", "--out", str(tmp_path), "--steps", "100000", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        metrics = tmp_path / record.METRICS
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(number)
-        errors = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
-    assert f"by {number.name}" in errors and "--resume" in errors and "Traceback" not in errors
-    reached = checkpoint.load(tmp_path / record.CHECKPOINT)["step"]
-    assert reached >= 2
-    summary = loop.train(Config(out=str(tmp_path), steps=reached + 1, resume=True), {"out", "steps", "resume"})
-    assert summary["steps"] == reached + 1
-
-
 # The command line.
 
 
@@ -258,8 +228,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 def test_info_and_train_print_something_useful(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     assert "bomkern" in capsys.readouterr().out
-    small = ["--batch-size", "4", "--structure", "4", "--appearance", "4", "--epochs", "0.01", "--device", "cpu"]
-    assert cli.main(["train", "--out", str(tmp_path), *small]) == 0
+    assert cli.main(["train", "--out", str(tmp_path), *SMALL, "--epochs", "0.01", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "mean colour" in printed and all(name in printed for name in GOALS) and str(tmp_path) in printed
 
@@ -319,84 +288,13 @@ def test_a_run_is_not_lost_over_its_report(
     assert "diagnosis" not in loop.report(summary, str(tmp_path))
 
 
-# The probe.
-
-
-@pytest.mark.usefixtures("plain")
-def test_a_probe_leaves_no_trace_but_its_table_and_is_not_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    probed, calls = bomkern.probe, []
-    monkeypatch.setattr(bomkern, "probe", lambda *a, **b: calls.append(a[2]) or probed(*a, **b))
-    plain = loop.train(config(tmp_path / "plain", steps=4))
-    summary = loop.train(config(tmp_path / "probed", steps=2, probe=3))
-    assert summary["probe_updates"] == 27 and plain["probe_updates"] == 0 and calls == [3]
-    table = json.loads((tmp_path / "probed" / record.PAYOFF).read_text())
-    assert table["goals"] == list(GOALS) and table["updates"] == 27
-    again = loop.train(Config(out=str(tmp_path / "probed"), steps=4, resume=True), {"out", "steps", "resume"})
-    assert calls == [3] and again["probe_updates"] == 27
-    metrics = [(tmp_path / name / record.METRICS).read_text() for name in ("plain", "probed")]
-    assert metrics[0] == metrics[1]
-    assert "Payoff table" in (tmp_path / "probed" / record.REPORT).read_text()
-    loop.train(config(tmp_path / "probed", steps=1, overwrite=True))
-    assert not (tmp_path / "probed" / record.PAYOFF).exists()
-
-
-def fake(monkeypatch: pytest.MonkeyPatch, table: torch.Tensor) -> None:
-    monkeypatch.setattr(bomkern, "probe", lambda *_, **__: bomkern.Payoff(list(GOALS), table, 9))
-
-
-def test_a_probe_is_the_mean_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(scales="probed", probe=1)
-    fake(monkeypatch, 2 - torch.eye(9))
-    monkeypatch.setattr(run, "agree", lambda table, how: table * (3 if how == "mean" else 0))
-    assert torch.equal(loop._probe(run).table, 6 - 3 * torch.eye(9))
-    assert run.goals.anchors()["realism"] == pytest.approx((3, 3))
-
-
-def test_a_goal_of_which_a_probe_says_nothing_keeps_its_anchors(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    table = 2 - torch.eye(9)
-    table[GOALS.index("realism"), GOALS.index("realism")] = 2.5  # better whenever another goal is trained
-    fake(monkeypatch, table)
-    run = trainer(scales="probed", probe=7)
-    loop._probe(run)
-    assert run.goals.anchors()["realism"] == (0.5, 0.5) and run.goals.anchors()["consistency"] == pytest.approx((1, 1))
-    assert caplog.messages == [
-        "--probe 7 is short: realism got further when another goal was trained",
-        "realism came out worst when trained alone: it keeps its anchors 0.5 and 1",
-    ]
-
-
-def test_a_probe_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise ValueError("training on realism alone gave no value to anchor by: realism not finite")
-
-    monkeypatch.setattr(bomkern, "probe", fail)
-    with pytest.raises(TrainError, match="--probe 2: training on realism alone gave no value"):
-        loop.train(config(tmp_path, probe=2))
+# What it comes to.
 
 
 @pytest.mark.usefixtures("plain")
 def test_mixed_precision(tmp_path: Path) -> None:
     summary = loop.train(config(tmp_path, precision="bf16-mixed"))
     assert summary["rejected_steps"] == 0 and summary["psnr"] > 0
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    shape = ["--batch-size", "4", "--structure", "4", "--appearance", "4", "--scales", "auto", "--steps", "4"]
-    shape += ["--probe", "1"]
-    launch = ["--device", "cpu", "--devices", "2", "--strategy", "ddp", "--log-every", "2", "--calibration-steps", "3"]
-    command = [sys.executable, "-m", "bomkern", "train", "--out", str(tmp_path), *shape, *launch]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in record.read_lines(tmp_path / record.METRICS)] == [2, 4]
-    assert json.loads((tmp_path / record.SUMMARY).read_text())["steps"] == 4
-    assert {record.PAYOFF, record.HISTORY, record.REPORT} <= {path.name for path in tmp_path.iterdir()}
-    assert len(History.load(tmp_path / record.HISTORY)) == 4
-    assert done.stderr.count("--probe 1 is short") <= 1  # one of the two says it
 
 
 @pytest.mark.slow

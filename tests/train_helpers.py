@@ -17,6 +17,7 @@ from bomkern.train import data, step
 from bomkern.train.config import Config
 
 TINY: dict[str, Any] = {"width": 8, "structure": 6, "appearance": 4, "batch_size": 4, "device": "cpu", "log_every": 2}
+SMALL = ["--batch-size", "4", "--structure", "4", "--appearance", "4"]  # of a command line
 
 
 def config(out: Path, **changes: Any) -> Config:
