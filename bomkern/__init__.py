@@ -2,6 +2,7 @@
 
 from . import _info
 from ._info import info
+from ._lazies import Lazy
 from .active_units import active_units
 from .consistency_variance import consistency_variance
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
@@ -11,7 +12,7 @@ from .gaussian_kl import gaussian_kl
 from .goal_set import GoalSet
 from .history import GoalOutput, History
 from .latent_statistics import LatentStatistics, latent_statistics
-from .lazy import Lazy, lazy
+from .lazy import lazy
 from .min_goal import MinGoalStats, min_goal_loss
 from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Spill, Tracking
 from .probe import Payoff, probe

@@ -1,164 +1,20 @@
-"""Evaluating lazies: all rows without a graph, then, once a loss knows whose they are, some rows with one."""
+"""Lazy goals of a loss: looked at first, and given a graph once the loss knows whose the rows are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._calls import HALF, Call, check_rows, facts_of, identity, is_rows
-from .lazy import Lazy
+from ._calls import HALF, Call, check_rows, facts_of
+from ._lazies import Lazy, again, all_needed, evaluate, fill, look, spread, whole_of
 
 MARGIN = 0.9  # of what walking everything costs: what walking some rows must stay below
 ONCE = b"lazy goals have no second derivative: call backward without create_graph=True"
 LOOK = 10  # where it does not pay, every so many steps it is looked at whether it would
-
-
-def _needed(roots: Sequence[Lazy]) -> list[Lazy]:
-    """The roots and all that they read: what is read first, and then in the order in which they were made.
-
-    What has a graph for all rows is as good as a tensor: what it reads is not needed again.
-    """
-    found: dict[int, Lazy] = {}
-    todo = list(roots)
-    while todo:
-        one = todo.pop()
-        if id(one) not in found:
-            found[id(one)] = one
-            if one.graph is None:
-                todo += [a for a in one.args if isinstance(a, Lazy)]
-    return sorted(found.values(), key=lambda one: (one.depth, one.made))
-
-
-def _autocast(state: tuple[str, torch.dtype, bool]) -> AbstractContextManager[Any]:
-    device, dtype, enabled = state
-    if not enabled and not torch.is_autocast_enabled(device):
-        return nullcontext()
-    # Without its cache: what was cast without a graph would be taken for what has one.
-    return torch.autocast(device, dtype, enabled, cache_enabled=False)
-
-
-def _groups(lazies: Sequence[Lazy]) -> list[list[Lazy]]:
-    """Those that one call can evaluate: same depth, function, autocast, and arguments alike but for their rows."""
-    found: dict[Any, list[Lazy]] = {}
-    for one in lazies:
-        kinds = tuple(
-            ("rows", identity(a.fn) if isinstance(a, Lazy) else (a.shape[1:], a.dtype))
-            if isinstance(a, Lazy) or is_rows(a)
-            else id(a)
-            for a in one.args
-        )
-        found.setdefault((one.depth, identity(one.fn), one.autocast, kinds), []).append(one)
-    return list(found.values())
-
-
-def _evaluate(lazies: Sequence[Lazy], graph: bool) -> None:
-    """What has not been evaluated, for all rows."""
-    for group in _groups([one for one in lazies if one.call is None]):
-        first = group[0]
-        args = _joined([[_whole(a, graph) for a in one.args] for one in group])
-        call = Call(first.fn, [one.rows for one in group])
-        with _autocast(first.autocast):
-            made = call.with_graph(args) if graph else call.without_graph(args)
-        start = 0
-        for one, part in zip(group, made.split(call.sizes), strict=True):
-            one.call, one.start, one.whole = call, start, part.detach()
-            one.graph = part if graph else None
-            start += one.rows
-
-
-def _joined(args: Sequence[Sequence[Any]]) -> list[Any]:
-    """The arguments of one call for all of a group: their rows one after the other, what is no row once."""
-    return [
-        torch.cat(column) if len(column) > 1 and is_rows(column[0]) else column[0] for column in zip(*args, strict=True)
-    ]
-
-
-def _whole(argument: Any, graph: bool) -> Any:
-    return argument if not isinstance(argument, Lazy) else argument.graph if graph else argument.whole
-
-
-def _again(lazies: Sequence[Lazy], rows: dict[int, Tensor]) -> dict[int, Tensor]:
-    """With a graph, for the rows that are needed.
-
-    Args:
-        lazies: as `_needed` returns them. rows: of each, by id, [n] int64 on the host, ascending; left out if none.
-
-    Returns:
-        By id, [n, ...].
-    """
-    made: dict[int, Tensor] = {}
-    calls: dict[int, list[Lazy]] = {}
-    for one in lazies:
-        if id(one) in rows and one.graph is not None:
-            wanted = rows[id(one)]
-            made[id(one)] = one.graph if len(wanted) == one.rows else one.graph[wanted.to(one.device)]
-        elif id(one) in rows:
-            calls.setdefault(id(one.call), []).append(one)
-    for group in calls.values():  # in the order of their depths
-        call, device = group[0].call, group[0].device
-        assert call is not None
-        args = _joined([_some(one, rows, made) for one in group])
-        picks = torch.cat([rows[id(one)] + one.start for one in group])
-        with torch.enable_grad(), _autocast(group[0].autocast):
-            out = call.again(args, picks.to(device, non_blocking=True))
-        for one, part in zip(group, out.split([len(rows[id(one)]) for one in group]), strict=True):
-            made[id(one)] = part
-    return made
-
-
-def _some(one: Lazy, rows: dict[int, Tensor], made: dict[int, Tensor]) -> list[Any]:
-    """The arguments of some rows."""
-    wanted, found = rows[id(one)], []
-    for a in one.args:
-        if isinstance(a, Lazy):
-            have = rows[id(a)]
-            place = wanted if len(have) == a.rows else torch.searchsorted(have, wanted)
-            found.append(made[id(a)] if len(have) == len(wanted) else made[id(a)][place.to(a.device)])
-        elif is_rows(a) and len(wanted) < one.rows:
-            found.append(a[wanted.to(a.device, non_blocking=True)])
-        else:
-            found.append(a)
-    return found
-
-
-def _spread(needed: Sequence[Lazy], roots: Sequence[Lazy], masks: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The rows of every lazy that the masked rows of the roots, bool [B] on the host each, make needed."""
-    mask = {id(one): torch.zeros(one.rows, dtype=torch.bool) for one in needed}
-    for one, rows in zip(roots, masks, strict=True):
-        mask[id(one)] |= rows
-    for one in reversed(needed):
-        for a in one.args:
-            if isinstance(a, Lazy) and id(a) in mask:
-                mask[id(a)] |= mask[id(one)]
-    return {key: rows.nonzero()[:, 0] for key, rows in mask.items() if rows.any()}
-
-
-def evaluate(lazies: Sequence[Lazy]) -> list[Tensor]:
-    """All of them with gradient, as ordinary tensors; those of one function in one call."""
-    if not torch.is_grad_enabled():
-        return [look(one) for one in lazies]
-    needed = _needed(lazies)
-    if all(one.call is None or one.graph is not None for one in needed):
-        _evaluate(needed, graph=True)
-    else:  # some have been looked at, and must stay what they were
-        _evaluate(needed, graph=False)
-        made = _again(needed, {id(one): torch.arange(one.rows) for one in needed})
-        for one in needed:
-            one.graph = made[id(one)]
-    return [one.graph for one in lazies if one.graph is not None]
-
-
-def look(one: Lazy) -> Tensor:
-    """All rows, without gradient."""
-    if one.whole is None:
-        _evaluate(_needed([one]), graph=False)
-    assert one.whole is not None
-    return one.whole
 
 
 class Settled:
@@ -177,12 +33,12 @@ class Settled:
 
     def __init__(self, goals: Sequence[Any], rows: bool, forced: bool) -> None:
         self._roots = list({id(goal): goal for goal in goals if isinstance(goal, Lazy)}.values())
-        self._needed = _needed(self._roots)
+        self._needed = all_needed(self._roots)
         self.walked = 1.0
         grad = torch.is_grad_enabled()
         some = rows and grad and (forced or self._pays())
         if some or not grad:
-            _evaluate(self._needed, graph=False)
+            fill(self._needed, graph=False)
         else:
             evaluate(self._roots)
         self._half = any(one.autocast[2] or (one.whole is not None and one.whole.dtype in HALF) for one in self._needed)
@@ -207,11 +63,11 @@ class Settled:
             self._count({})
             return loss
         masks = torch.stack([grads[k] != 0 for k in reached]).cpu()
-        rows = _spread(self._needed, [self._roots[k] for k in reached], masks.unbind())
+        rows = spread(self._needed, [self._roots[k] for k in reached], masks.unbind())
         self._count(rows)
         if self._built:
             return loss
-        made = _again(self._needed, rows)
+        made = again(self._needed, rows)
         at, weights, parts = [], [], []
         for k in reached:
             one, grad = self._roots[k], grads[k]
@@ -220,7 +76,7 @@ class Settled:
                 continue
             place = rows[id(one)].to(one.device, non_blocking=True)
             if one.device.type == "cpu":  # also if all are there: the function itself may have changed
-                args = [_whole(a, graph=False) for a in one.args]
+                args = [whole_of(a, graph=False) for a in one.args]
                 check_rows(one.fn, part, self._values[k][place], args, self._half)
             at.append(place)
             weights.append(grad[place])

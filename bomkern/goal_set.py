@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import _impl
+from ._lazies import Lazy
 from ._raw import Raw, RawValues
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
 from ._table import table
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
 from .history import Full, GoalOutput, History, Layout, Monitor
-from .lazy import Lazy
 from .min_goal import REDUCTIONS
 from .policies import MOST_NUDGE, SMALLEST, STATE, Anchored, Group, Policy, ShareGuard, Spill, policy_of
 

@@ -2,61 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._calls import Call, is_rows, name_of
-
-_serial = itertools.count()
-
-
-class Lazy:
-    """A function of rows that has not been evaluated with a graph; see `lazy`.
-
-    Attributes:
-        fn: the function. args: its arguments, some of them `Lazy` themselves. rows: B.
-    """
-
-    __slots__ = ("args", "autocast", "call", "depth", "fn", "graph", "made", "rows", "start", "whole")
-
-    def __init__(self, fn: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
-        if not callable(fn):
-            raise TypeError(f"lazy: fn must be a function, got {type(fn).__name__}")
-        self.fn, self.args, self.rows, self.made = fn, args, _rows(args), next(_serial)
-        self.depth: int = 1 + max((a.depth for a in args if isinstance(a, Lazy)), default=0)
-        device = self.device.type
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        self.call: Call | None = None  # what has evaluated it, and the first of its rows there
-        self.start = 0
-        self.whole: Tensor | None = None  # all rows, without gradient
-        self.graph: Tensor | None = None  # all rows, with gradient
-
-    @property
-    def device(self) -> torch.device:
-        return next(a.device for a in self.args if isinstance(a, Lazy) or is_rows(a))
-
-    @property
-    def value(self) -> Tensor:
-        """What the function gives for all rows, [B, ...], without gradient; evaluated once."""
-        from ._settle import look
-
-        return look(self)
-
-    @staticmethod
-    def tensors(goals: Sequence[Tensor | Lazy]) -> list[Tensor]:
-        """All of them with gradient, as if the functions had been called; those of the same function in one call."""
-        from ._settle import evaluate
-
-        lazies = [goal for goal in goals if isinstance(goal, Lazy)]
-        made = iter(evaluate(lazies))
-        return [next(made) if isinstance(goal, Lazy) else goal for goal in goals]
-
-    def __repr__(self) -> str:
-        return f"lazy({name_of(self.fn)}, {self.rows} rows)"
+from ._lazies import Lazy
 
 
 def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
@@ -100,19 +52,3 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return fn(*args)  # type: ignore[return-value]
     return Lazy(fn, args)
-
-
-def _rows(args: Sequence[Any]) -> int:
-    found: list[tuple[int, int]] = []
-    for i, a in enumerate(args):
-        if isinstance(a, Lazy) or is_rows(a):
-            found.append((i, a.rows if isinstance(a, Lazy) else a.shape[0]))
-    if not found:
-        raise ValueError("lazy: at least one argument must have rows (a tensor [B, ...] or a lazy value), got none")
-    for i, rows in found:
-        if rows != found[0][1]:
-            raise ValueError(
-                f"lazy: argument {i} has {rows} rows, argument {found[0][0]} has {found[0][1]}: bind what is no row "
-                "to the function"
-            )
-    return found[0][1]

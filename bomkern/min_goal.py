@@ -10,10 +10,10 @@ from torch import Tensor
 
 from . import _impl
 from ._check import check_goals
+from ._lazies import Lazy
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
 from .constraints import Constraint, ConstraintTable, check_constraints, pack
-from .lazy import Lazy
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "min": 3}
 
