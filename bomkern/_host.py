@@ -12,7 +12,8 @@ class HostCopy:
     def __init__(self, source: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if source.device.type != "cuda":
-            self._host = source.to("cpu", copy=True)  # the source may be written to
+            # Never the source itself, which may be written to; a clone is no copy between devices.
+            self._host = source.clone() if source.device.type == "cpu" else source.cpu()
             return
         self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
         self._host.copy_(source, non_blocking=True)
