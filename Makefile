@@ -10,7 +10,7 @@ CUDA_VENV ?= .venv-cuda
 # A process to each core, up to 8: most tests are one thread of Python.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test fast lint bench cuda-check gpu clean
+.PHONY: demo test fast lint bench guard cuda-check gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN)/bomkern train --out runs/demo --overwrite
@@ -26,8 +26,15 @@ lint: $(VENV)/.ready
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy bomkern
 
+# Everything against its peers on this machine, and the report of it in bench/results.
 bench: $(VENV)/.ready
-	$(RUN)/python -m pytest bench --benchmark-only
+	mkdir -p build
+	$(RUN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(RUN)/python -m bench.report build/bench.json
+
+# Two minutes of it, compared with the report: fails where bomkern became slower against eager PyTorch.
+guard: $(VENV)/.ready
+	$(RUN)/python -m bench.compare bench/results/cpu.json --run 3
 
 # Builds every CUDA kernel, imports the extension, and checks that each op has one and that none spills registers.
 # For one architecture, the one whose machine code is read: six would take most of an hour on two cores.
@@ -39,9 +46,9 @@ cuda-check: $(CUDA_VENV)/.ready
 	BOMKERN_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} $(CUDA_VENV)/bin/python -m pip install --no-deps --force-reinstall $(CUDA_VENV)/src
 	cd $(CUDA_VENV) && bin/python $(CURDIR)/tools/cuda_check.py
 
-# On a machine with a GPU, in the Python that has its torch: build in place, test, sanitize, measure.
+# On a machine with a GPU, in the Python that has its torch: build in place, test, sanitize, measure. PART= for a part.
 gpu:
-	bash tools/gpu.sh
+	PART="$(PART)" bash tools/gpu.sh
 
 # Reinstalled when what it is built from changes.
 SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml tools/build_backend.py

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from latent_benches import Case, codes, measure, sizes_and
 from torch import Tensor
 
 import bomkern
+from bench.codes import SIZES, codes
+from bench.harness import Case, Size, measure, sizes_and, traffic
 
 
 def plain(mu: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,9 +19,12 @@ def plain(mu: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid((variance - 0.1) / 0.05).mean(), torch.exp(-(p * p.log()).sum()) / len(p)
 
 
-CASE = Case("active_units", lambda b, d: codes(b, d)[1:2], {"bomkern": bomkern.active_units, "eager": plain}, sum)
+CASE = Case(
+    "active_units", lambda **size: codes(**size)[1:2], bomkern.active_units, plain, sum, traffic(1),
+    tolerance=(1e-4, 1e-3),
+)  # fmt: skip
 
 
-@sizes_and()
-def test_peers(benchmark: Any, size: tuple[int, int], backward: bool, name: str) -> None:
-    measure(benchmark, CASE, name, size, backward)
+@sizes_and(SIZES)
+def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction)

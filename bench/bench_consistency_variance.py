@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import pytest
 import torch
-from latent_benches import DEVICE, DIRECTIONS, Case, Inputs, measure, share_of_a_copy, sizes_and
 from torch import Tensor
 
 import bomkern
+from bench.codes import SIZES
+from bench.harness import Case, Inputs, Size, measure, sizes_and, traffic
+from bench.machine import DEVICE
 
 V = 4
 
 
-@functools.lru_cache(maxsize=1)
-def views(batch: int, dims: int) -> Inputs:
+def views(B: int, D: int) -> Inputs:
     """One code per sample, seen four times with noise."""
     source = torch.Generator().manual_seed(0)
-    code = torch.randn(batch, dims, generator=source)
-    noisy = [code + 0.3 * torch.randn(batch, dims, generator=source) for _ in range(V)]
+    code = torch.randn(B, D, generator=source)
+    noisy = [code + 0.3 * torch.randn(B, D, generator=source) for _ in range(V)]
     return tuple(x.to(DEVICE).requires_grad_() for x in noisy)
 
 
@@ -33,14 +32,9 @@ def plain(*given: Tensor) -> Tensor:
     return torch.stack(given).var(0).mean(1)
 
 
-CASE = Case("consistency_variance", views, {"bomkern": ours, "eager": plain}, torch.mean)
+CASE = Case("consistency_variance", views, ours, plain, torch.mean, traffic(V), tolerance=(1e-4, 1e-3))
 
 
-@sizes_and()
-def test_peers(benchmark: Any, size: tuple[int, int], backward: bool, name: str) -> None:
-    measure(benchmark, CASE, name, size, backward)
-
-
-@pytest.mark.parametrize("backward", DIRECTIONS, ids=DIRECTIONS.get)
-def test_share_of_a_copy(benchmark: Any, capsys: Any, backward: bool) -> None:
-    share_of_a_copy(benchmark, capsys, CASE, backward)
+@sizes_and(SIZES)
+def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction)

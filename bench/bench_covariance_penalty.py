@@ -1,4 +1,7 @@
-"""covariance_penalty, by sample and of the batch, against VICReg's code, torch.compile and the bare matrix products."""
+"""covariance_penalty, by sample and of the batch, against VICReg's code, torch.compile and the bare matrix products.
+
+Its work is the operations of the products that no implementation is spared: ``x.T @ x`` and ``x @ C``.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import functools
 from typing import Any
 
 import torch
-from latent_benches import DEVICE, Case, Inputs, codes, measure, seconds, sizes_and
 from torch import Tensor
 
 import bomkern
+from bench.codes import SIZES, codes
+from bench.harness import BOTH, FORWARD, OURS, Case, Inputs, Size, measure, sizes_and
+from bench.machine import DEVICE
+
+DIMS = [{"B": 4096, "D": dims} for dims in (32, 64, 256, 512)]  # beside 128, to see the cost grow
 
 
-def samples(batch: int, dims: int) -> Inputs:
-    return codes(batch, dims)[:1]
+def samples(B: int, D: int) -> Inputs:
+    return codes(B, D)[:1]
 
 
 def off_diagonal(x: Tensor) -> Tensor:
@@ -44,43 +51,44 @@ def few(parts: Tensor) -> Tensor:
     return (parts * (torch.arange(len(parts), device=parts.device) % 5 == 0)).sum() / len(parts)
 
 
+def products(count: int) -> Any:
+    """Operations of so many products of [B, D] with [D, D] forward, and of two in both directions together."""
+
+    def work(size: Size, direction: str) -> float:
+        one = 2.0 * size["B"] * size["D"] ** 2
+        return one * (count if direction == FORWARD else 2 if direction == BOTH else 1)
+
+    return work
+
+
+def case(label: str, ours: Any, written: Any, loss: Any, forward: int) -> Case:
+    op, tolerance = "covariance_penalty", (1e-4, 1e-3)
+    return Case(op, samples, ours, written, loss, products(forward), "flops", label, tolerance)
+
+
+BY_SAMPLE = case("", bomkern.covariance_penalty, plain, torch.mean, 2)
+WEIGHED = case("weighed", bomkern.covariance_penalty, plain, few, 2)
 ours_batch = functools.partial(bomkern.covariance_penalty, reduction="batch")
-BY_SAMPLE = {"bomkern": bomkern.covariance_penalty, "eager": plain}
-CASE = Case("covariance_penalty", samples, BY_SAMPLE, torch.mean)
-WEIGHED = Case("covariance_penalty", samples, BY_SAMPLE, few, " weighed")
-BATCH = Case("covariance_penalty", samples, {"bomkern": ours_batch, "eager": plain_batch}, torch.mean, " of the batch")
+BATCH = case("of the batch", ours_batch, plain_batch, torch.mean, 1)
+if DEVICE == "cuda":
+    DIMS.append({"B": 4096, "D": 1024})
 
 
-@sizes_and()
-def test_peers(benchmark: Any, size: tuple[int, int], backward: bool, name: str) -> None:
-    measure(benchmark, CASE, name, size, backward)
+@sizes_and(SIZES)
+def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, BY_SAMPLE, name, size, direction)
 
 
-@sizes_and()
-def test_batch(benchmark: Any, size: tuple[int, int], backward: bool, name: str) -> None:
-    measure(benchmark, BATCH, name, size, backward)
+@sizes_and(SIZES)
+def test_batch(benchmark: Any, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, BATCH, name, size, direction)
 
 
-@sizes_and(directions=(True,))
-def test_weighed(benchmark: Any, size: tuple[int, int], backward: bool, name: str) -> None:
-    measure(benchmark, WEIGHED, name, size, backward)
+@sizes_and(SIZES, directions=(BOTH,))
+def test_weighed(benchmark: Any, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, WEIGHED, name, size, direction)
 
 
-@sizes_and("bomkern")
-def test_beside_the_products(benchmark: Any, capsys: Any, size: tuple[int, int], backward: bool, name: str) -> None:
-    """The library's x.T @ x and x @ C alone, the work that no implementation is spared."""
-    x = torch.randn(size, device=DEVICE)
-    c = x.T @ x / len(x)
-    times: list[tuple[float, float]] = []
-
-    def products() -> None:
-        times.append((seconds(lambda: x.T @ x), seconds(lambda: x @ c)))
-
-    measure(benchmark, CASE, name, size, backward, products, " beside the products")
-    if not benchmark.stats:
-        return
-    gram, product = (min(t) for t in zip(*times, strict=True))
-    benchmark.extra_info.update(gram_seconds=gram, product_seconds=product)
-    least = benchmark.stats.stats.min
-    with capsys.disabled():
-        print(f"\n{benchmark.group}: {least * 1e3:.2f} ms; x.T @ x {gram * 1e3:.2f} ms, x @ C {product * 1e3:.2f} ms")
+@sizes_and(DIMS, OURS, "torch.compile", "eager", directions=(BOTH,))
+def test_growth(benchmark: Any, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, BY_SAMPLE, name, size, direction)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
-from latent_benches import DIRECTIONS, Case, codes, measure, share_of_a_copy, sizes_and
 from torch import Tensor
 
 import bomkern
+from bench.codes import SIZES, codes
+from bench.harness import Case, Size, measure, sizes_and, traffic
 
 
 def plain(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -17,14 +17,12 @@ def plain(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(1)
 
 
-CASE = Case("gaussian_kl", lambda b, d: codes(b, d)[1:], {"bomkern": bomkern.gaussian_kl, "eager": plain}, torch.mean)
+CASE = Case(
+    "gaussian_kl", lambda **size: codes(**size)[1:], bomkern.gaussian_kl, plain, torch.mean, traffic(2),
+    tolerance=(1e-4, 1e-3),
+)  # fmt: skip
 
 
-@sizes_and()
-def test_peers(benchmark: Any, size: tuple[int, int], backward: bool, name: str) -> None:
-    measure(benchmark, CASE, name, size, backward)
-
-
-@pytest.mark.parametrize("backward", DIRECTIONS, ids=DIRECTIONS.get)
-def test_share_of_a_copy(benchmark: Any, capsys: Any, backward: bool) -> None:
-    share_of_a_copy(benchmark, capsys, CASE, backward)
+@sizes_and(SIZES)
+def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction)

@@ -6,27 +6,29 @@ and the numbers of the step (share, level and mean raw of each goal). Every resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.bench_min_goal import ANCHORED, DEVICE, K, rounds
+from bench.bench_min_goal import ANCHORED, SIZES, K, raw_values, traffic
+from bench.harness import BOTH, Case, Function, Size, about, measure, sizes_and, timed
+from bench.machine import DEVICE
 from bomkern import Anchored, ConstraintTable, GoalSet, _impl, min_goal_loss
 from bomkern.reference import MEAN, record_parts
 
-SIZES = [64, 512, 8192]
 RULES = ("hard", "smooth", "spill")
 MU, WEIGHTS = 0.1, tuple(0.5 ** (k + 1) for k in range(K))
-Step = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]  # loss, and [3, K]: share, level, raw
+Step = tuple[Tensor, Tensor]  # loss, and [3, K]: share, level, raw
 
 
-def plain(rule: str) -> Step:
+def plain(rule: str) -> Function:
     """As one writes it: each goal's weight is its gradient."""
     weights = torch.tensor(WEIGHTS, device=DEVICE)
 
-    def step(goals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def step(*goals: Tensor) -> Step:
         scores = torch.stack([torch.exp(-(x - c.ideal) / c.scale) for x, c in zip(goals, ANCHORED, strict=True)], 1)
         d = -torch.log(scores)
         if rule == "hard":
@@ -42,74 +44,60 @@ def plain(rule: str) -> Step:
     return step
 
 
-def fused(impl: str | None, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Callable[[str], Step]:
+@functools.cache
+def _given(rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    table = ConstraintTable(ANCHORED, DEVICE)
+    mu = torch.tensor(MU if rule == "smooth" else 0.0, device=DEVICE).to(dtype)
+    weights = torch.tensor(WEIGHTS, device=DEVICE).to(dtype) if rule == "spill" else None
+    return table.params.to(dtype), table.curves, mu, weights
+
+
+def fused(rule: str) -> Function:
     """The op, in the same form."""
-    table = ConstraintTable(ANCHORED, device)
-    serve = _impl.resolve("goal_set", device, impl)
-    params, owners = table.params.to(dtype), list(range(K))
+    owners = list(range(K))
 
-    def make(rule: str) -> Step:
-        mu = torch.tensor(MU if rule == "smooth" else 0.0, device=device).to(dtype)
-        given = torch.tensor(WEIGHTS, device=device).to(dtype) if rule == "spill" else None
+    def step(*goals: Tensor, impl: str | None = None) -> Step:
+        params, curves, mu, weights = _given(rule, goals[0].dtype)
+        serve = _impl.resolve("goal_set", DEVICE, impl)
+        loss, _, record = serve(list(goals), params, curves, owners, mu, MEAN, weights)
+        parts = record_parts(record, K, K)
+        return loss, torch.stack([parts["share"], parts["level"], parts["raw"]])
 
-        def step(goals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            loss, _, record = serve(list(goals), params, table.curves, owners, mu, MEAN, given)
-            parts = record_parts(record, K, K)
-            return loss, torch.stack([parts["share"], parts["level"], parts["raw"]])
-
-        return step
-
-    return make
+    return step
 
 
-def check(step: Step, rule: str, goals: list[Tensor]) -> None:
-    """Loss, numbers and gradients against the reference in float64."""
-    exact = [g.detach().double().cpu().requires_grad_() for g in goals]
-    want, numbers = fused("reference", torch.float64, "cpu")(rule)(exact)
-    got, seen = step(goals)
-    assert torch.allclose(got.double().cpu(), want, rtol=1e-5)
-    assert torch.allclose(seen.double().cpu(), numbers, rtol=1e-4, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(got, goals), torch.autograd.grad(want, exact), strict=True):
-        assert torch.allclose(a.double().cpu(), b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
+CASES = {
+    rule: Case(
+        "goal_set",
+        raw_values,
+        fused(rule),
+        plain(rule),
+        lambda out: out[0],
+        traffic,
+        label=rule,
+        tolerance=(1e-4, 1e-3),
+    )
+    for rule in RULES
+}
 
 
-@pytest.mark.parametrize("name", ["bomkern", "torch.compile", "eager"])
-@pytest.mark.parametrize("batch", SIZES)
+@sizes_and(SIZES[:3], directions=(BOTH,))
 @pytest.mark.parametrize("rule", RULES)
-def test_forward_backward(benchmark: object, rule: str, batch: int, name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    goals = [(torch.rand(batch, generator=generator) + 0.05).to(DEVICE).requires_grad_() for _ in range(K)]
-    if name == "bomkern":
-        step = fused(None)(rule)
-    elif name == "torch.compile":
-        torch._dynamo.reset()
-        step = torch.compile(plain(rule), mode="max-autotune-no-cudagraphs" if DEVICE == "cuda" else None)
-    else:
-        step = plain(rule)
-    check(step, rule, goals)
-    calls = 20 if DEVICE == "cuda" else 1
-
-    def run() -> None:
-        for _ in range(calls):
-            torch.autograd.grad(step(goals)[0], goals)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"goal_set {rule} K={K} B={batch}"  # type: ignore[attr-defined]
-    benchmark.extra_info.update(peer=name, device=DEVICE, calls=calls)  # type: ignore[attr-defined]
-    benchmark.pedantic(run, **rounds(batch, name))  # type: ignore[attr-defined]
+def test_peers(benchmark: Any, rule: str, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, CASES[rule], name, size, direction)
 
 
-SETS = {"hard": {}, "smooth": {"temperature": MU}, "spill": {"spill": 0.5}}
+SETS: dict[str, dict[str, Any]] = {"hard": {}, "smooth": {"temperature": MU}, "spill": {"spill": 0.5}}
+BARE = "min_goal_loss with stats"
 
 
-@pytest.mark.parametrize("name", ["bomkern.min_goal_loss with stats", *(f"GoalSet {rule}" for rule in SETS)])
-@pytest.mark.parametrize("batch", [64])
-def test_whole_step_of_a_goal_set(benchmark: object, batch: int, name: str) -> None:
+@pytest.mark.parametrize("name", [BARE, *(f"GoalSet {rule}" for rule in SETS)])
+def test_what_the_module_adds(benchmark: Any, name: str) -> None:
     """What names, policies, history and weights add to a bare loss with stats: forward and backward of nine goals."""
-    generator = torch.Generator().manual_seed(0)
-    raw = [(torch.rand(batch, generator=generator) + 0.05).to(DEVICE).requires_grad_() for _ in range(K)]
-    if name.startswith("bomkern"):
+    size = SIZES[0]
+    raw = raw_values(**size)
+    about(benchmark, "goal_set", "GoalSet step", BOTH, name, size)
+    if name == BARE:
 
         def step() -> None:
             torch.autograd.grad(min_goal_loss(raw, ANCHORED, return_stats=True)[0], raw, materialize_grads=True)
@@ -122,6 +110,4 @@ def test_whole_step_of_a_goal_set(benchmark: object, batch: int, name: str) -> N
         def step() -> None:
             torch.autograd.grad(goals(named).loss, raw, materialize_grads=True)
 
-    benchmark.group = f"GoalSet step K={K} B={batch}"  # type: ignore[attr-defined]
-    benchmark.extra_info.update(peer=name, device=DEVICE, calls=1)  # type: ignore[attr-defined]
-    benchmark.pedantic(step, rounds=30, iterations=200, warmup_rounds=3)  # type: ignore[attr-defined]
+    timed(benchmark, [step])

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bench_active_units import plain as plain_units
-from bench_gaussian_kl import plain as plain_kl
-from latent_benches import Case, codes, measure, sizes_and
 from torch import Tensor
 
 import bomkern
+from bench.bench_active_units import plain as plain_units
+from bench.bench_gaussian_kl import plain as plain_kl
+from bench.codes import SIZES, codes
+from bench.harness import PEERS, Case, Size, measure, sizes_and, traffic
 
+SEPARATE = "separate calls"
 Nine = tuple[Tensor, ...]
 
 
@@ -38,10 +40,12 @@ def loss(fields: Nine) -> Tensor:
     return rows + columns.sum() - active - effective
 
 
-PEERS = {"bomkern": bomkern.latent_statistics, "separate calls": separate, "eager": plain}
-CASE = Case("latent_statistics", codes, PEERS, loss)
+CASE = Case(
+    "latent_statistics", codes, bomkern.latent_statistics, plain, loss, traffic(3), tolerance=(1e-4, 1e-3),
+    more={SEPARATE: lambda: separate},
+)  # fmt: skip
 
 
-@sizes_and("bomkern", "separate calls", "torch.compile", "eager")
-def test_peers(benchmark: Any, size: tuple[int, int], backward: bool, name: str) -> None:
-    measure(benchmark, CASE, name, size, backward)
+@sizes_and(SIZES, *PEERS, SEPARATE)
+def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction)

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-import platform
+import os
+import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
-import torch
+import pytest
+
+from bench import machine
 
 
 def pytest_configure(config: Any) -> None:
     config.option.benchmark_group_by = config.option.benchmark_group_by or "group"
     config.option.benchmark_disable_gc = True
-    config.option.benchmark_columns = ["min", "median", "iqr", "rounds", "iterations"]
+    config.option.benchmark_timer = "bench.machine.timer"
+    config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    """torch.compile keeps what it made on disk: a first call would be measured as the second."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+        yield
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    """What a figure depends on, and nothing that tells whose machine it was."""
+    machine_info.clear()
+    machine_info.update(machine.described(), ceilings={u: machine.ceiling(u) for u in machine.UNITS})
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
@@ -25,10 +45,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         return
     write = terminalreporter.write_line
     terminalreporter.section("each peer's median time over bomkern's")
-    write(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    found = machine.described()
+    write(f"{found['name']}, torch {found['torch']}, {found['threads']} threads")
     for group, peers in groups.items():
-        ours = next((time for name, time in peers.items() if name.startswith("bomkern")), None)
-        if ours is None:
-            continue
-        others = [f"{name} {time / ours:.1f}x" for name, time in peers.items() if not name.startswith("bomkern")]
-        write(f"{group:<48} bomkern {ours * 1e6:10.1f} us   " + "   ".join(others))
+        name, ours = next(iter(peers.items()))
+        others = [f"{peer} {time / ours:.2f}x" for peer, time in peers.items() if peer != name]
+        write(f"{group:<52} {name} {ours * 1e6:10.1f} us   " + "   ".join(others))

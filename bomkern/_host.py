@@ -18,7 +18,7 @@ class HostCopy:
         self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
         self._host.copy_(source, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(source.device))  # the copy's, whichever GPU is current
 
     def wait(self) -> Tensor:
         if self._event is not None:

@@ -17,7 +17,7 @@ class Owners {
   Owners() = default;
   Owners(int64_t may, at::IntArrayRef groups) : may_(static_cast<uint64_t>(may)), groups_(groups.begin(), groups.end()) {}
 
-  // Reads the shares [G] of the forward. From a GPU they are on their way to pinned memory after this, and only `hold`
+  // Reads the shares [G] of the forward. From a GPU they are on their way to pinned memory after this, and only `holds`
   // waits for them. What has no values (a fake tensor, one on the meta device) leaves every branch in.
   void watch(const Tensor& share) {
     if (share.key_set().has(c10::DispatchKey::Python)) return void(may_ = 0);

@@ -30,9 +30,9 @@ def same_parameters(a: Any, b: Any) -> None:
 
 
 def favour(run: Any, raw: Mapping[str, Tensor], k: int) -> None:
-    """Scales at which the worst sample of each goal is as badly off, and that of goal k worse."""
+    """Scales at which the worst sample of each goal is about as badly off, no two alike, and that of goal k worse."""
     held = torch.stack([x.detach().amax() for x in raw.values()])
-    wanted = torch.full_like(held, 1.0)
+    wanted = torch.linspace(0.96, 1.04, len(held), device=held.device)  # a tie would be anyone's, by rounding
     wanted[k] = 1.6
     ideal = run.goals.params[:, 0]
     run.goals.params[:, 1] = run.goals.params[:, 2] = wanted / (held - ideal).abs().clamp(min=1e-6)

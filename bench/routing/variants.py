@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.loss_section import plain_loss
 from bomkern import Lazy, latent_statistics
 from bomkern.train import features as see
 from bomkern.train import goals as goal
@@ -113,18 +114,7 @@ class Plain(Trainer):
         return dict(zip(goal.GOALS, values, strict=True)), image, recon
 
     def loss(self, raw: dict[str, Tensor]) -> Tensor:
-        scores = []
-        for name, (ideal, nadir) in goal.anchors(self.config.batch_size).items():
-            if torch.isnan(raw[name]).any() or torch.isinf(raw[name]).any():
-                raise ValueError(f"{name} is not finite")
-            scores.append(torch.exp(-(raw[name] - ideal) / (nadir - ideal)))
-        stacked = torch.stack(scores, 1)
-        for k, name in enumerate(raw):
-            self.log[name] = stacked[:, k].mean().item()
-        loss = -torch.log(stacked.min()) if self.config.reduction == "min" else -torch.log(stacked.amin(1)).mean()
-        if torch.isnan(loss).any() or torch.isinf(loss).any():
-            raise ValueError("the loss is not finite")
-        return loss
+        return plain_loss(raw, goal.anchors(self.config.batch_size), self.log, self.config.reduction)
 
     def gradients(self) -> list[Tensor | None]:
         self.discriminator.requires_grad_(False)
@@ -138,7 +128,6 @@ class Plain(Trainer):
         raw, image, recon = self.raw()
         loss = self.loss(raw)
         loss.backward()
-        self.log["loss"] = loss.item()
         self.discriminator.requires_grad_(True)
         judged = F.softplus(-self.discriminator(image)).mean() + F.softplus(self.discriminator(recon.detach())).mean()
         (judged / 2).backward()

@@ -1,0 +1,64 @@
+"""Exponents of cost as work grows, fitted to what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bench.results import Results, Row
+
+CASES = ("total_correlation", "covariance_penalty")
+LEAST = 3  # points of a line
+LEAST_BYTES = 1e6  # less resident memory is mostly the error of its count
+Fit = tuple[float, float]
+
+
+class Line(NamedTuple):
+    """One peer as one letter of the size grows and the other is ``fixed``."""
+
+    case: str
+    letter: str
+    fixed: str
+    over: str
+    peer: str
+    time: Fit | None
+    memory: Fit | None
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
+    """Exponent p of ``y ~ x^p`` and its standard error; None where there are too few points."""
+    if len(points) < LEAST:
+        return None
+    x, y = np.log(np.array(points, float)).T
+    x, y = x - x.mean(), y - y.mean()
+    p = float(x @ y / (x @ x))
+    off = y - p * x
+    return p, float(np.sqrt(off @ off / (len(points) - 2) / (x @ x)))
+
+
+def exponents(results: Results) -> Iterator[Line]:
+    """Each peer of each case in B and in D."""
+    for case in CASES:
+        rows = [row for row in results.rows if row["case"] == case and row["direction"] == "forward+backward"]
+        for letter, other in ("BD", "DB"):
+            for peer in dict.fromkeys(row["peer"] for row in rows):
+                line = _longest([row for row in rows if row["peer"] == peer], letter, other)
+                if len(line) < LEAST:
+                    continue
+                x = [row["size"][letter] for row in line]
+                spent = fit([(row["size"][letter], row["seconds"]) for row in line])
+                large = [row for row in line if row.get("peak_bytes", 0) >= LEAST_BYTES]
+                held = fit([(row["size"][letter], row["peak_bytes"]) for row in large])
+                fixed, over = f"{other} = {line[0]['size'][other]:,}", f"{x[0]:,} to {x[-1]:,}"
+                yield Line(case, letter, fixed, over, peer, spent, held)
+
+
+def _longest(rows: Sequence[Row], letter: str, other: str) -> list[Row]:
+    """Of the rows that differ in one letter alone the longest line, in order."""
+    lines: dict[int, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(row["size"][other], []).append(row)
+    longest = max(lines.values(), key=len, default=[])
+    return sorted(longest, key=lambda row: row["size"][letter])

@@ -1,0 +1,122 @@
+"""What is kept of a benchmark run: a small file for each machine, in bench/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent / "results"
+KIND = "bench"  # what tells these files from others in the folder
+Row = dict[str, Any]
+Size = tuple[tuple[str, int], ...]
+KEEP = (
+    *("impl", "first_seconds", "work", "unit", "rate", "ceiling", "share", "peak_bytes", "launches", "syncs"),
+    *("host_us", "event_us", "graph_us", "no_graph_because", "parts", "pair"),
+)
+
+
+class Results:
+    """The benches of one machine.
+
+    Attributes:
+        machine: what it is, and its ceilings. date: ISO. command: that which made it. rows: a dict for each bench.
+    """
+
+    def __init__(self, machine: dict[str, Any], date: str, command: str, rows: Sequence[Row]) -> None:
+        self.machine, self.date, self.command, self.rows = machine, date, command, list(rows)
+
+    @property
+    def stem(self) -> str:
+        """What its file and its pictures are called: the GPU, or "cpu"."""
+        if self.machine["device"] == "cpu":
+            return "cpu"
+        return re.sub(r"\W+", "-", self.machine["name"]).strip("-")
+
+    @property
+    def title(self) -> str:
+        m = self.machine
+        where = f"{m['threads']} threads of " if m["device"] == "cpu" else ""
+        return f"{where}{m['name']}, torch {m['torch']}, {self.date[:10]}"
+
+    def of(self, case: str, direction: str) -> dict[Size, dict[str, Row]]:
+        """Rows by size, D before B, then by peer in the order in which they ran."""
+        found: dict[Size, dict[str, Row]] = {}
+        for row in self.rows:
+            if row["case"] == case and row["direction"] == direction:
+                found.setdefault(tuple(row["size"].items()), {})[row["peer"]] = row
+        return dict(sorted(found.items(), key=lambda item: item[0][::-1]))
+
+    def groups(self) -> dict[str, dict[str, Row]]:
+        """Rows by group, then by peer."""
+        found: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            size = " ".join(f"{letter}={n}" for letter, n in row["size"].items())
+            found.setdefault(f"{row['case']} {row['direction']} {size}", {})[row["peer"]] = row
+        return found
+
+    def save(self, path: Path) -> None:
+        """One row a line, so that a change can be read."""
+        rows = ",\n  ".join(json.dumps(row) for row in self.rows)
+        head = {"kind": KIND, "machine": self.machine, "date": self.date, "command": self.command}
+        path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
+
+
+def read(paths: Iterable[Path]) -> Results:
+    """Of files of pytest-benchmark, or of one written by `Results.save`.
+
+    Raises:
+        ValueError: they were not made by these benches, or on different machines.
+    """
+    found: list[Results] = []
+    for path in paths:
+        raw = json.loads(path.read_text())
+        try:
+            found.append(_kept(raw) if raw.get("kind") == KIND else _made(raw))
+        except KeyError as why:
+            raise ValueError(f"{path} is not of pytest bench/ --benchmark-only: it has no {why}") from why
+    if not found:
+        raise ValueError("no benchmark files were given")
+    first = found[0]
+    for other in found[1:]:
+        if _apart(first.machine) != _apart(other.machine):
+            raise ValueError(f"files of different machines: {_apart(first.machine)} and {_apart(other.machine)}")
+    ceilings = [one.machine["ceilings"] for one in found]
+    machine = {**first.machine, "ceilings": {u: max((c[u] or 0.0) for c in ceilings) or None for u in ceilings[0]}}
+    rows = [row for one in found for row in one.rows]
+    return Results(machine, min(one.date for one in found), first.command, rows)
+
+
+def committed() -> list[Results]:
+    """All that are kept, the CPU's first."""
+    files = [p for p in sorted(HERE.glob("*.json")) if f'"kind": "{KIND}"' in p.read_text()[:200]]
+    return sorted((read([p]) for p in files), key=lambda r: (r.stem != "cpu", r.stem))
+
+
+def _apart(machine: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in machine.items() if name != "ceilings"}
+
+
+def _kept(raw: dict[str, Any]) -> Results:
+    return Results(raw["machine"], raw["date"], raw["command"], raw["rows"])
+
+
+def _made(raw: dict[str, Any]) -> Results:
+    rows = []
+    for bench in raw["benchmarks"]:
+        info, stats = bench["extra_info"], bench["stats"]
+        row = {name: info[name] for name in ("op", "case", "direction", "peer", "size")}
+        row |= {"seconds": _round(stats["median"]), "iqr": _round(stats["iqr"]), "rounds": stats["rounds"]}
+        rows.append(row | {name: _round(info[name]) for name in KEEP if info.get(name) is not None})
+    machine = raw["machine_info"]
+    machine["ceilings"] = {unit: _round(most) for unit, most in machine["ceilings"].items()}
+    return Results(machine, raw["datetime"], "pytest bench/ --benchmark-only", rows)
+
+
+def _round(x: Any) -> Any:
+    """Four digits: more would be noise."""
+    if isinstance(x, dict):
+        return {name: _round(value) for name, value in x.items()}
+    return float(f"{x:.4g}") if isinstance(x, float) else x

@@ -1,0 +1,212 @@
+"""The trainer's nine-goal step in parts, networks, statistics, loss and updates, by bomkern's means and by others'."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.bench_consistency_variance import plain as plain_consistency
+from bench.bench_covariance_penalty import plain_batch as plain_covariance
+from bench.bench_latent_statistics import plain as plain_statistics
+from bench.bench_total_correlation import textbook
+from bench.loss_section import plain_loss
+from bench.machine import DEVICE, timer
+from bomkern import LatentStatistics, Lazy, lazy, total_correlation
+from bomkern.train import features as see
+from bomkern.train import goals as goal
+from bomkern.train import loop
+from bomkern.train.config import Config
+from bomkern.train.data import Data, load
+from bomkern.train.networks import Pass
+from bomkern.train.step import Trainer, raw_values
+
+SIZE = 32  # pixels
+WARM, WARM_BATCH = 40, 32  # steps before anything is measured, so that goals are as far apart as they become
+RULES = ("weighted sum", "UPGrad", "MGDA")  # of others, on the same nine losses with the same statistics as "plain"
+BLOCKS = "plain in blocks"
+VARIANTS = ("bomkern lazy", "bomkern routed", "bomkern", "bomkern spill", "plain", BLOCKS, *RULES)
+Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def in_blocks(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return total_correlation(z, mu, logvar, impl="reference")
+
+
+def eager_values(
+    out: Pass, image: Tensor, logits: Tensor, order: Tensor, trivial: goal.Trivial, correlation: Estimate = textbook
+) -> list[Tensor]:
+    """The nine raw values as one writes them without bomkern. See `bomkern.train.step.raw_values`."""
+    z, mu, logvar = out.z, out.mu, out.logvar
+    edges, recon_edges = see.edges(image), see.edges(out.recon)
+    code = LatentStatistics(*plain_statistics(z, mu, logvar))
+    shuffled = correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order))
+    moved, moved_edges = see.mean_colour(out.moved_structure), see.edges(out.moved_appearance)
+    deviation = code.z_variance.clamp(min=1e-12).sqrt()
+    dependence = plain_covariance(z / deviation) / (z.shape[1] - 1)
+    variance = code.mu_variance[: out.views.shape[2]].detach().mean().clamp(min=1e-8)
+    return [
+        goal.kl_divergence(code),
+        correlation(z, mu, logvar) - shuffled.mean(),
+        goal.capacity(code),
+        goal.behavioral_separation(see.mean_colour(out.recon), moved, recon_edges, moved_edges, trivial),
+        dependence + (1 - deviation).clamp(min=0).mean() + code.logvar_square / 16,
+        goal.reconstruction(out.recon, image, recon_edges, edges, trivial),
+        goal.cross_recon(out.swap, see.edges(out.swap), edges, image.roll(-1, 0), trivial),
+        goal.realism(logits),
+        plain_consistency(*out.views) / variance,
+    ]
+
+
+@functools.lru_cache
+def data() -> Data:
+    return load(None, SIZE)
+
+
+class Clock:
+    """Seconds of each part, the device waited for at both ends."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = timer()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + timer() - start
+
+
+class Run(Trainer):
+    """A trainer that takes the same step again and again: one batch of images, one draw of noise.
+
+    Args:
+        variant: one of `VARIANTS`.
+        batch: samples.
+        start: whose weights to begin with.
+    """
+
+    def __init__(self, variant: str, batch: int, start: Trainer | None = None) -> None:
+        spill = 0.5 if variant == "bomkern spill" else 0.0
+        chosen = Config(image_size=SIZE, batch_size=batch, spill=spill, device=DEVICE)
+        super().__init__(chosen, loop.launch(chosen), data().train)
+        self.variant = variant
+        self.goals.route = "always" if variant in ("bomkern routed", "bomkern lazy") else "never"
+        self.anchored = {name: tuple(pair) for name, pair in goal.anchors(batch).items()}
+        self.log: dict[str, float] = {}
+        for part in ("vae", "average", "discriminator") if start else ():
+            getattr(self, part).load_state_dict(getattr(start, part).state_dict())
+        self.image, self.draw = self.images(), self._noise()
+        self.parameters = list(self.vae.parameters())
+
+    def networks(self) -> tuple[Pass, Tensor | Lazy]:
+        """All that the networks make of the images; of the lazy variant nothing is evaluated yet."""
+        noise, shake, view, _ = self.draw
+        out = self.vae(self.image, see.photometric(self.image, view), noise, shake)
+        self.discriminator.requires_grad_(False)
+        if self.variant == "bomkern lazy":
+            return out, lazy(self.discriminator, out.recon)
+        out = Pass(*Lazy.tensors(out))
+        return out, self.discriminator(out.recon)
+
+    def statistics(self, out: Pass, logits: Tensor | Lazy) -> list[Tensor | Lazy]:
+        order = self.draw[3]
+        if not self.variant.startswith("bomkern"):
+            correlation = in_blocks if self.variant == BLOCKS else textbook
+            return eager_values(out, self.image, logits, order, self.trivial, correlation)
+        raw = raw_values(out, self.image, logits, order, self.trivial)
+        return raw if self.variant == "bomkern lazy" else list(Lazy.tensors(raw))
+
+    def loss(self, values: list[Tensor | Lazy]) -> Tensor:
+        raw = dict(zip(goal.GOALS, values, strict=True))
+        if self.variant.startswith("bomkern"):
+            out = self.goals(raw)
+            self.finite = out.finite
+            return out.loss
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        if self.variant in ("plain", BLOCKS):
+            return plain_loss(raw, self.anchored, self.log)
+        loss = self.deficits(raw).sum()
+        self.log["loss"] = loss.item()
+        return loss
+
+    def deficits(self, raw: dict[str, Tensor]) -> Tensor:
+        """Means over the batch, [K]."""
+        return torch.stack([((raw[n] - ideal) / (nadir - ideal)).mean() for n, (ideal, nadir) in self.anchored.items()])
+
+    def backward(self) -> Tensor | Lazy:
+        """Gradients of all parameters of the VAE; returns what was reconstructed."""
+        out, logits = self.networks()
+        values = self.statistics(out, logits)
+        if self.variant in ("UPGrad", "MGDA"):
+            self._descend(self.deficits(dict(zip(goal.GOALS, values, strict=True))))
+        else:
+            self.loss(values).backward()
+        return out.recon
+
+    def _descend(self, losses: Tensor) -> None:
+        from torchjd import aggregation
+        from torchjd.autojac import backward, jac_to_grad
+
+        self.finite = losses.isfinite().all()
+        backward(list(losses), inputs=self.parameters, parallel_chunk_size=1)
+        jac_to_grad(self.parameters, getattr(aggregation, self.variant)())
+
+    def update(self, recon: Tensor | Lazy) -> None:
+        """The discriminator's backward, and both optimisers."""
+        self.discriminator.requires_grad_(True)
+        recon = recon.value if isinstance(recon, Lazy) else recon.detach()
+        real, fake = self.discriminator(torch.cat([self.image, recon])).chunk(2)
+        judged = (F.softplus(-real) + F.softplus(fake)).mean() / 2
+        judged.backward()
+        self._apply(self.finite & judged.isfinite())
+
+    def whole(self) -> None:
+        """A step."""
+        self.update(self.backward())
+        self.step += 1
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of the VAE's parameters, without taking the step."""
+        self.backward()
+        grads = [p.grad for p in self.parameters]
+        self.optimizers[0].zero_grad()
+        return grads
+
+    def in_parts(self, clock: Callable[[str], Any]) -> None:
+        """A step whose graph is cut between the parts, so that each one's backward can be timed too."""
+        with clock("networks"):
+            out, logits = self.networks()
+        cut = [x.detach().requires_grad_() for x in (*out, logits)]
+        with clock("statistics"):
+            values = self.statistics(Pass(*cut[:-1]), cut[-1])
+        raw = [x.detach().requires_grad_() for x in values]
+        with clock("loss"):
+            self.loss(raw).backward()
+        with clock("statistics"):
+            _onward(values, raw)
+        with clock("networks"):
+            _onward([*out, logits], cut)
+        with clock("updates"):
+            self.update(out.recon)
+        self.step += 1
+
+
+def _onward(tensors: list[Tensor], leaves: list[Tensor]) -> None:
+    """Backward from where a graph was cut, along the branches that got a gradient."""
+    reached = [(x, leaf.grad) for x, leaf in zip(tensors, leaves, strict=True) if leaf.grad is not None]
+    torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+
+
+@functools.lru_cache
+def started() -> Run:
+    """Weights after a few steps."""
+    run = Run("bomkern lazy", WARM_BATCH)
+    for _ in range(WARM):
+        run.image, run.draw = run.images(), run._noise()
+        run.whole()
+    return run

@@ -1,0 +1,198 @@
+"""The benchmark's report: what is kept of a run, fits, comparisons, pages and pictures; and the README's own table."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import compare, figures, growth, kernels, page, report, tables
+from bench.results import HERE, Results, committed, read
+
+MACHINE = {
+    "device": "cpu", "name": "Some CPU", "threads": 2, "simd": "avx2", "bomkern": "0.1.0", "torch": "2.13.0",
+    "python": "3.11", "system": "Linux", "ceilings": {"bytes": 2e10, "exponentials": 1e10, "flops": 4e11},
+}  # fmt: skip
+GPU = {**MACHINE, "device": "cuda", "name": "NVIDIA H200", "cuda": "13.0", "driver": "580.1"}
+
+
+def row(case: str, peer: str, seconds: float, direction: str = "forward+backward", **size: int) -> dict[str, Any]:
+    return {
+        "op": case.split()[0], "case": case, "direction": direction, "peer": peer, "size": size, "seconds": seconds,
+        "iqr": 0.0, "rounds": 5, "first_seconds": 1.0, "work": 1e6, "unit": "bytes", "rate": 1e9, "share": 0.5,
+        "peak_bytes": int(2e6 * size["B"]), "launches": 3, "syncs": 1,
+    }  # fmt: skip
+
+
+def results(machine: dict[str, Any] = MACHINE, **times: float) -> Results:
+    """Every case at three sizes, with a step and a loss section; ``times`` changes a peer's."""
+    rows = [
+        row(case, peer, times.get(peer, usual) * batch, B=batch, **({} if "goal" in case else {"D": 128}))
+        for case in page.CASES
+        for batch in (64, 512, 65536)
+        for peer, usual in (("bomkern", 1e-6), ("torch.compile", 3e-6), ("eager", 9e-6))
+    ]
+    parts = {"networks": 0.2, "statistics": 0.05, "loss": 0.001, "updates": 0.01}
+    for name, seconds in (("bomkern lazy", 0.1), ("bomkern", 0.2), ("plain", 0.3)):
+        rows.append(
+            {
+                **row("nine-goal step", name, seconds, "whole", B=64),
+                **({"parts": parts} if name != "bomkern lazy" else {}),
+            }
+        )
+    rows += [row("loss section", name, 1e-4, B=64) for name in ("bomkern", "eager")]
+    return Results(machine, "2026-01-02T03:04:05", "pytest bench/ --benchmark-only", rows)
+
+
+def made(path: Path, found: Results, machine: dict[str, Any] = MACHINE) -> Path:
+    """The same as pytest-benchmark writes it."""
+    benches = []
+    for one in found.rows:
+        stats = {"median": one["seconds"], "iqr": one["iqr"], "rounds": one["rounds"], "data": [1.0], "mean": 0.0}
+        benches.append({"name": "x", "extra_info": {**one, "noise": 1}, "stats": stats})
+    path.write_text(
+        json.dumps({"machine_info": machine, "datetime": found.date, "benchmarks": benches, "commit_info": {}})
+    )
+    return path
+
+
+def test_what_is_kept_says_the_same(tmp_path: Path) -> None:
+    first = read([made(tmp_path / "run.json", results())])
+    first.save(tmp_path / "kept.json")
+    again = read([tmp_path / "kept.json"])
+    assert again.rows == first.rows and again.machine == MACHINE
+    for kept, had in zip(first.rows, results().rows, strict=True):
+        assert kept == {**had, "seconds": pytest.approx(had["seconds"], rel=1e-3)}
+    assert again.stem == "cpu" and read([made(tmp_path / "gpu.json", results(), GPU)]).stem == "NVIDIA-H200"
+
+
+def test_runs_of_one_machine_are_joined_and_of_two_refused(tmp_path: Path) -> None:
+    faster = {**MACHINE, "ceilings": {"bytes": 3e10, "exponentials": None, "flops": 1e11}}
+    both = read([made(tmp_path / "a.json", results()), made(tmp_path / "b.json", results(), faster)])
+    assert len(both.rows) == 2 * len(results().rows)
+    assert both.machine["ceilings"] == {"bytes": 3e10, "exponentials": 1e10, "flops": 4e11}
+    with pytest.raises(ValueError, match="different machines"):
+        read([made(tmp_path / "a.json", results()), made(tmp_path / "c.json", results(), GPU)])
+    (tmp_path / "d.json").write_text('{"benchmarks": [{"extra_info": {}}]}')
+    with pytest.raises(ValueError, match=r"d\.json is not of pytest bench/"):
+        read([tmp_path / "d.json"])
+
+
+def test_exponents_of_known_growth() -> None:
+    rows = [
+        {**row("total_correlation", "eager", 2e-9 * b**2 * 32, B=b, D=32), "peak_bytes": 1.9e3 * b}
+        for b in (128, 512, 1024, 2048)
+    ]
+    rows += [row("total_correlation", "eager", 2e-9 * 512**2 * d, B=512, D=d) for d in (16, 64)]
+    found = {(line.letter, line.fixed): line for line in growth.exponents(Results(MACHINE, "", "", rows))}
+    in_b = found["B", "D = 32"]
+    assert in_b.time == pytest.approx((2, 0), abs=1e-9) and in_b.over == "128 to 2,048"
+    assert in_b.memory is None  # two of its four are a megabyte or more
+    assert found["D", "B = 512"].time == pytest.approx((1, 0), abs=1e-9)
+    assert growth.fit([(1, 1), (2, 2)]) is None
+    noisy = growth.fit([(1, 1), (2, 5), (4, 3)])
+    assert noisy is not None and noisy[1] > 0.1
+
+
+def test_a_ratio_that_fell_is_found() -> None:
+    lines, fine = compare.compare(results(), [results(bomkern=1.1e-6)])
+    assert fine and not any("FELL" in line for line in lines)
+    lines, fine = compare.compare(results(), [results(bomkern=1.2e-6)])
+    assert not fine and sum("FELL" in line for line in lines) == 3 * len(page.CASES)
+    # A slower machine is no slower bomkern, and of several runs the best counts.
+    assert compare.compare(results(), [results(bomkern=5e-6, eager=45e-6)])[1]
+    assert compare.compare(results(), [results(bomkern=1.2e-6), results()])[1]
+    other = {**MACHINE, "simd": "avx512"}
+    assert compare.compare(results(), [results(other, bomkern=1.5e-6)])[1]
+    assert not compare.compare(results(), [results(other, bomkern=2.5e-6)])[1]
+    assert not compare.compare(results(), [Results(MACHINE, "", "", [])])[1]
+
+
+def test_pairs_count_as_they_were_paired() -> None:
+    paired = {**row("gaussian_kl", "bomkern", 1.0, "forward+backward in pairs", B=64, D=2), "pair": 7.5}
+    assert list(compare.ratios(Results(MACHINE, "", "", [paired])).values()) == [7.5]
+
+
+def test_compare_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, new = (made(tmp_path / f"{n}.json", results(bomkern=t)) for n, t in (("base", 1e-6), ("new", 2e-6)))
+    assert compare.main([str(base), str(base)]) == 0
+    assert compare.main([str(base), str(new)]) == 1 and "FELL by more than 15%" in capsys.readouterr().out
+    assert compare.main([str(base), str(tmp_path / "missing.json")]) == 2
+    with pytest.raises(SystemExit):
+        compare.main([str(base)])
+
+
+def test_compare_runs_again_only_where_one_fell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = made(tmp_path / "base.json", results())
+    times = iter([2e-6, 1e-6, 9.0])
+    monkeypatch.setattr(compare, "run", lambda to: results(bomkern=next(times)))
+    assert compare.main([str(base), "--run", "3"]) == 0 and next(times) == 9.0
+    monkeypatch.setattr(compare, "run", lambda to: results(bomkern=2e-6))
+    assert compare.main([str(base), "--run", "2"]) == 1
+
+
+@pytest.mark.parametrize("machine", [MACHINE, GPU], ids=["cpu", "gpu"])
+def test_the_page_and_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any]) -> None:
+    found = results(machine)
+    if machine is GPU:
+        monkeypatch.setattr(page, "HERE", tmp_path)
+        launch = {"kernel": "min_goal_forward", "us": 9.5, "sm": 20.0, "dram": 81.0, "occupancy": 60.0}
+        (tmp_path / "NVIDIA-H200_kernels.json").write_text(json.dumps([launch]))
+        for one in found.rows:
+            one |= {"host_us": 10.0, "event_us": 11.0, "graph_us": None}
+    text = page.page([found])
+    figures.draw(found, tmp_path)
+    pictures = re.findall(r"\]\((\w[\w-]*\.png)\)", text)
+    assert len(pictures) == 4 and all((tmp_path / name).stat().st_size > 10_000 for name in pictures)
+    assert "| bomkern | 64 us | 512 us | 65.5 ms |" in text and "| eager | 9.0x | 9.0x | 9.0x |" in text
+    assert ("Not measured on a GPU yet" in text) == (machine is MACHINE)
+    assert ("| `min_goal_forward` | 9.5 | 20.0 | 81.0 | 60.0 |" in text) == (machine is GPU)
+    assert max(len(line) for line in text.splitlines() if not line.startswith(("|", "!"))) <= tables.WIDTH
+
+
+def test_a_profile_becomes_a_table(tmp_path: Path) -> None:
+    head = '"ID","Process Name","Host Name","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    name = "void bomkern::tc::forward<(int)4, float>(bomkern::Args)"
+    metrics = zip(kernels.METRICS, ("ns", "%", "%", "%"), ("12,500", "81.25", "3.5", "60"), strict=True)
+    lines = [f'"0","python","box","{name}","{metric}","{unit}","{value}"' for metric, unit, value in metrics]
+    (tmp_path / "ncu.csv").write_text("\n".join(["==PROF== Connected", head, *lines, "==PROF== Disconnected"]))
+    (found,) = kernels.read(tmp_path / "ncu.csv")
+    assert found == {"kernel": "bomkern::tc::forward", "us": 12.5, "sm": 81.25, "dram": 3.5, "occupancy": 60.0}
+
+
+@pytest.mark.parametrize(
+    "seconds, written", [(2.5e-6, "2.5 us"), (9.994e-4, "999 us"), (0.0123, "12.3 ms"), (3.0, "3 s")]
+)
+def test_times_are_written_in_their_unit(seconds: float, written: str) -> None:
+    assert tables.time(seconds) == written
+
+
+def test_the_pages_show_what_is_kept() -> None:
+    """Of the README the table, of bench/results/README.md everything."""
+    assert committed(), "no results are kept in bench/results"
+    for path, text in report.pages().items():
+        assert path.read_text() == text, f"{path} says something else: run python -m bench.report"
+
+
+def test_a_changed_figure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = tmp_path / "README.md"
+    text = report.README.read_text()
+    begin = text.index(report.BEGIN)
+    changed = text[:begin] + re.sub(r"(\d)x \|", "9\\1x |", text[begin:], count=1)
+    assert changed != text
+    readme.write_text(changed)
+    monkeypatch.setattr(report, "README", readme)
+    assert report.main(["--check"]) == 1
+    readme.write_text(text)
+    assert report.main(["--check"]) == 0
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="has no"):
+        report.main(["--check"])
+
+
+def test_nothing_kept_names_a_machine_or_a_path() -> None:
+    for path in [*HERE.glob("*.json"), *HERE.glob("*.log")]:
+        assert not re.search(r"/(home|work|root|tmp|opt)/|hostname|\"node\"", path.read_text()), path
