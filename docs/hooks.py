@@ -1,0 +1,134 @@
+"""Puts what was measured into the pages while they are built, so that no figure in them is typed.
+
+A page says where, in a line of its own:
+
+    <!-- bench CASE -->         time and memory of a case of bench/page.py, for each machine whose results are kept
+    <!-- report PART -->        a part of the report: one of `PARTS`
+    <!-- faults -->             how well `bomkern.diagnose` finds faults that were planted
+    <!-- from PAGE: HEADING --> a section of a page in bench/results
+
+and the pages and pictures of bench/results are part of the site, as results/. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import page as report  # noqa: E402
+from bench.results import HERE, Results, committed  # noqa: E402
+from bench.tables import Lines, against, by_size, memory, table, text  # noqa: E402
+
+MARKER = re.compile(r"^<!-- (bench|report|faults|from)\b ?(.*?) -->$", re.MULTILINE)
+PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
+
+
+class Missing(Exception):
+    """What a marker asks for is not in bench/results."""
+
+
+def expand(markdown: str) -> str:
+    """The page with what its markers stand for.
+
+    Raises:
+        Missing: there is nothing to show for one of them.
+    """
+    writers = {"bench": bench, "report": part, "faults": lambda _: faults(), "from": section}
+    return MARKER.sub(lambda found: "\n".join(writers[found[1]](found[2])).strip(), markdown)
+
+
+def _measured(results: Results) -> Lines:
+    return text(f"Measured by `{results.command}`: {results.title}.")
+
+
+def bench(case: str) -> Lines:
+    if case not in report.CASES:
+        raise Missing(f"bench/page.py has no case {case!r}: there are {', '.join(report.CASES)}")
+    lines = []
+    for results in committed():
+        both = results.of(case, report.BOTH)
+        if not both:
+            continue
+        lines += _measured(results)
+        lines += text("Time, and of each peer how many times that is: above 1x bomkern is the faster one.")
+        for direction in report.DIRECTIONS:
+            if sizes := results.of(case, direction):
+                words = f"{report.CASES[case]}, {direction.replace('+', ' and ')}:"
+                lines += [words, "", *by_size(sizes, against)]
+        if any(row.get("peak_bytes", 0) >= 1e6 for peers in both.values() for row in peers.values()):
+            lines += text("Memory: by how much it peaks above the inputs, gradients included.")
+            lines += by_size(both, lambda row, _: memory(row))
+    if not lines:
+        raise Missing(f"bench/results has nothing of {case!r}: run `make bench` and keep what it writes")
+    return lines
+
+
+def part(name: str) -> Lines:
+    if name not in PARTS:
+        raise Missing(f"there is no part {name!r} of the report: there are {', '.join(PARTS)}")
+    lines = []
+    for results in committed():
+        if found := PARTS[name](results):
+            kept = [line for line in found if not line.startswith(("## ", "!["))]
+            lines += _measured(results) + kept
+    if len([line for line in lines if line.startswith("|")]) == 0:
+        raise Missing(f"bench/results has nothing of the {name}: run `make bench` and keep what it writes")
+    return lines
+
+
+def faults() -> Lines:
+    path = HERE / "faults.json"
+    if not path.exists():
+        raise Missing("bench/results/faults.json is not there: `python -m bench.faults` writes it")
+    found: dict[str, Any] = json.loads(path.read_text())
+    lines = text(
+        f"`{found['command']}` plants faults in small simulated runs. Of all faults {found['recall']:.0%} are named at "
+        f"50% sure or more; of the runs without a fault {found['clean runs with an alarm']:.1%} raise such an alarm."
+    )
+    rows = [
+        [fault, str(row["runs"]), f"{row['recall']:.0%}", f"{row['median steps after onset']:.0f}"]
+        for fault, row in found["faults"].items()
+    ]
+    return lines + table(["planted", "runs", "named", "median steps until it is"], rows)
+
+
+def section(asked: str) -> Lines:
+    name, _, heading = asked.partition(": ")
+    path = HERE / name
+    if not path.exists():
+        raise Missing(f"bench/results/{name} is not there")
+    _, mark, rest = path.read_text().partition(f"\n## {heading}\n")
+    if not mark:
+        raise Missing(f"bench/results/{name} has no section {heading!r}")
+    return rest.partition("\n## ")[0].strip().splitlines()
+
+
+# What mkdocs calls. It is imported here, so that the tests can do without it.
+
+
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    """The pages and pictures of bench/results; the report as it follows from the figures that are kept."""
+    from mkdocs.structure.files import File
+
+    for path in sorted(HERE.glob("*")):
+        name = f"results/{path.name}"
+        if path.name == "README.md":
+            files.append(File.generated(config, name, content=report.page(committed())))
+        elif path.suffix in (".md", ".png"):
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    from mkdocs.exceptions import PluginError
+
+    try:
+        return expand(markdown)
+    except Missing as why:
+        raise PluginError(f"{page.file.src_path}: {why}") from why
