@@ -10,7 +10,7 @@ CUDA_VENV ?= .venv-cuda
 # A process to each core, up to 8: most tests are one thread of Python.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test fast lint bench guard cuda-check gpu clean
+.PHONY: demo test fast lint docs bench guard cuda-check gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN)/bomkern train --out runs/demo --overwrite
@@ -25,6 +25,10 @@ lint: $(VENV)/.ready
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy bomkern
+
+# The pages of docs/ into site/, with what was measured; a warning is an error. Needs neither torch nor a build.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
 
 # Everything against its peers on this machine, and the report of it in bench/results.
 bench: $(VENV)/.ready
@@ -59,6 +63,14 @@ $(VENV)/.ready: $(SOURCES)
 	# torch first: an isolated build that finds one does not fetch its own.
 	$(RUN)/python -m pip install --quiet '$(TORCH)'
 	$(RUN)/python -m pip install -e '.[dev]'
+	touch $@
+
+# The packages of the docs extra alone: pip install -e '.[docs]' would build the extension. pip brings a tomli.
+$(VENV)/.docs: pyproject.toml
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -c "import subprocess, sys; from pip._vendor import tomli; \
+	wanted = tomli.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']; \
+	subprocess.check_call([sys.executable, '-m', 'pip', 'install', '--quiet', *wanted])"
 	touch $@
 
 $(CUDA_VENV)/.ready:
