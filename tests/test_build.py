@@ -72,3 +72,15 @@ def test_backend_asks_for_torch_only_where_there_is_none(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     assert ask_backend(tmp_path / "empty", isolated) == "['torch>=2.11,<2.14']"
     assert ask_backend(Path(torch.__file__).parent.parent, isolated) == "[]"
+
+
+def test_every_package_is_installed(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "setup.py", "build_py", "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "BOMKERN_BUILD_CUDA": "", "PATH": str(tmp_path), "CXX": "nowhere"},
+        check=True,
+        capture_output=True,
+    )
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "bomkern").rglob("*.py")}
+    assert there and there <= {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")}

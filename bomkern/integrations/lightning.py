@@ -1,0 +1,203 @@
+"""`GoalCallback`: a `bomkern.GoalSet` in a Trainer of ``lightning.pytorch`` or ``pytorch_lightning``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diagnose import diagnose
+from ..goal_set import GoalSet
+from .loggers import log_goals
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # two names of one code, whose classes do not know each other
+
+
+class GoalCallback:
+    """Anchors, logs, saves and diagnoses the `GoalSet` that a LightningModule trains with.
+
+    - Before training, where goals wait for anchors, it calls ``anchor`` and gives `GoalSet.anchor` what that returns.
+    - Every ``log_every`` steps of the GoalSet, and at the end, `log_goals` writes to all loggers of the trainer. That
+      waits for a GPU, once each time. With several processes it is rank zero's own samples that are logged.
+    - A GoalSet that is a submodule of the LightningModule is saved with it. Another one is kept in the callback's part
+      of the checkpoint, moved to the trainer's device, and put into eval mode while the trainer validates.
+    - With "16-mixed" precision, a step that the GradScaler rejects is taken back in the GoalSet too
+      (`GoalSet.accept`), without a host sync: of accumulated batches the last. Other precisions reject no step, and
+      nothing is taken back; a `StepGuard` is for loops of your own.
+    - At the end rank zero prints what `diagnose` finds.
+
+    Args:
+        goals: a GoalSet, or the name of the attribute of the LightningModule that is one ("goals", "loss.goals").
+        log_every: steps between two writes to the loggers, at least 1.
+        anchor: takes the LightningModule, on its device, and returns the arguments of `GoalSet.anchor` in a mapping.
+            It is called before the sanity check, on every rank, and must return the same on all.
+        diagnose_at_end: whether to print the findings.
+        prefix: before the names in the loggers, to tell two GoalSets apart.
+
+    Raises:
+        ImportError: neither package is installed.
+        TypeError, ValueError: an argument that cannot serve, named in the message.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[GoalCallback("goals", anchor=lambda module: {"baseline": module.trivial()})])
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> GoalCallback:
+        kind: Any = cls  # mypy takes a class for unhashable
+        return object.__new__(_joined(kind, tuple(base for base in _bases() if not issubclass(cls, base))))
+
+    def __init__(
+        self,
+        goals: GoalSet | str,
+        *,
+        log_every: int = 50,
+        anchor: Callable[[Any], Mapping[str, Any]] | None = None,
+        diagnose_at_end: bool = True,
+        prefix: str = "goals/",
+    ) -> None:
+        if not isinstance(goals, (GoalSet, str)):
+            raise TypeError(f"goals must be a GoalSet or the name of an attribute, got {type(goals).__name__}")
+        if isinstance(log_every, bool) or not isinstance(log_every, int):
+            raise TypeError(f"log_every must be a whole number, got {type(log_every).__name__}")
+        if log_every < 1:
+            raise ValueError(f"log_every must be at least 1, got {log_every}")
+        if anchor is not None and not callable(anchor):
+            raise TypeError(f"anchor must be a function of the LightningModule or None, got {type(anchor).__name__}")
+        self.given, self.log_every, self.anchor = goals, log_every, anchor
+        self.diagnose_at_end, self.prefix = diagnose_at_end, prefix
+        self._goals = goals if isinstance(goals, GoalSet) else None
+        self._held = False  # whether the LightningModule has it among its modules
+        self._was_training = True
+        self._logged = 0  # steps of the GoalSet at the last write
+        self._scale: Tensor | None = None  # the GradScaler's before the optimizer's step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (getattr(type(self), "_plain", type(self)),), self.__dict__.copy()
+
+    @property
+    def goals(self) -> GoalSet:
+        """The GoalSet; one that was given by name is known once the trainer has started."""
+        if self._goals is None:
+            raise RuntimeError(f"goals {self.given!r} are looked up when the trainer starts, which it has not")
+        return self._goals
+
+    @property
+    def state_key(self) -> str:
+        """The callback's name in a checkpoint: two of them with different goals do not collide."""
+        names = self.given if isinstance(self.given, str) else ", ".join(self.given.names)
+        return f"GoalCallback({names})"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if isinstance(self.given, str):
+            try:
+                found = attrgetter(self.given)(pl_module)
+            except AttributeError:
+                found = None
+            if not isinstance(found, GoalSet):
+                got = f"{type(found).__name__} there" if found is not None else "no such attribute"
+                raise TypeError(f"goals must name a GoalSet of {type(pl_module).__name__}: {self.given!r} is {got}")
+            self._goals = found
+        self._held = any(module is self._goals for module in pl_module.modules())
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self._held:
+            self.goals.to(trainer.strategy.root_device)
+        if self.goals._waits and self.anchor is not None:
+            found = self.anchor(pl_module)
+            if not isinstance(found, Mapping):
+                raise TypeError(
+                    f"anchor must return a mapping of GoalSet.anchor's arguments, got {type(found).__name__}"
+                )
+            self.goals.anchor(**found)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._logged = self.goals.steps
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() and self._scale is None:
+            # Its scale tells, without a sync, whether it took the step: it shrinks where it did not.
+            self._scale = None if scaler._scale is None else scaler._scale.clone()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._scale is not None:
+            self.goals.accept((trainer.precision_plugin.scaler._scale >= self._scale).reshape(()))
+            self._scale = None
+        if self.goals.steps - self._logged >= self.log_every:
+            self._log(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.goals.steps > self._logged:
+            self._log(trainer)
+        if self.diagnose_at_end and trainer.is_global_zero:
+            print(diagnose(self.goals.history))
+
+    def _log(self, trainer: Any) -> None:
+        self._logged = self.goals.steps
+        if trainer.is_global_zero and trainer.loggers:
+            # The step that Lightning's own values of this batch get.
+            step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+            log_goals(self.goals, _All(trainer.loggers), step, self.prefix)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self._held:
+            self._was_training = self.goals.training
+            self.goals.eval()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self._held:
+            self.goals.train(self._was_training)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the GoalSet; {} where the LightningModule's has it already."""
+        return {} if self._held or self._goals is None else {"goals": self._goals.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "goals" in state_dict and not self._held:
+            self.goals.load_state_dict(state_dict["goals"])
+
+
+class _All:
+    """The trainer's loggers as one."""
+
+    def __init__(self, loggers: list[Any]) -> None:
+        self.loggers = loggers
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(dict(values), step=step)
+
+
+def _bases() -> list[type]:
+    """``Callback`` of the packages in use; where none is yet, of the first that is installed."""
+    loaded = [sys.modules[name] for name in PACKAGES if name in sys.modules]
+    if not loaded:
+        installed = [name for name in PACKAGES if find_spec(name.partition(".")[0])]
+        if not installed:
+            raise ImportError("GoalCallback needs PyTorch Lightning: pip install pytorch-lightning, or lightning")
+        loaded = [import_module(installed[0])]
+    return [package.Callback for package in loaded]
+
+
+@functools.cache
+def _joined(cls: type, bases: tuple[type, ...]) -> type:
+    """The class with Lightning's Callback as a base: which one is not known where the class is defined."""
+    if not bases:
+        return cls
+    joined: type = type(cls.__name__, (cls, *bases), {"_plain": cls, "__module__": cls.__module__})
+    return joined
+
+
+def _remake(cls: Any) -> Any:
+    """Where a pickle or a deep copy begins."""
+    return cls.__new__(cls)
