@@ -5,28 +5,21 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
-
-import pytest
 
 from bench import machine
 
 
 def pytest_configure(config: Any) -> None:
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        # torch.compile keeps what it made on disk, where a first call would find what an earlier run compiled.
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
     config.option.benchmark_group_by = config.option.benchmark_group_by or "group"
     config.option.benchmark_disable_gc = True
     config.option.benchmark_timer = "bench.machine.timer"
     config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def nothing_compiled_before() -> Iterator[None]:
-    """torch.compile keeps what it made on disk: a first call would be measured as the second."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
-        yield
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
