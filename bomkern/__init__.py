@@ -1,6 +1,6 @@
 """bomkern: multi-goal training by the bottleneck rule, fast and safe, in PyTorch."""
 
-from . import _info
+from . import _info, nn
 from ._info import info
 from ._lazies import Lazy
 from .active_units import active_units
@@ -16,6 +16,7 @@ from .lazy import lazy
 from .min_goal import MinGoalStats, min_goal_loss
 from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Spill, Tracking
 from .probe import Payoff, probe
+from .step_guard import StepGuard
 from .total_correlation import gaussian_total_correlation, total_correlation
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "Policy",
     "ShareGuard",
     "Spill",
+    "StepGuard",
     "Tracking",
     "Upper",
     "active_units",
@@ -55,6 +57,7 @@ __all__ = [
     "latent_statistics",
     "lazy",
     "min_goal_loss",
+    "nn",
     "probe",
     "total_correlation",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import _ops, reference
+from . import _twice as _twice  # registers what second derivatives need
 from ._check import check_goals, check_latents, check_matrices, check_views
 from ._route import gated
 
@@ -37,7 +38,7 @@ def _has_kernel(op: str, key: str) -> bool:
     return all(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"bomkern::{name}", key)
         for name in _ops.OPS
-        if name.split(".")[0].removesuffix("_backward") == op
+        if name.split(".")[0].removesuffix("_backward").removesuffix("_keep") == op
     )
 
 
@@ -165,6 +166,23 @@ def choose(op: str, device: str, impl: str | None) -> str:
     key = _chosen[op, device, impl] = f"{op} {best}"
     _servers[key] = _server(op, best)
     return key
+
+
+_keeps: dict[tuple[str, str | None], bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _compiled_keeps(device: str, impl: str | None) -> bool:
+    key = device, impl
+    if key not in _keeps:
+        compiled = device in ("cpu", "cuda") and impl in (None, device)
+        _keeps[key] = compiled and why_not("goal_set", device, device) is None
+    return _keeps[key]
+
+
+def keeper(device: str, impl: str | None) -> Callable[..., None]:
+    """What keeps the record of a step of goal_set, see `reference.goal_set_keep`."""
+    return torch.ops.bomkern.goal_set_keep.default if _compiled_keeps(device, impl) else reference.goal_set_keep
 
 
 def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:

@@ -59,6 +59,17 @@ _library.define(
 # index, dim, dtype: as in min_goal_backward.
 _library.define("goal_set_backward(Tensor grad, Tensor weight, int[] index, int[] dim, int[] dtype) -> Tensor[]")
 
+# What a step leaves behind, in place, without a host sync: its record in row ``place % rows`` of the ring, one more in
+# place [1] int64; with spill (average, multipliers, average_before, multipliers_before), [G] each, the moving average
+# of the goals' deficits and their weights by rank, and what both were before.
+_library.define(
+    "goal_set_keep(Tensor record, Tensor(a!) ring, Tensor(b!) place, Tensor? deficit, Tensor? by_rank, float rate, "
+    "Tensor(c!)[] spill) -> ()"
+)
+
+# A record is about to be put into the ring of the monitor with this handle: what its host does of it, see history.py.
+_library.define("goal_set_notice(Tensor(a!) place, int handle) -> ()")
+
 # joint [B], marginal [D, B]: what backward needs, in an implementation's own units. dataset_size None: plain 1/B.
 _library.define(
     "total_correlation(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified) -> "
@@ -117,7 +128,7 @@ _library.define(
 
 OPS = (
     *("min_goal", "min_goal.stats", "min_goal_backward"),
-    *("goal_set", "goal_set_backward"),
+    *("goal_set", "goal_set_backward", "goal_set_keep"),
     *("total_correlation", "total_correlation_backward"),
     *("gaussian_kl", "gaussian_kl_backward"),
     *("consistency_variance", "consistency_variance_backward"),
@@ -199,6 +210,19 @@ def _(grad: Tensor, weight: Tensor, index: Sequence[int], dim: Sequence[int], dt
     count, batch = weight.shape
     shapes: dict[int, list[int]] = {0: [], 1: [batch], 2: [batch, count]}
     return [weight.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]
+
+
+@torch.library.register_fake("bomkern::goal_set_keep", lib=_library)
+def _(
+    record: Tensor,
+    ring: Tensor,
+    place: Tensor,
+    deficit: Tensor | None,
+    by_rank: Tensor | None,
+    rate: float,
+    spill: Sequence[Tensor],
+) -> None:
+    pass
 
 
 @torch.library.register_fake("bomkern::total_correlation", lib=_library)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,20 +11,21 @@ import torch
 from torch import Tensor
 
 from . import _impl
+from ._columns import Columns
 from ._lazies import Lazy
 from ._raw import Raw, RawValues
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
 from ._table import table
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
-from .history import Full, GoalOutput, History, Layout, Monitor
+from .history import GoalOutput, History, Layout, Monitor
 from .min_goal import REDUCTIONS
-from .policies import MOST_NUDGE, SMALLEST, STATE, Anchored, Group, Policy, ShareGuard, Spill, policy_of
+from .policies import MOST_NUDGE, STATE, Group, Policy, ShareGuard, Spill, policy_of
 
-log = logging.getLogger("bomkern")
+SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by rank
 
 
-class GoalSet(Full):
+class GoalSet(Columns):
     """Named goals, each with a constraint or a scale policy, trained by the bottleneck rule in one fused call.
 
     Per sample, with ``D_g`` the deficit of goal g (of a `Group`, the mean of its members'), the loss is ``max_g D_g``,
@@ -66,14 +66,13 @@ class GoalSet(Full):
         >>> print(goals)  # who got the gradient, and how high the water stands
     """
 
-    params: Tensor
     temperature: Tensor
     policy_state: Tensor
-    log_nudge: Tensor
     guard_share: Tensor
     average: Tensor
     multipliers: Tensor
-    start: Tensor
+    _average_before: Tensor
+    _multipliers_before: Tensor
     _belongs: Tensor
     _by_rank: Tensor | None
 
@@ -127,15 +126,13 @@ class GoalSet(Full):
         by_rank = self.spill.weights(len(self.names)) if self.spill else None
         most = 1.0 if by_rank is None else float(by_rank[0])
         self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()], most)
-        self._waits = [column for column, policy in self.policies.items() if policy.waits]
-        self._given: dict[str, dict[str, float]] = {c: {} for c in self._waits}  # anchors found so far
-        self._alarmed: set[str] = set()
+        self._await_anchors()
         self._only: int | None = None
         self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it
         self.gather: Callable[[Tensor], Tensor] | None = None
-        self._learns = ["params", "log_nudge", "guard_share"] * bool(guard) + ["average", "multipliers"] * bool(spill)
+        self._learns = ["params", "log_nudge", "guard_share"] * bool(guard)
         self._until = max(math.inf if p.until is None else p.until for p in self.policies.values())
-        self.monitor = Monitor(self.layout)
+        self.monitor = Monitor(self.layout, impl)
 
         table = ConstraintTable([policy.constraint for policy in self.policies.values()])
         self.curves = table.curves
@@ -152,6 +149,8 @@ class GoalSet(Full):
             self.register_buffer(name, buffer)
         self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)
         self.register_buffer("_by_rank", by_rank, persistent=False)
+        for name in ("average", "multipliers"):
+            self.register_buffer(f"_{name}_before", self._buffers[name].clone(), persistent=False)  # type: ignore[union-attr]
 
     # One step.
 
@@ -195,13 +194,21 @@ class GoalSet(Full):
     def _serve(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """One call of the op, in float64 where a raw value is."""
         held: dict[str, Any] = self._buffers  # each attribute of a module would cost as much as a small op
-        numbers = [held["params"], held["temperature"], held["multipliers"] if self.spill else None]
-        dtype = torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
-        if numbers[0].dtype is not dtype:
-            numbers = [x if x is None else x.to(dtype) for x in numbers]
-        params, temperature, multipliers = numbers
-        serve = _impl.resolve("goal_set", params.device.type, self.impl)
-        route = self._may if routes(self.route, params.device) else 0
+        params, temperature, multipliers = (
+            held["params"],
+            held["temperature"],
+            held["multipliers"] if self.spill else None,
+        )
+        dtype = torch.float32
+        for t in tensors:
+            if t.dtype is torch.float64:
+                dtype = t.dtype
+        if params.dtype is not dtype:
+            params, temperature = params.to(dtype), temperature.to(dtype)
+            multipliers = None if multipliers is None else multipliers.to(dtype)
+        device = params.device
+        serve = _impl.resolve("goal_set", device.type, self.impl)
+        route = self._may if routes(self.route, device) else 0
         code = REDUCTIONS[self.reduction]
         return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
 
@@ -222,32 +229,28 @@ class GoalSet(Full):
             if found is not None:
                 self._place(k, *found)
 
-    def _place(self, k: int, ideal: float | Tensor, scale: float | Tensor) -> None:
-        """Give column k an ideal and a scale, on the device."""
-        slope = torch.exp(-self.log_nudge[k]) / scale
-        row = self.params[k]
-        row[0] = ideal
-        row[1] = slope
-        row[2] = torch.where(row[2] < 0, -slope, slope)  # MinimizeHard's other side mirrors the first
-
     def _keep(self, record: Tensor) -> None:
         """Put the step into the history; let the guard and the spill look at it."""
         held: dict[str, Any] = self._buffers
-        self._modules["monitor"].add(record)  # type: ignore[operator,union-attr]
+        monitor: Any = self._modules["monitor"]
         goals = len(self.names)
-        if record.dtype is not held["average"].dtype:
-            record = record.to(held["average"].dtype)
-        if self.guard is not None:
-            so_far = held["log_nudge"]
-            nudge = self.guard.update(record[:goals], held["guard_share"])[held["_belongs"]]
-            nudge = (so_far + nudge).clamp(-MOST_NUDGE, MOST_NUDGE) - so_far
-            so_far += nudge
-            held["params"][:, 1:3] *= torch.exp(-nudge)[:, None]
-        if self.spill is not None:
+        if self.spill is None:
+            monitor.add(record)
+        else:
             deficit = record[2 * goals : 3 * goals]
             if self.gather is not None:
                 deficit = self.gather(deficit).view(-1, goals).mean(0)
-            self.spill.update(deficit, held["average"], held["_by_rank"], held["multipliers"])
+            monitor.add(record, deficit, held["_by_rank"], self.spill.rate, [held[name] for name in SPILL])
+            self._before += (
+                (held["average"], held["_average_before"]),
+                (held["multipliers"], held["_multipliers_before"]),
+            )
+        if self.guard is not None:
+            so_far = held["log_nudge"]
+            nudge = self.guard.update(record[:goals].to(so_far.dtype), held["guard_share"])[held["_belongs"]]
+            nudge = (so_far + nudge).clamp(-MOST_NUDGE, MOST_NUDGE) - so_far
+            so_far += nudge
+            held["params"][:, 1:3] *= torch.exp(-nudge)[:, None]
 
     def accept(self, ok: Tensor) -> None:
         """Take the last step back where ``ok``, a 0-dim bool on the device, is False; no host sync.
@@ -270,116 +273,6 @@ class GoalSet(Full):
         """Training steps so far."""
         return self.monitor.steps
 
-    # Anchors.
-
-    def _refuse_unanchored(self) -> None:
-        column = self._waits[0]
-        waits, given = self.policies[column].waits, self._given[column]
-        name, source = next((name, source) for name, source in waits.items() if name not in given)
-        what = f"{source}={{{column!r}: ...}}" if isinstance(source, str) else "a batch"
-        raise RuntimeError(f"the {name} of {column} is not known yet: call GoalSet.anchor with {what} first")
-
-    def anchor(self, batch: Any = None, **sources: Any) -> None:
-        """Supply the anchors that `Anchored` policies wait for, before the first step.
-
-        Args:
-            batch: what functions given as ideal or nadir are called with.
-            sources: ``floor=``, ``baseline=`` or ``probe=``: a mapping from goals (of a group's member
-                "group.member") to numbers or 0-dim tensors; for ``probe`` what `bomkern.probe` returned.
-        """
-        for source in sources:
-            if source not in ("floor", "baseline", "probe"):
-                raise TypeError(f"anchors come from floor, baseline or probe, got {source!r}")
-        for column in list(self._waits):
-            policy, known = self.policies[column], self._given[column]
-            for name, wanted in policy.waits.items():
-                value: Any = None
-                if callable(wanted):
-                    value = wanted(batch) if batch is not None else None
-                else:
-                    found = sources.get(str(wanted), {})
-                    value = (found.anchors(name) if hasattr(found, "anchors") else found).get(column)
-                if value is not None:
-                    known[name] = number = float(value.detach().float().mean() if isinstance(value, Tensor) else value)
-                    if not math.isfinite(number):
-                        raise ValueError(f"the {name} of {column} must be finite, got {number}")
-            if len(known) == len(policy.waits):
-                assert isinstance(policy, Anchored)
-                both = {**policy.known, **known}
-                ideal, nadir, k = both["ideal"], both["nadir"], self._column(column)
-                if not ideal < nadir:
-                    log.warning(
-                        "the nadir of %s, %g, is not above its ideal, %g: it will hold the gradient",
-                        column,
-                        nadir,
-                        ideal,
-                    )
-                self._place(k, ideal, max(nadir - ideal, SMALLEST))
-                self.start[k] = self.params[k]
-                self._waits.remove(column)
-
-    @torch.no_grad()
-    def remeasure(self, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
-        """Move the anchors of goals with ``moving=True`` towards what was measured on held-out samples; no host sync.
-
-        Args:
-            measured: by column, raw values [n] or 0-dim of what is ideal and of what is no better than nothing.
-                What is not finite moves nothing.
-        """
-        for column, pair in measured.items():
-            policy = self.policies.get(column)
-            if not isinstance(policy, Anchored) or not policy.moving:
-                raise ValueError(f"{column} is not a goal with Anchored(moving=True)")
-            k = list(self.policies).index(column)
-            now = self.params[k]
-            ideal, nadir = (torch.as_tensor(x, dtype=now.dtype, device=now.device).mean() for x in pair)
-            scale = torch.exp(-self.log_nudge[k]) / now[1]
-            old = torch.stack([now[0], now[0] + scale])
-            new = torch.stack([ideal, nadir])
-            low, high = old.lerp(torch.where(new.isfinite(), new, old), policy.weight).unbind()
-            least = 0.05 / self.start[k, 1]  # anchors that meet would make the goal infinitely steep
-            self._place(k, low, torch.maximum(high - low, least))
-
-    def drift(self) -> dict[str, float]:
-        """How far the anchors of each moving goal are from where they began, in units of its first scale.
-
-        Reads from the device. The first drift of a goal beyond its policy's ``alarm`` is also logged as a warning.
-        """
-        found = {}
-        for k, (column, policy) in enumerate(self.policies.items()):
-            if isinstance(policy, Anchored) and policy.moving:
-                (low, slope), (low0, slope0) = self.params[k, :2].tolist(), self.start[k, :2].tolist()
-                found[column] = max(abs(low - low0), abs(low + 1 / slope - low0 - 1 / slope0)) * slope0
-                if found[column] > policy.alarm and column not in self._alarmed:
-                    self._alarmed.add(column)
-                    log.warning("the anchors of %s have drifted %.2f of its scale", column, found[column])
-        return found
-
-    # Other ways to set and see it.
-
-    def __setitem__(self, column: str, constraint: Constraint) -> None:
-        """Give a goal another constraint of the same curve; no host sync."""
-        k = self._column(column)
-        if not isinstance(constraint, Constraint):
-            raise TypeError(f"{column} must be a constraint, got {type(constraint).__name__}")
-        if constraint.curve != self.curves[k]:
-            raise ValueError(f"{column} cannot become {constraint!r}: its curve is fixed; make a new GoalSet")
-        self.params[k].copy_(torch.tensor(constraint.ramp, dtype=self.params.dtype), non_blocking=True)
-        self.log_nudge[k] = 0  # which is part of the scale
-
-    def anchors(self) -> dict[str, tuple[float, float]]:
-        """(ideal, scale) of every column, read from the device."""
-        rows = self.params.tolist()
-        return {
-            column: (row[0], 1 / row[1] if row[1] else 0.0) for column, row in zip(self.policies, rows, strict=True)
-        }
-
-    def _column(self, name: str) -> int:
-        columns = list(self.policies)
-        if name not in columns:
-            raise KeyError(f"no goal is called {name} (there are {', '.join(columns)})")
-        return columns.index(name)
-
     @contextmanager
     def only(self, goal: str) -> Iterator[None]:
         """Train on one goal alone: inside, the loss is the mean of its raw value, whatever its scale."""
@@ -388,13 +281,6 @@ class GoalSet(Full):
             yield
         finally:
             self._only = None
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"waits": list(self._waits), "given": {column: dict(self._given[column]) for column in self._waits}}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._waits = [column for column, policy in self.policies.items() if policy.waits and column in state["waits"]]
-        self._given = {column: dict(state.get("given", {}).get(column, {})) for column in self._waits}
 
     def __repr__(self) -> str:
         return table(self)

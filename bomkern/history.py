@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ._host import HostCopy
-from ._ops import record_size
+from ._impl import keeper
+from ._ops import _library, record_size
 from .reference import record_parts
 
 ROWS = 128  # records kept on the device before they are copied to the host
@@ -58,6 +61,22 @@ class Layout:
         return dict(vars(self))
 
 
+class _Pile:
+    """Rows [n, size] that are put together only when somebody looks at them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.parts, self.count = [rows], len(rows)
+
+    def add(self, rows: Tensor) -> None:
+        self.parts.append(rows)
+        self.count += len(rows)
+
+    def rows(self) -> Tensor:
+        if len(self.parts) > 1:
+            self.parts = [torch.cat(self.parts)]
+        return self.parts[0]
+
+
 class History:
     """Every step's record, in at most `CAPACITY` rows on the host.
 
@@ -77,6 +96,14 @@ class History:
         self._rows = torch.empty(0, layout.size)
         self._open = torch.empty(0, layout.size)  # steps that do not make up a row yet
 
+    @property
+    def _rows(self) -> Tensor:
+        return self._pile.rows()
+
+    @_rows.setter
+    def _rows(self, rows: Tensor) -> None:
+        self._pile = _Pile(rows)
+
     @classmethod
     def from_rows(cls, layout: Layout, rows: Tensor, first: int = 0, stride: int = 1) -> History:
         """A history of these records, [T, size], each standing for ``stride`` steps."""
@@ -92,9 +119,9 @@ class History:
         """Take in the records of the next steps, [n, size], on the host."""
         rows = torch.cat([self._open, records.float()])
         whole = len(rows) // self.stride * self.stride
-        self._rows = torch.cat([self._rows, self._join(rows[:whole], self.stride)])
+        self._pile.add(self._join(rows[:whole], self.stride))
         self._open = rows[whole:].clone()
-        while len(self._rows) >= CAPACITY:
+        while len(self) >= CAPACITY:
             even = len(self._rows) // 2 * 2
             if even < len(self._rows):
                 # The odd row waits as the steps it stands for, which its mean is as good as.
@@ -122,7 +149,7 @@ class History:
         return joined
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._pile.count
 
     def __getitem__(self, part: str) -> Tensor:
         return self.layout.parts(self._rows)[part]
@@ -209,86 +236,148 @@ class Full(nn.Module):
 
 
 class _Count:
-    """Steps, and rows of the ring in use: outside the module, whose ``__setattr__`` would cost more than the ring."""
+    """Steps; and of the records put into the ring how many the host knows of, has sent for, and has taken in. Outside
+    the module, whose ``__setattr__`` would cost more than the ring."""
 
-    __slots__ = ("pending", "steps")
+    __slots__ = ("known", "sent", "steps", "taken")
 
     def __init__(self) -> None:
-        self.steps = self.pending = 0
+        self.steps = self.known = self.sent = self.taken = 0
 
 
 class Monitor(Full):
-    """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting."""
+    """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting.
+
+    Where the ring goes on is counted on the device, so that the steps of a replayed CUDA graph, of which the host knows
+    nothing, are kept too: the last `ROWS` of them before the history is read.
+    """
 
     ring: Tensor
+    place: Tensor
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, impl: str | None = None) -> None:
         super().__init__()
-        self.layout, self._count, self._history = layout, _Count(), History(layout)
-        self._copy: HostCopy | None = None
-        self._fresh = torch.empty(0, layout.size)  # rows on the host that `take` has not returned yet
+        self.layout, self.impl, self._count, self._history = layout, impl, _Count(), History(layout)
+        self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and what was known then
+        self._fresh = _Pile(torch.empty(0, layout.size))  # rows on the host that `take` has not returned yet
         self.register_buffer("ring", torch.zeros(ROWS, layout.size), persistent=False)
+        self.register_buffer("place", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self._register()
+
+    def _register(self) -> None:
+        self._handle = next(_handles)
+        _monitors[self._handle] = self
 
     @property
     def steps(self) -> int:
         """Added so far."""
         return self._count.steps
 
-    def add(self, record: Tensor) -> None:
-        """Keep the record of a step, [size]."""
+    def add(
+        self,
+        record: Tensor,
+        deficit: Tensor | None = None,
+        by_rank: Tensor | None = None,
+        rate: float = 0.0,
+        spill: Sequence[Tensor] = (),
+    ) -> None:
+        """Keep the record of a step, [size]; the rest is of `Spill`, see `reference.goal_set_keep`."""
+        held: Any = self._buffers
+        ring, place = held["ring"], held["place"]
+        if torch.compiler.is_compiling():
+            torch.ops.bomkern.goal_set_notice(place, self._handle)  # which is called when the rest runs
+        else:
+            self.notice()
+        keeper(ring.device.type, self.impl)(record, ring, place, deficit, by_rank, rate, spill)
+
+    def notice(self) -> None:
+        """A record is about to be put into the ring: send the ring to the host where it is full."""
         count = self._count
-        if count.pending == ROWS:
+        if count.known - count.sent == ROWS:
             self._send()
-        ring: Any = self._buffers["ring"]
-        ring[count.pending].copy_(record)
         count.steps += 1
-        count.pending += 1
+        count.known += 1
 
     def reject(self, ok: Tensor) -> None:
         """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
-        if self._count.pending:
-            self.ring[self._count.pending - 1, -1].mul_(ok)
-        elif self._count.steps and not ok:  # the history has been read since the step: its record is on the host
+        count = self._count
+        if count.known > count.sent:
+            last = (self.place - 1) % len(self.ring)
+            finite = self.ring[:, -1]
+            finite.index_copy_(0, last, finite.index_select(0, last) * ok)
+        elif count.steps and not ok:  # the history has been read since the step: its record is on the host
             self._history.reject_last()
-            self._fresh = self._fresh.clone()
-            self._fresh[-1:, -1] = 0
+            fresh = self._fresh.rows().clone()
+            fresh[-1:, -1] = 0
+            self._fresh = _Pile(fresh)
 
     def _send(self) -> None:
-        """Send what the ring holds to the host, and take in what was sent the time before."""
-        arrived, self._copy = self._copy, HostCopy(self.ring[: self._count.pending])
-        self._count.pending = 0
+        """Send the ring to the host, and take in what was sent the time before."""
+        count = self._count
+        arrived, self._copy = self._copy, (HostCopy(self.ring), HostCopy(self.place), count.known)
+        count.sent = count.known
         if arrived is not None:
-            self._arrive(arrived)
+            self._arrive(*arrived)
 
-    def _arrive(self, rows: HostCopy) -> None:
-        records = rows.wait()
+    def _arrive(self, ring: HostCopy, place: HostCopy, known: int) -> None:
+        rows, until, count = ring.wait(), int(place.wait()), self._count
+        last = torch.arange(max(count.taken, until - len(rows)), until) % len(rows)
+        records = rows.index_select(0, last)  # rows[last] would wake all threads for it
+        count.taken, replayed = until, max(0, until - known)
+        count.steps, count.known, count.sent = count.steps + replayed, count.known + replayed, count.sent + replayed
         self._history.append(records)
-        self._fresh = torch.cat([self._fresh, records.float()])[-CAPACITY:]
+        self._fresh.add(records.float())
+        if self._fresh.count > 2 * CAPACITY:
+            self._fresh = _Pile(self._fresh.rows()[-CAPACITY:])
 
     def take(self) -> Tensor:
         """The records since the last call, at most `CAPACITY`, [n, size] on the host. Waits for the device."""
         _ = self.history
-        fresh, self._fresh = self._fresh, self._fresh[:0]
+        fresh = self._fresh.rows()[-CAPACITY:]
+        self._fresh = _Pile(fresh[:0])
         return fresh
 
     @property
     def history(self) -> History:
         """All steps so far. Reading it waits for the device."""
-        if self._count.pending:
-            self._send()
-        if self._copy is not None:
-            self._arrive(self._copy)
-            self._copy = None
+        while self._copy is not None or int(HostCopy(self.place).wait()) != self._count.taken:
+            if self._copy is None:
+                self._send()
+            else:
+                arrived, self._copy = self._copy, None
+                self._arrive(*arrived)
         return self._history
 
     def __getstate__(self) -> dict[str, Any]:
         _ = self.history  # rows on their way to the host come with an event, which cannot be copied or pickled
         return self.__dict__.copy()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy has its own
+
     def get_extra_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh}
+        return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh.rows()[-CAPACITY:]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._count.steps, self._count.pending, self._copy = state["steps"], 0, None
+        self._count, self._copy = _Count(), None
+        self._count.steps = state["steps"]
+        self.place.zero_()
         self._history.load_state_dict(state)
-        self._fresh = state["fresh"].clone()
+        self._fresh = _Pile(state["fresh"].clone())
+
+
+_handles = itertools.count()
+_monitors: weakref.WeakValueDictionary[int, Monitor] = weakref.WeakValueDictionary()
+
+
+@torch.library.impl(_library, "goal_set_notice", "CompositeExplicitAutograd")
+def _notice(place: Tensor, handle: int) -> None:
+    """Runs where a compiled graph runs, not where it is traced."""
+    if handle in _monitors:
+        _monitors[handle].notice()
+
+
+@torch.library.register_fake("bomkern::goal_set_notice", lib=_library)
+def _(place: Tensor, handle: int) -> None:
+    pass

@@ -283,23 +283,12 @@ class Spill:
         self.ratio = _number("Spill", "ratio", ratio, above=0)
         if self.ratio >= 1:
             raise ValueError(f"Spill: ratio must be below 1, got {ratio}")
-        self.weight = 1 - 2 ** (-1 / _number("Spill", "halflife", halflife, above=0))
+        self.rate = 1 - 2 ** (-1 / _number("Spill", "halflife", halflife, above=0))
 
     def weights(self, goals: int) -> Tensor:
         """By rank, [goals], summing to 1."""
         weights = self.ratio ** torch.arange(goals, dtype=torch.float64)
         return (weights / weights.sum()).float()
-
-    def update(self, deficit: Tensor, average: Tensor, weights: Tensor, multipliers: Tensor) -> None:
-        """Take in a step.
-
-        Args:
-            deficit: mean of each goal in this step, [G]; what is not finite is left out.
-            average: [G], changed in place; 0 before the first step, which lowers all alike and so leaves the ranks.
-            weights: by rank, [G]. multipliers: by goal, [G], changed in place.
-        """
-        average.add_((deficit - average).nan_to_num_(0.0, 0.0, 0.0), alpha=self.weight)
-        multipliers.scatter_(0, average.argsort(descending=True, stable=True), weights)
 
     def __repr__(self) -> str:
         return f"Spill({self.ratio:g})"

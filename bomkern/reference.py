@@ -234,6 +234,35 @@ def _total_correlation_of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor
     return joint - marginals.sum(1)
 
 
+def goal_set_keep(
+    record: Tensor,
+    ring: Tensor,
+    place: Tensor,
+    deficit: Tensor | None,
+    by_rank: Tensor | None,
+    rate: float,
+    spill: Sequence[Tensor],
+) -> None:
+    """What a step leaves behind, all in place: its record in the ring, and with spill the goals' weights by rank.
+
+    Args:
+        record: [size]. ring: [rows, size]; row ``place % rows`` is written. place: [1] int64, counted up.
+        deficit: of each goal in this step, [G]; what is not finite moves nothing.
+        by_rank: weights of the worst goal, of the next, ..., [G].
+        rate: of the moving average of deficits, whose order ranks the goals; of equals the first is worse.
+        spill: no tensor, or [G] each: the average and the multipliers, and what they were before this step.
+    """
+    ring.index_copy_(0, place % len(ring), record.to(ring.dtype)[None])
+    place.add_(1)
+    if deficit is None or by_rank is None:
+        return
+    average, multipliers, average_before, multipliers_before = spill
+    average_before.copy_(average)
+    multipliers_before.copy_(multipliers)
+    average.add_((deficit.to(average.dtype) - average).nan_to_num_(0.0, 0.0, 0.0), alpha=rate)
+    multipliers.scatter_(0, average.argsort(descending=True, stable=True), by_rank)
+
+
 def total_correlation(
     z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, limit: int = 2**23
 ) -> Tensor:

@@ -74,17 +74,23 @@ using ForwardOp = Result(const Tensor&, double, double);
 using BackwardOp = Tensor(const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&, const Tensor&, double,
                           double);
 
+using ReferenceOp = std::tuple<Tensor, Tensor>(const Tensor&, double, double);
+
 Result active_units_autograd(const Tensor& mu, double threshold, double temperature) {
   static const auto op = bomkern::operator_named<ForwardOp>("bomkern::active_units", "");
   static const auto back = bomkern::operator_named<BackwardOp>("bomkern::active_units_backward", "");
   const bomkern::Differentiable autograd("active_units", {mu});
   const Result out = autograd.run([&] { return op.call(mu, threshold, temperature); });
   const auto& [active, effective, offset, variance] = out;
-  autograd.finish({active, effective}, {mu, offset, variance},
-                  [threshold, temperature](const auto& grads, const auto& kept, const auto&) {
-                    return bomkern::variable_list{back.call(bomkern::maybe(grads[0]), bomkern::maybe(grads[1]), kept[0],
-                                                            kept[1], kept[2], threshold, temperature)};
-                  });
+  const auto pull = [threshold, temperature](const auto& grads, const auto& kept, const auto&) {
+    return bomkern::variable_list{back.call(bomkern::maybe(grads[0]), bomkern::maybe(grads[1]), kept[0], kept[1], kept[2],
+                                            threshold, temperature)};
+  };
+  autograd.finish({active, effective}, {mu, offset, variance}, pull, [threshold, temperature](const auto& kept) {
+    static const auto reference = bomkern::operator_named<ReferenceOp>("bomkern::active_units_reference", "");
+    const auto [a, e] = reference.call(kept[0], threshold, temperature);
+    return bomkern::variable_list{a, e};
+  });
   return out;
 }
 

@@ -16,10 +16,34 @@ using torch::autograd::variable_list;
 // gradients of the inputs, undefined where not wanted.
 using Pull = std::function<variable_list(const variable_list& grads, const std::vector<Tensor>& kept, const std::vector<bool>& want)>;
 
+// The results again, by the reference (bomkern/_twice.py), whose autograd goes on to second derivatives; from what is kept.
+using Again = std::function<variable_list(const std::vector<Tensor>& kept)>;
+
+// The gradients by `inputs` of which one is wanted, themselves differentiable, in the places of `want`.
+inline variable_list differentiable_gradients(const variable_list& results, const variable_list& grads,
+                                              const std::vector<Tensor>& inputs, const std::vector<bool>& want) {
+  variable_list out(want.size()), by, from, given;
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (want[i]) by.push_back(inputs[i]);
+  }
+  for (size_t i = 0; i < results.size(); ++i) {
+    if (!grads[i].defined() || !results[i].requires_grad()) continue;
+    from.push_back(results[i]);
+    given.push_back(grads[i]);
+  }
+  if (from.empty() || by.empty()) return out;
+  const auto made = torch::autograd::grad(from, by, given, /*retain_graph=*/true, /*create_graph=*/true, /*allow_unused=*/true);
+  for (size_t i = 0, at = 0; i < want.size(); ++i) {
+    if (want[i]) out[i] = made[at++];
+  }
+  return out;
+}
+
 struct OpBackward : torch::autograd::Node {
   std::string op;
   std::vector<torch::autograd::SavedVariable> saved;
   Pull pull;
+  Again again;  // empty where there is no second derivative
   size_t inputs = 0;
 
   std::string name() const override { return "bomkern::" + op + "_backward"; }
@@ -36,6 +60,7 @@ struct OpBackward : torch::autograd::Node {
     for (size_t i = 0; i < inputs; ++i) want[i] = task_should_compute_output(i);
     std::vector<Tensor> kept;
     for (auto& one : saved) kept.push_back(one.unpack());
+    if (again && at::GradMode::is_enabled()) return differentiable_gradients(again(kept), grads, kept, want);
     variable_list out = [&] {
       const at::AutoDispatchBelowADInplaceOrView below;
       return pull(grads, kept, want);
@@ -70,11 +95,13 @@ class Differentiable {
     return run();
   }
 
-  // Call once, after run(). An output among `keep` is kept detached: its history would hold the node that holds it.
-  void finish(std::vector<Tensor> results, at::TensorList keep, Pull pull) const {
+  // Call once, after run(). An output among `keep` is kept detached: its history would hold the node that holds it. With
+  // `again`, `keep` begins with the inputs.
+  void finish(std::vector<Tensor> results, at::TensorList keep, Pull pull, Again again = {}) const {
     if (!node_) return;
     for (const Tensor& x : keep) node_->saved.emplace_back(x, false);
     node_->pull = std::move(pull);
+    node_->again = std::move(again);
     torch::autograd::set_history(results, node_);
   }
 

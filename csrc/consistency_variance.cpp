@@ -108,7 +108,7 @@ Tensor consistency_variance_autograd(TensorList views, double correction) {
   static const auto back = bomkern::operator_named<BackwardOp>("bomkern::consistency_variance_backward", "");
   const bomkern::Differentiable autograd("consistency_variance", views);
   const Tensor out = autograd.run([&] { return op.call(views, correction); });
-  autograd.finish({out}, views, [correction](const auto& grads, const auto& kept, const auto& want) {
+  const auto pull = [correction](const auto& grads, const auto& kept, const auto& want) {
     c10::List<bool> wants;
     for (const bool one : want) wants.push_back(one);
     auto made = back.call(grads[0], kept, correction, wants);
@@ -116,6 +116,10 @@ Tensor consistency_variance_autograd(TensorList views, double correction) {
       if (!want[i]) made[i] = Tensor();
     }
     return made;
+  };
+  autograd.finish({out}, views, pull, [correction](const auto& kept) {
+    static const auto reference = bomkern::operator_named<ForwardOp>("bomkern::consistency_variance_reference", "");
+    return bomkern::variable_list{reference.call(kept, correction)};
   });
   return out;
 }

@@ -59,17 +59,22 @@ Tensor covariance_penalty_backward(const Tensor& grad, const Tensor& z, const Te
 using ForwardOp = Result(const Tensor&, bool, bool, bool);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool);
 
+using ReferenceOp = Tensor(const Tensor&, bool, bool);
+
 Result covariance_penalty_autograd(const Tensor& z, bool normalize, bool per_sample, bool save) {
   static const auto op = bomkern::operator_named<ForwardOp>("bomkern::covariance_penalty", "");
   static const auto back = bomkern::operator_named<BackwardOp>("bomkern::covariance_penalty_backward", "");
   const bomkern::Differentiable autograd("covariance_penalty", {z});
   const Result out = autograd.run([&] { return op.call(z, normalize, per_sample, save || autograd.wanted()); });
   const auto& [value, product, second, offset, inverse] = out;
-  autograd.finish({value}, {z, product, second, offset, inverse},
-                  [normalize, per_sample](const auto& grads, const auto& kept, const auto&) {
-                    return bomkern::variable_list{back.call(grads[0], kept[0], kept[1], kept[2], kept[3], kept[4], normalize,
-                                                            per_sample)};
-                  });
+  const auto pull = [normalize, per_sample](const auto& grads, const auto& kept, const auto&) {
+    return bomkern::variable_list{
+        back.call(grads[0], kept[0], kept[1], kept[2], kept[3], kept[4], normalize, per_sample)};
+  };
+  autograd.finish({value}, {z, product, second, offset, inverse}, pull, [normalize, per_sample](const auto& kept) {
+    static const auto reference = bomkern::operator_named<ReferenceOp>("bomkern::covariance_penalty_reference", "");
+    return bomkern::variable_list{reference.call(kept[0], normalize, per_sample)};
+  });
   return out;
 }
 

@@ -79,8 +79,12 @@ Tensor gaussian_kl_autograd(const Tensor& mu, const Tensor& logvar, int64_t bloc
   static const auto back = bomkern::operator_named<BackwardOp>("bomkern::gaussian_kl_backward", "");
   const bomkern::Differentiable autograd("gaussian_kl", {mu, logvar});
   const Tensor out = autograd.run([&] { return op.call(mu, logvar, block, rho); });
-  autograd.finish({out}, {mu, logvar}, [block, rho](const auto& grads, const auto& kept, const auto& want) {
+  const auto pull = [block, rho](const auto& grads, const auto& kept, const auto& want) {
     return bomkern::wanted(back.call(grads[0], kept[0], kept[1], block, rho, {want[0], want[1]}), want);
+  };
+  autograd.finish({out}, {mu, logvar}, pull, [block, rho](const auto& kept) {
+    static const auto reference = bomkern::operator_named<ForwardOp>("bomkern::gaussian_kl_reference", "");
+    return bomkern::variable_list{reference.call(kept[0], kept[1], block, rho)};
   });
   return out;
 }

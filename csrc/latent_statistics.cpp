@@ -97,6 +97,9 @@ using ForwardOp = Result(const Tensor&, const Tensor&, const Tensor&, double, do
 using BackwardOp = Gradients(const MaybeTensors&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                              const Tensor&, double, double, std::array<bool, 3>);
 
+using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ReferenceOp = Nine(const Tensor&, const Tensor&, const Tensor&, double, double);
+
 Result latent_statistics_autograd(const Tensor& z, const Tensor& mu, const Tensor& logvar, double threshold,
                                   double temperature) {
   static const auto op = bomkern::operator_named<ForwardOp>("bomkern::latent_statistics", "");
@@ -106,16 +109,21 @@ Result latent_statistics_autograd(const Tensor& z, const Tensor& mu, const Tenso
   if (!autograd.wanted()) return out;
   const auto& [kl, logvar_mean, logvar_square, z_mean, z_variance, mu_mean, mu_variance, active, effective, z_offset,
                mu_offset] = out;
+  const auto pull = [threshold, temperature](const auto& grads, const auto& kept, const auto& want) {
+    MaybeTensors given;
+    for (const Tensor& grad : grads) given.push_back(bomkern::maybe(grad));
+    return bomkern::wanted(back.call(given, kept[0], kept[1], kept[2], kept[3], kept[4], kept[5], threshold, temperature,
+                                     {want[0], want[1], want[2]}),
+                           want);
+  };
+  const auto again = [threshold, temperature](const auto& kept) {
+    static const auto reference = bomkern::operator_named<ReferenceOp>("bomkern::latent_statistics_reference", "");
+    const auto made = reference.call(kept[0], kept[1], kept[2], threshold, temperature);
+    return std::apply([](const auto&... x) { return bomkern::variable_list{x...}; }, made);
+  };
   // Detached: the history of a kept output would hold the node that holds it.
   autograd.finish({kl, logvar_mean, logvar_square, z_mean, z_variance, mu_mean, mu_variance, active, effective},
-                  {z, mu, logvar, z_offset, mu_offset, mu_variance.detach()},
-                  [threshold, temperature](const auto& grads, const auto& kept, const auto& want) {
-                    MaybeTensors given;
-                    for (const Tensor& grad : grads) given.push_back(bomkern::maybe(grad));
-                    return bomkern::wanted(back.call(given, kept[0], kept[1], kept[2], kept[3], kept[4], kept[5], threshold,
-                                                     temperature, {want[0], want[1], want[2]}),
-                                           want);
-                  });
+                  {z, mu, logvar, z_offset, mu_offset, mu_variance.detach()}, pull, again);
   return out;
 }
 

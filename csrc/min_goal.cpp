@@ -1,6 +1,6 @@
 // min_goal: argument checks, autograd node and dispatch. The arithmetic is in kernels/min_goal/.
+#include "autograd.h"
 #include "goals.h"
-#include "op.h"
 #include "route.h"
 
 #include <ATen/Parallel.h>
@@ -255,10 +255,14 @@ using StatsOp = StatsResult(TensorList, const std::optional<Tensor>&, at::IntArr
 using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, c10::SymInt, int64_t,
                                        at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
 
-const char* const once = "min_goal_loss has no second derivative yet: call backward without create_graph=True";
+using ReferenceOp = Tensor(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
 
 struct MinGoalBackward : torch::autograd::Node {
   torch::autograd::SavedVariable winner, slope;
+  // For a second derivative alone, which no other backward reads.
+  std::vector<torch::autograd::SavedVariable> goals;
+  std::optional<torch::autograd::SavedVariable> params;
+  c10::SmallVector<int64_t, 16> curves;
   c10::SymInt batch;
   int64_t count, reduction;
   c10::SmallVector<int64_t, 16> dims;
@@ -270,6 +274,19 @@ struct MinGoalBackward : torch::autograd::Node {
   void release_variables() override {
     winner.reset_data();
     slope.reset_data();
+    for (auto& goal : goals) goal.reset_data();
+    if (params) params->reset_data();
+  }
+
+  // By the reference, for those that `index` names.
+  torch::autograd::variable_list differentiable(const torch::autograd::variable_list& grads, at::IntArrayRef index) const {
+    static const auto op = operator_named<ReferenceOp>("bomkern::min_goal_reference", "");
+    std::vector<Tensor> inputs;
+    for (const auto& goal : goals) inputs.push_back(goal.unpack());
+    const auto table = params ? std::optional(params->unpack()) : std::nullopt;
+    std::vector<bool> want(goals.size(), false);
+    for (const int64_t k : index) want[k] = true;
+    return bomkern::differentiable_gradients({op.call(inputs, table, curves, reduction)}, grads, inputs, want);
   }
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
@@ -283,6 +300,7 @@ struct MinGoalBackward : torch::autograd::Node {
       dtype.push_back(dtypes[k]);
     }
     if (index.empty()) return out;
+    if (at::GradMode::is_enabled()) return differentiable(grads, index);
     const auto saved_winner = winner.unpack(), saved_slope = slope.unpack();
     static const auto op = operator_named<BackwardOp>("bomkern::min_goal_backward", "");
     const auto values = [&] {
@@ -290,7 +308,6 @@ struct MinGoalBackward : torch::autograd::Node {
       return op.call(grads[0], saved_winner, saved_slope, batch, count, index, dim, dtype, reduction);
     }();
     for (size_t i = 0; i < index.size(); ++i) out[index[i]] = values[i];
-    refuse_second_derivative(out, once);
     return out;
   }
 };
@@ -320,9 +337,12 @@ auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& p
     node->dims.push_back(goal.dim());
     node->dtypes.push_back(static_cast<int64_t>(dtype_of(goal.scalar_type())));
     if (goal.dim() > 0) node->batch = goal.sym_size(0);
+    node->goals.emplace_back(goal, false);
   }
   node->count = matrix ? goals[0].size(1) : static_cast<int64_t>(goals.size());
   node->reduction = reduction;
+  node->curves.assign(curves.begin(), curves.end());
+  if (params) node->params.emplace(*params, false);
   node->winner = torch::autograd::SavedVariable(std::get<1>(out), false);
   node->slope = torch::autograd::SavedVariable(std::get<2>(out), false);
   if (route && !matrix) {

@@ -32,7 +32,7 @@ COMPANIONS = {
 }
 COUNTS = {
     "min_goal": 14,
-    "goal_set": 10,
+    "goal_set": 14,
     "total_correlation": 20,
     "gaussian_kl": 20,
     "consistency_variance": 10,

@@ -3,6 +3,7 @@
 
 #include "cuda_backward.h"
 #include "cuda_forward.h"
+#include "cuda_keep.h"
 
 namespace bomkern {
 namespace goal_set {
@@ -105,6 +106,11 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
   });
 }
 
+template <class S, class T> cudaError_t run(const Keep<S, T>& a, cudaStream_t stream) {
+  if (a.goals < 0 || a.goals > max_goals || a.size < 1 || a.rows < 1) return cudaErrorInvalidValue;
+  return start(keep_kernel<S, T>, 1, keep_threads, max_goals * sizeof(T), false, stream, a);
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -116,6 +122,8 @@ template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cu
 }
 template <class S> cudaError_t cuda_run(const Backward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
 
+template <class S, class T> cudaError_t cuda_run(const Keep<S, T>& a, cudaStream_t stream) { return cuda::run(a, stream); }
+
 template size_t cuda_workspace(const Forward<float>&);
 template size_t cuda_workspace(const Forward<double>&);
 template size_t cuda_workspace(const Backward<float>&);
@@ -124,6 +132,10 @@ template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
 template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
 template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
 template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+template cudaError_t cuda_run(const Keep<float, float>&, cudaStream_t);
+template cudaError_t cuda_run(const Keep<float, double>&, cudaStream_t);
+template cudaError_t cuda_run(const Keep<double, float>&, cudaStream_t);
+template cudaError_t cuda_run(const Keep<double, double>&, cudaStream_t);
 
 }  // namespace goal_set
 }  // namespace bomkern

@@ -8,6 +8,7 @@
 #include <stddef.h>
 
 #include "goal_set.h"
+#include "keep.h"
 
 namespace bomkern {
 namespace goal_set {
@@ -21,6 +22,9 @@ template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cu
 // One launch, or none where there are no outputs.
 template <class S> cudaError_t cuda_run(const Backward<S>& a, void* workspace, cudaStream_t stream);
 
+// One launch.
+template <class S, class T> cudaError_t cuda_run(const Keep<S, T>& a, cudaStream_t stream);
+
 extern template size_t cuda_workspace(const Forward<float>&);
 extern template size_t cuda_workspace(const Forward<double>&);
 extern template size_t cuda_workspace(const Backward<float>&);
@@ -29,6 +33,10 @@ extern template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t)
 extern template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
 extern template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
 extern template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+extern template cudaError_t cuda_run(const Keep<float, float>&, cudaStream_t);
+extern template cudaError_t cuda_run(const Keep<float, double>&, cudaStream_t);
+extern template cudaError_t cuda_run(const Keep<double, float>&, cudaStream_t);
+extern template cudaError_t cuda_run(const Keep<double, double>&, cudaStream_t);
 
 }  // namespace goal_set
 }  // namespace bomkern

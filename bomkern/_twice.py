@@ -1,0 +1,32 @@
+"""Second derivatives of the compiled ops.
+
+Under ``create_graph=True`` the backward of a compiled op (csrc/autograd.h) calls the reference by the names that are
+registered here, and lets autograd differentiate it: once for the gradient, and again for whoever asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import reference
+from ._ops import _library
+
+
+def _min_goal(goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int) -> Tensor:
+    return reference.min_goal(goals, params, curves, reduction, False)[0]
+
+
+_REFERENCES = {
+    "min_goal_reference(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> Tensor": _min_goal,
+    "gaussian_kl_reference(Tensor mu, Tensor logvar, int block_size, float rho) -> Tensor": reference.gaussian_kl,
+    "consistency_variance_reference(Tensor[] views, float correction) -> Tensor": reference.consistency_variance,
+    "active_units_reference(Tensor mu, float threshold, float temperature) -> (Tensor, Tensor)": reference.active_units,
+    "latent_statistics_reference(Tensor z, Tensor mu, Tensor logvar, float threshold, float temperature) -> "
+    f"({', '.join(['Tensor'] * 9)})": reference.latent_statistics,
+    "covariance_penalty_reference(Tensor z, bool normalize, bool per_sample) -> Tensor": reference.covariance_penalty,
+}
+for signature, function in _REFERENCES.items():
+    _library.define(signature)
+    _library.impl(signature.split("(")[0], function, "CompositeImplicitAutograd")

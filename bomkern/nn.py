@@ -1,0 +1,170 @@
+"""The ops as modules, for `torch.nn.Sequential`, configuration files and ``print(model)``.
+
+Each is a function of bomkern with its options bound: ``TotalCorrelation(50_000)(z, mu, logvar)`` is
+``total_correlation(z, mu, logvar, 50_000)``. Options are checked by the function, when the module is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._lazies import Lazy
+from .active_units import active_units
+from .consistency_variance import consistency_variance
+from .constraints import Constraint, ConstraintTable
+from .covariance_penalty import covariance_penalty
+from .gaussian_kl import gaussian_kl
+from .goal_set import GoalSet
+from .history import Full
+from .latent_statistics import LatentStatistics as Statistics
+from .latent_statistics import latent_statistics
+from .min_goal import MinGoalStats, min_goal_loss
+from .total_correlation import gaussian_total_correlation, total_correlation
+
+__all__ = [
+    "ActiveUnits",
+    "ConsistencyVariance",
+    "CovariancePenalty",
+    "GaussianKL",
+    "GaussianTotalCorrelation",
+    "GoalSet",
+    "LatentStatistics",
+    "MinGoalLoss",
+    "TotalCorrelation",
+]
+
+
+class _Bound(torch.nn.Module):
+    """A function with options, which it prints."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class MinGoalLoss(Full):
+    """`bomkern.min_goal_loss` with its constraints.
+
+    Args:
+        constraints: one for each goal, or None where goals are scores already.
+        reduction, return_stats, route, materialize, impl: see `bomkern.min_goal_loss`.
+
+    Attributes:
+        params: [K, 4] buffer of the constraints' parameters (`ConstraintTable`), which moves with ``to`` and is saved
+            by ``state_dict``; None without constraints. Changed in place, it is what the next call takes.
+
+    Example:
+        >>> loss = MinGoalLoss([Minimize(0.1), Upper(30.0, margin=10.0)])
+        >>> loss([recon, kl]).backward()
+    """
+
+    params: Tensor | None
+
+    def __init__(
+        self,
+        constraints: Sequence[Constraint] | None = None,
+        *,
+        reduction: str = "mean",
+        return_stats: bool = False,
+        route: str = "auto",
+        materialize: Sequence[int] = (),
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.constraints = None if constraints is None else tuple(constraints)
+        self.options: dict[str, Any] = {
+            "reduction": reduction,
+            "return_stats": return_stats,
+            "route": route,
+            "materialize": materialize,
+            "impl": impl,
+        }
+        self._table = None if self.constraints is None else ConstraintTable(self.constraints)
+        self.register_buffer("params", None if self._table is None else self._table.params)
+
+    def forward(self, goals: Tensor | Sequence[Tensor | Lazy]) -> Tensor | tuple[Tensor, MinGoalStats]:
+        """See `bomkern.min_goal_loss`."""
+        table = self._table
+        if table is not None and self.params is not None:
+            given = [goals] if isinstance(goals, Tensor) else goals
+            wide = any(isinstance(goal, Tensor) and goal.dtype is torch.float64 for goal in given)
+            table.params = self.params.to(torch.float64 if wide else torch.float32)
+        return min_goal_loss(goals, table, **self.options)
+
+    def extra_repr(self) -> str:
+        options = [f"{name}={value!r}" for name, value in self.options.items() if value not in (None, ())]
+        return ", ".join([*map(repr, self.constraints or ()), *options])
+
+
+class TotalCorrelation(_Bound):
+    """`bomkern.total_correlation`: (z, mu, logvar), [B, D] each, to [B]."""
+
+    def __init__(self, dataset_size: int | None = None, estimator: str = "mws", *, impl: str | None = None) -> None:
+        super().__init__(dataset_size=dataset_size, estimator=estimator, impl=impl)
+
+    def forward(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        return total_correlation(z, mu, logvar, **self.options)
+
+
+class GaussianTotalCorrelation(_Bound):
+    """`bomkern.gaussian_total_correlation`: z [B, D] to a number."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return gaussian_total_correlation(z)
+
+
+class GaussianKL(_Bound):
+    """`bomkern.gaussian_kl`: (mu, logvar), [B, D] each, to [B]."""
+
+    def __init__(self, block_size: int | None = None, rho: float = 0.0, *, impl: str | None = None) -> None:
+        super().__init__(block_size=block_size, rho=rho, impl=impl)
+
+    def forward(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        return gaussian_kl(mu, logvar, **self.options)
+
+
+class ConsistencyVariance(_Bound):
+    """`bomkern.consistency_variance`: views [V, B, D], or V tensors [B, D], to [B]."""
+
+    def __init__(self, correction: float = 1, *, detach: bool = False, impl: str | None = None) -> None:
+        super().__init__(correction=correction, detach=detach, impl=impl)
+
+    def forward(self, views: Tensor | Sequence[Tensor]) -> Tensor:
+        return consistency_variance(views, **self.options)
+
+
+class CovariancePenalty(_Bound):
+    """`bomkern.covariance_penalty`: z [B, D] to [B], or to a number with ``reduction="batch"``."""
+
+    def __init__(self, normalize: bool = False, *, reduction: str = "sample", impl: str | None = None) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return covariance_penalty(z, **self.options)
+
+
+class ActiveUnits(_Bound):
+    """`bomkern.active_units`: mu [B, D] to two numbers, the active and the effective fraction."""
+
+    def __init__(self, threshold: float = 0.1, temperature: float = 0.05, *, impl: str | None = None) -> None:
+        super().__init__(threshold=threshold, temperature=temperature, impl=impl)
+
+    def forward(self, mu: Tensor) -> tuple[Tensor, Tensor]:
+        return active_units(mu, **self.options)
+
+
+class LatentStatistics(_Bound):
+    """`bomkern.latent_statistics`: (z, mu, logvar), [B, D] each, to its nine fields."""
+
+    def __init__(self, threshold: float = 0.1, temperature: float = 0.05, *, impl: str | None = None) -> None:
+        super().__init__(threshold=threshold, temperature=temperature, impl=impl)
+
+    def forward(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Statistics:
+        return latent_statistics(z, mu, logvar, **self.options)

@@ -1,0 +1,36 @@
+// goal_set_keep on the GPU: one block, a thread for each goal.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "../common/cuda_math.h"
+#include "keep.h"
+
+namespace bomkern {
+namespace goal_set {
+namespace cuda {
+
+constexpr int keep_threads = 128;
+static_assert(keep_threads >= min_goal::max_goals, "a thread for each goal");
+
+template <class S, class T> __global__ void __launch_bounds__(keep_threads) keep_kernel(const Keep<S, T> a) {
+  BOMKERN_SHARED_BYTES(shared);
+  T* const now = reinterpret_cast<T*>(shared);  // [goals]
+  const int g = threadIdx.x;
+  T* row = row_of(a);
+  for (int i = g; i < a.size; i += keep_threads) row[i] = static_cast<T>(a.record[i]);
+  if (g < a.goals) {
+    now[g] = moved(a, g);
+    a.average_before[g] = a.average[g];
+    a.multipliers_before[g] = a.multipliers[g];
+  }
+  __syncthreads();  // also: all have read the place
+  if (g < a.goals) {
+    a.average[g] = now[g];
+    a.multipliers[g] = a.by_rank[rank_of(now, a.goals, g)];
+  }
+  if (g == 0) ++*a.place;
+}
+
+}  // namespace cuda
+}  // namespace goal_set
+}  // namespace bomkern

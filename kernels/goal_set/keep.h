@@ -1,0 +1,70 @@
+// goal_set_keep: what a step leaves behind. Its record goes into a ring; with spill the goals' averages move, and their
+// weights by rank follow. No torch here.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+#include "../min_goal/min_goal.h"
+
+namespace bomkern {
+namespace goal_set {
+
+// S is the record's number, T that of what is kept.
+template <class S, class T> struct Keep {
+  const S* record;  // [size]
+  int size;
+  T* ring;         // [rows, size]
+  int64_t rows;
+  int64_t* place;  // one: records ever kept
+  int goals;       // 0 without spill, and then the rest is null
+  const S* deficit;  // [goals] of this step
+  const T* by_rank;  // [goals] weights, of the worst first
+  double rate;       // of the moving average
+  T* average;                          // [goals]
+  T* multipliers;                      // [goals]
+  T *average_before, *multipliers_before;  // what they were before this step, for whoever takes it back
+};
+
+#ifdef __CUDACC__
+#define BOMKERN_BOTH __host__ __device__
+#else
+#define BOMKERN_BOTH
+#endif
+
+// Unsigned, so that not even a place that nobody has set leads out of the ring.
+template <class S, class T> BOMKERN_BOTH T* row_of(const Keep<S, T>& a) {
+  return a.ring + static_cast<int64_t>(static_cast<uint64_t>(*a.place) % static_cast<uint64_t>(a.rows)) * a.size;
+}
+
+// What is not finite moves nothing.
+template <class S, class T> BOMKERN_BOTH T moved(const Keep<S, T>& a, int goal) {
+  const T before = a.average[goal], step = static_cast<T>(a.deficit[goal]) - before;
+  return isfinite(step) ? before + static_cast<T>(a.rate) * step : before;
+}
+
+// How many goals are worse; of equals the first is.
+template <class T> BOMKERN_BOTH int rank_of(const T* average, int goals, int goal) {
+  int worse = 0;
+  for (int other = 0; other < goals; ++other)
+    worse += average[other] > average[goal] || (average[other] == average[goal] && other < goal);
+  return worse;
+}
+
+template <class S, class T> void keep_on_cpu(const Keep<S, T>& a) {
+  T* row = row_of(a);
+  for (int i = 0; i < a.size; ++i) row[i] = static_cast<T>(a.record[i]);
+  ++*a.place;
+  for (int g = 0; g < a.goals; ++g) {
+    a.average_before[g] = a.average[g];
+    a.multipliers_before[g] = a.multipliers[g];
+  }
+  T now[min_goal::max_goals];
+  for (int g = 0; g < a.goals; ++g) now[g] = moved(a, g);
+  for (int g = 0; g < a.goals; ++g) {
+    a.average[g] = now[g];
+    a.multipliers[g] = a.by_rank[rank_of(now, a.goals, g)];
+  }
+}
+
+}  // namespace goal_set
+}  // namespace bomkern
