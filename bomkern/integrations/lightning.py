@@ -131,20 +131,21 @@ class GoalCallback:
             self.goals.accept((trainer.precision_plugin.scaler._scale >= self._scale).reshape(()))
             self._scale = None
         if self.goals.steps - self._logged >= self.log_every:
-            self._log(trainer)
+            self._log(trainer, 0)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.goals.steps > self._logged:
-            self._log(trainer)
+            self._log(trainer, 1)
         if self.diagnose_at_end and trainer.is_global_zero:
             print(diagnose(self.goals.history))
 
-    def _log(self, trainer: Any) -> None:
+    def _log(self, trainer: Any, counted: int) -> None:
+        """``counted``: 1 where the last batch is among those that the trainer says it has done, else 0."""
         self._logged = self.goals.steps
         if trainer.is_global_zero and trainer.loggers:
-            # The step that Lightning's own values of this batch get.
+            # The step that Lightning's own values of this batch get: they start at 0.
             step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
-            log_goals(self.goals, _All(trainer.loggers), step, self.prefix)
+            log_goals(self.goals, _All(trainer.loggers), max(0, step - counted), self.prefix)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._held:
