@@ -67,6 +67,8 @@ _library.define(
     "Tensor(c!)[] spill) -> ()"
 )
 
+# The policies of the GoalSet with this handle look at a step's raw values, see goal_set.py.
+_library.define("goal_set_learn(Tensor[] raw, Tensor(a!) params, Tensor(b!) policy_state, int handle) -> ()")
 # A record is about to be put into the ring of the monitor with this handle: what its host does of it, see history.py.
 _library.define("goal_set_notice(Tensor(a!) place, int handle) -> ()")
 

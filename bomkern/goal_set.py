@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from . import _impl
 from ._columns import Columns
 from ._lazies import Lazy
+from ._ops import _library
 from ._raw import Raw, RawValues
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
@@ -129,6 +132,7 @@ class GoalSet(Columns):
         self._await_anchors()
         self._only: int | None = None
         self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it
+        self._taught: list[tuple[Tensor, Tensor]] = []  # the same, of a compiled step's policies
         self.gather: Callable[[Tensor], Tensor] | None = None
         self._learns = ["params", "log_nudge", "guard_share"] * bool(guard)
         self._until = max(math.inf if p.until is None else p.until for p in self.policies.values())
@@ -152,6 +156,16 @@ class GoalSet(Columns):
         for name in ("average", "multipliers"):
             self.register_buffer(f"_{name}_before", self._buffers[name].clone(), persistent=False)  # type: ignore[union-attr]
 
+        self._register()
+
+    def _register(self) -> None:
+        self._handle = next(_handles)
+        _sets[self._handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy has its own
+
     # One step.
 
     def forward(self, raw: Raw) -> GoalOutput:
@@ -169,6 +183,8 @@ class GoalSet(Columns):
         if self._waits and self._only is None:
             self._refuse_unanchored()
         self._before.clear()
+        if not torch.compiler.is_compiling() and self._taught:
+            self._taught.clear()
         settled = None
         if any(type(value) is Lazy for value in tensors):
             settled = Settled(tensors, rows_too(self.route), self.route == "always")
@@ -217,10 +233,21 @@ class GoalSet(Columns):
         held: dict[str, Any] = self._buffers
         for name in self._learns:
             self._before.append((held[name], held[name].clone()))
-        if not self._until or (step := self.monitor.steps) >= self._until:
+        if not self._until:
             return
-        for name in ("params", "policy_state"):
-            self._before.append((held[name], held[name].clone()))
+        if torch.compiler.is_compiling():  # policies count steps: they are asked when the rest runs
+            given = [t.detach() for t in tensors]
+            torch.ops.bomkern.goal_set_learn(given, held["params"], held["policy_state"], self._handle)
+        else:
+            self._teach(tensors, self._before)
+
+    def _teach(self, tensors: list[Tensor], before: list[tuple[Tensor, Tensor]]) -> None:
+        """Ask the policies; ``before`` takes what they change and a copy of it."""
+        step = self.monitor.steps
+        if step >= self._until:
+            return
+        for buffer in (self.params, self.policy_state):
+            before.append((buffer, buffer.clone()))
         for k, policy in enumerate(self.policies.values()):
             if policy.until is not None and step >= policy.until:
                 continue
@@ -258,8 +285,9 @@ class GoalSet(Columns):
         For whoever rejects steps, as `torch.amp.GradScaler` does: what the policies learnt from such a step is
         forgotten, and the history counts it as not finite.
         """
-        for now, before in self._before:
+        for now, before in (*self._taught, *self._before):
             now.copy_(torch.where(ok, now, before))
+        self._taught.clear()
         self._before.clear()
         self.monitor.reject(ok)
 
@@ -284,3 +312,23 @@ class GoalSet(Columns):
 
     def __repr__(self) -> str:
         return table(self)
+
+
+_handles = itertools.count()
+_sets: weakref.WeakValueDictionary[int, GoalSet] = weakref.WeakValueDictionary()
+
+
+@torch.library.impl(_library, "goal_set_learn", "CompositeExplicitAutograd")
+def _learn(raw: list[Tensor], params: Tensor, policy_state: Tensor, handle: int) -> None:
+    """Runs where a compiled graph runs, not where it is traced."""
+    goals = _sets[handle]
+    goals._taught.clear()
+    goals._teach(raw, goals._taught)
+    for given, own in ((params, goals.params), (policy_state, goals.policy_state)):
+        if given.data_ptr() != own.data_ptr():  # a compiler's copy, which it will write back
+            given.copy_(own)
+
+
+@torch.library.register_fake("bomkern::goal_set_learn", lib=_library)
+def _(raw: list[Tensor], params: Tensor, policy_state: Tensor, handle: int) -> None:
+    pass
