@@ -95,7 +95,7 @@ def measure(benchmark: Any, run: step.Run) -> None:
         info.update(machine.counted(run.whole))
     if DEVICE == "cuda":
         info["peak_bytes"] = machine.peak_bytes(run.whole)
-        timed(benchmark, [run.whole])
+        timed(benchmark, [run.whole], graph=False)  # optimisers that are not capturable
     else:
         # To read it takes no time from the step that it is read around.
         info["peak_bytes"] = machine.peak_bytes(lambda: benchmark.pedantic(run.whole, rounds=rounds), 1)

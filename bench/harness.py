@@ -199,14 +199,14 @@ def about(benchmark: Any, op: str, case: str, direction: str, name: str, size: S
     benchmark.extra_info.update(op=op, case=case, direction=direction, peer=name, size=dict(size), device=DEVICE)
 
 
-def timed(benchmark: Any, steps: Sequence[machine.Step]) -> None:
-    """Time calls, one step after the other in turn, in rounds of many with one sync."""
+def timed(benchmark: Any, steps: Sequence[machine.Step], graph: bool = True) -> None:
+    """Time calls, one step after the other in turn, in rounds of many with one sync; on a GPU also as a ``graph``."""
     calls, rounds = planned(_least(steps))
     turn = itertools.cycle(steps)
     # The timer waits for a GPU (bench/conftest.py), so a round is a batch of calls with one sync.
     benchmark.pedantic(lambda: next(turn)(), rounds=rounds, iterations=calls, warmup_rounds=0 if calls == 1 else 1)
     if DEVICE == "cuda":
-        benchmark.extra_info.update(_of_a_gpu(steps, max(calls, len(steps))))
+        benchmark.extra_info.update(_of_a_gpu(steps, max(calls, len(steps)), graph))
 
 
 def _least(steps: Sequence[machine.Step]) -> float:
@@ -233,7 +233,7 @@ def timed_backward(benchmark: Any, forward: Callable[[], Tensor], x: Inputs) -> 
     benchmark.pedantic(backward, setup=graph, rounds=rounds, warmup_rounds=1)
 
 
-def _of_a_gpu(steps: Sequence[machine.Step], calls: int, rounds: int = 10) -> dict[str, Any]:
+def _of_a_gpu(steps: Sequence[machine.Step], calls: int, graph: bool = True, rounds: int = 10) -> dict[str, Any]:
     """Microseconds of a call: of the host, between events, and between events when a graph of the calls is replayed."""
 
     def batch() -> None:
@@ -245,6 +245,8 @@ def _of_a_gpu(steps: Sequence[machine.Step], calls: int, rounds: int = 10) -> di
 
     hosts, events = zip(*(_host_and_device(batch) for _ in range(rounds)), strict=True)
     found: dict[str, Any] = {"host_us": median(hosts), "event_us": median(events), "graph_us": None}
+    if not graph:
+        return found
     try:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):

@@ -139,16 +139,16 @@ class GoalSet(Columns):
         self.monitor = Monitor(self.layout, impl)
 
         table = ConstraintTable([policy.constraint for policy in self.policies.values()])
-        self.curves = table.curves
+        self.curves, single = table.curves, table.params.dtype  # whatever the default dtype is
         for name, buffer in (
             ("params", table.params),
             ("start", table.params.clone()),
-            ("temperature", torch.tensor(float(temperature))),
-            ("policy_state", torch.zeros(len(columns), STATE)),
-            ("log_nudge", torch.zeros(len(columns))),
-            ("guard_share", torch.full((len(self.names),), -1.0)),
-            ("average", torch.zeros(len(self.names))),
-            ("multipliers", torch.full((len(self.names),), 1 / len(self.names))),
+            ("temperature", torch.tensor(float(temperature), dtype=single)),
+            ("policy_state", torch.zeros(len(columns), STATE, dtype=single)),
+            ("log_nudge", torch.zeros(len(columns), dtype=single)),
+            ("guard_share", torch.full((len(self.names),), -1.0, dtype=single)),
+            ("average", torch.zeros(len(self.names), dtype=single)),
+            ("multipliers", torch.full((len(self.names),), 1 / len(self.names), dtype=single)),
         ):
             self.register_buffer(name, buffer)
         self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)

@@ -93,8 +93,8 @@ class History:
 
     def __init__(self, layout: Layout, first: int = 0, stride: int = 1) -> None:
         self.layout, self.first, self.stride = layout, first, stride
-        self._rows = torch.empty(0, layout.size)
-        self._open = torch.empty(0, layout.size)  # steps that do not make up a row yet
+        self._rows = torch.empty(0, layout.size, dtype=torch.float32)
+        self._open = torch.empty(0, layout.size, dtype=torch.float32)  # steps that do not make up a row yet
 
     @property
     def _rows(self) -> Tensor:
@@ -259,8 +259,10 @@ class Monitor(Full):
         super().__init__()
         self.layout, self.impl, self._count, self._history = layout, impl, _Count(), History(layout)
         self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and what was known then
-        self._fresh = _Pile(torch.empty(0, layout.size))  # rows on the host that `take` has not returned yet
-        self.register_buffer("ring", torch.zeros(ROWS, layout.size), persistent=False)
+        self._fresh = _Pile(
+            torch.empty(0, layout.size, dtype=torch.float32)
+        )  # rows on the host that `take` has not returned yet
+        self.register_buffer("ring", torch.zeros(ROWS, layout.size, dtype=torch.float32), persistent=False)
         self.register_buffer("place", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._register()
 
@@ -286,7 +288,7 @@ class Monitor(Full):
         ring, place = held["ring"], held["place"]
         if torch.compiler.is_compiling():
             torch.ops.bomkern.goal_set_notice(place, self._handle)  # which is called when the rest runs
-        else:
+        elif not _capturing(ring):  # what is captured does not happen yet, and its replays are counted on the device
             self.notice()
         keeper(ring.device.type, self.impl)(record, ring, place, deficit, by_rank, rate, spill)
 
@@ -301,7 +303,7 @@ class Monitor(Full):
     def reject(self, ok: Tensor) -> None:
         """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
         count = self._count
-        if count.known > count.sent:
+        if count.known > count.sent or _capturing(self.ring):
             last = (self.place - 1) % len(self.ring)
             finite = self.ring[:, -1]
             finite.index_copy_(0, last, finite.index_select(0, last) * ok)
@@ -365,6 +367,10 @@ class Monitor(Full):
         self.place.zero_()
         self._history.load_state_dict(state)
         self._fresh = _Pile(state["fresh"].clone())
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _handles = itertools.count()

@@ -102,7 +102,7 @@ def gaussian_total_correlation(z: Tensor) -> Tensor:
         # What is left of a copied column's variance, 1, is the rounding of the product.
         left = factor.diagonal().square()
         singular = (failed != 0) | constant.any() | (left < 32 * torch.finfo(x.dtype).eps).any()
-        worst = torch.where(correlation.isfinite().all(), torch.inf, torch.nan)
+        worst = torch.where(correlation.isfinite().all(), torch.inf, torch.nan).to(x.dtype)
     identity = torch.eye(len(left), dtype=x.dtype, device=x.device)
     regular = torch.where(singular, identity, correlation)  # or backward would divide by zero
     return torch.where(singular, worst, -torch.linalg.cholesky_ex(regular)[0].diagonal().log().sum())

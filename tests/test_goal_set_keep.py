@@ -168,6 +168,24 @@ def test_steps_that_the_host_did_not_see_are_in_the_history(monkeypatch: pytest.
     assert len(goals.monitor.take()) == 14
 
 
+def test_what_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host counts no step while a CUDA graph is captured, and asks no device whether one was rejected."""
+    goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), spill=0.5)
+    goals(values(1.0))
+    ring, place = goals.monitor.ring.clone(), goals.monitor.place.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "_capturing", lambda x: True)
+        for _ in range(3):
+            goals(values(2.0))
+            with CountSyncs() as counter:
+                goals.accept(torch.tensor(False))
+            assert not counter.seen
+    goals.monitor.ring.copy_(ring), goals.monitor.place.copy_(place)  # as a capture leaves them
+    assert goals.steps == 1 and goals.history["raw"][:, 0].tolist() == [1]
+    goals(values(3.0))
+    assert goals.history["raw"][:, 0].tolist() == [1, 3]
+
+
 @pytest.mark.parametrize("read_at", [(), (1, 7), (8,), (3, 8, 9, 17)])
 def test_every_step_is_in_the_history_once(read_at: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "ROWS", 8)
