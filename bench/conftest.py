@@ -7,15 +7,19 @@ import tempfile
 from collections import defaultdict
 from typing import Any
 
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
 from bench import machine
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def pytest_configure(config: Any) -> None:
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    if os.environ.get(CACHE, default_cache_dir()) == default_cache_dir():  # to import torch may have set it to that
         # torch.compile keeps what it made on disk, where a first call would find what an earlier run compiled.
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        os.environ[CACHE] = folder.name
     config.option.benchmark_group_by = config.option.benchmark_group_by or "group"
     config.option.benchmark_disable_gc = True
     config.option.benchmark_timer = "bench.machine.timer"

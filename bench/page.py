@@ -249,13 +249,15 @@ def kernels(results: Results) -> Lines:
 def first_calls(results: Results) -> Lines:
     lines = ["## The first call", ""]
     lines += text(
-        "Kept out of every figure above: the slowest first call, with what was compiled for it. torch.compile is given "
-        "each size anew, as is fastest."
+        "Kept out of every figure above: the slowest first call forward and backward, with what was compiled for it by "
+        "a torch.compile that has compiled nothing before; it is given each size anew, as is fastest."
     )
     rows = []
     for case in CASES:
-        peers = [peers for direction in DIRECTIONS for peers in results.of(case, direction).values()]
-        slowest = [max((p[name]["first_seconds"] for p in peers if name in p), default=None) for name in COMPILERS]
+        firsts = [
+            {peer: row.get("first_seconds") for peer, row in found.items()} for found in results.of(case, BOTH).values()
+        ]
+        slowest = [max((first[name] for first in firsts if first.get(name)), default=None) for name in COMPILERS]
         rows.append([case, *("" if x is None else time(x) for x in slowest)])
     return lines + table(["", *COMPILERS], rows)
 
