@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.bench_min_goal import ANCHORED, SIZES, K, raw_values, traffic
+from bench.bench_min_goal import ANCHORED, SIZES, TRAFFIC, K, raw_values
 from bench.harness import BOTH, Case, Function, Size, about, measure, sizes_and, timed
 from bench.machine import DEVICE
 from bomkern import Anchored, ConstraintTable, GoalSet, _impl, min_goal_loss
@@ -73,7 +73,7 @@ CASES = {
         fused(rule),
         plain(rule),
         lambda out: out[0],
-        traffic,
+        TRAFFIC,
         label=rule,
         tolerance=(1e-4, 1e-3),
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import BOTH, FORWARD, OURS, Case, Function, Inputs, Size, about, measure, sizes_and, timed
+from bench.harness import FORWARD, OURS, Case, Function, Inputs, Size, about, measure, sizes_and, timed, traffic
 from bench.machine import DEVICE
 from bomkern import Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
 
@@ -60,13 +60,11 @@ def ours(constraints: Sequence[Constraint]) -> Function:
     return lambda *goals, impl=None: min_goal_loss(goals, constraints, route="never", impl=impl)
 
 
-def traffic(size: Size, direction: str) -> float:
-    """Bytes: forward reads K x B values, backward writes as many."""
-    return 4.0 * size["K"] * size["B"] * (2 if direction == BOTH else 1)
+TRAFFIC = traffic(1, backward=1.0)  # forward reads K x B values, backward writes as many
 
 
 def case(label: str, constraints: Sequence[Constraint]) -> Case:
-    return Case("min_goal", raw_values, ours(constraints), plain(constraints), torch.Tensor.mean, traffic, label=label)
+    return Case("min_goal", raw_values, ours(constraints), plain(constraints), torch.Tensor.mean, TRAFFIC, label=label)
 
 
 CASES = {"anchored": case("anchored", ANCHORED), "all six constraints": case("all six constraints", MIXED)}

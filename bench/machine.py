@@ -157,13 +157,14 @@ def peak_bytes(step: Step, repeats: int = 3) -> int | None:
     for _ in range(repeats):
         ctypes.CDLL(None).malloc_trim(0)
         clear.write_text("5")  # the high-water mark starts again from here
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         step()
-        found.append(_resident("VmHWM") - before)
+        found.append(resident("VmHWM") - before)
     return max(0, int(statistics.median(found)))
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of resident memory of this process, by Linux: "VmRSS" now, "VmHWM" at its peak."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .constraints import Constraint
-from .history import Full
+from .history import Handled
 from .policies import SMALLEST, Anchored, Policy
 
 log = logging.getLogger("bomkern")
 
 
-class Columns(Full):
+class Columns(Handled):
     """What a `bomkern.GoalSet` is told of its goals' anchors, before training and while it goes on.
 
     Attributes:

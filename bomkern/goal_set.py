@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +19,7 @@ from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
 from ._table import table
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
-from .history import GoalOutput, History, Layout, Monitor
+from .history import GoalOutput, History, Layout, Monitor, handled
 from .min_goal import REDUCTIONS
 from .policies import MOST_NUDGE, STATE, Group, Policy, ShareGuard, Spill, policy_of
 
@@ -155,16 +153,6 @@ class GoalSet(Columns):
         self.register_buffer("_by_rank", by_rank, persistent=False)
         for name in ("average", "multipliers"):
             self.register_buffer(f"_{name}_before", self._buffers[name].clone(), persistent=False)  # type: ignore[union-attr]
-
-        self._register()
-
-    def _register(self) -> None:
-        self._handle = next(_handles)
-        _sets[self._handle] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._register()  # a copy has its own
 
     # One step.
 
@@ -314,14 +302,10 @@ class GoalSet(Columns):
         return table(self)
 
 
-_handles = itertools.count()
-_sets: weakref.WeakValueDictionary[int, GoalSet] = weakref.WeakValueDictionary()
-
-
 @torch.library.impl(_library, "goal_set_learn", "CompositeExplicitAutograd")
 def _learn(raw: list[Tensor], params: Tensor, policy_state: Tensor, handle: int) -> None:
     """Runs where a compiled graph runs, not where it is traced."""
-    goals = _sets[handle]
+    goals = handled(handle)
     goals._taught.clear()
     goals._teach(raw, goals._taught)
     for given, own in ((params, goals.params), (policy_state, goals.policy_state)):

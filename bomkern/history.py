@@ -235,6 +235,31 @@ class Full(nn.Module):
         return self
 
 
+class Handled(Full):
+    """A module that an op can call where a compiled graph runs: by a number, `handled` finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._register()
+
+    def _register(self) -> None:
+        self._handle = next(_handles)
+        _handled[self._handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy has its own
+
+
+_handles = itertools.count()
+_handled: weakref.WeakValueDictionary[int, Handled] = weakref.WeakValueDictionary()
+
+
+def handled(handle: int) -> Any:
+    """The module with this number, or None where it is gone."""
+    return _handled.get(handle)
+
+
 class _Count:
     """Steps; and of the records put into the ring how many the host knows of, has sent for, and has taken in. Outside
     the module, whose ``__setattr__`` would cost more than the ring."""
@@ -245,7 +270,7 @@ class _Count:
         self.steps = self.known = self.sent = self.taken = 0
 
 
-class Monitor(Full):
+class Monitor(Handled):
     """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting.
 
     Where the ring goes on is counted on the device, so that the steps of a replayed CUDA graph, of which the host knows
@@ -259,16 +284,10 @@ class Monitor(Full):
         super().__init__()
         self.layout, self.impl, self._count, self._history = layout, impl, _Count(), History(layout)
         self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and what was known then
-        self._fresh = _Pile(
-            torch.empty(0, layout.size, dtype=torch.float32)
-        )  # rows on the host that `take` has not returned yet
+        # Rows on the host that `take` has not returned yet.
+        self._fresh = _Pile(torch.empty(0, layout.size, dtype=torch.float32))
         self.register_buffer("ring", torch.zeros(ROWS, layout.size, dtype=torch.float32), persistent=False)
         self.register_buffer("place", torch.zeros(1, dtype=torch.int64), persistent=False)
-        self._register()
-
-    def _register(self) -> None:
-        self._handle = next(_handles)
-        _monitors[self._handle] = self
 
     @property
     def steps(self) -> int:
@@ -354,10 +373,6 @@ class Monitor(Full):
         _ = self.history  # rows on their way to the host come with an event, which cannot be copied or pickled
         return self.__dict__.copy()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._register()  # a copy has its own
-
     def get_extra_state(self) -> dict[str, Any]:
         return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh.rows()[-CAPACITY:]}
 
@@ -373,15 +388,11 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-_handles = itertools.count()
-_monitors: weakref.WeakValueDictionary[int, Monitor] = weakref.WeakValueDictionary()
-
-
 @torch.library.impl(_library, "goal_set_notice", "CompositeExplicitAutograd")
 def _notice(place: Tensor, handle: int) -> None:
     """Runs where a compiled graph runs, not where it is traced."""
-    if handle in _monitors:
-        _monitors[handle].notice()
+    if (monitor := handled(handle)) is not None:
+        monitor.notice()
 
 
 @torch.library.register_fake("bomkern::goal_set_notice", lib=_library)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.machine import resident
 from bomkern import Anchored, GoalSet
 from bomkern.train.goals import GOALS, anchors
 
@@ -137,18 +138,12 @@ def memory(variant: str, batch: int, reduction: str) -> dict[str, int]:
 
 def memory_here(variant: str, batch: int, reduction: str) -> dict[str, int]:
     run = build(variant, batch, reduction)
-    before = status("VmRSS")
+    before = resident("VmRSS")
     run.gradients()  # what is set up, or tried, on first use is not a step's
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
     for _ in range(3):
         run.advance()
-    return {"held": held_by(run), "peak": status("VmHWM") - before}
-
-
-def status(field: str) -> int:
-    """Bytes of resident memory, of this process, by Linux."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
+    return {"held": held_by(run), "peak": resident("VmHWM") - before}
 
 
 def by_goal(batch: int, repeats: int, start: Any, bar: tqdm[Any]) -> dict[str, dict[str, float]]:
