@@ -138,6 +138,23 @@ def check_latents(z: Tensor, mu: Tensor, logvar: Tensor, *, least: int = 1) -> t
     return check_matrices(least, z=z, mu=mu, logvar=logvar)
 
 
+def check_rows(z: Tensor, mu: Tensor, logvar: Tensor, first: int | None) -> tuple[int, int, torch.dtype]:
+    """(B, D, compute dtype) of posteriors [B, D] and of samples of them from ``first`` on, z [R, D]; None: of all."""
+    if first is None:
+        return check_latents(z, mu, logvar)
+    batch, dims, dtype = check_matrices(mu=mu, logvar=logvar)
+    rows, width, own = check_matrices(z=z)
+    if z.device != mu.device:
+        raise ValueError(f"z is on {z.device}, mu on {mu.device}: move them to one device")
+    if width != dims:
+        raise ValueError(f"z must have the {dims} dimensions of mu, got {width}")
+    if first < 0 or first + rows > batch:
+        raise ValueError(
+            f"first must be at least 0, and {rows} rows from there on be among the {batch} of mu, got {first}"
+        )
+    return batch, dims, torch.promote_types(dtype, own)
+
+
 def check_prior(dims: int, block_size: int, rho: float) -> None:
     """That blocks of so many dimensions tile D, and that their correlation is a positive definite one."""
     if block_size < 1 or dims % block_size:

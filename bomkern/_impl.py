@@ -11,7 +11,7 @@ import torch
 
 from . import _ops, reference
 from . import _twice as _twice  # registers what second derivatives need
-from ._check import check_goals, check_latents, check_matrices, check_views
+from ._check import check_goals, check_latents, check_matrices, check_rows, check_views
 from ._route import gated
 
 IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
@@ -115,7 +115,9 @@ _COMPILED: dict[str, Callable[[], Callable[..., Any]]] = {
     "min_goal": _min_goal,
     "goal_set": lambda: _compiled("goal_set", lambda goals, *_: check_goals(goals), slice(3)),
     "total_correlation": lambda: _compiled(
-        "total_correlation", lambda z, mu, logvar, *_: check_latents(z, mu, logvar), 0
+        "total_correlation",
+        lambda z, mu, logvar, size, stratified, first=None: check_rows(z, mu, logvar, first),
+        0,
     ),
     "gaussian_kl": lambda: _compiled("gaussian_kl", lambda mu, logvar, *_: check_matrices(mu=mu, logvar=logvar)),
     "consistency_variance": lambda: _compiled("consistency_variance", check_views),

@@ -20,6 +20,7 @@ from ._check import (
     check_multipliers,
     check_params,
     check_prior,
+    check_rows,
     check_temperature,
     check_units,
     check_views,
@@ -72,15 +73,16 @@ _library.define("goal_set_learn(Tensor[] raw, Tensor(a!) params, Tensor(b!) poli
 # A record is about to be put into the ring of the monitor with this handle: what its host does of it, see history.py.
 _library.define("goal_set_notice(Tensor(a!) place, int handle) -> ()")
 
-# joint [B], marginal [D, B]: what backward needs, in an implementation's own units. dataset_size None: plain 1/B.
+# joint [R], marginal [D, R]: what backward needs, in an implementation's own units. dataset_size None: plain 1/B.
+# first: z holds R rows of the batch, from that one on; None: all of them, R = B.
 _library.define(
-    "total_correlation(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified) -> "
+    "total_correlation(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified, int? first=None) -> "
     "(Tensor out, Tensor joint, Tensor marginal)"
 )
 # want: which of the gradients of z, mu and logvar to make; the others come back with no elements.
 _library.define(
     "total_correlation_backward(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginal, "
-    "int? dataset_size, bool stratified, bool[3] want) -> (Tensor, Tensor, Tensor)"
+    "int? dataset_size, bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)"
 )
 
 # block_size 1: the standard normal prior. want, here and below: which gradients to make; the others have no elements.
@@ -229,14 +231,15 @@ def _(
 
 @torch.library.register_fake("bomkern::total_correlation", lib=_library)
 def _(
-    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dims, dtype = check_latents(z, mu, logvar)
+    batch, dims, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
+    rows = z.shape[0]
     return (
-        z.new_empty([batch], dtype=dtype),
-        z.new_empty([batch], dtype=dtype),
-        z.new_empty([dims, batch], dtype=dtype),
+        z.new_empty([rows], dtype=dtype),
+        z.new_empty([rows], dtype=dtype),
+        z.new_empty([dims, rows], dtype=dtype),
     )
 
 
@@ -250,6 +253,7 @@ def _(
     marginal: Tensor,
     dataset_size: int | None,
     stratified: bool,
+    first: int | None,
     want: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     inputs = (z, mu, logvar)

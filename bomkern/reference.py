@@ -18,6 +18,7 @@ from ._check import (
     check_multipliers,
     check_params,
     check_prior,
+    check_rows,
     check_temperature,
     check_units,
     check_views,
@@ -264,23 +265,30 @@ def goal_set_keep(
 
 
 def total_correlation(
-    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, limit: int = 2**23
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None = None,
+    limit: int = 2**23,
 ) -> Tensor:
-    """``log q(z_b) - sum_d log q(z_bd)``, [B]. See `bomkern.total_correlation`.
+    """``log q(z_b) - sum_d log q(z_bd)``, [R]. See `bomkern.total_correlation`.
 
+    With ``first`` z is [R, D], samples of the R posteriors from that one on among the B of mu and logvar; else R = B.
     Rows go in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each again: the
     memory is bounded, whatever B and D. One chunk is the textbook's formula, as it stands.
     """
-    batch, dims, dtype = check_latents(z, mu, logvar)
+    batch, dims, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
     z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
-    rows = max(1, limit // (batch * dims))
+    rows, count = max(1, limit // (batch * dims)), len(z)
     out = []
-    for first in range(0, batch, rows):
-        part = slice(first, min(first + rows, batch))
-        chunk = torch.arange(part.start, part.stop, device=z.device)
+    for begin in range(0, count, rows):
+        part = slice(begin, min(begin + rows, count))
+        chunk = torch.arange(part.start, part.stop, device=z.device) + (first or 0)
         arguments = (z[part], mu, logvar, log_weights(chunk, batch, dataset_size, stratified).to(dtype))
-        if rows < batch:
+        if rows < count:
             out.append(checkpoint(_total_correlation_of, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             out.append(_total_correlation_of(*arguments))

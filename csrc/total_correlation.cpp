@@ -21,7 +21,8 @@ using bomkern::fresh;
 
 using Result = std::tuple<Tensor, Tensor, Tensor>;  // out, joint, marginal; or the gradients of z, mu and logvar
 
-struct Problem : bomkern::Shape {
+struct Problem : bomkern::Shape {  // batch: components
+  int64_t rows, first;
   std::optional<int64_t> dataset_size;
   bool stratified;
 
@@ -31,10 +32,24 @@ struct Problem : bomkern::Shape {
   }
 };
 
+// Rows of z that are some of the batch's, or, without `first`, all.
+bomkern::Shape check_shapes(const Tensor& z, const Tensor& mu, const Tensor& logvar, std::optional<int64_t> first) {
+  if (!first) return bomkern::check_matrices(1, {{"z", z}, {"mu", mu}, {"logvar", logvar}});
+  bomkern::Shape shape = bomkern::check_matrices(1, {{"mu", mu}, {"logvar", logvar}});
+  const bomkern::Shape rows = bomkern::check_matrices(1, {{"z", z}});
+  TORCH_CHECK_VALUE(z.device() == mu.device(), "z is on ", z.device(), ", mu on ", mu.device(),
+                    ": move them to one device");
+  TORCH_CHECK_VALUE(rows.dims == shape.dims, "z must have the ", shape.dims, " dimensions of mu, got ", rows.dims);
+  TORCH_CHECK_VALUE(*first >= 0 && rows.batch <= shape.batch - *first, "first must be at least 0, and ", rows.batch,
+                    " rows from there on be among the ", shape.batch, " of mu, got ", *first);
+  shape.wide |= rows.wide;
+  return shape;
+}
+
 // The same checks as bomkern/_check.py makes for the implementations in Python.
 Problem check(const Tensor& z, const Tensor& mu, const Tensor& logvar, std::optional<int64_t> dataset_size,
-              bool stratified) {
-  const Problem p{bomkern::check_matrices(1, {{"z", z}, {"mu", mu}, {"logvar", logvar}}), dataset_size, stratified};
+              bool stratified, std::optional<int64_t> first) {
+  const Problem p{check_shapes(z, mu, logvar, first), z.size(0), first.value_or(0), dataset_size, stratified};
   TORCH_CHECK_VALUE(dataset_size || !stratified,
                     "dataset_size must be given for estimator 'mss': its weights depend on it");
   TORCH_CHECK_VALUE(!dataset_size || *dataset_size >= p.batch, "dataset_size must be at least the batch size, ",
@@ -44,7 +59,8 @@ Problem check(const Tensor& z, const Tensor& mu, const Tensor& logvar, std::opti
 }
 
 template <class S> Inputs<S> describe(const Tensor& z, const Tensor& mu, const Tensor& logvar, const Problem& p) {
-  Inputs<S> in{bomkern::describe(z), bomkern::describe(mu), bomkern::describe(logvar), p.batch, p.dims, p.stratified, S(1), S(1)};
+  Inputs<S> in{bomkern::describe(z), bomkern::describe(mu), bomkern::describe(logvar), p.rows, p.batch,
+               p.dims, p.first, p.stratified, S(1), S(1)};
   if (p.stratified) {  // over the weight 1/M of all others, M = B - 1
     const auto m = static_cast<double>(p.batch - 1), n = static_cast<double>(*p.dataset_size);
     in.own = static_cast<S>(m / n);
@@ -54,6 +70,7 @@ template <class S> Inputs<S> describe(const Tensor& z, const Tensor& mu, const T
 }
 
 template <bool Cuda, class Arguments> void launch(const Arguments& a, const Tensor& like) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!Cuda || a.in.rows == a.in.batch, "first is not served by the CUDA kernels yet");
 #ifdef BOMKERN_CUDA
   constexpr int64_t most = max_cuda_dims<std::remove_const_t<std::remove_pointer_t<decltype(a.joint)>>>;
   TORCH_CHECK_VALUE(!Cuda || a.in.dims <= most, "z must have at most ", most, " dimensions on the CUDA kernels, got ",
@@ -65,8 +82,8 @@ template <bool Cuda, class Arguments> void launch(const Arguments& a, const Tens
 template <class S, bool Cuda>
 Result run(const Tensor& z, const Tensor& mu, const Tensor& logvar, const Problem& p) {
   const auto number = z.options().dtype(c10::CppTypeToScalarType<S>::value);
-  const Result out(fresh<Cuda>({p.batch}, number), fresh<Cuda>({p.batch}, number),
-                   fresh<Cuda>({p.dims, p.batch}, number));
+  const Result out(fresh<Cuda>({p.rows}, number), fresh<Cuda>({p.rows}, number),
+                   fresh<Cuda>({p.dims, p.rows}, number));
   const auto& [value, joint, marginal] = out;
   launch<Cuda>(Forward<S>{describe<S>(z, mu, logvar, p), (1.0 - static_cast<double>(p.dims)) * p.log_weight(),
                           value.template mutable_data_ptr<S>(), joint.template mutable_data_ptr<S>(),
@@ -77,8 +94,8 @@ Result run(const Tensor& z, const Tensor& mu, const Tensor& logvar, const Proble
 
 template <bool Cuda>
 Result total_correlation(const Tensor& z, const Tensor& mu, const Tensor& logvar, std::optional<int64_t> dataset_size,
-                         bool stratified) {
-  const Problem p = check(z, mu, logvar, dataset_size, stratified);
+                         bool stratified, std::optional<int64_t> first) {
+  const Problem p = check(z, mu, logvar, dataset_size, stratified, first);
   return p.wide ? run<double, Cuda>(z, mu, logvar, p) : run<float, Cuda>(z, mu, logvar, p);
 }
 
@@ -89,7 +106,7 @@ Result run_backward(const Tensor& grad, const Tensor& z, const Tensor& mu, const
   std::array<Tensor, 3> made;
   std::array<S*, 3> to{};
   for (size_t i = 0; i < 3; ++i) {
-    made[i] = want[i] ? fresh<Cuda>({p.batch, p.dims}, number) : fresh<Cuda>({0}, number);
+    made[i] = want[i] ? fresh<Cuda>({i == 0 ? p.rows : p.batch, p.dims}, number) : fresh<Cuda>({0}, number);
     if (want[i]) to[i] = made[i].template mutable_data_ptr<S>();
   }
   launch<Cuda>(Backward<S>{describe<S>(z, mu, logvar, p), grad.const_data_ptr<S>(), grad.stride(0),
@@ -101,30 +118,31 @@ Result run_backward(const Tensor& grad, const Tensor& z, const Tensor& mu, const
 template <bool Cuda>
 Result total_correlation_backward(const Tensor& grad, const Tensor& z, const Tensor& mu, const Tensor& logvar,
                                   const Tensor& joint, const Tensor& marginal, std::optional<int64_t> dataset_size,
-                                  bool stratified, std::array<bool, 3> want) {
-  const Problem p = check(z, mu, logvar, dataset_size, stratified);
-  bomkern::check_given("grad", grad, {p.batch}, p.type());
-  bomkern::check_kept("joint", joint, {p.batch}, p.type());
-  bomkern::check_kept("marginal", marginal, {p.dims, p.batch}, p.type());
+                                  bool stratified, std::optional<int64_t> first, std::array<bool, 3> want) {
+  const Problem p = check(z, mu, logvar, dataset_size, stratified, first);
+  bomkern::check_given("grad", grad, {p.rows}, p.type());
+  bomkern::check_kept("joint", joint, {p.rows}, p.type());
+  bomkern::check_kept("marginal", marginal, {p.dims, p.rows}, p.type());
   return p.wide ? run_backward<double, Cuda>(grad, z, mu, logvar, joint, marginal, p, want)
                 : run_backward<float, Cuda>(grad, z, mu, logvar, joint, marginal, p, want);
 }
 
-using ForwardOp = Result(const Tensor&, const Tensor&, const Tensor&, std::optional<int64_t>, bool);
+using ForwardOp = Result(const Tensor&, const Tensor&, const Tensor&, std::optional<int64_t>, bool,
+                         std::optional<int64_t>);
 using BackwardOp = Result(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                          std::optional<int64_t>, bool, std::array<bool, 3>);
+                          std::optional<int64_t>, bool, std::optional<int64_t>, std::array<bool, 3>);
 
 Result total_correlation_autograd(const Tensor& z, const Tensor& mu, const Tensor& logvar,
-                                  std::optional<int64_t> dataset_size, bool stratified) {
+                                  std::optional<int64_t> dataset_size, bool stratified, std::optional<int64_t> first) {
   static const auto op = bomkern::operator_named<ForwardOp>("bomkern::total_correlation", "");
   static const auto back = bomkern::operator_named<BackwardOp>("bomkern::total_correlation_backward", "");
   const bomkern::Differentiable autograd("total_correlation", {z, mu, logvar});
-  const Result out = autograd.run([&] { return op.call(z, mu, logvar, dataset_size, stratified); });
+  const Result out = autograd.run([&] { return op.call(z, mu, logvar, dataset_size, stratified, first); });
   const auto& [value, joint, marginal] = out;
   autograd.finish({value}, {z, mu, logvar, joint, marginal},
-                  [dataset_size, stratified](const auto& grads, const auto& kept, const auto& want) {
+                  [dataset_size, stratified, first](const auto& grads, const auto& kept, const auto& want) {
                     return bomkern::wanted(back.call(grads[0], kept[0], kept[1], kept[2], kept[3], kept[4], dataset_size,
-                                                     stratified, {want[0], want[1], want[2]}),
+                                                     stratified, first, {want[0], want[1], want[2]}),
                                            want);
                   });
   return out;

@@ -18,17 +18,20 @@ COMPILED = pytest.mark.skipif(bomkern._impl.extension is None, reason="not compi
 
 
 @COMPILED
+@pytest.mark.parametrize("first", [None, 0, 5])
 @pytest.mark.parametrize("which", ESTIMATORS)
-def test_opcheck(which: str) -> None:
+def test_opcheck(which: str, first: int | None) -> None:
     size, estimator = ESTIMATORS[which]
-    inputs = leaves(latents(9, 4))
-    torch.library.opcheck(torch.ops.bomkern.total_correlation.default, (*inputs, size, estimator == "mss"))
-    plain = [x.detach() for x in inputs]
-    _, joint, marginal = torch.ops.bomkern.total_correlation(*plain, size, estimator == "mss")
+    z, *posteriors = leaves(latents(9, 4))
+    z = z if first is None else z.detach()[first : first + 4].requires_grad_()
+    settings = (size, estimator == "mss", first)
+    torch.library.opcheck(torch.ops.bomkern.total_correlation.default, (z, *posteriors, *settings))
+    plain = [x.detach() for x in (z, *posteriors)]
+    _, joint, marginal = torch.ops.bomkern.total_correlation(*plain, *settings)
     for want in ([True] * 3, [False, True, False]):
         torch.library.opcheck(
             torch.ops.bomkern.total_correlation_backward.default,
-            (torch.rand(9), *plain, joint, marginal, size, estimator == "mss", want),
+            (torch.rand(len(z)), *plain, joint, marginal, *settings, want),
         )
 
 

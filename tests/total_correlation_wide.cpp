@@ -62,7 +62,7 @@ template <class S> static double compare(int64_t batch, int64_t dims, bool strat
   }
   const DType type = sizeof(S) == 4 ? DType::f32 : DType::f64;
   const auto matrix = [&](const std::vector<S>& x) { return Matrix{x.data(), {dims, 1}, type}; };
-  const Inputs<S> in{matrix(z), matrix(mu), matrix(logvar), batch, dims, stratified,
+  const Inputs<S> in{matrix(z), matrix(mu), matrix(logvar), batch, batch, dims, 0, stratified,
                      S(stratified ? 0.1 : 1), S(stratified ? 0.9 : 1)};
   const CpuKernels& a = total_correlation::wide::kernels;
   const CpuKernels& b = total_correlation::baseline::kernels;

@@ -15,9 +15,9 @@ struct Plan {
   int64_t components_of_a_part;
 };
 
-template <class S> Plan plan_of(int64_t batch, int64_t dims) {
+template <class S> Plan plan_of(const Inputs<S>& in) {
   Plan p;
-  const int64_t padded = round_up(batch, tile_rows<S>);
+  const int64_t batch = in.batch, dims = in.dims, padded = round_up(in.rows, tile_rows<S>);
   p.rows = round_up(most_weights / batch + 1, tile_rows<S>);
   p.rows = p.rows < most_rows ? p.rows : most_rows;
   p.rows = p.rows < padded ? p.rows : padded;
@@ -30,41 +30,44 @@ template <class S> Plan plan_of(int64_t batch, int64_t dims) {
 template <class S> struct Gradients {
   Plan plan;
   Columns<S> x;
-  S *marginal, *mu, *logvar;  // [D, stride]: forward's, padded; the gradients before their constants
-  S *z;                       // [parts, D, stride]
+  S* marginal;                // [D, stride]: forward's, padded
+  S* z;                       // [parts, D, stride]: the gradients before their constants
+  S *mu, *logvar;             // [D, component_stride]
+  int64_t component_stride;
   S *grad, *joint;            // [stride]; grad is 0 in the padding, and so is all that comes of it
   S *weights;                 // [B, rows of a chunk]: grad_b p_bi
 
-  static int64_t numbers(int64_t batch, int64_t dims) {
-    const Plan p = plan_of<S>(batch, dims);
-    const int64_t stride = Columns<S>::stride_of(batch);
-    return Columns<S>::numbers(batch, dims) + stride * (dims * (3 + p.parts) + 2) + batch * p.rows;
+  static int64_t numbers(const Inputs<S>& in) {
+    const Plan p = plan_of(in);
+    const int64_t stride = Columns<S>::stride_of(in.rows), components = Columns<S>::stride_of(in.batch);
+    return Columns<S>::numbers(in) + stride * (in.dims * (1 + p.parts) + 2) + components * in.dims * 2 + in.batch * p.rows;
   }
 
-  Gradients(int64_t batch, int64_t dims, S* at) : plan(plan_of<S>(batch, dims)), x(batch, dims, at) {
-    const int64_t column = x.stride * dims;
-    marginal = at + Columns<S>::numbers(batch, dims);
-    mu = marginal + column;
-    logvar = mu + column;
-    z = logvar + column;
-    grad = z + plan.parts * column;
+  Gradients(const Inputs<S>& in, S* at)
+      : plan(plan_of(in)), x(in, at), component_stride(Columns<S>::stride_of(in.batch)) {
+    const int64_t column = x.stride * x.dims, component_column = component_stride * x.dims;
+    marginal = at + Columns<S>::numbers(in);
+    z = marginal + column;
+    mu = z + plan.parts * column;
+    logvar = mu + component_column;
+    grad = logvar + component_column;
     joint = grad + x.stride;
     weights = joint + x.stride;
   }
 };
 
 template <class S> void gather(const Backward<S>& a, const Gradients<S>& g, Parallel parallel) {
-  const int64_t batch = g.x.batch, stride = g.x.stride;
+  const int64_t rows = g.x.rows, stride = g.x.stride, components = g.component_stride;
   for (int64_t b = 0; b < stride; ++b) {
-    g.grad[b] = b < batch ? a.grad[b * a.grad_stride] : S(0);
-    g.joint[b] = a.joint[b < batch ? b : batch - 1];
+    g.grad[b] = b < rows ? a.grad[b * a.grad_stride] : S(0);
+    g.joint[b] = a.joint[b < rows ? b : rows - 1];
   }
   each(parallel, g.x.dims, [&](int64_t d) {
     S* to = g.marginal + d * stride;
-    __builtin_memcpy(to, a.marginal + d * batch, batch * sizeof(S));
-    for (int64_t b = batch; b < stride; ++b) to[b] = to[batch - 1];
-    __builtin_memset(g.mu + d * stride, 0, stride * sizeof(S));
-    __builtin_memset(g.logvar + d * stride, 0, stride * sizeof(S));
+    __builtin_memcpy(to, a.marginal + d * rows, rows * sizeof(S));
+    for (int64_t b = rows; b < stride; ++b) to[b] = to[rows - 1];
+    __builtin_memset(g.mu + d * components, 0, components * sizeof(S));
+    __builtin_memset(g.logvar + d * components, 0, components * sizeof(S));
     for (int64_t part = 0; part < g.plan.parts; ++part)
       __builtin_memset(g.z + (part * g.x.dims + d) * stride, 0, stride * sizeof(S));
   });
@@ -138,8 +141,9 @@ struct Rows {
 template <class S> Rows weighted_rows(const Weights<S>& weights, int64_t i, int64_t b, int64_t n) {
   constexpr int rows = tile_rows<S>;
   if (!weights.touch(b, int(n), i, 1)) return {0, 0};
-  if (i == 0) return {0, n};  // its rows are the first and the last
-  const int64_t begin = i - 1 > b ? (i - 1 - b) / rows * rows : 0, end = round_up(i + 1 - b, rows);
+  if (i == 0) return {0, n};  // its rows are the first and the last of the batch
+  const int64_t own = weights.first + b;  // of the chunk's first row
+  const int64_t begin = i - 1 > own ? (i - 1 - own) / rows * rows : 0, end = round_up(i + 1 - own, rows);
   return {begin, end < n ? end : n};
 }
 
@@ -159,7 +163,7 @@ void pull_dimension(const Gradients<S>& g, const Weights<S>& weights, int64_t d,
       pull<S, false>(g, weights, d, i, b, 0, special.begin, part, sums);
       pull<S, true>(g, weights, d, i, b, special.begin, special.end, part, sums);
       pull<S, false>(g, weights, d, i, b, special.end, n, part, sums);
-      const int64_t at = d * g.x.stride + i;
+      const int64_t at = d * g.component_stride + i;
       g.mu[at] += lanes_of<S>(sums.shift);
       g.logvar[at] += S(ln_2) * lanes_of<S>(sums.stretch) - S(0.5) * lanes_of<S>(sums.all);
     }
@@ -167,39 +171,39 @@ void pull_dimension(const Gradients<S>& g, const Weights<S>& weights, int64_t d,
   }
 }
 
-// [D, stride] to [B, D], dimensions [d, d + n); f(k, b) is the value.
-template <class S, class F> void transpose_back(S* to, int64_t batch, int64_t dims, int64_t d, int n, F f) {
+// To [count, D], dimensions [d, d + n); f(k, b) is the value.
+template <class S, class F> void transpose_back(S* to, int64_t count, int64_t dims, int64_t d, int n, F f) {
   if (!to) return;
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < count; ++b) {
     for (int64_t k = d; k < d + n; ++k) to[b * dims + k] = f(k, b);
   }
 }
 
 template <class S> void scatter(const Backward<S>& a, const Gradients<S>& g, Parallel parallel) {
-  const int64_t batch = g.x.batch, dims = g.x.dims, stride = g.x.stride;
+  const int64_t batch = g.x.batch, dims = g.x.dims, stride = g.x.stride, components = g.component_stride;
   each(parallel, (dims + dims_of_a_task - 1) / dims_of_a_task, [&](int64_t task) {
     const int64_t d = task * dims_of_a_task;
     const int n = dims - d < dims_of_a_task ? int(dims - d) : dims_of_a_task;
-    transpose_back(a.grad_z, batch, dims, d, n, [&](int64_t k, int64_t b) {
+    transpose_back(a.grad_z, g.x.rows, dims, d, n, [&](int64_t k, int64_t b) {
       S sum = 0;
       for (int64_t part = 0; part < g.plan.parts; ++part) sum += g.z[(part * dims + k) * stride + b];
       return S(2 * ln_2) * sum;
     });
     transpose_back(a.grad_mu, batch, dims, d, n, [&](int64_t k, int64_t i) {
-      return S(-2 * ln_2) * g.mu[k * stride + i];
+      return S(-2 * ln_2) * g.mu[k * components + i];
     });
-    transpose_back(a.grad_logvar, batch, dims, d, n, [&](int64_t k, int64_t i) { return g.logvar[k * stride + i]; });
+    transpose_back(a.grad_logvar, batch, dims, d, n, [&](int64_t k, int64_t i) { return g.logvar[k * components + i]; });
   });
 }
 
 template <class S> int64_t bytes_of(const Backward<S>& a) {
-  return Gradients<S>::numbers(a.in.batch, a.in.dims) * int64_t(sizeof(S));
+  return Gradients<S>::numbers(a.in) * int64_t(sizeof(S));
 }
 
 template <class S> void backward(const Backward<S>& a, void* workspace, Parallel parallel) {
-  const Gradients<S> g(a.in.batch, a.in.dims, static_cast<S*>(workspace));
+  const Gradients<S> g(a.in, static_cast<S*>(workspace));
   const Weights<S> weights(a.in);
-  const int64_t padded = round_up(g.x.batch, tile_rows<S>), dims = g.x.dims, step = g.plan.components_of_a_part;
+  const int64_t padded = round_up(g.x.rows, tile_rows<S>), dims = g.x.dims, step = g.plan.components_of_a_part;
   prepare(a.in, g.x, parallel);
   gather(a, g, parallel);
   for (int64_t b = 0; b < padded; b += g.plan.rows) {

@@ -93,14 +93,14 @@ void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::V
   }
   for (int r = 0; r < vectors; ++r) {
     const int64_t row = b + r * width;
-    const int n = x.batch - row < width ? int(x.batch - row) : width;
+    const int n = x.rows - row < width ? int(x.rows - row) : width;
     if (n <= 0) break;
     Sum<V> marginals;
     for (int64_t d = 0; d < x.dims; ++d) {
       const V sum = sums[d * vectors + r];
       const V log = any(sum < least_sum<S>) ? far_marginal(x, weights, d, row) : log2_of(sum);
       marginals.add(log);
-      __builtin_memcpy(a.marginal + d * x.batch + row, &log, n * sizeof(S));
+      __builtin_memcpy(a.marginal + d * x.rows + row, &log, n * sizeof(S));
     }
     const V log = joint.value(r);
     marginals.add(-log);
@@ -112,7 +112,7 @@ void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::V
   }
 }
 
-template <class S> int64_t tiles_of(int64_t batch) { return (batch + tile_rows<S> - 1) / tile_rows<S>; }
+template <class S> int64_t tiles_of(int64_t rows) { return (rows + tile_rows<S> - 1) / tile_rows<S>; }
 
 // Numbers of a tile's own: sums and ranges of every dimension.
 template <class S> int64_t tile_numbers(int64_t dims) {
@@ -120,17 +120,17 @@ template <class S> int64_t tile_numbers(int64_t dims) {
 }
 
 template <class S> int64_t bytes_of(const Forward<S>& a) {
-  const int64_t tiles = tiles_of<S>(a.in.batch) * tile_numbers<S>(a.in.dims);
-  return (Columns<S>::numbers(a.in.batch, a.in.dims) + tiles) * int64_t(sizeof(S));
+  const int64_t tiles = tiles_of<S>(a.in.rows) * tile_numbers<S>(a.in.dims);
+  return (Columns<S>::numbers(a.in) + tiles) * int64_t(sizeof(S));
 }
 
 template <class S> void forward(const Forward<S>& a, void* workspace, Parallel parallel) {
   typedef typename Lanes<S>::Vec V;
   S* numbers = static_cast<S*>(workspace);
-  const Columns<S> x(a.in.batch, a.in.dims, numbers);
+  const Columns<S> x(a.in, numbers);
   prepare(a.in, x, parallel);
-  S* own = numbers + Columns<S>::numbers(x.batch, x.dims);
-  each(parallel, tiles_of<S>(x.batch), [&](int64_t tile) {
+  S* own = numbers + Columns<S>::numbers(a.in);
+  each(parallel, tiles_of<S>(x.rows), [&](int64_t tile) {
     S* at = own + tile * tile_numbers<S>(x.dims);
     forward_tile(a, x, reinterpret_cast<V*>(at), reinterpret_cast<Range<S>*>(at + tile_rows<S> * x.dims),
                  tile * tile_rows<S>);

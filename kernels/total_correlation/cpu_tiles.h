@@ -41,9 +41,9 @@ template <class S, class V> inline S highest_of(V v) {
   return high;
 }
 
-// The inputs as the kernels want them. Rows and components past B repeat the last one: padding is an ordinary value.
+// The inputs as the kernels want them. Rows past R and components past B repeat the last one: padding is an ordinary value.
 template <class S> struct Columns {
-  int64_t batch, dims, stride;
+  int64_t rows, batch, dims, stride;
   S* z;  // [D, stride]; the stride is no power of two, which would put all dimensions of a row into a few lines of a cache
   // [blocks of components, D, 3, components]: mu, a and c - C_d in the order in which a tile of rows reads them.
   S* parameters;
@@ -53,14 +53,14 @@ template <class S> struct Columns {
   S* shift;
 
   static constexpr int64_t line = 64 / int64_t(sizeof(S));
-  static int64_t stride_of(int64_t batch) { return round_up(batch, tile_rows<S>) + line; }
-  static int64_t numbers(int64_t batch, int64_t dims) {
-    const int64_t padded = round_up(batch, components);
-    return dims * stride_of(batch) + 3 * dims * padded + round_up(4 * dims * padded / components, line) +
+  static int64_t stride_of(int64_t rows) { return round_up(rows, tile_rows<S>) + line; }
+  static int64_t numbers(const Inputs<S>& in) {
+    const int64_t padded = round_up(in.batch, components), dims = in.dims;
+    return dims * stride_of(in.rows) + 3 * dims * padded + round_up(4 * dims * padded / components, line) +
            round_up(dims, line);
   }
 
-  Columns(int64_t batch, int64_t dims, S* at) : batch(batch), dims(dims), stride(stride_of(batch)), z(at) {
+  Columns(const Inputs<S>& in, S* at) : rows(in.rows), batch(in.batch), dims(in.dims), stride(stride_of(in.rows)), z(at) {
     parameters = z + dims * stride;
     const int64_t blocks = round_up(batch, components) / components;
     S* after = parameters + 3 * dims * components * blocks;
@@ -76,13 +76,13 @@ template <class S> struct Columns {
 
 // Dimensions [d, d + n) of an input to where place(d, b) says, for b up to `padded`: whole lines at a time.
 template <class S, class Place>
-void transpose(const Matrix& from, int64_t batch, int64_t padded, int64_t d, int n, Place place) {
+void transpose(const Matrix& from, int64_t count, int64_t padded, int64_t d, int n, Place place) {
   constexpr int line = int(Columns<S>::line);
   const bool plain = from.dtype == (sizeof(S) == 4 ? DType::f32 : DType::f64);
   const S* values = static_cast<const S*>(from.data);
   for (int64_t b = 0; b < padded; b += line) {
     int64_t row[line];
-    for (int j = 0; j < line; ++j) row[j] = (b + j < batch ? b + j : batch - 1) * from.stride[0];
+    for (int j = 0; j < line; ++j) row[j] = (b + j < count ? b + j : count - 1) * from.stride[0];
     for (int64_t k = d; k < d + n; ++k) {
       S* to = place(k, b);
       const int64_t column = k * from.stride[1];
@@ -142,45 +142,48 @@ template <class S> void prepare(const Inputs<S>& in, const Columns<S>& to, Paral
   each(parallel, (in.dims + dims_of_a_task - 1) / dims_of_a_task, [&](int64_t task) {
     const int64_t d = task * dims_of_a_task;
     const int n = in.dims - d < dims_of_a_task ? int(in.dims - d) : dims_of_a_task;
-    transpose<S>(in.z, in.batch, to.stride, d, n, [&](int64_t k, int64_t b) { return to.z + k * to.stride + b; });
+    transpose<S>(in.z, in.rows, to.stride, d, n, [&](int64_t k, int64_t b) { return to.z + k * to.stride + b; });
     transpose<S>(in.mu, in.batch, padded, d, n, [&](int64_t k, int64_t i) { return to.mu(k, i); });
     transpose<S>(in.logvar, in.batch, padded, d, n, [&](int64_t k, int64_t i) { return to.peak(k, i); });
     for (int64_t k = d; k < d + n; ++k) precisions_of(to, k);
   });
 }
 
-// The stratified weights: component i is some row's own, and the row's before it next one.
+// The stratified weights: component first + b is row b's own, and the one after it its next.
 template <class S> struct Weights {
   typedef typename Lanes<S>::Vec V;
   S own, next;  // in bits: added to t, so that where one component is all there is, backward's q is 1 to the bit
-  int64_t batch;
+  int64_t rows, batch, first;
   bool stratified;
 
   explicit Weights(const Inputs<S>& in)
       : own(S(__builtin_log2(double(in.own)))),
         next(S(__builtin_log2(double(in.next)))),
+        rows(in.rows),
         batch(in.batch),
+        first(in.first),
         stratified(in.stratified) {}
 
   // Whether any of the components [i, i + n) weighs other than 1 in any of the rows [b, b + m).
   bool touch(int64_t b, int m, int64_t i, int64_t n) const {
-    return stratified && ((i < b + m + 1 && b < i + n) || (i == 0 && b + m >= batch));
+    const int64_t own = first + b;
+    return stratified && ((i < own + m + 1 && own < i + n) || (i == 0 && own + m >= batch));
   }
   // Those of component i in the rows from b on.
   V at(int64_t b, int64_t i) const {
     V w{};
     for (int lane = 0; lane < Lanes<S>::width; ++lane) {
-      const int64_t row = b + lane;
-      w[lane] = row == i ? own : (row + 1 == batch ? 0 : row + 1) == i ? next : S(0);
+      const int64_t mine = first + b + lane;
+      w[lane] = mine == i ? own : (mine + 1 == batch ? 0 : mine + 1) == i ? next : S(0);
     }
     return w;
   }
   // f(row, component, weight) for the pairs in rows [b, b + m) x components [i, i + n) that do not weigh 1.
   template <class F> void visit(int64_t b, int m, int64_t i, int64_t n, F f) const {
     if (!touch(b, m, i, n)) return;
-    for (int64_t row = b; row < b + m && row < batch; ++row) {
-      const int64_t after = row + 1 == batch ? 0 : row + 1;
-      if (row >= i && row < i + n) f(row, row, own);
+    for (int64_t row = b; row < b + m && row < rows; ++row) {
+      const int64_t mine = first + row, after = mine + 1 == batch ? 0 : mine + 1;
+      if (mine >= i && mine < i + n) f(row, mine, own);
       if (after >= i && after < i + n) f(row, after, next);
     }
   }

@@ -1,4 +1,5 @@
 // total_correlation: TC_b = log q(z_b) - sum_d log q(z_bd), q the batch's mixture of posteriors. No torch here.
+// R rows of z against all B components: R = B on one process, where several share a batch each has its own rows.
 //
 // Everything is in bits (base 2), where an exponential is one instruction's work. With
 //   a_id = log2(e) / 2 exp(-logvar_id),   c_id = -log2(e) / 2 logvar_id,
@@ -19,19 +20,21 @@ namespace total_correlation {
 
 // S is float, or double where any input is double.
 template <class S> struct Inputs {
-  Matrix z, mu, logvar;  // [B, D] each
-  int64_t batch, dims;
-  bool stratified;  // else own = next = 1
-  S own;            // w_bi for i = b
-  S next;           // w_bi for i = (b + 1) mod B; all others are 1. With B = 2 there are no others.
+  Matrix z;            // [R, D]
+  Matrix mu, logvar;   // [B, D] each
+  int64_t rows, batch, dims;
+  int64_t first;       // the component that row 0 was drawn from; row b is of component first + b < B
+  bool stratified;     // else own = next = 1
+  S own;               // w_bi for i = first + b
+  S next;              // w_bi for i = (first + b + 1) mod B; all others are 1. With B = 2 there are no others.
 };
 
 template <class S> struct Forward {
   Inputs<S> in;
   double offset;  // (1 - D) log_weight
-  S* out;         // [B]
-  S* joint;       // [B] in bits
-  S* marginal;    // [D, B] in bits: rows lie side by side
+  S* out;         // [R]
+  S* joint;       // [R] in bits
+  S* marginal;    // [D, R] in bits: rows lie side by side
 };
 
 // With p_bi = w_bi 2^(sum_d t_bid - joint_b), q_bid = w_bi 2^(t_bid - marginal_bd) and grad_b = dL / dTC_b:
@@ -44,8 +47,8 @@ template <class S> struct Backward {
   int64_t grad_stride;  // 0 for an expanded scalar
   const S* joint;       // as forward wrote them
   const S* marginal;
-  S* grad_z;  // [B, D], contiguous; null where not wanted
-  S* grad_mu;
+  S* grad_z;   // [R, D], contiguous; null where not wanted
+  S* grad_mu;  // [B, D]
   S* grad_logvar;
 };
 

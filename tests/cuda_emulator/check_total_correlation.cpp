@@ -110,7 +110,7 @@ template <class S> struct Problem {
     if (s.data == Data::nan_mu) mu.put(b, d, s.dims, NAN);
     if (s.data == Data::nan_logvar) logvar.put(b, d, s.dims, NAN);
     in.z = z.matrix, in.mu = mu.matrix, in.logvar = logvar.matrix;
-    in.batch = s.batch, in.dims = s.dims, in.stratified = s.stratified;
+    in.rows = in.batch = s.batch, in.dims = s.dims, in.stratified = s.stratified;
     double log_weight = -log(double(s.batch));
     if (s.stratified) {
       const double m = double(s.batch - 1), n = 10 * m + 3;
