@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ranks import Ranks
 from .constraints import Constraint
 from .history import Handled
 from .policies import SMALLEST, Anchored, Policy
@@ -31,6 +32,7 @@ class Columns(Handled):
 
     policies: dict[str, Policy]
     curves: list[int]
+    _ranks: Ranks
 
     def _await_anchors(self) -> None:
         """Before the first step, when the policies are known."""
@@ -74,7 +76,7 @@ class Columns(Handled):
                     found = sources.get(str(wanted), {})
                     value = (found.anchors(name) if hasattr(found, "anchors") else found).get(column)
                 if value is not None:
-                    known[name] = number = float(value.detach().float().mean() if isinstance(value, Tensor) else value)
+                    known[name] = number = self._agreed(value)
                     if not math.isfinite(number):
                         raise ValueError(f"the {name} of {column} must be finite, got {number}")
             if len(known) == len(policy.waits):
@@ -91,6 +93,12 @@ class Columns(Handled):
                 self._place(k, ideal, max(nadir - ideal, SMALLEST))
                 self.start[k] = self.params[k]
                 self._waits.remove(column)
+
+    def _agreed(self, value: Any) -> float:
+        """A number, or the mean of a tensor, and the mean over the ranks."""
+        number = float(value.detach().float().mean() if isinstance(value, Tensor) else value)
+        own = torch.tensor(number, dtype=torch.float64, device=self.params.device)
+        return float(self._ranks.gather(own).mean()) if self._ranks.size > 1 else number
 
     @torch.no_grad()
     def remeasure(self, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
@@ -109,7 +117,7 @@ class Columns(Handled):
             ideal, nadir = (torch.as_tensor(x, dtype=now.dtype, device=now.device).mean() for x in pair)
             scale = torch.exp(-self.log_nudge[k]) / now[1]
             old = torch.stack([now[0], now[0] + scale])
-            new = torch.stack([ideal, nadir])
+            new = self._ranks.gather(torch.stack([ideal, nadir])).mean(0)
             low, high = old.lerp(torch.where(new.isfinite(), new, old), policy.weight).unbind()
             least = 0.05 / self.start[k, 1]  # anchors that meet would make the goal infinitely steep
             self._place(k, low, torch.maximum(high - low, least))

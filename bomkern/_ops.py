@@ -30,7 +30,7 @@ _library = torch.library.Library("bomkern", "DEF")
 
 
 def record_size(goals: int, columns: int) -> int:
-    """Numbers in a record of `goal_set`, see `reference.record_parts`."""
+    """Numbers in a record of `goal_set`, see `_records.record_parts`."""
     return 3 * goals + 4 * columns + 2
 
 
@@ -51,7 +51,7 @@ _library.define(
 )
 
 # groups: the goal of each column, counting up. multipliers [G]: weights given, instead of a rule. record: see
-# reference.record_parts. weight [K, B]: d loss / d column, where save, else no elements.
+# _records.record_parts. weight [K, B]: d loss / d column, where save, else no elements.
 _library.define(
     "goal_set(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, "
     "Tensor? multipliers=None, bool save=False, int route=0) -> "

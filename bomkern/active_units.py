@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch import distributed as dist
 
-from . import _impl
+from . import _impl, reference
 from ._check import check_matrices, check_number
+from ._ranks import ranks_of
 
 
 def active_units(
-    mu: Tensor, threshold: float = 0.1, temperature: float = 0.05, *, impl: str | None = None
+    mu: Tensor,
+    threshold: float = 0.1,
+    temperature: float = 0.05,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fractions of the dimensions that are active, and effective. With the batch variance ``v_d = Var_b(mu_bd)``:
 
@@ -25,6 +32,9 @@ def active_units(
         mu: [B, D] posterior means, B >= 2. float16, bfloat16, float32 or float64, any strides.
         threshold: the variance at which a dimension counts half, in units of mu squared.
         temperature: how soft the threshold is, in the same units, > 0.
+        process_group: the ranks that share the batch, each with B samples of it, the same number: the variances of all
+            of them, for which 2 D numbers are gathered, in plain PyTorch whatever ``impl`` says. All ranks get the same
+            values, and gradients that DistributedDataParallel averages to those of one process with the whole batch.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
 
     Returns:
@@ -43,5 +53,9 @@ def active_units(
     check_number("temperature", temperature)
     if not isinstance(mu, Tensor):
         check_matrices(mu=mu)  # raises
+    ranks = ranks_of(process_group)
+    if ranks.size > 1:
+        ranks.check_shape("mu", mu)
+        return reference.active_units(mu, float(threshold), float(temperature), ranks)
     active, effective = _impl.resolve("active_units", mu.device.type, impl)(mu, float(threshold), float(temperature))
     return active, effective

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch import distributed as dist
 
-from . import _impl
+from . import _impl, reference
 from ._check import check_flag, check_matrices
+from ._ranks import ranks_of
 
 REDUCTIONS = {"sample": True, "batch": False}
 
 
 def covariance_penalty(
-    z: Tensor, normalize: bool = False, *, reduction: str = "sample", impl: str | None = None
+    z: Tensor,
+    normalize: bool = False,
+    *,
+    reduction: str = "sample",
+    process_group: dist.ProcessGroup | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """Squared off-diagonal covariances, ``sum_{i != j} C_ij^2 / D`` (VICReg, Bardes et al. 2022), or a sample's part.
 
@@ -27,6 +34,10 @@ def covariance_penalty(
             too. A column that is constant to within rounding, deviation at most eps |mean| with the eps of the compute
             dtype, correlates with nothing: it counts 0 and gets no gradient.
         reduction: "sample", [B]; "batch", their mean, 0-dim, for less work.
+        process_group: the ranks that share the batch, each with B samples of it, the same number: C of all of them, for
+            which a D x D product is added up, in plain PyTorch whatever ``impl`` says. Each rank gets the parts of its
+            own samples, as one process with the whole batch would, and gradients that DistributedDataParallel averages
+            to that process's.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
 
     Returns:
@@ -46,4 +57,8 @@ def covariance_penalty(
         raise ValueError(f"reduction must be 'sample' or 'batch', got {reduction!r}")
     if not isinstance(z, Tensor):
         check_matrices(z=z)  # raises
+    ranks = ranks_of(process_group)
+    if ranks.size > 1:
+        ranks.check_shape("z", z)
+        return reference.covariance_penalty(z, normalize, REDUCTIONS[reduction], ranks)
     return _impl.resolve("covariance_penalty", z.device.type, impl)(z, normalize, REDUCTIONS[reduction])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from . import _impl
 from ._columns import Columns
 from ._lazies import Lazy
 from ._ops import _library
+from ._ranks import ranks_of
 from ._raw import Raw, RawValues
+from ._records import share_record
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
 from ._table import table
@@ -44,12 +47,16 @@ class GoalSet(Columns):
         route, materialize: whether backward passes by the graphs of goals without a share in the batch, and the names
             of goals that get zeros all the same; see `min_goal_loss`. With ``spill`` or a temperature every goal has a
             share of every sample.
+        process_group: the ranks that share the batch, each with B samples of it, the same number, and a GoalSet of its
+            own: loss, record, policies, spill and guard are then those of one process with the whole batch, and so are
+            the gradients that DistributedDataParallel averages; bottlenecks, and the loss of ``reduction="none"``, are
+            of a rank's own samples. One gather of the record a step, and one of the raw values while a policy learns.
+            The group is not copied with the module, nor saved.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves.
 
     Attributes:
         names: of the goals, in order.
         temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
-        gather: None, or a function that makes the values of all ranks of one rank's, for the policies.
         params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
 
     All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. Policies
@@ -89,6 +96,7 @@ class GoalSet(Columns):
         impl: str | None = None,
         route: str = "auto",
         materialize: Sequence[str] = (),
+        process_group: dist.ProcessGroup | None = None,
         **named: Constraint | Policy | Group,
     ) -> None:
         super().__init__()
@@ -115,6 +123,12 @@ class GoalSet(Columns):
             self.policies |= {f"{name}.{member}" if member else name: policy for member, policy in inside.items()}
         columns = list(self.policies)
         check_route(route)
+        self._ranks = ranks_of(process_group)
+        if self._ranks.size > 1 and route == "always":
+            raise ValueError(
+                "route must be 'auto' or 'never' with a process_group, got 'always': a rank whose backward leaves out "
+                "what another's walks keeps it waiting"
+            )
         materialize = [materialize] if isinstance(materialize, str) else materialize
         for name in materialize:
             if name not in self.names:
@@ -131,7 +145,6 @@ class GoalSet(Columns):
         self._only: int | None = None
         self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it
         self._taught: list[tuple[Tensor, Tensor]] = []  # the same, of a compiled step's policies
-        self.gather: Callable[[Tensor], Tensor] | None = None
         self._learns = ["params", "log_nudge", "guard_share"] * bool(guard)
         self._until = max(math.inf if p.until is None else p.until for p in self.policies.values())
         self.monitor = Monitor(self.layout, impl)
@@ -181,8 +194,14 @@ class GoalSet(Columns):
             if self.training:
                 self._learn(tensors)
             loss, bottleneck, record = self._serve(tensors)
+            ranks = self._ranks
+            if ranks.size > 1:
+                ranks.check_shape("raw", bottleneck)
+                code, sizes = REDUCTIONS[self.reduction], (len(self.names), len(self.policies))
+                loss, record = share_record(loss, record, *sizes, code, ranks)
             if self._only is not None:
-                loss = tensors[self._only].to(record.dtype).mean()
+                own = tensors[self._only].to(record.dtype).mean()
+                loss = ranks.shared(own, ranks.gather(own.detach()).mean(), 1.0) if ranks.size > 1 else own
             if settled is not None:
                 loss = settled.attach(loss)
         except Exception:
@@ -236,11 +255,15 @@ class GoalSet(Columns):
             return
         for buffer in (self.params, self.policy_state):
             before.append((buffer, buffer.clone()))
-        for k, policy in enumerate(self.policies.values()):
-            if policy.until is not None and step >= policy.until:
-                continue
-            raw = tensors[k].detach().float()
-            found = policy.update(raw if self.gather is None else self.gather(raw), self.policy_state[k], step)
+        learning = {
+            k: policy for k, policy in enumerate(self.policies.values()) if policy.until is None or step < policy.until
+        }
+        raws = [tensors[k].detach().float() for k in learning]
+        if self._ranks.size > 1:
+            gathered = self._ranks.gather(torch.cat([raw.reshape(-1) for raw in raws]))
+            raws = [part.flatten() for part in gathered.split([raw.numel() for raw in raws], 1)]
+        for (k, policy), raw in zip(learning.items(), raws, strict=True):
+            found = policy.update(raw, self.policy_state[k], step)
             if found is not None:
                 self._place(k, *found)
 
@@ -253,8 +276,6 @@ class GoalSet(Columns):
             monitor.add(record)
         else:
             deficit = record[2 * goals : 3 * goals]
-            if self.gather is not None:
-                deficit = self.gather(deficit).view(-1, goals).mean(0)
             monitor.add(record, deficit, held["_by_rank"], self.spill.rate, [held[name] for name in SPILL])
             self._before += (
                 (held["average"], held["_average_before"]),

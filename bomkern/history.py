@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._host import HostCopy
 from ._impl import keeper
 from ._ops import _library, record_size
-from .reference import record_parts
+from ._records import record_parts
 
 ROWS = 128  # records kept on the device before they are copied to the host
 CAPACITY = 4096  # rows of a history; when it is full, neighbours are joined and each row stands for twice the steps
@@ -52,7 +52,7 @@ class Layout:
         return record_size(len(self.goals), len(self.columns))
 
     def parts(self, records: Tensor) -> dict[str, Tensor]:
-        """See `reference.record_parts`; ``scale`` in place of ``slope``."""
+        """See `_records.record_parts`; ``scale`` in place of ``slope``."""
         found = record_parts(records, len(self.goals), len(self.columns))
         found["scale"] = 1 / found.pop("slope")
         return found

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from . import _impl
+from . import _impl, reference
 from ._check import check_latents, check_number
+from ._ranks import ranks_of
 
 
 class LatentStatistics(NamedTuple):
@@ -31,6 +34,7 @@ def latent_statistics(
     threshold: float = 0.1,
     temperature: float = 0.05,
     *,
+    process_group: dist.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> LatentStatistics:
     """`gaussian_kl`, `active_units` and the moments of a latent code, from one read of each input, and one in backward.
@@ -39,6 +43,9 @@ def latent_statistics(
         z: [B, D] samples, B >= 2. float16, bfloat16, float32 or float64, any strides.
         mu, logvar: [B, D] mean and log-variance of the posteriors; see `gaussian_kl` for the clamp at ``logvar = 80``.
         threshold, temperature: see `active_units`.
+        process_group: the ranks that share the batch, each with B samples of it, the same number: what is of the batch
+            is of all of theirs, for which 4 D numbers are gathered; what is by sample, of a rank's own. Gradients are
+            such that DistributedDataParallel averages them to those of one process with the whole batch.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
 
     Returns:
@@ -58,4 +65,19 @@ def latent_statistics(
     if not isinstance(z, Tensor) or not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_latents(z, mu, logvar)  # raises
     serve = _impl.resolve("latent_statistics", z.device.type, impl)
-    return LatentStatistics(*serve(z, mu, logvar, float(threshold), float(temperature)))
+    found = LatentStatistics(*serve(z, mu, logvar, float(threshold), float(temperature)))
+    ranks = ranks_of(process_group)
+    if ranks.size == 1:
+        return found
+    ranks.check_shape("z", z)
+    means, variances = torch.stack([found.z_mean, found.mu_mean]), torch.stack([found.z_variance, found.mu_variance])
+    mean, variance = reference.merged_moments(means, variances, len(z), ranks)
+    active, effective = reference.units_of(variance[1], float(threshold), float(temperature))
+    return found._replace(
+        z_mean=mean[0],
+        mu_mean=mean[1],
+        z_variance=variance[0],
+        mu_variance=variance[1],
+        active=active,
+        effective=effective,
+    )

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from ._lazies import Lazy
+from ._ranks import ranks_of
 from .active_units import active_units
 from .consistency_variance import consistency_variance
 from .constraints import Constraint, ConstraintTable
@@ -39,14 +41,19 @@ __all__ = [
 
 
 class _Bound(torch.nn.Module):
-    """A function with options, which it prints."""
+    """A function with options, which it prints.
+
+    ``process_group``, where the function takes one, is not copied with the module, nor saved.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        self._ranks = ranks_of(options.pop("process_group", None))
         self.options = options
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shared = [f"process_group of {self._ranks.size} ranks"] if self._ranks.size > 1 else []
+        return ", ".join([*(f"{name}={value!r}" for name, value in self.options.items()), *shared])
 
 
 class MinGoalLoss(Full):
@@ -106,18 +113,28 @@ class MinGoalLoss(Full):
 class TotalCorrelation(_Bound):
     """`bomkern.total_correlation`: (z, mu, logvar), [B, D] each, to [B]."""
 
-    def __init__(self, dataset_size: int | None = None, estimator: str = "mws", *, impl: str | None = None) -> None:
-        super().__init__(dataset_size=dataset_size, estimator=estimator, impl=impl)
+    def __init__(
+        self,
+        dataset_size: int | None = None,
+        estimator: str = "mws",
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__(dataset_size=dataset_size, estimator=estimator, process_group=process_group, impl=impl)
 
     def forward(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        return total_correlation(z, mu, logvar, **self.options)
+        return total_correlation(z, mu, logvar, **self.options, process_group=self._ranks.group)
 
 
 class GaussianTotalCorrelation(_Bound):
     """`bomkern.gaussian_total_correlation`: z [B, D] to a number."""
 
+    def __init__(self, *, process_group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(process_group=process_group)
+
     def forward(self, z: Tensor) -> Tensor:
-        return gaussian_total_correlation(z)
+        return gaussian_total_correlation(z, process_group=self._ranks.group)
 
 
 class GaussianKL(_Bound):
@@ -143,28 +160,49 @@ class ConsistencyVariance(_Bound):
 class CovariancePenalty(_Bound):
     """`bomkern.covariance_penalty`: z [B, D] to [B], or to a number with ``reduction="batch"``."""
 
-    def __init__(self, normalize: bool = False, *, reduction: str = "sample", impl: str | None = None) -> None:
-        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+    def __init__(
+        self,
+        normalize: bool = False,
+        *,
+        reduction: str = "sample",
+        process_group: dist.ProcessGroup | None = None,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, process_group=process_group, impl=impl)
 
     def forward(self, z: Tensor) -> Tensor:
-        return covariance_penalty(z, **self.options)
+        return covariance_penalty(z, **self.options, process_group=self._ranks.group)
 
 
 class ActiveUnits(_Bound):
     """`bomkern.active_units`: mu [B, D] to two numbers, the active and the effective fraction."""
 
-    def __init__(self, threshold: float = 0.1, temperature: float = 0.05, *, impl: str | None = None) -> None:
-        super().__init__(threshold=threshold, temperature=temperature, impl=impl)
+    def __init__(
+        self,
+        threshold: float = 0.1,
+        temperature: float = 0.05,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__(threshold=threshold, temperature=temperature, process_group=process_group, impl=impl)
 
     def forward(self, mu: Tensor) -> tuple[Tensor, Tensor]:
-        return active_units(mu, **self.options)
+        return active_units(mu, **self.options, process_group=self._ranks.group)
 
 
 class LatentStatistics(_Bound):
     """`bomkern.latent_statistics`: (z, mu, logvar), [B, D] each, to its nine fields."""
 
-    def __init__(self, threshold: float = 0.1, temperature: float = 0.05, *, impl: str | None = None) -> None:
-        super().__init__(threshold=threshold, temperature=temperature, impl=impl)
+    def __init__(
+        self,
+        threshold: float = 0.1,
+        temperature: float = 0.05,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__(threshold=threshold, temperature=temperature, process_group=process_group, impl=impl)
 
     def forward(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Statistics:
-        return latent_statistics(z, mu, logvar, **self.options)
+        return latent_statistics(z, mu, logvar, **self.options, process_group=self._ranks.group)

@@ -23,6 +23,7 @@ from ._check import (
     check_units,
     check_views,
 )
+from ._ranks import ALONE, Ranks
 from .constraints import BARRIER, HARD
 
 NONE, MEAN, SUM, MIN = 0, 1, 2, 3
@@ -63,7 +64,7 @@ def deficit(x: Tensor, params: Tensor | None, curves: Tensor | None) -> Tensor:
     return torch.where(d == -torch.inf, torch.inf, d)
 
 
-def _worst(d: Tensor, dim: int) -> Tensor:
+def worst_of(d: Tensor, dim: int) -> Tensor:
     """Lowest index of the largest deficit along ``dim``; a NaN is worse than all."""
     rank = torch.where(d.isnan().any(dim, keepdim=True), d.isnan(), d == d.amax(dim, keepdim=True))
     return rank.to(torch.uint8).argmax(dim)
@@ -85,7 +86,7 @@ def min_goal(
     codes = None if params is None else torch.tensor(list(curves), device=x.device)
 
     every = deficit(x.detach(), params, codes)  # [B, K]
-    winner = _worst(every, 1)
+    winner = worst_of(every, 1)
     worst = every.gather(1, winner[:, None])[:, 0]
     finite = worst.isfinite()
     # The gradient is taken through the bottleneck alone, and not at all where it is not finite.
@@ -93,7 +94,7 @@ def min_goal(
     again = deficit(own, None if params is None else params[winner], None if codes is None else codes[winner])
     per_sample = torch.where(finite, again, worst)
 
-    row = _worst(worst, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
+    row = worst_of(worst, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
     if reduction == NONE:
         loss = per_sample
     elif reduction == MEAN:
@@ -107,20 +108,6 @@ def min_goal(
     takers = winner.index_select(0, row) if reduction == MIN else winner
     share = (takers[:, None] == torch.arange(count, device=x.device)).to(dtype).mean(0)
     return loss, winner, share, torch.exp(-every).mean(0), finite.all()
-
-
-def record_parts(record: Tensor, goals: int, columns: int) -> dict[str, Tensor]:
-    """The parts of records [..., size] of `goal_set`, views of its last axis.
-
-    Of each of G goals ``share`` (who gets the gradient: its mean weight over the samples taken into the loss),
-    ``level`` (mean score) and ``deficit`` (mean); of each of K columns ``raw`` (mean), ``highest`` (the largest finite
-    raw value, -inf if there is none), ``ideal`` and ``slope`` (the first two parameters: 1 / slope is the scale);
-    ``loss`` (its mean over samples where it is one per sample) and ``finite`` (1 or 0).
-    """
-    names = ("share", "level", "deficit", "raw", "highest", "ideal", "slope", "loss", "finite")
-    parts = record.split([goals] * 3 + [columns] * 4 + [1, 1], dim=-1)
-    found = dict(zip(names, parts, strict=True))
-    return {**found, "loss": found["loss"][..., 0], "finite": found["finite"][..., 0]}
 
 
 def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
@@ -143,7 +130,7 @@ def goal_set(
     With ``multipliers`` lambda [G], constants >= 0, it is ``sum_g lambda_g D_bg`` whatever mu, and the shares are
     ``lambda / sum(lambda)``, 0 where all are 0.
 
-    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`, and `record_parts` for what the record holds.
+    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`, and `_records.record_parts` for the record.
     """
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
@@ -158,7 +145,7 @@ def goal_set(
 
     single = deficit(x.detach(), params, codes)  # [B, K]
     every = _mean_of_members(single, member)  # [B, G]
-    winner = _worst(every, 1)
+    winner = worst_of(every, 1)
     worst = every.gather(1, winner[:, None])[:, 0]
     finite = worst.isfinite()
     hard = torch.nn.functional.one_hot(winner, member.shape[1]).to(dtype)
@@ -177,7 +164,7 @@ def goal_set(
         weight, total = given.expand_as(every), given.sum()
         part = torch.where(finite[:, None], given / torch.where(total > 0, total, 1), hard)
 
-    row = _worst(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
+    row = worst_of(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
     if reduction == MEAN:
         loss = per_sample.mean()
     elif reduction == SUM:
@@ -334,6 +321,16 @@ def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return shifted.mean(0) + x[0].detach(), shifted.var(0)
 
 
+def merged_moments(mean: Tensor, variance: Tensor, rows: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance over all ranks' rows, of those of each rank's (Chan et al. 1979); any shape."""
+    means, variances = ranks.gather(torch.stack([mean, variance])).unbind(1)
+    origin, total = means[0].detach(), rows * ranks.size
+    apart = means - origin
+    center = apart.mean(0)
+    between = (apart - center).square().sum(0) * (rows / (total - 1))
+    return center + origin, variances.mean(0) * (ranks.size * (rows - 1) / (total - 1)) + between
+
+
 def units_of(variance: Tensor, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
     """Active and effective fraction, 0-dim each, of column variances [D]. See `bomkern.active_units`."""
     active = torch.sigmoid((variance - threshold) / temperature).mean()
@@ -344,11 +341,12 @@ def units_of(variance: Tensor, threshold: float, temperature: float) -> tuple[Te
     return active, torch.where(total == 0, 0, torch.exp(entropy) / len(variance))
 
 
-def active_units(mu: Tensor, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+def active_units(mu: Tensor, threshold: float, temperature: float, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
     """Active and effective fraction of the dimensions, 0-dim each. See `bomkern.active_units`."""
-    _, _, dtype = check_matrices(2, mu=mu)
+    rows, _, dtype = check_matrices(2, mu=mu)
     check_units(threshold, temperature)
-    return units_of(column_moments(mu.to(dtype))[1], threshold, temperature)
+    moments = merged_moments(*column_moments(mu.to(dtype)), rows, ranks)
+    return units_of(moments[1], threshold, temperature)
 
 
 def latent_statistics(
@@ -363,20 +361,29 @@ def latent_statistics(
     return kl, logvar.mean(1), logvar.square().mean(1), *moments, *units_of(moments[3], threshold, temperature)
 
 
-def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool) -> Tensor:
+def centered(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """x less its column means over all ranks' rows, and the means, [D], without gradient."""
+    first = x[0].detach()  # taken off before the mean is: no digits are lost where all values are far from 0
+    firsts, means = ranks.gather(torch.stack([first, (x - first).mean(0)])).unbind(1)
+    origin = firsts[0].detach()
+    mean = (firsts.detach() - origin + means).mean(0)
+    return x - origin - mean, (origin + mean).detach()
+
+
+def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool, ranks: Ranks = ALONE) -> Tensor:
     """``B/(B-1) x' offdiag(C) x / D`` of each sample, [B], or ``sum_{i != j} C_ij^2 / D``, 0-dim.
 
     See `bomkern.covariance_penalty`.
     """
-    batch, dims, dtype = check_matrices(2, z=z)
-    z = z.to(dtype)
-    x = z - z[0].detach()  # no digits are lost where all values are far from 0
-    x = x - x.mean(0)
+    rows, dims, dtype = check_matrices(2, z=z)
+    batch = rows * ranks.size
+    x, mean = centered(z.to(dtype), ranks)
+    c = ranks.total(x.T @ x) / (batch - 1)
     if normalize:
-        variance, mean = x.square().sum(0) / (batch - 1), z.detach().mean(0)
+        variance = c.diagonal()
         constant = variance.detach().sqrt() <= torch.finfo(dtype).eps * mean.abs()
-        x = x / torch.where(constant, torch.inf, variance).sqrt()
-    c = x.T @ x / (batch - 1)
+        inverse = torch.where(constant, torch.inf, variance).rsqrt()
+        c, x = c * inverse * inverse[:, None], x * inverse
     off = c - torch.diag(c.diagonal())
     if not per_sample:
         return off.square().sum() / dims

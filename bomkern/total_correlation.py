@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from . import _impl
 from ._check import FLOATS, check_latents
+from ._ranks import ranks_of
 
 ESTIMATORS = {"mws": False, "mss": True}
 
@@ -18,6 +20,7 @@ def total_correlation(
     dataset_size: int | None = None,
     estimator: str = "mws",
     *,
+    process_group: dist.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Total correlation of a latent code, per sample, in nats: ``log q(z_b) - sum_d log q(z_bd)``.
@@ -35,6 +38,10 @@ def total_correlation(
         dataset_size: N, the number of samples that the model trains on, for the weights; None weighs plainly 1/B.
         estimator: "mws", minibatch weighted sampling: w = 1/(N B). "mss", minibatch stratified sampling: with
             M = B - 1, 1/N for a sample's own component, (N - M)/(N M) for the next one, 1/M for the rest.
+        process_group: the ranks that share the batch, each with B samples of it, the same number. Each gets the values
+            of its own samples under the mixture of all W B posteriors, as one process with the whole batch would, and
+            gradients that DistributedDataParallel averages to that process's. mu and logvar are gathered, and their
+            gradients scattered: memory is O(W B D) and time O(W B^2 D) on each rank.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
 
     Returns:
@@ -63,10 +70,18 @@ def total_correlation(
     if not isinstance(z, Tensor) or not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_latents(z, mu, logvar)  # raises
     serve = _impl.resolve("total_correlation", z.device.type, impl)
-    return serve(z, mu, logvar, dataset_size, ESTIMATORS[estimator])
+    stratified, ranks = ESTIMATORS[estimator], ranks_of(process_group)
+    if ranks.size == 1:
+        return serve(z, mu, logvar, dataset_size, stratified)
+    rows, dims, dtype = check_latents(z, mu, logvar)
+    ranks.check_shape("z", z)
+    # In the compute dtype: gradients of halves would be rounded before they are added up.
+    posteriors = ranks.gather(torch.cat([mu, logvar], 1).to(dtype)).flatten(0, 1)
+    first = ranks.rank * rows
+    return serve(z, posteriors[:, :dims], posteriors[:, dims:], dataset_size, stratified, first)
 
 
-def gaussian_total_correlation(z: Tensor) -> Tensor:
+def gaussian_total_correlation(z: Tensor, *, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """Total correlation of the Gaussian with the sample covariance C of z, in nats: ``(sum_d log C_dd - log det C)/2``.
 
     The batch-level companion of `total_correlation`: one D x D Cholesky factor, no posterior, and no offset from
@@ -75,6 +90,8 @@ def gaussian_total_correlation(z: Tensor) -> Tensor:
 
     Args:
         z: [B, D], B > D >= 1: fewer samples have a singular covariance. float16, bfloat16, float32 or float64.
+        process_group: the ranks that share the batch, each with B samples of it, the same number: the covariance of all
+            W B > D, for which D x D products are added up. See `total_correlation` for gradients.
 
     Returns:
         0-dim, float32 (float64 for float64), at least 0 up to rounding. inf, without gradient, where a column is
@@ -88,15 +105,21 @@ def gaussian_total_correlation(z: Tensor) -> Tensor:
         raise TypeError(f"z must be a tensor, got {type(z).__name__}")
     if z.dtype not in FLOATS:
         raise TypeError(f"z must be float16, bfloat16, float32 or float64, got {z.dtype}")
-    if z.dim() != 2 or z.shape[1] == 0 or z.shape[0] <= z.shape[1]:
-        raise ValueError(f"z must have shape [B, D] with more samples than dimensions, got {list(z.shape)}")
+    ranks = ranks_of(process_group)
+    if z.dim() != 2 or z.shape[1] == 0 or z.shape[0] == 0 or z.shape[0] * ranks.size <= z.shape[1]:
+        several = f" of {ranks.size} ranks" if ranks.size > 1 else ""
+        raise ValueError(f"z must have shape [B, D] with more samples than dimensions, got {list(z.shape)}{several}")
+    ranks.check_shape("z", z)
     x = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-    constant = x.amax(0) == x.amin(0)  # asked before the mean, whose rounding can leave a spread
-    x = x - x.mean(0)
-    x = x / torch.where(constant, 1, x.detach().abs().amax(0))  # no scale: squares neither overflow nor vanish
+    low, high, mean = ranks.gather(torch.stack([-x.detach().amin(0), x.detach().amax(0), x.mean(0)])).unbind(1)
+    lowest, highest, mean = -low.detach().amax(0), high.detach().amax(0), mean.mean(0)
+    constant = highest == lowest  # asked before the mean, whose rounding can leave a spread
+    # No scale: squares neither overflow nor vanish.
+    x = (x - mean) / torch.where(constant, 1, torch.maximum(highest - mean, mean - lowest).detach())
+    products = ranks.total(x.T @ x)
     # The correlation matrix has the same total correlation as the covariance.
-    x = x / torch.where(constant, 1, x.norm(dim=0))
-    correlation = x.T @ x
+    inverse = torch.where(constant, 1, products.diagonal()).rsqrt()
+    correlation = products * inverse * inverse[:, None]
     with torch.no_grad():
         factor, failed = torch.linalg.cholesky_ex(correlation)
         # What is left of a copied column's variance, 1, is the rounding of the product.

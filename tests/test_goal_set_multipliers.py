@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bomkern import ConstraintTable, Minimize, _impl
-from bomkern.reference import record_parts
+from bomkern._records import record_parts
 from tests.conftest import run_again
 from tests.statistics_helpers import only_cpu
 from tests.test_goal_set_op import (

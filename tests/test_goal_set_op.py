@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bomkern import Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, _impl, min_goal_loss
+from bomkern._records import record_parts
 from bomkern.min_goal import REDUCTIONS as CODES
-from bomkern.reference import record_parts
 from tests.conftest import assert_as_good_as_eager, servers
 from tests.statistics_helpers import only_cpu, shuffled
 from tests.test_min_goal import LAYOUTS, SIX

@@ -49,9 +49,7 @@ def everything(**rule: Any) -> GoalSet:
         "moving": Anchored(0.5, 1.0, moving=True),
         "both": Group(a=Anchored(0.0, 2.0), b=Fixed(Upper(1.0, 0.5))),
     }
-    made = GoalSet(goals, **rule)
-    made.gather = lambda x: torch.cat([x.reshape(-1), x.reshape(-1)])
-    return made
+    return GoalSet(goals, **rule)
 
 
 def values(device: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from bomkern import Anchored, GoalSet, Group, Minimize, Spill
 
@@ -96,18 +95,6 @@ def test_state_is_taken_back_kept_in_evaluation_and_checkpointed() -> None:
     again = make()
     again.load_state_dict(state)
     assert torch.equal(again(raw(3)).loss, goals.train()(raw(3)).loss)
-
-
-def test_ranks_average_over_all_ranks_that_are_gathered() -> None:
-    goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), spill=0.5)
-    other = torch.tensor([0.0, 9.0])  # of the other process
-
-    def gather(x: Tensor) -> Tensor:
-        return torch.stack([x, other]).flatten()
-
-    goals.gather = gather
-    share = feed(goals, {"a": torch.tensor([1.0]), "b": torch.tensor([0.0])}, 2).share
-    assert share[1] > share[0]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ class Trainer:
         ]
         self.model, self._step_vae = fabric.setup(self.vae, self.optimizers[0])
         self.judge, self._step_judge = fabric.setup(self.discriminator, self.optimizers[1])
+        group = torch.distributed.group.WORLD if fabric.world_size > 1 else None
         hard = config.temperature == 0 and config.spill_ratio == 0  # a sample gives gradient to one goal alone
         chosen = policies(config.scales, config.batch_size, config.calibration_steps)
         self.goals = GoalSet(
@@ -101,11 +102,10 @@ class Trainer:
             impl=config.impl,
             # Not "auto", which times things: a run that is resumed gives the bits of one that was not. Not on a GPU,
             # where the host would have to wait for the rows, and nobody has measured what that costs.
-            route="always" if hard and self.device.type == "cpu" else "never",
+            route="always" if hard and self.device.type == "cpu" and group is None else "never",
+            process_group=group,
         )
         self.goals.to(self.device)
-        if fabric.world_size > 1:
-            self.goals.gather = lambda raw: cast(Tensor, fabric.all_gather(raw)).flatten()
         self.tally = Tally(self.device)
         sample = crops.batch(TRIVIAL_CROPS, self._host_rng(TRIVIAL, 0))
         self.trivial = goal.trivial_answers(to_float(sample, self.device))
