@@ -10,6 +10,7 @@ bench/results/ranks.json. tests/test_ranks.py holds the differences to rounding.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 import bomkern
+from bench import machine
 from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, ShareGuard, Tracking, _ranks
 from bomkern.goal_set import REDUCTIONS
 
@@ -243,7 +245,16 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def main() -> None:
-    found: dict[str, Any] = {"worlds": list(WORLDS), "batch": BATCH, "differences": {}, "scaling": {}, "scale": SCALE}
+    found: dict[str, Any] = {
+        "command": "python -m bench.ranks",
+        "machine": machine.name(),
+        "cores": os.cpu_count(),
+        "worlds": list(WORLDS),
+        "batch": BATCH,
+        "scale": SCALE,
+        "differences": {},
+        "scaling": {},
+    }
     truth = {str(dtype): alone(dtype) for dtype in (torch.float32, torch.float64)}
     for world in WORLDS:
         each = on_ranks(world)

@@ -5,6 +5,7 @@ A page says where, in a line of its own:
     <!-- bench CASE -->         time and memory of a case of bench/page.py, for each machine whose results are kept
     <!-- report PART -->        a part of the report: one of `PARTS`
     <!-- faults -->             how well `bomkern.diagnose` finds faults that were planted
+    <!-- ranks -->              one batch on several processes: differences, and what is sent
     <!-- from PAGE: HEADING --> a section of a page in bench/results
 
 and the pages and pictures of bench/results are part of the site, as results/. Nothing here needs torch.
@@ -23,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from bench import page as report  # noqa: E402
 from bench.results import HERE, Results, committed  # noqa: E402
-from bench.tables import Lines, against, by_size, memory, table, text  # noqa: E402
+from bench.tables import Lines, against, by_size, memory, table, text, time  # noqa: E402
 
-MARKER = re.compile(r"^<!-- (bench|report|faults|from)\b ?(.*?) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (bench|report|faults|ranks|from)\b ?(.*?) -->$", re.MULTILINE)
 PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
 
 
@@ -39,7 +40,13 @@ def expand(markdown: str) -> str:
     Raises:
         Missing: there is nothing to show for one of them.
     """
-    writers = {"bench": bench, "report": part, "faults": lambda _: faults(), "from": section}
+    writers = {
+        "bench": bench,
+        "report": part,
+        "faults": lambda _: faults(),
+        "ranks": lambda _: ranks(),
+        "from": section,
+    }
     return MARKER.sub(lambda found: "\n".join(writers[found[1]](found[2])).strip(), markdown)
 
 
@@ -96,6 +103,35 @@ def faults() -> Lines:
         for fault, row in found["faults"].items()
     ]
     return lines + table(["planted", "runs", "named", "median steps until it is"], rows)
+
+
+def ranks() -> Lines:
+    path = HERE / "ranks.json"
+    if not path.exists():
+        raise Missing("bench/results/ranks.json is not there: `python -m bench.ranks` writes it")
+    found: dict[str, Any] = json.loads(path.read_text())
+    worlds, scale = found["worlds"], found["scale"]
+    lines = text(
+        f"`{found['command']}` gives {found['batch']} samples to {', '.join(map(str, worlds))} gloo processes, and "
+        "compares values and gradients, of a GoalSet the losses, weights and history of some steps, with those of a "
+        "process that has all of them and no group. Largest difference over the largest value:"
+    )
+    rows = [
+        [f"`{name}`", *(f"{x:.0e}" if x else "0" for values in row.values() for x in values)]
+        for name, row in found["differences"].items()
+    ]
+    dtypes = list(next(iter(found["differences"].values())))
+    lines += table(["", *(f"{dtype}, {world}" for dtype in dtypes for world in worlds)], rows)
+    lines += text(
+        f"A batch of {scale['batch']:,} with D = {scale['dims']} in float32, forward and backward on one thread a "
+        f"process, median of {scale['calls']} on {found['cores']} cores ({found['machine']}); in brackets what a rank "
+        "is handed by the others and hands over, both directions together:"
+    )
+    rows = [
+        [f"`{name}`", *(f"{time(run['seconds'])} ({run['numbers'] * 4 / 1e6:.3g} MB)" for run in runs)]
+        for name, runs in found["scaling"].items()
+    ]
+    return lines + table(["", *(f"{world} process{'es' * (world > 1)}" for world in worlds)], rows)
 
 
 def section(asked: str) -> Lines:
