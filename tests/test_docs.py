@@ -102,3 +102,8 @@ def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert code
     exec(code[1], {})
     assert "recon" in capsys.readouterr().out
+
+
+def test_the_plain_loop_of_the_readme_is_the_example() -> None:
+    root = DOCS.parent
+    assert (root / "examples" / "plain_loop.py").read_text().strip() in (root / "README.md").read_text()
