@@ -70,7 +70,6 @@ template <class S> Inputs<S> describe(const Tensor& z, const Tensor& mu, const T
 }
 
 template <bool Cuda, class Arguments> void launch(const Arguments& a, const Tensor& like) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!Cuda || a.in.rows == a.in.batch, "first is not served by the CUDA kernels yet");
 #ifdef BOMKERN_CUDA
   constexpr int64_t most = max_cuda_dims<std::remove_const_t<std::remove_pointer_t<decltype(a.joint)>>>;
   TORCH_CHECK_VALUE(!Cuda || a.in.dims <= most, "z must have at most ", most, " dimensions on the CUDA kernels, got ",

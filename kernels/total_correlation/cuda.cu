@@ -84,7 +84,7 @@ int64_t splits_of(int64_t tiles, int64_t length, int64_t slots, int64_t bytes) {
 }
 
 template <class S> Weights<S> weights_of(const Inputs<S>& in) {
-  return {S(std::log2(double(in.own))), S(std::log2(double(in.next))), in.batch};
+  return {S(std::log2(double(in.own))), S(std::log2(double(in.next))), int(in.batch), int(in.first)};
 }
 
 template <class S> PackLaunch<S> pack_of(const Inputs<S>& in, const S* marginal, Workspace& workspace) {
@@ -99,7 +99,7 @@ template <class S> PackLaunch<S> pack_of(const Inputs<S>& in, const S* marginal,
   const int64_t padded = int64_t(l.chunks) * width;
   l.columns = workspace.take<Column<S>>(l.slices * padded);
   l.components = workspace.take<S>(in.batch * padded * component_fields);
-  l.rows = workspace.take<S>(in.batch * padded * (marginal ? 2 : 1));
+  l.rows = workspace.take<S>(in.rows * padded * (marginal ? 2 : 1));
   return l;
 }
 
@@ -111,17 +111,18 @@ template <class S> cudaError_t pack(const PackLaunch<S>& l, cudaStream_t stream)
 }
 
 template <class S> bool valid(const Inputs<S>& in) {
-  return in.batch >= 1 && in.dims >= 1 && in.dims <= max_cuda_dims<S> && in.batch <= 1 << 30;
+  return in.rows >= 1 && in.first >= 0 && in.rows <= in.batch - in.first && in.batch <= 1 << 30 && in.dims >= 1 &&
+         in.dims <= max_cuda_dims<S>;
 }
 
 template <class S> size_t shared_of(const Geometry& g, int chunks) { return ForwardShared<S>(g, chunks).bytes(); }
 
-// Full blocks where the batch has rows for them; as many components a barrier as two blocks' shared memory allows.
-template <class S> Geometry geometry_of(int64_t batch, int chunks, int n) {
+// Full blocks where there are rows for them; as many components a barrier as two blocks' shared memory allows.
+template <class S> Geometry geometry_of(int64_t rows, int chunks, int n) {
   Geometry g{};
   g.groups = chunks / n;
   const int threads = g.groups <= 64 ? 256 : max_threads<S>;
-  g.quads = int(min(int64_t(max(threads / g.groups, 1)), ceil_div(batch, owned<S>)));
+  g.quads = int(min(int64_t(max(threads / g.groups, 1)), ceil_div(rows, owned<S>)));
   g.threads = int(ceil_div(g.groups * g.quads, warp_size)) * warp_size;
   g.tile = 4;
   while (g.tile > 2 && shared_of<S>(g, chunks) > plain_shared) g.tile /= 2;
@@ -137,14 +138,14 @@ template <class S> struct ForwardPlan {
 
   ForwardPlan(const Forward<S>& a, void* memory) : l{} {
     Workspace workspace(memory);
-    const int64_t batch = a.in.batch;
+    const int64_t rows = a.in.rows, batch = a.in.batch;
     pack = pack_of<S>(a.in, nullptr, workspace);
     n = thread_chunks<S>(a.in.dims);
     l.a = a;
     l.in = {pack.components, pack.rows, pack.chunks};
     l.weights = weights_of(a.in);
-    l.geometry = geometry_of<S>(batch, pack.chunks, n);
-    l.tiles = ceil_div(batch, l.geometry.quads * owned<S>);
+    l.geometry = geometry_of<S>(rows, pack.chunks, n);
+    l.tiles = ceil_div(rows, l.geometry.quads * owned<S>);
     l.padded_rows = l.tiles * l.geometry.quads * owned<S>;
     const int64_t sums = int64_t(pack.chunks) * width * l.padded_rows;
     const int together = max_threads<S> / l.geometry.threads;  // blocks that a multiprocessor has registers for
@@ -172,7 +173,7 @@ template <class S> cudaError_t forward(const Forward<S>& a, void* workspace, cud
   }
   error = launch(kernel, l.tiles * l.splits, l.geometry.threads, shared, stream, l);
   if (error != cudaSuccess) return error;
-  return launch(finish_kernel<S>, ceil_div(a.in.batch, warp_size), finish_threads, finish_threads * sizeof(double),
+  return launch(finish_kernel<S>, ceil_div(a.in.rows, warp_size), finish_threads, finish_threads * sizeof(double),
                 stream, l);
 }
 
@@ -230,36 +231,35 @@ template <class S, Side side> struct GradientPlan {
 template <class S> struct BackwardPlan {
   PackLaunch<S> pack;
   Packed<S> in;
-  int side;  // of a square
+  int row_side, component_side;  // of a square
   int64_t sums;
   S *by_row, *by_component, *memory;
   size_t bytes;
 
   BackwardPlan(const Backward<S>& a, void* base) {
     Workspace workspace(base);
-    const int64_t batch = a.in.batch;
     pack = pack_of<S>(a.in, a.marginal, workspace);
     in = {pack.components, pack.rows, pack.chunks};
-    side = int(min(batch, int64_t(square)));
-    const int64_t padded = ceil_div(side, square_padding) * square_padding;
-    by_row = workspace.take<S>(padded * square);
-    by_component = workspace.take<S>(padded * square);
+    row_side = int(min(a.in.rows, int64_t(square)));
+    component_side = int(min(a.in.batch, int64_t(square)));
+    by_row = workspace.take<S>(ceil_div(row_side, square_padding) * square_padding * square);
+    by_component = workspace.take<S>(ceil_div(component_side, square_padding) * square_padding * square);
     sums = 0;
-    for (const auto [owners, met] : sizes(batch)) {
-      if (a.grad_z) sums = max(sums, GradientPlan<S, Side::rows>(a, in, owners, met).sums);
-      if (a.grad_mu || a.grad_logvar) sums = max(sums, GradientPlan<S, Side::components>(a, in, owners, met).sums);
+    for (const int rows : sizes(a.in.rows, row_side)) {
+      for (const int components : sizes(a.in.batch, component_side)) {
+        if (a.grad_z) sums = max(sums, GradientPlan<S, Side::rows>(a, in, rows, components).sums);
+        if (a.grad_mu || a.grad_logvar) {
+          sums = max(sums, GradientPlan<S, Side::components>(a, in, components, rows).sums);
+        }
+      }
     }
     memory = workspace.take<S>(sums);
     bytes = workspace.bytes();
   }
 
-  struct Size {
-    int owners, met;
-  };
-  // The squares that there are: full ones, and the rest of the batch on either side.
-  std::array<Size, 4> sizes(int64_t batch) const {
-    const int rest = batch % side ? int(batch % side) : side;
-    return {{{side, side}, {side, rest}, {rest, side}, {rest, rest}}};
+  // What a square has of `count` rows or components: a full side, or the rest.
+  static std::array<int, 2> sizes(int64_t count, int side) {
+    return {side, count % side ? int(count % side) : side};
   }
 };
 
@@ -291,11 +291,10 @@ template <class S> cudaError_t backward(const Backward<S>& a, void* workspace, c
   if (!valid(a.in) || workspace == nullptr) return cudaErrorInvalidValue;
   const BackwardPlan<S> plan(a, workspace);
   cudaError_t error = pack(plan.pack, stream);
-  const int64_t batch = a.in.batch;
-  for (int64_t b = 0; b < batch && error == cudaSuccess; b += plan.side) {
-    const Range rows{b, int(min(int64_t(plan.side), batch - b))};
-    for (int64_t i = 0; i < batch && error == cudaSuccess; i += plan.side) {
-      const Range components{i, int(min(int64_t(plan.side), batch - i))};
+  for (int64_t b = 0; b < a.in.rows && error == cudaSuccess; b += plan.row_side) {
+    const Range rows{b, int(min(int64_t(plan.row_side), a.in.rows - b))};
+    for (int64_t i = 0; i < a.in.batch && error == cudaSuccess; i += plan.component_side) {
+      const Range components{i, int(min(int64_t(plan.component_side), a.in.batch - i))};
       error = responsibilities(plan, a, rows, components, stream);
       if (error == cudaSuccess && rows_wanted) {
         GradientPlan<S, Side::rows> side(a, plan.in, rows.count, components.count);

@@ -2,8 +2,8 @@
 //
 // All pointers are device memory of the current device; the caller sets the device guard. Launches are asynchronous on
 // the stream, safe in a CUDA graph, and share no state with one another. No output needs to be initialised, and two
-// runs on the same kind of device give the same bits. At most max_cuda_dims<S> dimensions and 2^30 samples: more give
-// cudaErrorInvalidValue.
+// runs on the same kind of device give the same bits. At most max_cuda_dims<S> dimensions and 2^30 components, and
+// rows that are some of the batch's, [first, first + rows): else cudaErrorInvalidValue.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <stddef.h>

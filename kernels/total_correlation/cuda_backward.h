@@ -15,7 +15,7 @@ constexpr int square = 2048;        // rows, or components, of a square at most
 constexpr int square_padding = 128;  // its sides in memory are multiples of this
 constexpr int backward_threads = 256;
 
-// The part of the batch that a launch covers.
+// The rows, or components, that a launch covers.
 struct Range {
   int64_t begin;
   int count;
@@ -290,8 +290,8 @@ __global__ void __launch_bounds__(backward_threads, gradient_blocks<S>)
     if (!works) continue;
     const int n = min(met_tile, count - from);
     const int64_t owner = l.owners.begin + first_owner, met = l.met.begin + first_met + from;
-    const bool band = in.stratified && (by_rows ? in_band(met, n, owner, l.quads * R, in.batch)
-                                                : in_band(owner, l.quads * R, met, n, in.batch));
+    const bool band = in.stratified && (by_rows ? l.weights.touch(owner, l.quads * R, met, n)
+                                                : l.weights.touch(met, n, owner, l.quads * R));
     const S* const at = memory + buffer * met_tile * element.size;
     if (band) {
       meet(from, n, at, Constant<true>());

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
   S z[dims][R], sum[dims][R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    const int64_t row = min(first_row + q * R + r, in.batch - 1);
+    const int64_t row = min(first_row + q * R + r, in.rows - 1);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const auto values = load<Chunk<S>>(l.in.rows + (row * l.in.chunks + (works ? g * N + k : 0)) * width);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
   const int shift = threads - T * geometry.quads % threads;
   int turn = tid;
   const auto collect = [&](int from, int n, int buffer, bool segment_ends) {
-    const bool band = in.stratified && in_band(begin + from, n, first_row, block_rows, in.batch);
+    const bool band = in.stratified && l.weights.touch(first_row, block_rows, begin + from, n);
     for (int e = turn; e < n * geometry.quads; e += threads) {
       const S* p = memory + shared.partial(buffer) + e * R;
       Vec<S> total{};
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
     if (from >= count) break;
     fetch(from + T, buffer ^ 1);
     const int n = min(T, count - from);
-    const bool band = in.stratified && in_band(begin + from, n, first_row, block_rows, in.batch);
+    const bool band = in.stratified && l.weights.touch(first_row, block_rows, begin + from, n);
     if (works && band) meet(from, n, buffer, Constant<true>());
     if (works && !band) meet(from, n, buffer, Constant<false>());
     const bool segment_ends = (from + n) % segment == 0 || from + n == count;
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(finish_threads, 1) finish_kernel(const __grid_
   constexpr int warps = finish_threads / warp_size;
   constexpr S too_small = S(8.271806125530277e-25);  // 2^-80: beside it terms below 2^-126, lost or not, do not count
   const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-  const int64_t first = int64_t(blockIdx.x) * warp_size, row = min(first + lane, l.a.in.batch - 1);
-  const bool inside = first + lane < l.a.in.batch;
+  const int64_t first = int64_t(blockIdx.x) * warp_size, row = min(first + lane, l.a.in.rows - 1);
+  const bool inside = first + lane < l.a.in.rows;
   BOMKERN_SHARED_BYTES(bytes);
   double* const totals = reinterpret_cast<double*>(bytes);  // [warps, 32]
 
@@ -252,10 +252,10 @@ __global__ void __launch_bounds__(finish_threads, 1) finish_kernel(const __grid_
     unsigned redo = __ballot_sync(all_lanes, sum < too_small);
     for (int other = 0; redo; ++other, redo >>= 1) {
       if (!(redo & 1)) continue;
-      const S exact = exact_marginal(l, min(first + other, l.a.in.batch - 1), d);
+      const S exact = exact_marginal(l, min(first + other, l.a.in.rows - 1), d);
       if (lane == other) marginal = exact;
     }
-    if (inside) l.a.marginal[d * l.a.in.batch + row] = marginal;
+    if (inside) l.a.marginal[d * l.a.in.rows + row] = marginal;
     total += marginal;
   }
   totals[threadIdx.x] = total;

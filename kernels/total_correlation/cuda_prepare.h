@@ -30,11 +30,11 @@ template <class S> struct Column {
 template <class S> struct PackLaunch {
   Inputs<S> in;
   Weights<S> weights;
-  const S* marginal;  // null in forward
-  Column<S>* columns;  // [slices, chunks * 4]: of each slice of rows
+  const S* marginal;   // null in forward
+  Column<S>* columns;  // [slices, chunks * 4]: of each slice of the components
   S* components;
   S* rows;
-  int64_t slice_rows;
+  int64_t slice_rows;  // matrix rows of a slice: components, and rows of z as far as there are any
   int chunks, slices, dim_blocks;
 };
 
@@ -93,14 +93,17 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constan
     S z = 0, mu = 0, a = 0, c = 0, marginal = 0;
     if (inside) {
       const S logvar = element<S>(l.in.logvar, i, d);
-      z = element<S>(l.in.z, i, d);
       mu = element<S>(l.in.mu, i, d);
       a = S(half_log2_e * exp(-double(logvar)));
       c = S(half_log2_e * (center - double(logvar)));
-      if (l.marginal) marginal = l.marginal[d * l.in.batch + i];
+      if (i < l.in.rows) {
+        z = element<S>(l.in.z, i, d);
+        if (l.marginal) marginal = l.marginal[d * l.in.rows + i];
+      }
     }
     S* const component = l.components + (i * l.chunks + chunk) * (component_fields * width) + at;
     component[0] = mu, component[width] = a, component[2 * width] = c;
+    if (i >= l.in.rows) continue;  // never more than components: R <= B
     S* const row = l.rows + (i * l.chunks + chunk) * (fields * width) + at;
     row[0] = z;
     if (l.marginal) row[width] = marginal;

@@ -8,7 +8,7 @@
 //
 // The inputs, of any dtype and strides, are packed once into records of four dimensions that 16-byte copies can move:
 //   components: [B, chunks, 3, 4]  mu, a, c - C  of total_correlation.h
-//   rows:       [B, chunks, fields, 4]  z, and in backward the marginal
+//   rows:       [R, chunks, fields, 4]  z, and in backward the marginal
 // Dimensions past the last are 0 everywhere: their terms are 0, which no sum over dimensions sees.
 #pragma once
 #include "../common/cuda_math.h"
@@ -72,17 +72,17 @@ template <class S> struct Term {
 // where one component is all there is.
 template <class S> struct Weights {
   S own, next;
-  int64_t batch;
-  BOMKERN_HD S at(int64_t row, int64_t component) const {
-    if (component == row) return own;
-    return component == (row + 1 == batch ? 0 : row + 1) ? next : S(0);
+  int batch, first;  // at most 2^30, so that what follows fits an int
+  BOMKERN_HD S at(int row, int component) const {
+    if (component - first == row) return own;
+    return component == (row + 1 == batch - first ? 0 : first + row + 1) ? next : S(0);
+  }
+  // Whether any of the components [from, from + n) is a row's own, or its next, among the rows [row, row + count).
+  BOMKERN_HD bool touch(int row, int count, int from, int n) const {
+    const int first_of = from - first;  // the row whose own `from` is
+    return (first_of <= row + count && first_of + n > row) || (from == 0 && row + count >= batch - first);
   }
 };
-
-// Whether any of the components [from, from + n) is a row's own, or its next, among the rows [first, first + count).
-BOMKERN_HD bool in_band(int64_t from, int n, int64_t first, int count, int64_t batch) {
-  return (from <= first + count && from + n > first) || (from == 0 && first + count >= batch);
-}
 
 // A running sum of powers of two that cannot overflow.
 template <class S> struct PowerSum {

@@ -1,6 +1,8 @@
 // Runs total_correlation's CUDA kernels under the emulator against the formula written out in double.
 #include "emulator.h"
 
+#include <sys/mman.h>
+
 #include "../../kernels/total_correlation/cuda.h"
 
 using namespace bomkern;
@@ -44,36 +46,59 @@ struct Setting {
   Data data = Data::plain;
   bool stratified = false, layout = false;  // layout: any strides, any dtypes
   int gradients = 7;                        // a bit each: z, mu, logvar
+  int64_t some_rows = 0, first = 0;         // 0 rows: all
+  int64_t rows() const { return some_rows ? some_rows : batch; }
 };
 
-// A [B, D] input somewhere in memory, and the values that were stored there.
+// Bytes before a page that nobody may touch: a read past the end ends the check.
+class Fenced {
+ public:
+  explicit Fenced(size_t bytes) : size_((bytes + page - 1) / page * page + page) {
+    void* const base = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) emu::fail("no memory");
+    base_ = static_cast<unsigned char*>(base);
+    memset(base_, 0xff, size_ - page);
+    if (mprotect(base_ + size_ - page, page, PROT_NONE) != 0) emu::fail("a page that cannot be protected");
+    data = base_ + size_ - page - bytes;
+  }
+  Fenced(const Fenced&) = delete;
+  ~Fenced() { munmap(base_, size_); }
+  unsigned char* data;
+
+ private:
+  static constexpr size_t page = 65536;  // a multiple of any system's
+  size_t size_;
+  unsigned char* base_;
+};
+
+// A [count, D] input somewhere in memory, and the values that were stored there.
 struct Input {
-  std::vector<unsigned char> memory;
+  std::unique_ptr<Fenced> memory;
   std::vector<double> value;
   Matrix matrix;
 
-  Input(const Setting& s, DType dtype) : value(s.batch * s.dims) {
+  Input(const Setting& s, DType dtype, int64_t count) : value(count * s.dims) {
     const int64_t gap = s.layout ? 1 + below(3) : 1;
     const bool transposed = s.layout && below(2);
     matrix.stride[0] = transposed ? gap : s.dims * gap + (s.layout ? below(3) : 0);
-    matrix.stride[1] = transposed ? s.batch * gap : gap;
+    matrix.stride[1] = transposed ? count * gap : gap;
     matrix.dtype = dtype;
-    const int64_t last = (s.batch - 1) * matrix.stride[0] + (s.dims - 1) * matrix.stride[1];
-    memory.assign((last + 1) * size_of(dtype), 0xff);
-    matrix.data = memory.data();
+    const int64_t last = (count - 1) * matrix.stride[0] + (s.dims - 1) * matrix.stride[1];
+    memory = std::make_unique<Fenced>((last + 1) * size_of(dtype));
+    matrix.data = memory->data;
   }
   void put(int64_t b, int64_t d, int64_t dims, double x) {
     const int64_t at = b * matrix.stride[0] + d * matrix.stride[1];
     const float f = float(x);
     double& stored = value[b * dims + d];
     if (matrix.dtype == DType::f64) {
-      reinterpret_cast<double*>(memory.data())[at] = stored = x;
+      reinterpret_cast<double*>(memory->data)[at] = stored = x;
     } else if (matrix.dtype == DType::f32) {
-      reinterpret_cast<float*>(memory.data())[at] = f, stored = f;
+      reinterpret_cast<float*>(memory->data)[at] = f, stored = f;
     } else {
       const bool bf = matrix.dtype == DType::bf16;
       const uint16_t half = bf ? __float2bfloat16_rn(f).bits : __float2half_rn(f).bits;
-      reinterpret_cast<uint16_t*>(memory.data())[at] = half;
+      reinterpret_cast<uint16_t*>(memory->data)[at] = half;
       stored = bf ? __bfloat162float({half}) : __half2float({half});
     }
   }
@@ -88,7 +113,8 @@ template <class S> struct Problem {
   static DType dtype(const Setting& s) {
     return s.layout ? DType(below(sizeof(S) == 8 ? 4 : 3)) : sizeof(S) == 8 ? DType::f64 : DType::f32;
   }
-  explicit Problem(const Setting& s) : s(s), z(s, dtype(s)), mu(s, dtype(s)), logvar(s, dtype(s)) {
+  explicit Problem(const Setting& s)
+      : s(s), z(s, dtype(s), s.rows()), mu(s, dtype(s), s.batch), logvar(s, dtype(s), s.batch) {
     for (int64_t b = 0; b < s.batch; ++b) {
       for (int64_t d = 0; d < s.dims; ++d) {
         const double m = normal(), far = s.data == Data::far && (b % 3 == 0 || d % 5 == 1) ? 30 + uniform(0, 10) : 0;
@@ -96,21 +122,23 @@ template <class S> struct Problem {
         // From dimension to dimension wider, and the samples of the first lie between all components.
         if (s.data == Data::narrow) lv = -30 + 50 * (d + uniform(0, 1)) / s.dims, deviation = 0.6;
         mu.put(b, d, s.dims, m), logvar.put(b, d, s.dims, lv);
-        z.put(b, d, s.dims, m + deviation * normal() + far);
+        const double sample = m + deviation * normal() + far;
+        const int64_t row = b - s.first;
+        if (row >= 0 && row < s.rows()) z.put(row, d, s.dims, sample);
       }
     }
     for (int64_t d = 0; d < s.dims && s.data == Data::duplicates; ++d) {
       for (int64_t b = 1; b < s.batch; ++b) {
         mu.put(b, d, s.dims, mu.value[d]), logvar.put(b, d, s.dims, logvar.value[d]);
-        if (b % 2) z.put(b, d, s.dims, z.value[d]);
+        if (b % 2 && b < s.rows()) z.put(b, d, s.dims, z.value[d]);
       }
     }
     const int64_t b = s.batch / 2, d = s.dims / 2;
-    if (s.data == Data::nan_z) z.put(b, d, s.dims, NAN);
+    if (s.data == Data::nan_z) z.put(s.rows() / 2, d, s.dims, NAN);
     if (s.data == Data::nan_mu) mu.put(b, d, s.dims, NAN);
     if (s.data == Data::nan_logvar) logvar.put(b, d, s.dims, NAN);
     in.z = z.matrix, in.mu = mu.matrix, in.logvar = logvar.matrix;
-    in.rows = in.batch = s.batch, in.dims = s.dims, in.stratified = s.stratified;
+    in.rows = s.rows(), in.batch = s.batch, in.first = s.first, in.dims = s.dims, in.stratified = s.stratified;
     double log_weight = -log(double(s.batch));
     if (s.stratified) {
       const double m = double(s.batch - 1), n = 10 * m + 3;
@@ -125,17 +153,17 @@ template <class S> struct Problem {
 struct Truth {
   std::vector<double> out, grad[3], size[3];  // size: the gradients' terms added up without their signs
 
-  template <class S> Truth(const Problem<S>& p, const std::vector<double>& upstream) : out(p.s.batch) {
-    const int64_t B = p.s.batch, D = p.s.dims;
-    for (auto& g : grad) g.assign(B * D, 0);
-    for (auto& g : size) g.assign(B * D, 0);
+  template <class S> Truth(const Problem<S>& p, const std::vector<double>& upstream) : out(p.s.rows()) {
+    const int64_t R = p.s.rows(), B = p.s.batch, D = p.s.dims;
+    for (int k = 0; k < 3; ++k) grad[k].assign((k == 0 ? R : B) * D, 0), size[k] = grad[k];
     std::vector<double> l(B * D), joint(B);
     const double log_2_pi = log(6.283185307179586);
-    for (int64_t b = 0; b < B; ++b) {
+    for (int64_t b = 0; b < R; ++b) {
+      const int64_t own = p.s.first + b;
       double most = -INFINITY, sum = 0, marginals = 0;
       std::vector<double> top(D, -INFINITY), total(D, 0.0), w(B);
       for (int64_t i = 0; i < B; ++i) {
-        w[i] = !p.s.stratified ? 0 : log(i == b ? p.own : i == (b + 1) % B ? p.next : 1);
+        w[i] = !p.s.stratified ? 0 : log(i == own ? p.own : i == (own + 1) % B ? p.next : 1);
         joint[i] = w[i];
         for (int64_t d = 0; d < D; ++d) {
           const double lv = p.logvar.value[i * D + d], u = p.z.value[b * D + d] - p.mu.value[i * D + d];
@@ -179,17 +207,19 @@ bool close(double got, double want, double tolerance, double scale) {
 template <class S> void check(const Setting& s) {
   static int number = 0;
   emu::machine.order = emu::Order(++number % 3);
-  snprintf(current, sizeof current, "case %d: float%d B=%lld D=%lld data=%d stratified=%d layout=%d", number,
-           int(sizeof(S)) * 8, (long long)s.batch, (long long)s.dims, int(s.data), s.stratified, s.layout);
+  snprintf(current, sizeof current, "case %d: float%d B=%lld D=%lld data=%d stratified=%d layout=%d R=%lld first=%lld",
+           number, int(sizeof(S)) * 8, (long long)s.batch, (long long)s.dims, int(s.data), s.stratified, s.layout,
+           (long long)s.rows(), (long long)s.first);
   const Problem<S> p(s);
   const int stride = below(3);
-  Buffer<S> upstream(stride * (s.batch - 1) + 1);
-  std::vector<double> grad(s.batch);
+  const int64_t rows = s.rows();
+  Buffer<S> upstream(stride * (rows - 1) + 1);
+  std::vector<double> grad(rows);
   for (size_t i = 0; i < upstream.n; ++i) upstream.data[i] = S(uniform(-2, 2));
-  for (int64_t b = 0; b < s.batch; ++b) grad[b] = upstream.data[b * stride];
+  for (int64_t b = 0; b < rows; ++b) grad[b] = upstream.data[b * stride];
   const Truth truth(p, grad);
 
-  Buffer<S> out(s.batch), joint(s.batch), marginal(s.batch * s.dims);
+  Buffer<S> out(rows), joint(rows), marginal(rows * s.dims);
   const Forward<S> a{p.in, p.offset, out.data, joint.data, marginal.data};
   Buffer<unsigned char> workspace(cuda_workspace(a));
   cudaError_t error = cuda_run(a, workspace.data, nullptr);
@@ -208,14 +238,14 @@ template <class S> void check(const Setting& s) {
   };
   const double exponents = exponents_of(s.data);
   const double epsilon = sizeof(S) == 4 ? 2e-7 : 1e-14, tolerance = 4 * epsilon;
-  for (int64_t b = 0; b < s.batch; ++b) {
+  for (int64_t b = 0; b < rows; ++b) {
     expect(close(out.data[b], truth.out[b], tolerance, exponents + s.dims), "out", b, out.data[b], truth.out[b]);
-    if (s.data == Data::nan_mu || s.data == Data::nan_logvar || (s.data == Data::nan_z && b == s.batch / 2)) {
+    if (s.data == Data::nan_mu || s.data == Data::nan_logvar || (s.data == Data::nan_z && b == rows / 2)) {
       expect(out.data[b] != out.data[b], "NaN in out", b, out.data[b], NAN);
     }
   }
 
-  Buffer<S> got[3] = {Buffer<S>(s.batch * s.dims), Buffer<S>(s.batch * s.dims), Buffer<S>(s.batch * s.dims)};
+  Buffer<S> got[3] = {Buffer<S>(rows * s.dims), Buffer<S>(s.batch * s.dims), Buffer<S>(s.batch * s.dims)};
   Backward<S> back{p.in, upstream.data, stride, joint.data, marginal.data, nullptr, nullptr, nullptr};
   if (s.gradients & 1) back.grad_z = got[0].data;
   if (s.gradients & 2) back.grad_mu = got[1].data;
@@ -233,7 +263,7 @@ template <class S> void check(const Setting& s) {
     if (!(s.gradients >> k & 1)) continue;
     double scale = 0;
     for (const double g : truth.grad[k]) scale = std::max(scale, std::isfinite(g) ? fabs(g) : 0);
-    for (int64_t i = 0; i < s.batch * s.dims; ++i) {
+    for (size_t i = 0; i < got[k].n; ++i) {
       const double x = got[k].data[i], y = truth.grad[k][i];
       const bool good = spread ? fabs(x - y) <= tolerance * 64 * (1 + truth.size[k][i])
                                : close(x, y, tolerance * exponents, 1 + scale);
@@ -243,11 +273,13 @@ template <class S> void check(const Setting& s) {
 }
 
 // Sizes that cannot be served touch no memory.
-template <class S> void check_refusal(int64_t dims, int64_t batch) {
-  snprintf(current, sizeof current, "refusal: B=%lld D=%lld", (long long)batch, (long long)dims);
+template <class S> void check_refusal(int64_t dims, int64_t batch, int64_t rows, int64_t first = 0) {
+  snprintf(current, sizeof current, "refusal: B=%lld D=%lld R=%lld first=%lld", (long long)batch, (long long)dims,
+           (long long)rows, (long long)first);
   Forward<S> a{};
   Backward<S> b{};
-  a.in.batch = b.in.batch = batch, a.in.dims = b.in.dims = dims;
+  a.in.batch = batch, a.in.dims = dims, a.in.rows = rows, a.in.first = first;
+  b.in = a.in;
   S gradient = 0;
   b.grad_z = &gradient;
   uint4 workspace;
@@ -282,8 +314,33 @@ int main() {
   check<double>({9, 300, Data::far, true, true});
   check<float>({5, max_cuda_dims<float>});  // one component a barrier, and more shared memory than is granted unasked
   check<double>({3, max_cuda_dims<double>});
-  check_refusal<float>(max_cuda_dims<float> + 1, 1);
-  check_refusal<double>(3, (int64_t(1) << 30) + 1);
+  for (const bool stratified : {false, true}) {
+    for (const int64_t dims : {1, 8, 17, 130}) {
+      for (const auto& [rows, first] : {std::pair(1, 0), {1, 41}, {1, 69}, {33, 0}, {33, 20}, {33, 37}, {69, 1}}) {
+        check<float>({.batch = 70, .dims = dims, .stratified = stratified, .some_rows = rows, .first = first});
+        check<double>({70, dims, Data::plain, stratified, true, 7, rows, first});
+      }
+    }
+    for (const Data data :
+         {Data::wide, Data::narrow, Data::far, Data::duplicates, Data::nan_z, Data::nan_mu, Data::nan_logvar}) {
+      check<float>({.batch = 37, .dims = 10, .data = data, .stratified = stratified, .some_rows = 11, .first = 26});
+    }
+    for (int gradients = 0; gradients < 8; ++gradients) {
+      check<float>({40, 6, Data::plain, stratified, true, gradients, 9, 3});
+    }
+    check<float>({2, 3, Data::plain, stratified, false, 7, 1, 1});
+    check<float>({600, 2, Data::plain, stratified, false, 7, 1, 599});      // z ends long before the components
+    check<float>({600, 3, Data::far, stratified, true, 7, 90, 440});        // several segments and splits
+    check<float>({2060, 1, Data::plain, stratified, false, 7, 20, 2035});   // two squares side by side
+    check<float>({2300, 1, Data::plain, stratified, false, 7, 2051, 249});  // four of different sizes
+    check<double>({5, max_cuda_dims<double>, Data::plain, stratified, false, 7, 2, 3});
+  }
+  check_refusal<float>(max_cuda_dims<float> + 1, 1, 1);
+  check_refusal<double>(3, (int64_t(1) << 30) + 1, 4);
+  check_refusal<float>(3, 8, 0);
+  check_refusal<float>(3, 8, 9);
+  check_refusal<float>(3, 8, 4, 5);
+  check_refusal<float>(3, 8, 4, -1);
   if (failures) return fprintf(stderr, "%d failures\n", failures), 1;
   return puts("total_correlation: the emulated CUDA kernels agree with the definition"), 0;
 }
