@@ -8,26 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._check import check_estimator, check_latents
+from .._check import check_estimator, check_rows
 from . import guard, load
 
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def _allocate(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool) -> Three:
-    """Fresh outputs: the result [B], then what backward needs of the joint [2, B] and of the marginals [2, D, B]."""
-    batch, dims, dtype = check_latents(z, mu, logvar)
+def _allocate(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
+) -> Three:
+    """Fresh outputs: the result [R], then what backward needs of the joint [2, R] and of the marginals [2, D, R]."""
+    batch, dims, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
-    shapes: tuple[tuple[int, ...], ...] = ((batch,), (2, batch), (2, dims, batch))
+    rows = z.shape[0]
+    shapes: tuple[tuple[int, ...], ...] = ((rows,), (2, rows), (2, dims, rows))
     out, joint, marginal = (z.new_empty(shape, dtype=dtype) for shape in shapes)
     return out, joint, marginal
 
 
-def _forward(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool) -> Three:
-    outputs = _allocate(z, mu, logvar, dataset_size, stratified)
+def _forward(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
+) -> Three:
+    outputs = _allocate(z, mu, logvar, dataset_size, stratified, first)
     kernels = load("total_correlation", z.device.type)
     with guard(z):
-        kernels.launch_forward(z, mu, logvar, dataset_size, stratified, *outputs)
+        kernels.launch_forward(z, mu, logvar, dataset_size, stratified, first or 0, *outputs)
     return outputs
 
 
@@ -40,15 +45,16 @@ def _backward(
     marginal: Tensor,
     dataset_size: int | None,
     stratified: bool,
+    first: int | None,
     want: Sequence[bool],
 ) -> Three:
     kernels = load("total_correlation", z.device.type)
     with guard(z):
-        made = kernels.launch_backward(grad, z, mu, logvar, joint, marginal, dataset_size, stratified, want)
-    first, second, third = (
+        made = kernels.launch_backward(grad, z, mu, logvar, joint, marginal, dataset_size, stratified, first or 0, want)
+    grad_z, grad_mu, grad_logvar = (
         x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(made, (z, mu, logvar), strict=True)
     )
-    return first, second, third
+    return grad_z, grad_mu, grad_logvar
 
 
 def _backward_fake(
@@ -60,16 +66,17 @@ def _backward_fake(
     marginal: Tensor,
     dataset_size: int | None,
     stratified: bool,
+    first: int | None,
     want: Sequence[bool],
 ) -> Three:
-    first, second, third = (
+    grad_z, grad_mu, grad_logvar = (
         x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((z, mu, logvar), want, strict=True)
     )
-    return first, second, third
+    return grad_z, grad_mu, grad_logvar
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    z, mu, logvar, ctx.dataset_size, ctx.stratified = inputs
+    z, mu, logvar, *ctx.settings = inputs
     _, joint, marginal = output
     ctx.mark_non_differentiable(joint, marginal)
     ctx.set_materialize_grads(False)
@@ -79,11 +86,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 def _pull_back(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     want = list(ctx.needs_input_grad[:3])
     if grad is None or not any(want):
-        return (None,) * 5
-    made = torch.ops.bomkern.total_correlation_triton_backward(
-        grad, *ctx.saved_tensors, ctx.dataset_size, ctx.stratified, want
-    )
-    return (*(g if wanted else None for g, wanted in zip(made, want, strict=True)), None, None)
+        return (None,) * 6
+    made = torch.ops.bomkern.total_correlation_triton_backward(grad, *ctx.saved_tensors, *ctx.settings, want)
+    return (*(g if wanted else None for g, wanted in zip(made, want, strict=True)), None, None, None)
 
 
 def _twice(ctx: Any, *_: object) -> None:
@@ -93,12 +98,12 @@ def _twice(ctx: Any, *_: object) -> None:
 def _define() -> torch.library.Library:
     library = torch.library.Library("bomkern", "FRAGMENT")
     library.define(
-        "total_correlation_triton(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified)"
-        " -> (Tensor, Tensor, Tensor)"
+        "total_correlation_triton(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified,"
+        " int? first=None) -> (Tensor, Tensor, Tensor)"
     )
     library.define(
         "total_correlation_triton_backward(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint,"
-        " Tensor marginal, int? dataset_size, bool stratified, bool[3] want) -> (Tensor, Tensor, Tensor)"
+        " Tensor marginal, int? dataset_size, bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)"
     )
     for key in ("CPU", "CUDA"):
         library.impl("total_correlation_triton", _forward, key)
@@ -113,6 +118,8 @@ def _define() -> torch.library.Library:
 _library = _define()
 
 
-def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool) -> Tensor:
+def total_correlation(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
+) -> Tensor:
     """`bomkern.reference.total_correlation` by Triton kernels: same arguments, same results, memory O(B D)."""
-    return torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified)[0]
+    return torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified, first)[0]

@@ -19,16 +19,16 @@ HALF_LOG2E = tl.constexpr(0.7213475204444817)
 ROOT_HALF_LOG2E = tl.constexpr(0.8493218002880191)
 REACH = tl.constexpr(80.0)  # in logvar: 2^58, which B of them do not overflow
 
-PAD = 128  # B is padded to a multiple of this with components of no weight,
+PAD = 128  # B is padded to a multiple of this with components of no weight, R with rows that no one reads,
 LINES = 8  # and D to a multiple of this with dimensions where every distance is 0.
 
 
 @triton.jit
 def prepare(
-    z, mu, logvar, low, high, strides, batch, dims, padded, zt, mt, st, ct,
+    z, mu, logvar, low, high, strides, count, batch, dims, padded_rows, padded, zt, mt, st, ct,
     CD: tl.constexpr, LINES: tl.constexpr, COMPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes z, mu, s and c - C as [D, B] with their padding. In float64, as they are only B D.
+    """Writes z as [D, R], mu, s and c - C as [D, B], with their padding. In float64, as they are only B D.
 
     C is the middle of c's range in each dimension, where rounding is least, if then no exponential can overflow.
     """
@@ -44,27 +44,34 @@ def prepare(
     c = tl.where(used, (middle - lv) * HALF_LOG2E, tl.where(i < batch, 0.0, -float("inf"))[None, :])
     s = tl.where(used, tl.exp(lv * -0.5) * ROOT_HALF_LOG2E, 0.0)
     at = e * padded + b
-    tl.store(zt + at, cast(tl.load(z + b * strides[0] + e * strides[1], mask=used, other=0), CD))
+    row = (i < count)[None, :]
+    own = cast(tl.load(z + b * strides[0] + e * strides[1], mask=used & row, other=0), CD)
+    tl.store(zt + e * padded_rows + b, own, mask=(i < padded_rows)[None, :])
     tl.store(mt + at, cast(tl.load(mu + b * strides[2] + e * strides[3], mask=used, other=0), CD))
     tl.store(st + at, s.to(CD))
     tl.store(ct + at, c.to(CD))
 
 
 class Laid(NamedTuple):
-    """What every kernel reads: z, mu, s and c - C [D, B] with their padding, and what the launches share."""
+    """What every kernel reads: z [D, R], mu, s and c - C [D, B] with their padding, and what the launches share."""
 
     z: Tensor
     mu: Tensor
     s: Tensor
     c: Tensor
+    rows: int
     batch: int
     dims: int
     size: int  # of the data set; 1 where none is given
     shared: dict[str, object]
 
     @property
-    def padded(self) -> int:
+    def padded_rows(self) -> int:
         return self.z.shape[1]
+
+    @property
+    def padded(self) -> int:
+        return self.mu.shape[1]
 
     @property
     def tall(self) -> int:
@@ -76,9 +83,10 @@ class Laid(NamedTuple):
 
 
 def lay(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, dtype: torch.dtype) -> Laid:
-    batch, dims = z.shape
-    padded, lines = triton.cdiv(batch, PAD) * PAD, triton.cdiv(dims, LINES) * LINES
-    laid = [torch.empty(lines, padded, dtype=dtype, device=z.device) for _ in range(4)]
+    rows, (batch, dims) = len(z), mu.shape
+    padded_rows, padded = (triton.cdiv(n, PAD) * PAD for n in (rows, batch))
+    lines = triton.cdiv(dims, LINES) * LINES
+    laid = [torch.empty(lines, n, dtype=dtype, device=z.device) for n in (padded_rows, padded, padded, padded)]
     kind = tl.float64 if dtype == torch.float64 else tl.float32
     shared = dict(CD=kind, enable_fp_fusion=False)
     strides = (*z.stride(), *mu.stride(), *logvar.stride())
@@ -88,8 +96,10 @@ def lay(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratif
         logvar,
         *logvar.aminmax(dim=0),
         strides,
+        rows,
         batch,
         dims,
+        padded_rows,
         padded,
         *laid,
         LINES=LINES,
@@ -97,23 +107,29 @@ def lay(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratif
         num_warps=4,
         **shared,
     )
-    return Laid(*laid, batch, dims, dataset_size or 1, dict(STRATIFIED=stratified, **shared))
+    return Laid(*laid, rows, batch, dims, dataset_size or 1, dict(STRATIFIED=stratified, **shared))
 
 
 @triton.jit
-def weight(rows, comps, batch, size, CD: tl.constexpr):
-    """Stratified weights of components in the mixtures of rows, over 1/M: see `bomkern.reference.log_weights`."""
+def weight(mine, comps, batch, size, CD: tl.constexpr):
+    """Stratified weights of components in the mixtures of rows drawn from components ``mine``, over 1/M.
+
+    See `bomkern.reference.log_weights`.
+    """
     count = tl.full((), size, CD)
     own = div(tl.full((), batch - 1, CD), count)
     next = div(tl.full((), size - batch + 1, CD), count)
-    after = tl.where(rows + 1 == batch, 0, rows + 1)
-    return tl.where(comps == rows, own, tl.where(comps == after, next, 1.0))
+    after = tl.where(mine + 1 == batch, 0, mine + 1)
+    return tl.where(comps == mine, own, tl.where(comps == after, next, 1.0))
 
 
 @triton.jit
-def near(row, ROWS: tl.constexpr, comp, COMPS: tl.constexpr):
-    """Whether any of ROWS rows could weigh any of COMPS components by other than 1: its own or the next one does."""
-    return (comp == 0) | ((comp <= row + ROWS) & (comp + COMPS > row))
+def near(mine, ROWS: tl.constexpr, comp, COMPS: tl.constexpr):
+    """Whether any of ROWS rows could weigh any of COMPS components by other than 1: its own or the next one does.
+
+    ``mine``: the component that the first of the rows was drawn from.
+    """
+    return (comp == 0) | ((comp <= mine + ROWS) & (comp + COMPS > mine))
 
 
 @triton.jit
@@ -136,7 +152,7 @@ def tile(row, comp, TALL: tl.constexpr):
 
 @triton.jit
 def joint_bits(
-    zt, mt, st, sums, rows, comps, padded, lines,
+    zt, mt, st, sums, rows, comps, padded_rows, padded, lines,
     CD: tl.constexpr, TALL: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """sum_d t of a tile of rows and components; ``sums`` has the components' sum_d c."""
@@ -147,7 +163,7 @@ def joint_bits(
         for _ in tl.static_range(LINES):
             y = (tl.load(zt + rows) - tl.load(mt + comps)) * tl.load(st + comps)
             part = tl.fma(-y, y, part)
-            zt += padded
+            zt += padded_rows
             mt += padded
             st += padded
         total += part  # LINES at a time: fewer roundings follow one another
