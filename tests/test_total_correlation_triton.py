@@ -43,17 +43,23 @@ def make(batch: int, dims: int, low: float = -2.0, high: float = 1.0, dtype: tor
     return [x.to(DEVICE, dtype).requires_grad_() for x in (z, mu, logvar)]
 
 
-def call(fn: Any, latents: list[Tensor], size: int | None, stratified: bool) -> list[Tensor]:
-    """The result, and the gradients for a fixed gradient from above."""
-    out = fn(*latents, size, stratified)
+def call(
+    fn: Any, latents: list[Tensor], size: int | None, stratified: bool, cut: tuple[int, int] | None = None
+) -> list[Tensor]:
+    """The result, and the gradients for a fixed gradient from above; of the rows of a cut alone."""
+    z, mu, logvar = latents
+    out = fn(*latents, size, stratified) if cut is None else fn(z[slice(*cut)], mu, logvar, size, stratified, cut[0])
     pull = torch.linspace(0.5, 2.0, len(out), device=out.device, dtype=out.dtype)
     return [out, *torch.autograd.grad(out, latents, pull)]
 
 
-def compare(latents: list[Tensor], size: int | None = None, stratified: bool = False) -> list[Tensor]:
-    mine = call(bridge.total_correlation, latents, size, stratified)
-    eager = call(reference.total_correlation, latents, size, stratified)
-    exact = call(reference.total_correlation, [x.detach().double().requires_grad_() for x in latents], size, stratified)
+def compare(
+    latents: list[Tensor], size: int | None = None, stratified: bool = False, cut: tuple[int, int] | None = None
+) -> list[Tensor]:
+    doubles = [x.detach().double().requires_grad_() for x in latents]
+    mine = call(bridge.total_correlation, latents, size, stratified, cut)
+    eager = call(reference.total_correlation, latents, size, stratified, cut)
+    exact = call(reference.total_correlation, doubles, size, stratified, cut)
     for got, want, true in zip(mine, eager, exact, strict=True):
         assert got.dtype == want.dtype
         assert_as_good_as_eager(got, want, true)
@@ -78,17 +84,30 @@ class TestKernels:
     def test_estimators(self, batch: int, dims: int, size: int | None, stratified: bool) -> None:
         compare(make(batch, dims), size, stratified)
 
+    @pytest.mark.parametrize(("size", "stratified"), [(None, False), (300, False), (300, True)])
+    @pytest.mark.parametrize("cut", [(0, 1), (0, 40), (129, 130), (90, 130)])
+    def test_some_rows(self, cut: tuple[int, int], size: int | None, stratified: bool) -> None:
+        """Rows padded to 128, components to 256: no stride stands in for another."""
+        compare(make(130, 5), size, stratified, cut)
+
+    def test_some_rows_one_dimension(self) -> None:
+        for x in call(bridge.total_correlation, make(9, 1), 50, True, (2, 7)):
+            assert (x == 0).all()
+
+    @pytest.mark.parametrize("cut", [None, (3, 143)])
     @pytest.mark.parametrize("stratified", [False, True])
-    def test_chunks_and_splits(self, stratified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_chunks_and_splits(
+        self, stratified: bool, cut: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         import bomkern.kernels.total_correlation.triton as kernels
 
         latents = make(150, 2)
-        whole = compare(latents, 1000, stratified)
+        whole = compare(latents, 1000, stratified, cut)
         monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)  # 128 rows, then the rest
         monkeypatch.setattr(kernels, "LEAST", 2)  # four splits of each
-        cut = compare(latents, 1000, stratified)
+        parts = compare(latents, 1000, stratified, cut)
         monkeypatch.setattr(kernels, "PROGRAMS", 1)  # no splits, of the joint neither
-        for one, two, three in zip(whole, cut, compare(latents, 1000, stratified), strict=True):
+        for one, two, three in zip(whole, parts, compare(latents, 1000, stratified, cut), strict=True):
             torch.testing.assert_close(one, two)
             torch.testing.assert_close(one, three)
 
@@ -143,11 +162,14 @@ class TestKernels:
 
     def test_opcheck(self) -> None:
         torch.use_deterministic_algorithms(False)  # opcheck compares what no one asked for, too
-        for latents in (make(5, 3), [x.detach().to(t) for x, t in zip(make(5, 3), (HALF, BF16, FLOAT), strict=True)]):
-            torch.library.opcheck(torch.ops.bomkern.total_correlation_triton.default, (*latents, 50, True))
-            out, joint, marginal = torch.ops.bomkern.total_correlation_triton(*latents, 50, True)
+        mixed = [x.detach().to(t) for x, t in zip(make(5, 3), (HALF, BF16, FLOAT), strict=True)]
+        z, *posteriors = make(5, 3)
+        some = [z.detach()[1:3].requires_grad_(), *posteriors]
+        for latents, first in ((make(5, 3), None), (mixed, None), (some, 1)):
+            torch.library.opcheck(torch.ops.bomkern.total_correlation_triton.default, (*latents, 50, True, first))
+            out, joint, marginal = torch.ops.bomkern.total_correlation_triton(*latents, 50, True, first)
             for want in ([True] * 3, [False, True, False]):
-                pull = (torch.ones_like(out), *(x.detach() for x in latents), joint, marginal, 50, True, want)
+                pull = (torch.ones_like(out), *(x.detach() for x in latents), joint, marginal, 50, True, first, want)
                 torch.library.opcheck(torch.ops.bomkern.total_correlation_triton_backward.default, pull)
 
     def test_double_backward_raises(self) -> None:
@@ -177,7 +199,7 @@ def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_compiles_for_sm_90_without_spills() -> None:
-    check_no_spills(__name__, 30)
+    check_no_spills(__name__, 70)
 
 
 # What follows runs as a script, see tests/test_min_goal_triton.py.
@@ -194,10 +216,12 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     for name in ("marginals", "joint_parts", "finish", "joint_weights", "pull_rows", "pull_components"):
         setattr(kernels, name, Recorder(getattr(kernels, name), launches))
 
-    def both(z: Tensor, mu: Tensor, logvar: Tensor, size: int | None, stratified: bool, want: list[bool]) -> None:
-        out, joint, marginal = allocate(z, mu, logvar, size, stratified)
-        kernels.launch_forward(z, mu, logvar, size, stratified, out, joint, marginal)
-        kernels.launch_backward(out, z, mu, logvar, joint, marginal, size, stratified, want)
+    def both(
+        z: Tensor, mu: Tensor, logvar: Tensor, size: int | None, stratified: bool, want: list[bool], first: int = 0
+    ) -> None:
+        out, joint, marginal = allocate(z, mu, logvar, size, stratified, first)
+        kernels.launch_forward(z, mu, logvar, size, stratified, first, out, joint, marginal)
+        kernels.launch_backward(out, z, mu, logvar, joint, marginal, size, stratified, first, want)
 
     def empty(batch: int, dims: int, *dtypes: torch.dtype) -> list[Tensor]:
         return [torch.empty(batch, dims, dtype=dtype) for dtype in (dtypes * 3)[:3]]
@@ -211,6 +235,10 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     both(*empty(200, 10, HALF, BF16, FLOAT), None, False, [True, False, False])
     both(*empty(200, 10, BF16, HALF, DOUBLE), None, False, [False, True, False])
     both(*empty(200, 10, FLOAT), None, False, [False, False, True])
+    for rows, first in ((1, 7), (50, 100), (64, 64)):  # one row, and a number of them that is a multiple of 16 or not
+        z, *posteriors = empty(200, 10, FLOAT)
+        both(z[:rows], *posteriors, 60000, True, every, first)
+        both(z[:rows], *posteriors, None, False, every, first)
     return launches
 
 

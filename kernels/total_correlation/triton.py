@@ -3,7 +3,7 @@
 Everywhere ``count`` is R, how many rows z has, ``batch`` B, how many components there are, and ``first`` the component
 that row 0 was drawn from, for which only the stratified weights ask.
 
-Inputs are laid out anew once, [D, R] and [D, B] in the compute dtype, so that every kernel reads whole lines. Forward:
+Inputs are laid out anew once, [D, B] in the compute dtype, so that every kernel reads whole lines. Forward:
 marginals, joint, and a finish that puts them together. Backward takes rows in chunks, so that the joint weights of a
 chunk fit a bounded buffer, and has one kernel that owns rows (grad_z) and one that owns components (grad_mu,
 grad_logvar). Nothing is added by two programs, so equal inputs give equal bits.
@@ -55,7 +55,7 @@ def _exact_marginal(
 
 @triton.jit(do_not_specialize=["first"])
 def marginals(
-    zt, mt, st, ct, out, first, count, batch, size, padded_rows, padded,
+    zt, mt, st, ct, out, first, count, batch, size, padded,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, COMPS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Of ROWS rows in one dimension: a shift k, and the reciprocal of the weighted sum of 2^(t - k)."""
@@ -63,7 +63,7 @@ def marginals(
     rows = row + tl.arange(0, ROWS)
     mine = first + rows[:, None]
     line = tl.program_id(1).to(tl.int64) * padded
-    z = tl.load(zt + tl.program_id(1).to(tl.int64) * padded_rows + rows)[:, None]
+    z = tl.load(zt + line + rows)[:, None]
     mt += line
     st += line
     ct += line
@@ -102,7 +102,7 @@ def joint_parts(
     stop = tl.minimum(i + per, padded)
     while i < stop:
         rows, comps = tile(tl.program_id(0) * TALL * 8, i, TALL)
-        t = joint_bits(zt, mt, st, sums, rows, comps, padded_rows, padded, lines, CD, TALL, LINES)
+        t = joint_bits(zt, mt, st, sums, rows, comps, padded, lines, CD, TALL, LINES)
         now = tl.maximum(top, tl.max(tl.max(t, 3), 1))
         e = tl.exp2(t - now[:, None, :, None])  # a NaN that the maximum skips is caught here
         if STRATIFIED:
@@ -171,13 +171,13 @@ def finish(
 
 @triton.jit(do_not_specialize=["first"])
 def joint_weights(
-    zt, mt, st, sums, joint, by_row, by_comp, begin, width, first, count, batch, size, padded_rows, padded, lines,
+    zt, mt, st, sums, joint, by_row, by_comp, begin, width, first, count, batch, size, padded, lines,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, TALL: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """p of a chunk of ``width`` rows, laid out for the kernel that owns rows and for the one that owns components."""
     local, comps = tile(tl.program_id(1) * TALL * 8, tl.program_id(0) * 64, TALL)
     rows = begin + local
-    t = joint_bits(zt, mt, st, sums, rows, comps, padded_rows, padded, lines, CD, TALL, LINES)
+    t = joint_bits(zt, mt, st, sums, rows, comps, padded, lines, CD, TALL, LINES)
     used = rows < count  # past the end all p are 0
     p = tl.exp2(t - tl.load(joint + rows, mask=used, other=float("inf")))
     p *= tl.load(joint + count + rows, mask=used, other=1)
@@ -191,8 +191,7 @@ def joint_weights(
 
 @triton.jit(do_not_specialize=["padded", "first"])
 def pull_rows(
-    zt, mt, st, ct, marginal, p, grad, stride, out, begin, length, first, count, batch, dims, size,
-    padded_rows, padded, per,
+    zt, mt, st, ct, marginal, p, grad, stride, out, begin, length, first, count, batch, dims, size, padded, per,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COMPS: tl.constexpr,
 ):  # fmt: skip
     """grad_z of the rows of a chunk, from ``per`` components: out [splits, length, D]."""
@@ -200,12 +199,12 @@ def pull_rows(
     rows = tl.minimum(begin + local, count - 1)  # past the end the last row and dimension stand in
     dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)[:, None]
     d = tl.minimum(dim, dims - 1).to(tl.int64)
-    z = tl.load(zt + d * padded_rows + rows[None, :])[:, :, None]
+    line = d * padded
+    z = tl.load(zt + d * padded + rows[None, :])[:, :, None]
     cell = marginal + d * count + rows[None, :]
     shift = tl.load(cell)[:, :, None]
     scale = tl.load(cell + tl.full((), dims, tl.int64) * count)[:, :, None]
     p += local[:, None] * padded
-    line = d * padded
     mine = first + begin + tl.program_id(0) * ROWS
     total = tl.full((DIMS, ROWS, COMPS), 0, CD)
     i = tl.program_id(2) * per
@@ -229,7 +228,7 @@ def pull_rows(
 @triton.jit(do_not_specialize=["width", "first"])
 def pull_components(
     zt, mt, st, ct, marginal, p, grad, stride, out_mu, out_logvar, begin, width, stop, first, count, batch, dims, size,
-    padded_rows, padded,
+    padded,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COMPS: tl.constexpr,
 ):  # fmt: skip
     """grad_mu and grad_logvar, [B, D], from the first ``stop`` rows of a chunk; later chunks add to it."""
@@ -246,7 +245,7 @@ def pull_components(
     zeroth = tl.full((DIMS, COMPS, ROWS), 0, CD)
     once = zeroth
     twice = zeroth
-    zt += d * padded_rows
+    zt += d * padded
     shifts = marginal + d * count
     scales = shifts + tl.full((), dims, tl.int64) * count
     r = 0
@@ -302,7 +301,7 @@ def launch_forward(
     x = lay(z, mu, logvar, dataset_size, stratified, out.dtype)
     rows, batch, dims, size, padded_rows, padded = x.rows, x.batch, x.dims, x.size, x.padded_rows, x.padded
     marginals[(triton.cdiv(rows, 32), dims)](
-        x.z, x.mu, x.s, x.c, marginal, first, rows, batch, size, padded_rows, padded,
+        x.z, x.mu, x.s, x.c, marginal, first, rows, batch, size, padded,
         ROWS=32, COMPS=32, UNROLL=4, num_warps=4, **x.shared,
     )  # fmt: skip
     blocks = padded_rows // (8 * x.tall)
@@ -334,12 +333,12 @@ def launch_backward(
 ) -> list[Tensor | None]:
     """The gradients of z [R, D], mu and logvar [B, D] that are wanted, in the compute dtype, else None."""
     x = lay(z, mu, logvar, dataset_size, stratified, joint.dtype)
-    rows, batch, dims, size, padded_rows, padded = x.rows, x.batch, x.dims, x.size, x.padded_rows, x.padded
+    rows, batch, dims, size, padded = x.rows, x.batch, x.dims, x.size, x.padded
     new = x.z.new_empty
     grads = [new(n, dims) if wanted else None for n, wanted in zip((rows, batch, batch), want, strict=True)]
     grad_z, grad_mu, grad_logvar = grads
     comps = grad_mu is not None or grad_logvar is not None
-    width = min(padded_rows, max(1, CHUNK_BYTES // (padded * x.z.element_size() * 128)) * 128)
+    width = min(x.padded_rows, max(1, CHUNK_BYTES // (padded * x.z.element_size() * 128)) * 128)
     by_row = None if grad_z is None else new(width, padded)
     by_comp = new(padded, width) if comps else None
     sums = x.c.sum(0)
@@ -348,8 +347,8 @@ def launch_backward(
         length = min(width, rows - begin)
         local = triton.cdiv(length, 128) * 128
         joint_weights[(padded // 64, local // (8 * x.tall))](
-            x.z, x.mu, x.s, sums, joint, by_row, by_comp, begin, width, first, rows, batch, size,
-            padded_rows, padded, x.lines, TALL=x.tall, LINES=LINES, num_warps=4, **x.shared,
+            x.z, x.mu, x.s, sums, joint, by_row, by_comp, begin, width, first, rows, batch, size, padded,
+            x.lines, TALL=x.tall, LINES=LINES, num_warps=4, **x.shared,
         )  # fmt: skip
         if grad_z is not None:
             programs = triton.cdiv(length, 32) * quads
@@ -359,14 +358,14 @@ def launch_backward(
             parts = new(splits, length, dims) if splits > 1 else whole
             pull_rows[(triton.cdiv(length, 32), quads, splits)](
                 x.z, x.mu, x.s, x.c, marginal, by_row, grad, grad.stride(0), parts, begin, length, first, rows, batch,
-                dims, size, padded_rows, padded, per, DIMS=4, ROWS=32, COMPS=32, num_warps=8, **x.shared,
+                dims, size, padded, per, DIMS=4, ROWS=32, COMPS=32, num_warps=8, **x.shared,
             )  # fmt: skip
             if splits > 1:
                 torch.sum(parts, 0, out=whole)
         if comps:
             pull_components[(triton.cdiv(batch, 16), quads)](
                 x.z, x.mu, x.s, x.c, marginal, by_comp, grad, grad.stride(0), grad_mu, grad_logvar, begin, width,
-                local, first, rows, batch, dims, size, padded_rows, padded,
+                local, first, rows, batch, dims, size, padded,
                 DIMS=4, ROWS=32, COMPS=16, num_warps=8, **x.shared,
             )  # fmt: skip
     return grads

@@ -19,16 +19,18 @@ HALF_LOG2E = tl.constexpr(0.7213475204444817)
 ROOT_HALF_LOG2E = tl.constexpr(0.8493218002880191)
 REACH = tl.constexpr(80.0)  # in logvar: 2^58, which B of them do not overflow
 
-PAD = 128  # B is padded to a multiple of this with components of no weight, R with rows that no one reads,
+PAD = 128  # B is padded to a multiple of this with components of no weight,
 LINES = 8  # and D to a multiple of this with dimensions where every distance is 0.
 
 
 @triton.jit
 def prepare(
-    z, mu, logvar, low, high, strides, count, batch, dims, padded_rows, padded, zt, mt, st, ct,
+    z, mu, logvar, low, high, strides, count, batch, dims, padded, zt, mt, st, ct,
     CD: tl.constexpr, LINES: tl.constexpr, COMPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes z as [D, R], mu, s and c - C as [D, B], with their padding. In float64, as they are only B D.
+    """Writes z, mu, s and c - C as [D, B] with their padding. In float64, as they are only B D.
+
+    Of z there may be fewer rows; it is laid out as wide as the others, so that one stride does in every loop.
 
     C is the middle of c's range in each dimension, where rounding is least, if then no exponential can overflow.
     """
@@ -44,16 +46,15 @@ def prepare(
     c = tl.where(used, (middle - lv) * HALF_LOG2E, tl.where(i < batch, 0.0, -float("inf"))[None, :])
     s = tl.where(used, tl.exp(lv * -0.5) * ROOT_HALF_LOG2E, 0.0)
     at = e * padded + b
-    row = (i < count)[None, :]
-    own = cast(tl.load(z + b * strides[0] + e * strides[1], mask=used & row, other=0), CD)
-    tl.store(zt + e * padded_rows + b, own, mask=(i < padded_rows)[None, :])
+    rows = used & (i < count)[None, :]
+    tl.store(zt + at, cast(tl.load(z + b * strides[0] + e * strides[1], mask=rows, other=0), CD))
     tl.store(mt + at, cast(tl.load(mu + b * strides[2] + e * strides[3], mask=used, other=0), CD))
     tl.store(st + at, s.to(CD))
     tl.store(ct + at, c.to(CD))
 
 
 class Laid(NamedTuple):
-    """What every kernel reads: z [D, R], mu, s and c - C [D, B] with their padding, and what the launches share."""
+    """What every kernel reads: z, mu, s and c - C [D, B] with their padding, and what the launches share."""
 
     z: Tensor
     mu: Tensor
@@ -66,12 +67,12 @@ class Laid(NamedTuple):
     shared: dict[str, object]
 
     @property
-    def padded_rows(self) -> int:
+    def padded(self) -> int:
         return self.z.shape[1]
 
     @property
-    def padded(self) -> int:
-        return self.mu.shape[1]
+    def padded_rows(self) -> int:
+        return triton.cdiv(self.rows, PAD) * PAD
 
     @property
     def tall(self) -> int:
@@ -84,9 +85,8 @@ class Laid(NamedTuple):
 
 def lay(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, dtype: torch.dtype) -> Laid:
     rows, (batch, dims) = len(z), mu.shape
-    padded_rows, padded = (triton.cdiv(n, PAD) * PAD for n in (rows, batch))
-    lines = triton.cdiv(dims, LINES) * LINES
-    laid = [torch.empty(lines, n, dtype=dtype, device=z.device) for n in (padded_rows, padded, padded, padded)]
+    padded, lines = triton.cdiv(batch, PAD) * PAD, triton.cdiv(dims, LINES) * LINES
+    laid = [torch.empty(lines, padded, dtype=dtype, device=z.device) for _ in range(4)]
     kind = tl.float64 if dtype == torch.float64 else tl.float32
     shared = dict(CD=kind, enable_fp_fusion=False)
     strides = (*z.stride(), *mu.stride(), *logvar.stride())
@@ -99,7 +99,6 @@ def lay(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratif
         rows,
         batch,
         dims,
-        padded_rows,
         padded,
         *laid,
         LINES=LINES,
@@ -152,7 +151,7 @@ def tile(row, comp, TALL: tl.constexpr):
 
 @triton.jit
 def joint_bits(
-    zt, mt, st, sums, rows, comps, padded_rows, padded, lines,
+    zt, mt, st, sums, rows, comps, padded, lines,
     CD: tl.constexpr, TALL: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """sum_d t of a tile of rows and components; ``sums`` has the components' sum_d c."""
@@ -163,7 +162,7 @@ def joint_bits(
         for _ in tl.static_range(LINES):
             y = (tl.load(zt + rows) - tl.load(mt + comps)) * tl.load(st + comps)
             part = tl.fma(-y, y, part)
-            zt += padded_rows
+            zt += padded
             mt += padded
             st += padded
         total += part  # LINES at a time: fewer roundings follow one another
