@@ -1,9 +1,10 @@
-"""Checkpoints: one file, written whole or not at all, loadable with ``weights_only=True``."""
+"""Checkpoints: one file, written whole or not at all, loadable with ``weights_only=True``; and the one before it."""
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,28 @@ import torch
 from .config import TrainError
 
 FORMAT = 3
+log = logging.getLogger("bomkern")
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, and rename it into place."""
+def before(path: Path) -> Path:
+    """Where the checkpoint before that at ``path`` is kept."""
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def write_atomically(path: Path, write: Any, keep: Path | None = None) -> None:
+    """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, and rename it into place.
+
+    Args:
+        keep: where to move what was at ``path``.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -31,7 +44,7 @@ def write_atomically(path: Path, write: Any) -> None:
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint: tensors and plain Python values in dicts and lists."""
     try:
-        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=before(path))
     except (OSError, RuntimeError) as why:  # torch reports a full disk as RuntimeError
         raise TrainError(
             f"cannot write {path}: {str(why).splitlines()[0]}; the checkpoint before it is intact"
@@ -39,13 +52,40 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint into host memory."""
-    if not path.is_file():
+    """Read a checkpoint into host memory; where it cannot be read, the one before it.
+
+    Raises:
+        TrainError: there is none, neither can be read, or it is another version's.
+    """
+    there = [one for one in (path, before(path)) if one.is_file()]
+    if not there:
         raise TrainError(f"nothing to resume: {path} does not exist")
+    reasons = []
+    for one in there:
+        try:
+            state = _read(one)
+        except TrainError as why:
+            reasons.append(str(why))
+            continue
+        if one != path:
+            why_not = reasons[0] if reasons else f"{path} does not exist"
+            log.warning("%s: going on from the one before it, at step %s", why_not, state.get("step"))
+        if state.get("format") != FORMAT:
+            raise TrainError(f"{one} is not a checkpoint of this version of bomkern")
+        return state
+    raise TrainError("; ".join(reasons))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as why:
-        raise TrainError(f"{path} is not a readable checkpoint: {str(why).splitlines()[0]}") from why
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise TrainError(f"{path} is not a checkpoint of this version of bomkern")
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()  # torch.load compares no checksums
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as why:  # what a damaged file raises depends on where it is damaged
+        text = (str(why) or type(why).__name__).splitlines()[0]
+        raise TrainError(f"{path} is not a readable checkpoint: {text}") from why
+    if not isinstance(state, dict):
+        raise TrainError(f"{path} is not a readable checkpoint: it holds a {type(state).__name__}")
     return state

@@ -14,13 +14,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bomkern.report import HISTORY, REPORT
 
-from .checkpoint import write_atomically
+from .checkpoint import before, write_atomically
 from .config import TrainError
 
 CHECKPOINT, METRICS, CONFIG, SUMMARY = "checkpoint.pt", "metrics.jsonl", "config.json", "summary.json"
 PAYOFF = "payoff.json"
 PICTURES = ("levels.png", "shares.png", "reconstructions.png", "swaps.png", "traversals.png")
-OWN = (CHECKPOINT, METRICS, CONFIG, SUMMARY, PAYOFF, HISTORY, REPORT, *PICTURES)
+OWN = (CHECKPOINT, before(Path(CHECKPOINT)).name, METRICS, CONFIG, SUMMARY, PAYOFF, HISTORY, REPORT, *PICTURES)
 ROOM = 200 * 2**20  # bytes that must be free before a run starts
 
 
