@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--structure", type=_at_least(int, 2), help=f"latents of the structure ({default.structure})")
     add("--appearance", type=_at_least(int, 2), help=f"latents of the appearance ({default.appearance})")
     add("--device", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--devices", type=one, help="how many processes, each with a device (1)")
-    add("--strategy", choices=STRATEGIES, help="how several processes work together, by Lightning Fabric (auto)")
+    add("--devices", type=one, help="how many processes, each with a device (1, or as many as torchrun starts)")
+    add("--strategy", choices=STRATEGIES, help="how several processes share the work; auto is ddp (auto)")
     add("--precision", choices=PRECISIONS, help=f"({default.precision})")
     add(
         "--impl",
@@ -132,19 +132,22 @@ def _train(given: dict[str, object]) -> int:
         except ImportError as why:
             print(f"bomkern train needs {why.name or name}: pip install 'bomkern[train]'", file=sys.stderr)
             return 1
-    from .train import loop
+    from .train import loop, ranks
 
     config = Config(**given)  # type: ignore[arg-type]
     try:
         summary = loop.train(config, set(given))
     except (TrainError, OSError) as why:
-        print(f"bomkern train: error: {why}", file=sys.stderr)
+        if ranks.speaks(why):
+            print(f"bomkern train: error: {why}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped before the first step", file=sys.stderr)
+        if ranks.speaks():
+            print("stopped before the first step", file=sys.stderr)
         return 130
     except loop.Interrupted as why:
-        print(f"{why}; go on with: bomkern train --out {config.out} --resume", file=sys.stderr)
+        if ranks.speaks():
+            print(f"{why}; go on with: bomkern train --out {config.out} --resume", file=sys.stderr)
         return 128 + why.number
     if summary:
         print(loop.report(summary, config.out))

@@ -69,7 +69,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
         poison(run, patch)
         run.advance()
     after = leaves(run.state_dict())
-    counted = {"/step": 3, "/goals/monitor._extra_state/steps": 3, "/tally/rejected": 1.0, "/tally/in_a_row": 1.0}
+    counted = {"/step": 3, "/samples": 12, "/goals/monitor._extra_state/steps": 3}
+    counted |= {"/guard/rejected": 1, "/guard/rejected_in_a_row": 1}
     for name, value in counted.items():
         assert after.pop(name) == value
         before.pop(name)
@@ -82,7 +83,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert_same(before, after)
     if poison is not poison_gradient:  # its hook stays
         run.advance()
-        assert run.tally.totals()["rejected_steps"] == 1 and run.tally.values["in_a_row"] == 0
+        assert run.guard.state_dict() == {"rejected": 1, "rejected_in_a_row": 0}
         assert not torch.equal(next(run.vae.parameters()), before["/vae/encoder.trunk.0.weight"])
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .config import TrainError
 
-FORMAT = 3
+FORMAT = 4
 log = logging.getLogger("bomkern")
 
 

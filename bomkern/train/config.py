@@ -10,13 +10,15 @@ SPILL = 0.5  # the default ratio, see bomkern.Spill
 REDUCTIONS = ("mean", "min")
 IMAGE_SIZES = (32, 64, 128, 256)
 PRECISIONS = ("32-true", "bf16-mixed")
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp")
 # May differ between a run and its continuation; everything else must not.
 FREE = (
     "out",
     "steps",
     "epochs",
     "device",
+    "devices",
+    "strategy",
     "impl",
     "log_every",
     "eval_every",
@@ -51,7 +53,7 @@ class Config:
     appearance: int = 16
     width: int = 32
     device: str = "auto"
-    devices: int = 1
+    devices: int | None = None  # processes on this machine; None: as many as torchrun started, or 1
     strategy: str = "auto"
     precision: str = "32-true"
     impl: str | None = None

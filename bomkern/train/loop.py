@@ -21,12 +21,13 @@ import bomkern
 from bomkern.diagnose import NOTHING
 from bomkern.report import diagnose_folder
 
-from . import checkpoint, evaluate, record
+from . import checkpoint, evaluate, ranks, record
 from .config import REDUCTIONS, SCALES, Config, TrainError
-from .data import DataError, load, to_float
+from .data import Data, DataError, load, to_float
 from .goals import GOALS, anchors
-from .step import Trainer
-from .tally import REJECTED_IN_A_ROW
+from .networks import VAE
+from .ranks import launch
+from .step import REJECTED_IN_A_ROW, Trainer
 
 DEFAULT_STEPS = 1000
 log = logging.getLogger("bomkern")
@@ -58,28 +59,14 @@ class Stop:
             signal.signal(number, handler)
 
 
-def launch(config: Config) -> Fabric:
-    """Fabric for the device, strategy and precision of the config."""
-    accelerator = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.split(":")[0]
-    accelerator = "cpu" if accelerator == "auto" else accelerator
-    devices: int | list[int] = config.devices
-    if accelerator == "cuda" and ":" in config.device:
-        devices = [int(config.device.split(":")[1])]
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise TrainError(f"--device {config.device}: this PyTorch sees no CUDA device")
-    precision: Any = config.precision
-    try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, strategy=config.strategy, precision=precision)
-    except (TypeError, ValueError, RuntimeError) as why:  # more devices than there are, above all
-        raise TrainError(f"--device {config.device} --devices {config.devices}: {str(why).splitlines()[0]}") from why
-    fabric.launch()
-    return fabric
+def total_steps(config: Config, crops: int, processes: int, step: int = 0, samples: int = 0) -> int:
+    """Steps of the run, ``step`` of which are done and took ``samples``, in any number of processes.
 
-
-def total_steps(config: Config, crops: int, ranks: int) -> int:
-    """Steps of the run; an epoch is as many samples as crops fit side by side into the training regions."""
+    An epoch is as many samples as crops fit side by side into the training regions.
+    """
     if config.epochs is not None:
-        return max(1, math.ceil(config.epochs * crops / (config.batch_size * ranks)))
+        left = max(0, math.ceil(config.epochs * crops) - samples)
+        return step + math.ceil(left / (config.batch_size * processes))
     return config.steps if config.steps is not None else DEFAULT_STEPS
 
 
@@ -105,33 +92,52 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
         TrainError: one line on why the run cannot start or go on.
         Interrupted: a signal came; a checkpoint was saved.
     """
-    folder = Path(config.out)
+    ranks.join()
+    config, stored = ranks.together(lambda: _settle(config, given if given is not None else set()))
+    fabric = launch(config)
+    with ranks.watch():
+        return _run(config, fabric, stored)
+
+
+def _settle(config: Config, given: set[str]) -> tuple[Config, dict[str, Any] | None]:
+    """The run's settings, checked, and the checkpoint that it goes on from."""
     stored = None
     if config.resume:
-        stored = checkpoint.load(folder / record.CHECKPOINT)
-        config = config.merged(stored["config"], given if given is not None else set())
+        stored = checkpoint.load(Path(config.out) / record.CHECKPOINT)
+        config = config.merged(stored["config"], given)
+        if ranks.by_torchrun() and "devices" not in given:
+            config.devices = None  # as many as there are now
     if config.scales not in SCALES or config.reduction not in REDUCTIONS:
         raise TrainError(f"unknown --scales {config.scales} or --reduction {config.reduction}")
     if config.scales == "probed" and not config.probe:
         raise TrainError("--scales probed takes its anchors from short runs: say how long with --probe STEPS")
     if config.temperature and config.spill_ratio:
         raise TrainError(f"--temperature {config.temperature:g} and --spill {config.spill_ratio:g} exclude each other")
-    fabric = launch(config)
-    chief = fabric.is_global_zero
+    return config, stored
+
+
+def _prepare(config: Config, fabric: Fabric) -> tuple[str, Data]:
+    """Which implementation serves, and the images; on rank 0 the run folder is made too."""
     impl = serving(fabric.device.type, config.impl)
     try:
         data = load(Path(config.data) if config.data else None, config.image_size)
     except DataError as why:
         raise TrainError(str(why)) from why
-    if chief:
+    if fabric.is_global_zero:
         if data.skipped:
             fabric.print(f"skipped {len(data.skipped)} files of {config.data}:", *data.skipped, sep="\n  ")
-        record.prepare(folder, config.overwrite, config.resume)
-    fabric.barrier()
+        record.prepare(Path(config.out), config.overwrite, config.resume)
+    return impl, data
+
+
+def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[str, Any]:
+    """Train, in processes that have found each other."""
+    folder, chief = Path(config.out), fabric.is_global_zero
+    impl, data = ranks.together(lambda: _prepare(config, fabric))
     trainer = Trainer(config, fabric, data.train)
     if stored:
         trainer.load_state_dict(stored)
-    steps = total_steps(config, len(data.train), fabric.world_size)
+    steps = total_steps(config, len(data.train), fabric.world_size, trainer.step, trainer.samples)
     if trainer.step > steps:
         raise TrainError(f"the run in {folder} is at step {trainer.step} already: ask for more than {steps} steps")
     if chief:
@@ -147,7 +153,8 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
     finally:
         stop.restore()
         recorder.close()
-    return _finish(trainer, images, folder, speed, impl) if chief else {}
+    average = trainer.averaged()
+    return _finish(trainer, average, images, folder, speed, impl) if chief else {}
 
 
 def _probe(trainer: Trainer) -> bomkern.Payoff:
@@ -200,16 +207,15 @@ def _steps(
             paused = time.perf_counter()
             if look:
                 trainer.remeasure(images)
-            if look and chief:
-                line |= evaluate.quality(trainer.average, images)
+                average = trainer.averaged()
+                line |= evaluate.quality(average, images) if chief else {}
             if len(line) > 1:
                 recorder.line(line)
             asked = stop.asked if fabric.world_size == 1 or log else 0
             if fabric.world_size > 1 and log:  # every rank must leave at the same step
                 asked = int(trainer.agree(torch.tensor(float(asked), device=trainer.device), "max"))
-            if chief and (asked or n == steps or n % config.checkpoint_every == 0):
-                checkpoint.save(folder / record.CHECKPOINT, trainer.state_dict())
-                checkpoint.write_atomically(folder / record.HISTORY, trainer.goals.history.save)
+            if asked or n == steps or n % config.checkpoint_every == 0:
+                _save(trainer, folder)
             aside += time.perf_counter() - paused
             if asked:
                 raise Interrupted(asked, n)
@@ -222,8 +228,20 @@ def _steps(
     return (steps - first) / seconds if steps > first else None
 
 
+def _save(trainer: Trainer, folder: Path) -> None:
+    """The checkpoint and the history, by rank 0. What is sharded is put together first."""
+    chief = trainer.fabric.is_global_zero
+    state = ranks.whole(trainer.state_dict()) if chief or trainer.sharded else {}
+
+    def write() -> None:
+        checkpoint.save(folder / record.CHECKPOINT, state)
+        checkpoint.write_atomically(folder / record.HISTORY, trainer.goals.history.save)
+
+    ranks.together(write if chief else lambda: None)
+
+
 def _check(trainer: Trainer) -> None:
-    goal = trainer.tally.stuck()
+    goal = trainer.stuck()
     if goal:
         raise TrainError(
             f"{goal} is not finite, or its gradient is not: {REJECTED_IN_A_ROW} steps in a row were rejected, the last "
@@ -231,11 +249,13 @@ def _check(trainer: Trainer) -> None:
         )
 
 
-def _finish(trainer: Trainer, images: torch.Tensor, folder: Path, speed: float | None, impl: str) -> dict[str, Any]:
+def _finish(
+    trainer: Trainer, average: VAE, images: torch.Tensor, folder: Path, speed: float | None, impl: str
+) -> dict[str, Any]:
     """Evaluate, write summary and pictures."""
     from . import plots
 
-    found = {**evaluate.quality(trainer.average, images), **evaluate.baseline(images)}
+    found = {**evaluate.quality(average, images), **evaluate.baseline(images)}
     totals = trainer.tally.totals()
     lines = [line for line in record.read_lines(folder / record.METRICS) if "goals" in line]
     last = lines[-1]["goals"] if lines else {}
@@ -245,6 +265,7 @@ def _finish(trainer: Trainer, images: torch.Tensor, folder: Path, speed: float |
         "steps": trainer.step,
         "steps_per_second": speed,
         **totals,
+        "rejected_steps": int(trainer.guard.rejected),
         "walked": statistics.fmean(line.get("walked", 1.0) for line in lines) if lines else 1.0,
         "raw": {name: last[name]["raw"] for name in last},
         "level": {name: last[name]["level"] for name in last},
@@ -258,13 +279,14 @@ def _finish(trainer: Trainer, images: torch.Tensor, folder: Path, speed: float |
         "seed": config.seed,
         "impl": impl,
         "device": str(trainer.device),
+        "ranks": trainer.fabric.world_size,
         "threads": torch.get_num_threads(),
         "versions": record.versions(),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         plots.curves(folder)
-        plots.contact_sheets(folder, trainer.average, images, found)
+        plots.contact_sheets(folder, average, images, found)
     summary["diagnosis"] = _diagnosis(trainer, folder)
     record.write_json(folder / record.SUMMARY, summary)
     return summary

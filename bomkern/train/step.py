@@ -8,14 +8,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bomkern import GoalSet, Lazy, latent_statistics, lazy
+from bomkern import GoalSet, Lazy, StepGuard, latent_statistics, lazy
 
 from . import features as see
 from . import goals as goal
+from . import ranks
 from .config import Config
 from .data import Crops, to_float
 from .networks import VAE, Discriminator, Pass
@@ -25,6 +27,8 @@ from .tally import Tally
 CROPS, NOISE, TRIVIAL = 0, 1, 2  # streams of random numbers
 TRIVIAL_CROPS = 256
 AVERAGE = 0.01  # weight of a step in the moving average of the weights
+REJECTED_IN_A_ROW = 50  # after so many, training stops
+SUSPECTED = 0.5  # blame of the goal with the largest share, where no goal's value says which is at fault
 
 
 def raw_values(
@@ -67,21 +71,24 @@ class Trainer:
     Attributes:
         vae, discriminator: the networks, as they are trained.
         average: moving average of the VAE's weights over about 100 steps, which is what gets evaluated and pictured.
-        step: how many steps are done.
-        partial: whether losses may leave parameters out, as a probe's do; they then get zeros, which several processes
-            wait for.
+        step: how many steps are done. samples: how many samples all ranks have seen in them.
+        sharded: whether each rank holds a part of every weight (FSDP2).
+        partial: whether losses may leave parameters out, as a probe's do; they then get zeros, which DDP waits for.
     """
 
     def __init__(self, config: Config, fabric: Fabric, crops: Crops) -> None:
         self.config, self.fabric, self.crops = config, fabric, crops
         self.device = fabric.device
-        self.step, self.partial = 0, False
+        self.step, self.samples, self.partial, self.sharded = 0, 0, False, ranks.shards(fabric)
         self._walked: list[float] = []  # since the last `window`
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.vae = VAE(config.image_size, config.structure, config.appearance, config.width)
+            self.vae = self._vae()
             self.discriminator = Discriminator(config.width // 2)
         self.average = copy.deepcopy(self.vae).requires_grad_(False).to(self.device)
+        self.model, self.judge = fabric.setup_module(self.vae), fabric.setup_module(self.discriminator)
+        if self.sharded:
+            fabric.setup_module(self.average)
         # Fused, because that step takes `found_inf` from the device and leaves everything alone where it is 1.
         self.optimizers = [
             torch.optim.AdamW(self.vae.parameters(), lr=config.lr, fused=True),
@@ -89,9 +96,7 @@ class Trainer:
                 self.discriminator.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.99), fused=True
             ),
         ]
-        self.model, self._step_vae = fabric.setup(self.vae, self.optimizers[0])
-        self.judge, self._step_judge = fabric.setup(self.discriminator, self.optimizers[1])
-        group = torch.distributed.group.WORLD if fabric.world_size > 1 else None
+        group = dist.group.WORLD if fabric.world_size > 1 else None
         hard = config.temperature == 0 and config.spill_ratio == 0  # a sample gives gradient to one goal alone
         chosen = policies(config.scales, config.batch_size, config.calibration_steps)
         self.goals = GoalSet(
@@ -106,9 +111,14 @@ class Trainer:
             process_group=group,
         )
         self.goals.to(self.device)
+        self.guard = StepGuard(*self.optimizers, goals=self.goals, process_group=group)
         self.tally = Tally(self.device)
         sample = crops.batch(TRIVIAL_CROPS, self._host_rng(TRIVIAL, 0))
         self.trivial = goal.trivial_answers(to_float(sample, self.device))
+
+    def _vae(self) -> VAE:
+        config = self.config
+        return VAE(config.image_size, config.structure, config.appearance, config.width)
 
     def _entropy(self, stream: int, step: int) -> list[int]:
         rank = 0 if stream == TRIVIAL else self.fabric.global_rank  # what goals are measured by is common to all ranks
@@ -146,7 +156,7 @@ class Trainer:
         raw, image, recon = self.raw()
         out = self.goals(raw)
         loss = out.loss
-        if self.partial:
+        if self.partial and not self.sharded:
             loss = loss + 0 * torch.stack([p.sum() for p in self.vae.parameters()]).sum()
         self.fabric.backward(loss)
 
@@ -157,13 +167,20 @@ class Trainer:
         self.fabric.backward(judge_loss)
 
         ok = self._apply(out.finite & judge_loss.isfinite())
-        self.goals.accept(ok)
         bad = ~out["raw"].isfinite()
         bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
         share = out.share
-        self.tally.add(ok, share, torch.where(bad.any(), bad, share == share.max()))
+        self.tally.add(ok, share, torch.where(bad.any(), bad.float(), SUSPECTED * (share == share.max())))
         self._walked.append(1.0 if out.walked is None else out.walked)
         self.step += 1
+        self.samples += self.config.batch_size * self.fabric.world_size
+
+    def stuck(self) -> str | None:
+        """The goal at fault, if too many steps in a row were rejected; the same on all ranks."""
+        if self.guard.rejected_in_a_row < REJECTED_IN_A_ROW:
+            return None
+        blame = self.agree(self.tally.values["blame"].clone(), "max")
+        return goal.GOALS[int(blame.argmax())]
 
     @torch.no_grad()
     def remeasure(self, images: Tensor) -> None:
@@ -188,46 +205,50 @@ class Trainer:
 
     def _apply(self, finite: Tensor) -> Tensor:
         """Update both networks, or neither; returns whether, as a 0-dim bool on the device, the same on all ranks."""
-        norms: list[Tensor] = [
-            torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-            for module in (self.vae, self.discriminator)
-        ]
-        fine = finite & norms[0].isfinite() & norms[1].isfinite()
-        ok = self.agree(fine.float(), "min") > 0
-        for optimizer, wrapped in zip(self.optimizers, (self._step_vae, self._step_judge), strict=True):
-            optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]
-            wrapped.step()
-            optimizer.zero_grad()
+        ok = self.guard.step(finite)
+        self.guard.zero_grad()
         # A rejected step has weight 0; the first steps weigh more, or the average would remember the untrained weights.
         weight = ok.float() * max(AVERAGE, 1 / (self.step + 1))
         for mean, now in zip(self.average.parameters(), self.vae.parameters(), strict=True):
-            mean.lerp_(now.detach(), weight)
+            ranks.local(mean).lerp_(ranks.local(now.detach()), weight)
         return ok
 
+    def averaged(self) -> VAE:
+        """`average` with whole weights. Where they are sharded, all ranks must call it."""
+        if not self.sharded:
+            return self.average
+        with torch.device("meta"):
+            vae = self._vae()
+        vae.load_state_dict(ranks.whole(self.average.state_dict()), assign=True)
+        return vae
+
     def agree(self, tensor: Tensor, how: str) -> Tensor:
-        """The "max", "min" or "mean" over the ranks, on all of them."""
+        """The "max" or "mean" over the ranks, on all of them; may write into ``tensor``."""
         return cast(Tensor, self.fabric.all_reduce(tensor, reduce_op=how))
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on, in any number of processes once it is `ranks.whole`."""
         return {
             "step": self.step,
+            "samples": self.samples,
             "config": self.config.to_dict(),
             "vae": self.vae.state_dict(),
             "average": self.average.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "goals": self.goals.state_dict(),
+            "guard": self.guard.state_dict(),
             "tally": self.tally.state_dict(),
             "trivial": self.trivial._asdict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.vae.load_state_dict(state["vae"])
-        self.average.load_state_dict(state["average"])
-        self.discriminator.load_state_dict(state["discriminator"])
+        self.step, self.samples = state["step"], state["samples"]
+        for name in ("vae", "average", "discriminator"):
+            ranks.load_module(getattr(self, name), state[name])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
+            ranks.load_optimizer(optimizer, stored)
         self.goals.load_state_dict(state["goals"])
+        self.guard.load_state_dict(state["guard"])
         self.tally.load_state_dict(state["tally"])
         self.trivial = goal.Trivial(**{name: t.to(self.device) for name, t in state["trivial"].items()})

@@ -9,46 +9,36 @@ from torch import Tensor
 
 from .goals import GOALS
 
-REJECTED_IN_A_ROW = 50  # after so many, training stops
 PER_GOAL = ("share", "starving", "longest", "blame")
-PLAIN = ("steps", "rejected", "in_a_row")
 
 
 class Tally:
-    """Counters over steps, float64 on the device: `PER_GOAL` are [K], `PLAIN` are 0-dim.
+    """Counters over steps, float64 on the device: `PER_GOAL` are [K], ``steps`` is 0-dim.
 
     ``share`` and ``steps`` are sums over all accepted steps. ``starving`` and ``longest`` are the current and the
-    longest run of accepted steps in which a goal owned no sample. ``rejected`` counts rejected steps, ``in_a_row``
-    those since the last accepted one, ``blame`` how often each goal was at fault in them.
+    longest run of accepted steps in which a goal owned no sample. ``blame`` adds up how much each goal was at fault in
+    the rejected steps since the last accepted one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.values = {name: torch.zeros(len(GOALS), device=device, dtype=torch.float64) for name in PER_GOAL}
-        self.values |= {name: torch.zeros((), device=device, dtype=torch.float64) for name in PLAIN}
+        self.values["steps"] = torch.zeros((), device=device, dtype=torch.float64)
 
     def add(self, ok: Tensor, share: Tensor, blame: Tensor) -> None:
-        """Count one step. ok: 0-dim bool; share: [K]; blame: [K] bool, only read where not ok."""
+        """Count one step. ok: 0-dim bool; share: [K]; blame: [K], only read where not ok."""
         v, zero = self.values, self.values["steps"].new_zeros(())
         v["share"].add_(torch.where(ok, share.double(), zero))
         v["steps"].add_(ok)
         v["starving"].copy_(torch.where(ok, torch.where(share > 0, zero, v["starving"] + 1), v["starving"]))
         torch.maximum(v["longest"], v["starving"], out=v["longest"])
-        v["rejected"].add_(~ok)
-        v["in_a_row"].copy_(torch.where(ok, zero, v["in_a_row"] + 1))
         v["blame"].copy_(torch.where(ok, zero, v["blame"] + blame))
 
-    def stuck(self) -> str | None:
-        """The goal at fault, if too many steps in a row were rejected."""
-        in_a_row, *blame = torch.cat([self.values["in_a_row"][None], self.values["blame"]]).tolist()
-        return GOALS[max(range(len(GOALS)), key=blame.__getitem__)] if in_a_row >= REJECTED_IN_A_ROW else None
-
     def totals(self) -> dict[str, Any]:
-        """share and longest starvation per goal over all accepted steps, and how many were rejected."""
+        """share and longest starvation per goal over all accepted steps."""
         share = (self.values["share"] / self.values["steps"].clamp(min=1)).tolist()
         return {
             "share": dict(zip(GOALS, share, strict=True)),
             "longest_starvation": dict(zip(GOALS, map(int, self.values["longest"].tolist()), strict=True)),
-            "rejected_steps": int(self.values["rejected"]),
         }
 
     def state_dict(self) -> dict[str, Tensor]:
