@@ -138,16 +138,13 @@ def _train(given: dict[str, object]) -> int:
     try:
         summary = loop.train(config, set(given))
     except (TrainError, OSError) as why:
-        if ranks.speaks(why):
-            print(f"bomkern train: error: {why}", file=sys.stderr)
+        ranks.say(f"bomkern train: error: {why}", why)
         return 1
     except KeyboardInterrupt:
-        if ranks.speaks():
-            print("stopped before the first step", file=sys.stderr)
+        ranks.say("stopped before the first step")
         return 130
     except loop.Interrupted as why:
-        if ranks.speaks():
-            print(f"{why}; go on with: bomkern train --out {config.out} --resume", file=sys.stderr)
+        ranks.say(f"{why}; go on with: bomkern train --out {config.out} --resume")
         return 128 + why.number
     if summary:
         print(loop.report(summary, config.out))

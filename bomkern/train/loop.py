@@ -93,10 +93,9 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
         Interrupted: a signal came; a checkpoint was saved.
     """
     ranks.join()
-    config, stored = ranks.together(lambda: _settle(config, given if given is not None else set()))
-    fabric = launch(config)
     with ranks.watch():
-        return _run(config, fabric, stored)
+        settled, stored = ranks.together(lambda: _settle(config, given if given is not None else set()))
+        return _run(settled, launch(settled), stored)
 
 
 def _settle(config: Config, given: set[str]) -> tuple[Config, dict[str, Any] | None]:

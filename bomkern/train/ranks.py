@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -25,6 +27,8 @@ from .config import STRATEGIES, Config, TrainError
 
 # How long a process waits for another. Rank 0 alone evaluates and draws, and a first step may compile.
 TIMEOUT = timedelta(minutes=10)
+PATIENCE = timedelta(seconds=5)  # with the words of rank 0
+SAID = "bomkern: rank 0 has said it"
 GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
 
 T = TypeVar("T")
@@ -57,9 +61,28 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def speaks(why: Exception | None = None) -> bool:
-    """Whether this process prints: rank 0 does, and whoever has trouble that only it knows of."""
-    return isinstance(why, (Lost, OSError)) or not several_ranks() or dist.get_rank() == 0
+def say(text: str, why: Exception | None = None) -> None:
+    """Print an error once: rank 0 does, the others see to it that it did. Who is `Lost` has nobody to ask."""
+    rank = dist.get_rank() if several_ranks() and not isinstance(why, Lost) else None
+    if rank and _has_said():
+        return
+    print(f"rank {rank}: {text}" if rank else text, file=sys.stderr, flush=True)
+    if rank == 0:
+        with suppress(RuntimeError):
+            _store().set(SAID, "")
+
+
+def _has_said() -> bool:
+    """Whether rank 0 has printed something, soon. To end before that may end it: torchrun stops all when one fails."""
+    try:
+        _store().wait([SAID], PATIENCE)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _store() -> dist.TCPStore:
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
 
 
 def together(do: Callable[[], T]) -> T:
@@ -91,9 +114,12 @@ def watch() -> Iterator[None]:
     except RuntimeError as why:
         text = str(why)
         if several_ranks() and (isinstance(why, dist.DistError) or "gloo" in text or "NCCL" in text):
+            heard = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0]).split(". ")[
+                0
+            ]  # without the place in gloo's source
             raise Lost(
-                f"rank {dist.get_rank()} stops: another process is gone, or has not answered for "
-                f"{TIMEOUT.total_seconds():g} s ({text.splitlines()[0]}); go on with --resume"
+                f"rank {dist.get_rank()} stops: another process is gone, or did not answer within "
+                f"{TIMEOUT.total_seconds():g} s ({heard}); go on with --resume"
             ) from why
         raise
 
@@ -185,34 +211,38 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(state: Any) -> Any:
-    """A nested state with its sharded tensors put together. All ranks must call it."""
+    """A nested state with its sharded tensors put together, one by one, in host memory. All ranks must call it."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return type(state)(map(whole, state))
-    return state.full_tensor() if hasattr(state, "full_tensor") else state
+    return state.full_tensor().cpu() if hasattr(state, "full_tensor") else state
 
 
-def _part(tensor: Any, like: Any) -> Any:
-    """A whole tensor sharded as ``like`` is; what is not, or is something else, as it is."""
-    if not hasattr(like, "device_mesh") or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
+def _laid_out(tensor: Any, own: Any) -> Any:
+    """A whole tensor as ``own``, of the same shape, has its numbers: sharded, and in that order in memory."""
+    if not isinstance(tensor, Tensor) or own is None or tensor.shape != own.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    if hasattr(own, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
 
-    # Nothing is sent: every rank has read the whole.
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        # Nothing is sent: every rank has read the whole.
+        whole = tensor.to(own.device).contiguous()
+        return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+    return torch.empty_like(own, dtype=tensor.dtype).copy_(tensor)
 
 
 def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Load whole tensors into a module that may be sharded."""
     own = module.state_dict()
-    module.load_state_dict(
-        {name: _part(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
-    )
+    module.load_state_dict({name: _laid_out(tensor, own.get(name)) for name, tensor in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state of whole tensors into the optimizer of parameters that may be sharded."""
+    """Load a state of whole tensors into the optimizer of parameters that may be sharded.
+
+    A fused step takes the state to lie in memory as its parameter does: channels last, but not where it was sharded.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parts = {i: {key: _part(v, parameters[i]) for key, v in of.items()} for i, of in state["state"].items()}
+    parts = {i: {key: _laid_out(v, parameters[i]) for key, v in of.items()} for i, of in state["state"].items()}
     optimizer.load_state_dict({**state, "state": parts})

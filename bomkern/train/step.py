@@ -220,7 +220,7 @@ class Trainer:
         with torch.device("meta"):
             vae = self._vae()
         vae.load_state_dict(ranks.whole(self.average.state_dict()), assign=True)
-        return vae
+        return vae.to(self.device)
 
     def agree(self, tensor: Tensor, how: str) -> Tensor:
         """The "max" or "mean" over the ranks, on all of them; may write into ``tensor``."""

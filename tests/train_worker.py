@@ -1,0 +1,42 @@
+"""`bomkern train` with something changed, to be started by torchrun: ``-m tests.train_worker CHANGE --out ...``."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from bomkern import cli
+from bomkern.train import plots, ranks, step
+from bomkern.train.goals import GOALS
+
+
+def same() -> None:
+    """Every rank draws what rank 0 draws: then any number of them computes what one does."""
+    step.Trainer._entropy = lambda self, stream, at: [self.config.seed, stream, at, 0]  # type: ignore[method-assign]
+
+
+def bad() -> None:
+    """On rank 1 alone a goal is not finite."""
+    true = step.raw_values
+
+    def raw_values(*arguments: Any) -> Any:
+        raw: Any = true(*arguments)
+        k = GOALS.index("consistency")
+        raw[k] = raw[k] * (torch.nan if torch.distributed.get_rank() else 1.0)
+        return raw
+
+    step.raw_values = raw_values
+
+
+def impatient() -> None:
+    """Waits seconds, not minutes."""
+    ranks.TIMEOUT = timedelta(seconds=5)
+
+
+if __name__ == "__main__":
+    plots.curves = plots.contact_sheets = lambda *_: None
+    {"same": same, "bad": bad, "impatient": impatient}[sys.argv[1]]()
+    sys.exit(cli.main(["train", *sys.argv[2:]]))
