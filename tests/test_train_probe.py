@@ -43,14 +43,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, table: torch.Tensor) -> None:
     monkeypatch.setattr(bomkern, "probe", lambda *_, **__: bomkern.Payoff(list(GOALS), table, 9))
 
 
-def test_a_probe_is_the_mean_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(scales="probed", probe=1)
-    fake(monkeypatch, 2 - torch.eye(9))
-    monkeypatch.setattr(run, "agree", lambda table, how: table * (3 if how == "mean" else 0))
-    assert torch.equal(loop._probe(run).table, 6 - 3 * torch.eye(9))
-    assert run.goals.anchors()["realism"] == pytest.approx((3, 3))
-
-
 def test_a_goal_of_which_a_probe_says_nothing_keeps_its_anchors(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -74,7 +74,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     for name, value in counted.items():
         assert after.pop(name) == value
         before.pop(name)
-    assert after.pop("/tally/blame").sum() > 0
+    assert after.pop("/tally/blame").sum() >= 1
     before.pop("/tally/blame")
     for part in ("rows", "fresh"):  # the history has the step, as one without a finite loss
         name = f"/goals/monitor._extra_state/{part}"

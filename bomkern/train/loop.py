@@ -159,14 +159,13 @@ def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[
 def _probe(trainer: Trainer) -> bomkern.Payoff:
     """The payoff table, the same on all ranks; anchors that wait for it are given."""
     config, chief = trainer.config, trainer.fabric.is_global_zero
-    trainer.partial = trainer.fabric.world_size > 1
+    trainer.partial = trainer.fabric.world_size > 1 and not trainer.sharded
     try:
-        found = bomkern.probe(trainer.advance, trainer.goals, config.probe, progress=chief)
+        payoff = bomkern.probe(trainer.advance, trainer.goals, config.probe, progress=chief)
     except ValueError as why:
         raise TrainError(f"--probe {config.probe}: {why}") from why
     finally:
         trainer.partial = False
-    payoff = found._replace(table=trainer.agree(found.table.to(trainer.device), "mean").cpu())
     ideals, nadirs, least = payoff.anchors("ideal"), payoff.anchors("nadir"), payoff.table.amin(0).tolist()
     late = [name for name, low in zip(GOALS, least, strict=True) if ideals[name] > low]
     if late and chief:
@@ -212,7 +211,8 @@ def _steps(
                 recorder.line(line)
             asked = stop.asked if fabric.world_size == 1 or log else 0
             if fabric.world_size > 1 and log:  # every rank must leave at the same step
-                asked = int(trainer.agree(torch.tensor(float(asked), device=trainer.device), "max"))
+                most: Any = fabric.all_reduce(torch.tensor(float(asked), device=trainer.device), reduce_op="max")
+                asked = int(most)
             if asked or n == steps or n % config.checkpoint_every == 0:
                 _save(trainer, folder)
             aside += time.perf_counter() - paused

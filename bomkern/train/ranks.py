@@ -62,27 +62,26 @@ def _leave() -> None:
 
 
 def say(text: str, why: Exception | None = None) -> None:
-    """Print an error once: rank 0 does, the others see to it that it did. Who is `Lost` has nobody to ask."""
-    rank = dist.get_rank() if several_ranks() and not isinstance(why, Lost) else None
-    if rank and _has_said():
+    """Print an error once. What all ranks know rank 0 prints, and the others see to it that it has before they end."""
+    rank = dist.get_rank() if several_ranks() else 0
+    if rank and not isinstance(why, (Lost, OSError)):
+        _after_rank_0()
         return
-    print(f"rank {rank}: {text}" if rank else text, file=sys.stderr, flush=True)
-    if rank == 0:
-        with suppress(RuntimeError):
-            _store().set(SAID, "")
+    print(text, file=sys.stderr, flush=True)
+    if rank == 0 and several_ranks():
+        _after_rank_0(it=True)
 
 
-def _has_said() -> bool:
-    """Whether rank 0 has printed something, soon. To end before that may end it: torchrun stops all when one fails."""
-    try:
-        _store().wait([SAID], PATIENCE)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _store() -> dist.TCPStore:
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+def _after_rank_0(it: bool = False) -> None:
+    """Wait until rank 0 calls this with ``it``. torchrun ends all processes when the first ends with an error."""
+    if by_torchrun():  # which keeps the store
+        with suppress(dist.DistError):
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, timeout=PATIENCE)
+            if it:
+                store.set(SAID, "")
+            else:
+                store.wait([SAID], PATIENCE)
 
 
 def together(do: Callable[[], T]) -> T:
@@ -114,12 +113,10 @@ def watch() -> Iterator[None]:
     except RuntimeError as why:
         text = str(why)
         if several_ranks() and (isinstance(why, dist.DistError) or "gloo" in text or "NCCL" in text):
-            heard = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0]).split(". ")[
-                0
-            ]  # without the place in gloo's source
+            heard = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0])  # without gloo's line of code
             raise Lost(
                 f"rank {dist.get_rank()} stops: another process is gone, or did not answer within "
-                f"{TIMEOUT.total_seconds():g} s ({heard}); go on with --resume"
+                f"{TIMEOUT.total_seconds():g} s ({heard.split('. ')[0]}); go on with --resume"
             ) from why
         raise
 
@@ -177,7 +174,7 @@ def _strategy(name: str, ranks: int) -> Any:
     if ranks == 1:
         return "auto"
     if name == "fsdp":
-        # Of what the encoder and the networks return, views too, nothing is written into.
+        # Nothing is written into what the networks return, some of which are views.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return ModelParallelStrategy(_shard, data_parallel_size=ranks, tensor_parallel_size=1, timeout=TIMEOUT)
     return DDPStrategy(timeout=TIMEOUT)
@@ -191,13 +188,6 @@ def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     for part in (*module.children(), module):
         fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)
     return module
-
-
-def gather(values: Tensor) -> Tensor:
-    """The values of all ranks, in one dimension."""
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat([part.flatten() for part in parts])
 
 
 def shards(fabric: Fabric) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ CROPS, NOISE, TRIVIAL = 0, 1, 2  # streams of random numbers
 TRIVIAL_CROPS = 256
 AVERAGE = 0.01  # weight of a step in the moving average of the weights
 REJECTED_IN_A_ROW = 50  # after so many, training stops
-SUSPECTED = 0.5  # blame of the goal with the largest share, where no goal's value says which is at fault
 
 
 def raw_values(
@@ -156,7 +155,7 @@ class Trainer:
         raw, image, recon = self.raw()
         out = self.goals(raw)
         loss = out.loss
-        if self.partial and not self.sharded:
+        if self.partial:
             loss = loss + 0 * torch.stack([p.sum() for p in self.vae.parameters()]).sum()
         self.fabric.backward(loss)
 
@@ -170,17 +169,14 @@ class Trainer:
         bad = ~out["raw"].isfinite()
         bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
         share = out.share
-        self.tally.add(ok, share, torch.where(bad.any(), bad.float(), SUSPECTED * (share == share.max())))
+        self.tally.add(ok, share, torch.where(bad.any(), bad, share == share.max()))
         self._walked.append(1.0 if out.walked is None else out.walked)
         self.step += 1
         self.samples += self.config.batch_size * self.fabric.world_size
 
     def stuck(self) -> str | None:
-        """The goal at fault, if too many steps in a row were rejected; the same on all ranks."""
-        if self.guard.rejected_in_a_row < REJECTED_IN_A_ROW:
-            return None
-        blame = self.agree(self.tally.values["blame"].clone(), "max")
-        return goal.GOALS[int(blame.argmax())]
+        """The goal at fault, if too many steps in a row were rejected."""
+        return self.tally.blamed() if self.guard.rejected_in_a_row >= REJECTED_IN_A_ROW else None
 
     @torch.no_grad()
     def remeasure(self, images: Tensor) -> None:
@@ -221,10 +217,6 @@ class Trainer:
             vae = self._vae()
         vae.load_state_dict(ranks.whole(self.average.state_dict()), assign=True)
         return vae.to(self.device)
-
-    def agree(self, tensor: Tensor, how: str) -> Tensor:
-        """The "max" or "mean" over the ranks, on all of them; may write into ``tensor``."""
-        return cast(Tensor, self.fabric.all_reduce(tensor, reduce_op=how))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on, in any number of processes once it is `ranks.whole`."""

@@ -16,7 +16,7 @@ class Tally:
     """Counters over steps, float64 on the device: `PER_GOAL` are [K], ``steps`` is 0-dim.
 
     ``share`` and ``steps`` are sums over all accepted steps. ``starving`` and ``longest`` are the current and the
-    longest run of accepted steps in which a goal owned no sample. ``blame`` adds up how much each goal was at fault in
+    longest run of accepted steps in which a goal owned no sample. ``blame`` counts how often each goal was at fault in
     the rejected steps since the last accepted one.
     """
 
@@ -25,13 +25,17 @@ class Tally:
         self.values["steps"] = torch.zeros((), device=device, dtype=torch.float64)
 
     def add(self, ok: Tensor, share: Tensor, blame: Tensor) -> None:
-        """Count one step. ok: 0-dim bool; share: [K]; blame: [K], only read where not ok."""
+        """Count one step. ok: 0-dim bool; share: [K]; blame: [K] bool, only read where not ok."""
         v, zero = self.values, self.values["steps"].new_zeros(())
         v["share"].add_(torch.where(ok, share.double(), zero))
         v["steps"].add_(ok)
         v["starving"].copy_(torch.where(ok, torch.where(share > 0, zero, v["starving"] + 1), v["starving"]))
         torch.maximum(v["longest"], v["starving"], out=v["longest"])
         v["blame"].copy_(torch.where(ok, zero, v["blame"] + blame))
+
+    def blamed(self) -> str:
+        """The goal that was at fault most often."""
+        return GOALS[int(self.values["blame"].argmax())]
 
     def totals(self) -> dict[str, Any]:
         """share and longest starvation per goal over all accepted steps."""
