@@ -47,9 +47,10 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) ->
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    shape = [*SMALL, "--scales", "auto", "--steps", "4", "--probe", "1"]
-    launch = ["--device", "cpu", "--devices", "2", "--strategy", "ddp", "--log-every", "2", "--calibration-steps", "3"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_one_model(tmp_path: Path, strategy: str) -> None:
+    shape = [*SMALL, "--scales", "auto", "--calibration-steps", "3", "--steps", "4", "--probe", "1"]
+    launch = ["--device", "cpu", "--devices", "2", "--strategy", strategy, "--log-every", "2"]
     command = [sys.executable, "-m", "bomkern", "train", "--out", str(tmp_path), *shape, *launch]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 from tests.train_helpers import SMALL, assert_same, config, leaves
 
 LOG = ["--device", "cpu", "--log-every", "1"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def start(out: Path, *arguments: str, change: str = "impatient", several: bool = True) -> subprocess.Popen[str]:
