@@ -1,13 +1,14 @@
 """bomkern: multi-goal training by the bottleneck rule, fast and safe, in PyTorch."""
 
 from . import _info, nn
+from ._findings import Finding
 from ._info import info
 from ._lazies import Lazy
 from .active_units import active_units
 from .consistency_variance import consistency_variance
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
 from .covariance_penalty import covariance_penalty
-from .diagnose import Diagnosis, Finding, diagnose
+from .diagnose import Diagnosis, diagnose
 from .gaussian_kl import gaussian_kl
 from .goal_set import GoalSet
 from .history import GoalOutput, History

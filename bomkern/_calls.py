@@ -9,7 +9,7 @@ import types
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -215,7 +215,7 @@ def _largest(x: Tensor) -> float:
     return float(x.nan_to_num(0, 0, 0).abs().max()) if x.numel() else 0.0
 
 
-def is_rows(value: object) -> bool:
+def is_rows(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() > 0
 
 

@@ -279,7 +279,7 @@ def estimated_pull(run: Digest) -> tuple[Tensor, Tensor]:
 
 def _limit(series: Tensor) -> float:
     """Where a series that approaches something at a steady rate is going (Aitken's extrapolation of three means)."""
-    first, second, third = blocks(series, 3).tolist()
+    first, second, third = map(float, blocks(series, 3))
     before, after = second - first, third - second
     if abs(after) >= abs(before) or before * after <= 0:  # no approach: further, or back
         return math.copysign(math.inf, after) if before * after > 0 else third

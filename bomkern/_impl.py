@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
 
 from . import _ops, reference
 from . import _twice as _twice  # registers what second derivatives need
 from ._check import check_goals, check_latents, check_matrices, check_rows, check_views
 from ._route import gated
+from ._typed import constant
 
 IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
+Single = Literal["total_correlation", "gaussian_kl", "consistency_variance", "covariance_penalty"]  # of one result
+Several = Literal["min_goal", "active_units", "latent_statistics"]
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -146,7 +150,7 @@ _chosen: dict[tuple[str, str, str | None], str] = {}
 _servers: dict[str, Callable[..., Any]] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant
 def choose(op: str, device: str, impl: str | None) -> str:
     """What serves ``op`` on this type of device: the best, or the one ``impl`` names; a key of `_servers`.
 
@@ -173,7 +177,7 @@ def choose(op: str, device: str, impl: str | None) -> str:
 _keeps: dict[tuple[str, str | None], bool] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _compiled_keeps(device: str, impl: str | None) -> bool:
     key = device, impl
     if key not in _keeps:
@@ -187,6 +191,12 @@ def keeper(device: str, impl: str | None) -> Callable[..., None]:
     return torch.ops.bomkern.goal_set_keep.default if _compiled_keeps(device, impl) else reference.goal_set_keep
 
 
+@overload
+def resolve(op: Single, device: str, impl: str | None) -> Callable[..., Tensor]: ...
+@overload
+def resolve(op: Literal["goal_set"], device: str, impl: str | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]: ...
+@overload
+def resolve(op: Several, device: str, impl: str | None) -> Callable[..., tuple[Tensor, ...]]: ...
 def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:
     """The function that serves; `choose` says which."""
     return _servers[choose(op, device, impl)]

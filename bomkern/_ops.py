@@ -25,6 +25,7 @@ from ._check import (
     check_units,
     check_views,
 )
+from ._typed import fake
 
 _library = torch.library.Library("bomkern", "DEF")
 
@@ -143,7 +144,7 @@ OPS = (
 MIN = 3
 
 
-@torch.library.register_fake("bomkern::min_goal", lib=_library)
+@fake("min_goal", _library)
 def _(
     goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, route: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +157,7 @@ def _(
     return loss, winner, like.new_empty([rows], dtype=dtype)
 
 
-@torch.library.register_fake("bomkern::min_goal.stats", lib=_library)
+@fake("min_goal.stats", _library)
 def _(
     goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, route: int = 0
 ) -> tuple[Tensor, ...]:
@@ -168,7 +169,7 @@ def _(
     return *first, bottleneck, share, level, like.new_empty([], dtype=torch.bool)
 
 
-@torch.library.register_fake("bomkern::min_goal_backward", lib=_library)
+@fake("min_goal_backward", _library)
 def _(
     grad: Tensor,
     winner: Tensor,
@@ -184,7 +185,7 @@ def _(
     return [slope.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]
 
 
-@torch.library.register_fake("bomkern::goal_set", lib=_library)
+@fake("goal_set", _library)
 def _(
     goals: Sequence[Tensor],
     params: Tensor,
@@ -209,14 +210,14 @@ def _(
     )
 
 
-@torch.library.register_fake("bomkern::goal_set_backward", lib=_library)
+@fake("goal_set_backward", _library)
 def _(grad: Tensor, weight: Tensor, index: Sequence[int], dim: Sequence[int], dtype: Sequence[int]) -> list[Tensor]:
     count, batch = weight.shape
     shapes: dict[int, list[int]] = {0: [], 1: [batch], 2: [batch, count]}
     return [weight.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]
 
 
-@torch.library.register_fake("bomkern::goal_set_keep", lib=_library)
+@fake("goal_set_keep", _library)
 def _(
     record: Tensor,
     ring: Tensor,
@@ -229,7 +230,7 @@ def _(
     pass
 
 
-@torch.library.register_fake("bomkern::total_correlation", lib=_library)
+@fake("total_correlation", _library)
 def _(
     z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +244,7 @@ def _(
     )
 
 
-@torch.library.register_fake("bomkern::total_correlation_backward", lib=_library)
+@fake("total_correlation_backward", _library)
 def _(
     grad: Tensor,
     z: Tensor,
@@ -265,39 +266,39 @@ def _as(x: Tensor, wanted: bool = True) -> Tensor:
     return x.new_empty(x.shape if wanted else [0])
 
 
-@torch.library.register_fake("bomkern::gaussian_kl", lib=_library)
+@fake("gaussian_kl", _library)
 def _(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
     batch, dims, dtype = check_matrices(mu=mu, logvar=logvar)
     check_prior(dims, block_size, rho)
     return mu.new_empty([batch], dtype=dtype)
 
 
-@torch.library.register_fake("bomkern::gaussian_kl_backward", lib=_library)
+@fake("gaussian_kl_backward", _library)
 def _(
     grad: Tensor, mu: Tensor, logvar: Tensor, block_size: int, rho: float, want: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     return _as(mu, want[0]), _as(logvar, want[1])
 
 
-@torch.library.register_fake("bomkern::consistency_variance", lib=_library)
+@fake("consistency_variance", _library)
 def _(views: Sequence[Tensor], correction: float) -> Tensor:
     _, batch, _, dtype = check_views(views, correction)
     return views[0].new_empty([batch], dtype=dtype)
 
 
-@torch.library.register_fake("bomkern::consistency_variance_backward", lib=_library)
+@fake("consistency_variance_backward", _library)
 def _(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
     return [_as(view, wanted) for view, wanted in zip(views, want, strict=True)]
 
 
-@torch.library.register_fake("bomkern::active_units", lib=_library)
+@fake("active_units", _library)
 def _(mu: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
     _, dims, dtype = check_matrices(2, mu=mu)
     check_units(threshold, temperature)
     return tuple(mu.new_empty(shape, dtype=dtype) for shape in ([], [], [dims], [dims]))
 
 
-@torch.library.register_fake("bomkern::active_units_backward", lib=_library)
+@fake("active_units_backward", _library)
 def _(
     grad_active: Tensor | None,
     grad_effective: Tensor | None,
@@ -310,7 +311,7 @@ def _(
     return _as(mu)
 
 
-@torch.library.register_fake("bomkern::latent_statistics", lib=_library)
+@fake("latent_statistics", _library)
 def _(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
     batch, dims, dtype = check_latents(z, mu, logvar, least=2)
     check_units(threshold, temperature)
@@ -318,7 +319,7 @@ def _(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: floa
     return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.register_fake("bomkern::latent_statistics_backward", lib=_library)
+@fake("latent_statistics_backward", _library)
 def _(
     grads: Sequence[Tensor | None],
     z: Tensor,
@@ -334,7 +335,7 @@ def _(
     return tuple(_as(x, w) for x, w in zip((z, mu, logvar), want, strict=True))
 
 
-@torch.library.register_fake("bomkern::covariance_penalty", lib=_library)
+@fake("covariance_penalty", _library)
 def _(z: Tensor, normalize: bool, per_sample: bool, save: bool = False) -> tuple[Tensor, ...]:
     batch, dims, dtype = check_matrices(2, z=z)
     side = dims if dims <= batch else batch
@@ -348,7 +349,7 @@ def _(z: Tensor, normalize: bool, per_sample: bool, save: bool = False) -> tuple
     return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.register_fake("bomkern::covariance_penalty_backward", lib=_library)
+@fake("covariance_penalty_backward", _library)
 def _(
     grad: Tensor,
     z: Tensor,

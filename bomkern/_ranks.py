@@ -108,7 +108,8 @@ class Ranks:
         """[W, ...]: x of every rank, of one shape on all."""
         if self.group is None:
             return x[None]
-        return _Gather.apply(x.contiguous().view(-1), self.group).view(self.size, *x.shape)
+        every: Tensor = _Gather.apply(x.contiguous().view(-1), self.group)
+        return every.view(self.size, *x.shape)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks."""
@@ -116,7 +117,9 @@ class Ranks:
 
     def shared(self, own: Tensor, known: Tensor, weight: float | Tensor) -> Tensor:
         """``known``, the same on all ranks, with ``weight`` times the gradient of ``own``; no communication."""
-        return _Shared.apply(own, known.detach(), torch.as_tensor(weight, dtype=own.dtype, device=own.device))
+        weight = torch.as_tensor(weight, dtype=own.dtype, device=own.device)
+        shared: Tensor = _Shared.apply(own, known.detach(), weight)
+        return shared
 
     def check_shape(self, name: str, x: Tensor) -> None:
         """That x has one shape on all ranks. Asked once for each shape: it waits for the device.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ._check import check_goals
+from ._lazies import Lazy
 
-Raw = Mapping[str, "Tensor | Mapping[str, Tensor]"]
+Raw = Mapping[str, "Tensor | Lazy | Mapping[str, Tensor | Lazy]"]
 
 
 class RawValues:

@@ -66,7 +66,7 @@ class Record(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.draws: list[Layout] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,7 +104,7 @@ class Replay(TorchDispatchMode):
     """
 
     def __init__(self, draws: list[Layout], rows: int, picks: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.draws, self.rows, self.picks = iter(draws), rows, picks
         self.hook = _pack_hook()
 

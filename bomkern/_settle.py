@@ -81,7 +81,8 @@ class Settled:
             at.append(place)
             weights.append(grad[place])
             parts.append(part.to(grad.dtype))
-        return _Attach.apply(loss, at, weights, *parts)
+        attached: Tensor = _Attach.apply(loss, at, weights, *parts)
+        return attached
 
     def _goal(self, one: Lazy, some: bool) -> Tensor:
         value = look(one) if one.graph is None or not torch.is_grad_enabled() else one.graph

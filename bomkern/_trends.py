@@ -78,7 +78,8 @@ def trend(series: Tensor) -> Trend:
 def _ranks(y: Tensor) -> Tensor:
     """Equal values share the mean of their ranks: in order of time a series that is mostly 0 would seem to rise."""
     _, place, count = y.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0).double() - (count + 1) / 2)[place]
+    ranks: Tensor = (count.cumsum(0).double() - (count + 1) / 2)[place]
+    return ranks
 
 
 def _slope(x: Tensor, y: Tensor) -> tuple[float, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ._records import share_record
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
 from ._table import table
+from ._typed import fake
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
 from .history import GoalOutput, History, Layout, Monitor, handled
 from .min_goal import REDUCTIONS
@@ -169,6 +170,10 @@ class GoalSet(Columns):
 
     # One step.
 
+    if TYPE_CHECKING:  # what nn.Module calls Any
+
+        def __call__(self, raw: Raw) -> GoalOutput: ...
+
     def forward(self, raw: Raw) -> GoalOutput:
         """The loss of a step and its record.
 
@@ -180,7 +185,7 @@ class GoalSet(Columns):
             KeyError: a goal is missing or unknown; the message names it.
             ValueError: a shape or device that cannot serve; the message names the goal.
         """
-        tensors = self._raw.columns(raw)
+        tensors: list[Any] = self._raw.columns(raw)
         if self._waits and self._only is None:
             self._refuse_unanchored()
         self._before.clear()
@@ -334,6 +339,6 @@ def _learn(raw: list[Tensor], params: Tensor, policy_state: Tensor, handle: int)
             given.copy_(own)
 
 
-@torch.library.register_fake("bomkern::goal_set_learn", lib=_library)
+@fake("goal_set_learn", _library)
 def _(raw: list[Tensor], params: Tensor, policy_state: Tensor, handle: int) -> None:
     pass

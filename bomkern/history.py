@@ -15,6 +15,7 @@ from ._host import HostCopy
 from ._impl import keeper
 from ._ops import _library, record_size
 from ._records import record_parts
+from ._typed import fake
 
 ROWS = 128  # records kept on the device before they are copied to the host
 CAPACITY = 4096  # rows of a history; when it is full, neighbours are joined and each row stands for twice the steps
@@ -227,7 +228,7 @@ class Full(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Full:
         before = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
             if new.dtype not in (torch.float32, torch.float64):
@@ -247,7 +248,7 @@ class Handled(Full):
         _handled[self._handle] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register()  # a copy has its own
 
 
@@ -395,6 +396,6 @@ def _notice(place: Tensor, handle: int) -> None:
         monitor.notice()
 
 
-@torch.library.register_fake("bomkern::goal_set_notice", lib=_library)
+@fake("goal_set_notice", _library)
 def _(place: Tensor, handle: int) -> None:
     pass

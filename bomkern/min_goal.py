@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,39 @@ class MinGoalStats(NamedTuple):
     finite: Tensor
 
 
+@overload
+def min_goal_loss(
+    goals: Tensor | Sequence[Tensor | Lazy],
+    constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
+    *,
+    reduction: str = "mean",
+    return_stats: Literal[False] = False,
+    impl: str | None = None,
+    route: str = "auto",
+    materialize: Sequence[int] = (),
+) -> Tensor: ...
+@overload
+def min_goal_loss(
+    goals: Tensor | Sequence[Tensor | Lazy],
+    constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
+    *,
+    reduction: str = "mean",
+    return_stats: Literal[True],
+    impl: str | None = None,
+    route: str = "auto",
+    materialize: Sequence[int] = (),
+) -> tuple[Tensor, MinGoalStats]: ...
+@overload
+def min_goal_loss(
+    goals: Tensor | Sequence[Tensor | Lazy],
+    constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
+    *,
+    reduction: str = "mean",
+    return_stats: bool,
+    impl: str | None = None,
+    route: str = "auto",
+    materialize: Sequence[int] = (),
+) -> Tensor | tuple[Tensor, MinGoalStats]: ...
 def min_goal_loss(
     goals: Tensor | Sequence[Tensor | Lazy],
     constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,

@@ -103,7 +103,8 @@ class MinGoalLoss(Full):
             given = [goals] if isinstance(goals, Tensor) else goals
             wide = any(isinstance(goal, Tensor) and goal.dtype is torch.float64 for goal in given)
             table.params = self.params.to(torch.float64 if wide else torch.float32)
-        return min_goal_loss(goals, table, **self.options)
+        made: Tensor | tuple[Tensor, MinGoalStats] = min_goal_loss(goals, table, **self.options)
+        return made
 
     def extra_repr(self) -> str:
         options = [f"{name}={value!r}" for name, value in self.options.items() if value not in (None, ())]

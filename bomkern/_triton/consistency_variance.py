@@ -71,4 +71,5 @@ _library = register(
 
 def consistency_variance(views: Sequence[Tensor], correction: float) -> Tensor:
     """`bomkern.reference.consistency_variance` by Triton kernels: same arguments, same results, no stack."""
-    return torch.ops.bomkern.consistency_variance_triton(list(views), correction)
+    made: Tensor = torch.ops.bomkern.consistency_variance_triton(list(views), correction)
+    return made

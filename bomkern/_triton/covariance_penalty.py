@@ -80,4 +80,5 @@ _library = register(
 def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool) -> Tensor:
     """`bomkern.reference.covariance_penalty` by Triton kernels around a library's matrix products."""
     save = torch.is_grad_enabled() and z.requires_grad
-    return torch.ops.bomkern.covariance_penalty_triton(z, normalize, per_sample, save)[0]
+    made: Tensor = torch.ops.bomkern.covariance_penalty_triton(z, normalize, per_sample, save)[0]
+    return made

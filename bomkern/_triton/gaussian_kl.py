@@ -73,4 +73,5 @@ _library = register(
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
     """`bomkern.reference.gaussian_kl` by Triton kernels: same arguments, same results, one launch each way."""
-    return torch.ops.bomkern.gaussian_kl_triton(mu, logvar, block_size, rho)
+    made: Tensor = torch.ops.bomkern.gaussian_kl_triton(mu, logvar, block_size, rho)
+    return made

@@ -89,4 +89,5 @@ def latent_statistics(
     z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float
 ) -> tuple[Tensor, ...]:
     """`bomkern.reference.latent_statistics` by Triton kernels: same arguments, same results, one read of each input."""
-    return torch.ops.bomkern.latent_statistics_triton(z, mu, logvar, threshold, temperature)[:FIELDS]
+    made: tuple[Tensor, ...] = torch.ops.bomkern.latent_statistics_triton(z, mu, logvar, threshold, temperature)
+    return made[:FIELDS]

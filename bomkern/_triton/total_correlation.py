@@ -122,4 +122,5 @@ def total_correlation(
     z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
 ) -> Tensor:
     """`bomkern.reference.total_correlation` by Triton kernels: same arguments, same results, memory O(B D)."""
-    return torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified, first)[0]
+    made: Tensor = torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified, first)[0]
+    return made

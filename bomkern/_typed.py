@@ -1,0 +1,26 @@
+"""Decorators of torch that have no annotations, with them: what they decorate keeps its type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def fake(op: str, library: torch.library.Library) -> Callable[[F], F]:
+    """Registers the fake kernel of ``bomkern::op``."""
+
+    def register(kernel: F) -> F:
+        torch.library.register_fake(f"bomkern::{op}", kernel, lib=library)
+        return kernel
+
+    return register
+
+
+def constant(fn: F) -> F:
+    """Called once where a graph is traced: its result is a constant of the graph."""
+    marked: F = torch.compiler.assume_constant_result(fn)
+    return marked
