@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ._autocast import exactly
 from ._check import (
     check_estimator,
     check_goals,
@@ -116,6 +117,7 @@ def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
     return like.new_tensor([[(owner == g) / size for g, size in enumerate(sizes)] for owner in groups])
 
 
+@exactly
 def goal_set(
     goals: Sequence[Tensor],
     params: Tensor,
@@ -370,6 +372,7 @@ def centered(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     return x - origin - mean, (origin + mean).detach()
 
 
+@exactly
 def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool, ranks: Ranks = ALONE) -> Tensor:
     """``B/(B-1) x' offdiag(C) x / D`` of each sample, [B], or ``sum_{i != j} C_ij^2 / D``, 0-dim.
 
