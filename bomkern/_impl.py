@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from . import _ops, reference
 from . import _twice as _twice  # registers what second derivatives need
 from ._check import check_goals, check_latents, check_matrices, check_rows, check_views
+from ._func import loop_under_vmap, refuse_under_vmap, refuse_vmap_of_record, through, under_transform
 from ._route import gated
 from ._typed import constant
 
@@ -36,6 +38,9 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 extension, missing = _load()
+for _name in _ops.OPS:
+    (refuse_under_vmap if _name == "goal_set_keep" else loop_under_vmap)(_name, _ops._library)
+_ops._library.impl("goal_set_keep", reference.goal_set_keep, "CompositeExplicitAutograd")  # where none is compiled
 
 
 def _has_kernel(op: str, key: str) -> bool:
@@ -188,6 +193,9 @@ def _compiled_keeps(device: str, impl: str | None) -> bool:
 
 def keeper(device: str, impl: str | None) -> Callable[..., None]:
     """What keeps the record of a step of goal_set, see `reference.goal_set_keep`."""
+    if under_transform() and not torch.compiler.is_compiling():
+        refuse_vmap_of_record()
+        return torch.ops.bomkern.goal_set_keep.default  # which sees plain tensors
     return torch.ops.bomkern.goal_set_keep.default if _compiled_keeps(device, impl) else reference.goal_set_keep
 
 
@@ -199,4 +207,12 @@ def resolve(op: Literal["goal_set"], device: str, impl: str | None) -> Callable[
 def resolve(op: Several, device: str, impl: str | None) -> Callable[..., tuple[Tensor, ...]]: ...
 def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:
     """The function that serves; `choose` says which."""
-    return _servers[choose(op, device, impl)]
+    key = choose(op, device, impl)
+    if under_transform() and not key.endswith("reference"):
+        if not torch.compiler.is_compiling():
+            return partial(through, op, _servers[key], _server(op, "reference"))
+        if key.endswith("triton"):
+            raise RuntimeError(
+                f"impl='triton' cannot serve {op} in a compiled torch.func transform: use impl='reference'"
+            )
+    return _servers[key]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_goals
+from ._func import under_transform
 from ._host import HostCopy
 
 ROUTES = ("auto", "always", "never")
@@ -29,7 +30,7 @@ def routes(route: str, device: torch.device) -> bool:
     """Whether branches are to be left out of the backward of a loss on this device."""
     if route == "never" or torch.compiler.is_compiling():
         return False  # a compiled graph has its branches fixed
-    if torch._C._are_functorch_transforms_active():
+    if under_transform():
         return False  # the shares inside torch.func have no values that the host could read
     if device.type == "cuda":
         # What auto should do where the host waits for a GPU's answer has not been measured yet.

@@ -306,11 +306,12 @@ class Monitor(Handled):
         """Keep the record of a step, [size]; the rest is of `Spill`, see `reference.goal_set_keep`."""
         held: Any = self._buffers
         ring, place = held["ring"], held["place"]
+        keep = keeper(ring.device.type, self.impl)
         if torch.compiler.is_compiling():
             torch.ops.bomkern.goal_set_notice(place, self._handle)  # which is called when the rest runs
         elif not _capturing(ring):  # what is captured does not happen yet, and its replays are counted on the device
             self.notice()
-        keeper(ring.device.type, self.impl)(record, ring, place, deficit, by_rank, rate, spill)
+        keep(record, ring, place, deficit, by_rank, rate, spill)
 
     def notice(self) -> None:
         """A record is about to be put into the ring: send the ring to the host where it is full."""
@@ -396,6 +397,4 @@ def _notice(place: Tensor, handle: int) -> None:
         monitor.notice()
 
 
-@fake("goal_set_notice", _library)
-def _(place: Tensor, handle: int) -> None:
-    pass
+fake("goal_set_notice", _library)(lambda place, handle: None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._func import under_transform
 from ._lazies import Lazy
 
 
@@ -49,6 +50,6 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
         >>> raw = {"pixels": bomkern.lazy(error, recon, image), "swap": bomkern.lazy(error, swap, other), "kl": kl}
         >>> loss = goals(raw).loss
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or under_transform():
         return fn(*args)  # type: ignore[return-value]
     return Lazy(fn, args)

@@ -24,6 +24,7 @@ from ._check import (
     check_units,
     check_views,
 )
+from ._func import under_transform
 from ._ranks import ALONE, Ranks
 from .constraints import BARRIER, HARD
 
@@ -150,7 +151,7 @@ def goal_set(
     winner = worst_of(every, 1)
     worst = every.gather(1, winner[:, None])[:, 0]
     finite = worst.isfinite()
-    hard = torch.nn.functional.one_hot(winner, member.shape[1]).to(dtype)
+    hard = (winner[:, None] == torch.arange(member.shape[1], device=x.device)).to(dtype)
     mu = torch.where(temperature > 0, temperature, 1)
     apart = torch.where(finite[:, None], every - worst[:, None], -torch.inf)
     soft = finite & (temperature > 0)
@@ -266,18 +267,19 @@ def total_correlation(
 
     With ``first`` z is [R, D], samples of the R posteriors from that one on among the B of mu and logvar; else R = B.
     Rows go in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each again: the
-    memory is bounded, whatever B and D. One chunk is the textbook's formula, as it stands.
+    memory is bounded, whatever B and D, except under torch.func. One chunk is the textbook's formula, as it stands.
     """
     batch, dims, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
     z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
     rows, count = max(1, limit // (batch * dims)), len(z)
+    bounded = rows < count and not under_transform()  # torch.func has no hooks on what backward keeps
     out = []
     for begin in range(0, count, rows):
         part = slice(begin, min(begin + rows, count))
         chunk = torch.arange(part.start, part.stop, device=z.device) + (first or 0)
         arguments = (z[part], mu, logvar, log_weights(chunk, batch, dataset_size, stratified).to(dtype))
-        if rows < count:
+        if bounded:
             out.append(checkpoint(_total_correlation_of, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             out.append(_total_correlation_of(*arguments))

@@ -2,8 +2,10 @@
 #pragma once
 #include "op.h"
 
+#include <ATen/ops/alias.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
@@ -39,6 +41,17 @@ inline variable_list differentiable_gradients(const variable_list& results, cons
   return out;
 }
 
+// Under torch.func.vjp a backward runs when the level that recorded it is gone: whether something requires grad, and
+// gradients by it, are then to be asked of an alias, which is a tensor of the level that is there.
+inline Tensor unpack(const torch::autograd::SavedVariable& one) {
+  const Tensor x = one.unpack();
+  return x.defined() && at::GradMode::is_enabled() ? at::alias(x) : x;
+}
+
+inline bool any_requires_grad(at::ArrayRef<Tensor> tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return x.defined() && x.requires_grad(); });
+}
+
 struct OpBackward : torch::autograd::Node {
   std::string op;
   std::vector<torch::autograd::SavedVariable> saved;
@@ -59,12 +72,14 @@ struct OpBackward : torch::autograd::Node {
     std::vector<bool> want(inputs);
     for (size_t i = 0; i < inputs; ++i) want[i] = task_should_compute_output(i);
     std::vector<Tensor> kept;
-    for (auto& one : saved) kept.push_back(one.unpack());
-    if (again && at::GradMode::is_enabled()) return differentiable_gradients(again(kept), grads, kept, want);
+    for (auto& one : saved) kept.push_back(unpack(one));
+    const bool twice = again && at::GradMode::is_enabled() && (any_requires_grad(grads) || any_requires_grad(kept));
+    if (twice) return differentiable_gradients(again(kept), grads, kept, want);
     variable_list out = [&] {
       const at::AutoDispatchBelowADInplaceOrView below;
       return pull(grads, kept, want);
     }();
+    if (again) return out;
     const std::string why = op + " has no second derivative: call backward without create_graph=True";
     refuse_second_derivative(out, why.c_str());
     return out;

@@ -164,7 +164,9 @@ Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef cur
     for (size_t i = 0; i < index.size(); ++i) gradients[index[i]] = made[i];
     return gradients;
   };
-  autograd.finish({std::get<0>(out)}, {std::get<3>(out)}, pull);
+  std::vector<Tensor> keep{std::get<3>(out)};
+  keep.insert(keep.end(), goals.begin(), goals.end());  // whether a second derivative is wanted shows in them
+  autograd.finish({std::get<0>(out)}, keep, pull);
   return out;
 }
 

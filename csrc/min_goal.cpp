@@ -29,7 +29,6 @@ using bomkern::make_node;
 using bomkern::operator_named;
 using bomkern::Owners;
 using bomkern::Problem;
-using bomkern::refuse_second_derivative;
 using bomkern::types;
 
 // (loss, winner, slope); with stats also (bottleneck, share, level, finite).
@@ -279,11 +278,10 @@ struct MinGoalBackward : torch::autograd::Node {
   }
 
   // By the reference, for those that `index` names.
-  torch::autograd::variable_list differentiable(const torch::autograd::variable_list& grads, at::IntArrayRef index) const {
+  torch::autograd::variable_list differentiable(const torch::autograd::variable_list& grads, at::IntArrayRef index,
+                                                const std::vector<Tensor>& inputs) const {
     static const auto op = operator_named<ReferenceOp>("bomkern::min_goal_reference", "");
-    std::vector<Tensor> inputs;
-    for (const auto& goal : goals) inputs.push_back(goal.unpack());
-    const auto table = params ? std::optional(params->unpack()) : std::nullopt;
+    const auto table = params ? std::optional(bomkern::unpack(*params)) : std::nullopt;
     std::vector<bool> want(goals.size(), false);
     for (const int64_t k : index) want[k] = true;
     return bomkern::differentiable_gradients({op.call(inputs, table, curves, reduction)}, grads, inputs, want);
@@ -300,7 +298,11 @@ struct MinGoalBackward : torch::autograd::Node {
       dtype.push_back(dtypes[k]);
     }
     if (index.empty()) return out;
-    if (at::GradMode::is_enabled()) return differentiable(grads, index);
+    if (at::GradMode::is_enabled()) {
+      std::vector<Tensor> inputs;
+      for (const auto& goal : goals) inputs.push_back(bomkern::unpack(goal));
+      if (bomkern::any_requires_grad(grads) || bomkern::any_requires_grad(inputs)) return differentiable(grads, index, inputs);
+    }
     const auto saved_winner = winner.unpack(), saved_slope = slope.unpack();
     static const auto op = operator_named<BackwardOp>("bomkern::min_goal_backward", "");
     const auto values = [&] {

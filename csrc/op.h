@@ -89,7 +89,6 @@ template <class T, class... Args> auto make_node(Args&&... args) {
 
 // Under create_graph: a later backward through these gradients must not pass as zero.
 inline void refuse_second_derivative(const torch::autograd::variable_list& gradients, const char* why) {
-  if (!at::GradMode::is_enabled()) return;
   const auto error = make_node<torch::autograd::Error>(why);
   for (const Tensor& gradient : gradients) {
     if (gradient.defined()) torch::autograd::set_history(gradient, error);

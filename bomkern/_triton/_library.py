@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .._func import loop_under_vmap
+
 
 def register(
     op: str,
@@ -31,6 +33,7 @@ def register(
         for key in ("CPU", "CUDA"):
             library.impl(name, run, key)
         torch.library.register_fake(f"bomkern::{name}", fake, lib=library)
+        loop_under_vmap(name, library)
     torch.library.register_autograd(f"bomkern::{op}_triton", pull_back, setup_context=save, lib=library)
     torch.library.register_autograd(f"bomkern::{op}_triton_backward", twice, lib=library)
     return library
