@@ -94,3 +94,24 @@ def test_a_wrong_shape_after_a_thousand_steps() -> None:
     outs = [goals(raw) for goals in made]
     assert torch.equal(outs[0].record, outs[1].record)
     assert len(made[0].history) == len(made[1].history) == 1001
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("network", ["vae", "discriminator"])
+def test_a_weight_that_is_nan_stops_the_run_and_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    advance = training.Trainer.advance
+
+    def plant(self: training.Trainer) -> None:
+        if self.step == 2:
+            weight = next(getattr(self, network).parameters()).data
+            weight[(0,) * weight.dim()] = torch.nan
+        advance(self)
+
+    monkeypatch.setattr(training.Trainer, "advance", plant)
+    with pytest.raises(TrainError, match="not finite"):
+        faults.run(tmp_path, steps=100)
+    kept = checkpoint.load(tmp_path / record.CHECKPOINT)
+    assert kept["step"] == 2
+    assert all(weight.isfinite().all() for name in ("vae", "discriminator") for weight in kept[name].values())

@@ -7,12 +7,14 @@ doing nothing); `anchors` holds both as numbers. B samples, D latents. Those of 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bomkern import LatentStatistics, consistency_variance, covariance_penalty, total_correlation
+from bomkern._ranks import ranks_of
 
 from . import features as see
 
@@ -72,7 +74,14 @@ def kl_divergence(code: LatentStatistics) -> Tensor:
     return code.kl
 
 
-def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor, impl: str | None = None) -> Tensor:
+def disentanglement(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    order: Tensor,
+    impl: str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Total correlation of the latent in nats, ``TC_b - mean(TC of the batch with every column permuted)``.
 
     The second term is the same estimator where the latents are independent by construction; it removes the offset that
@@ -82,10 +91,12 @@ def disentanglement(z: Tensor, mu: Tensor, logvar: Tensor, order: Tensor, impl: 
     Args:
         z, mu, logvar: [B, D].
         order: [B, D] int64, a permutation of the rows for each column.
-        impl: of `bomkern.total_correlation`.
+        impl, group: of `bomkern.total_correlation`.
     """
-    shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order), impl=impl)
-    return total_correlation(z, mu, logvar, impl=impl) - shuffled.mean()
+    how: Any = {"impl": impl, "process_group": group}
+    shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order), **how)
+    ranks = ranks_of(group)
+    return total_correlation(z, mu, logvar, **how) - ranks.total(shuffled.mean()) / ranks.size
 
 
 def capacity(code: LatentStatistics) -> Tensor:
@@ -113,7 +124,9 @@ def behavioral_separation(
     return (leak_colour + leak_edge) / 2
 
 
-def latent_stats(z: Tensor, code: LatentStatistics, impl: str | None = None) -> Tensor:
+def latent_stats(
+    z: Tensor, code: LatentStatistics, impl: str | None = None, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Health of the latent: mean squared correlation + weak dimensions + log-variance.
 
     ``covariance_penalty(z, normalized) / (D - 1) + mean_d max(0, 1 - std(z_d)) + mean_d (logvar_bd / 4)^2``. Never
@@ -121,9 +134,10 @@ def latent_stats(z: Tensor, code: LatentStatistics, impl: str | None = None) -> 
     copy of another, or of no spread, or posteriors e^2 narrower than the prior.
 
     Args:
-        z: [B, D]. code: its statistics. impl: of `bomkern.covariance_penalty`.
+        z: [B, D]. code: its statistics. impl, group: of `bomkern.covariance_penalty`.
     """
-    correlation = covariance_penalty(z, normalize=True, reduction="batch", impl=impl) / (z.shape[1] - 1)
+    penalty = covariance_penalty(z, normalize=True, reduction="batch", process_group=group, impl=impl)
+    correlation = penalty / (z.shape[1] - 1)
     deviation = code.z_variance.clamp(min=1e-12).sqrt()  # the root has no slope at 0
     return correlation + (1 - deviation).clamp(min=0).mean() + code.logvar_square / 16
 

@@ -233,6 +233,9 @@ def _save(trainer: Trainer, folder: Path) -> None:
     state = ranks.whole(trainer.state_dict()) if chief or trainer.sharded else {}
 
     def write() -> None:
+        for name in ("vae", "discriminator"):
+            if not all(weight.isfinite().all() for weight in state[name].values()):
+                raise TrainError(f"a weight of the {name} is not finite at step {trainer.step}: it is not saved")
         checkpoint.save(folder / record.CHECKPOINT, state)
         checkpoint.write_atomically(folder / record.HISTORY, trainer.goals.history.save)
 

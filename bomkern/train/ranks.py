@@ -16,8 +16,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import TorchElasticEnvironment
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ def _after_rank_0(it: bool = False) -> None:
     if by_torchrun():  # which keeps the store
         with suppress(dist.DistError):
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=PATIENCE)
+            store = torch._C._distributed_c10d.TCPStore(address, port, is_master=False, timeout=PATIENCE)
             if it:
                 store.set(SAID, "")
             else:

@@ -31,7 +31,13 @@ REJECTED_IN_A_ROW = 50  # after so many, training stops
 
 
 def raw_values(
-    out: Pass, image: Tensor, logits: Tensor | Lazy, order: Tensor, trivial: goal.Trivial, impl: str | None = None
+    out: Pass,
+    image: Tensor,
+    logits: Tensor | Lazy,
+    order: Tensor,
+    trivial: goal.Trivial,
+    impl: str | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> list[Tensor | Lazy]:
     """The nine raw values of a step, each [B], in the order of `goals.GOALS`; those of images are lazy.
 
@@ -39,18 +45,18 @@ def raw_values(
         out: the forward pass. image: [B, 3, S, S]. logits: the discriminator's for ``out.recon``.
         order: [B, D] int64, a permutation of the rows for each latent.
         trivial: errors of trivial answers.
-        impl: the implementation of the statistics that have kernels.
+        impl: the implementation of the statistics that have kernels. group: the ranks that share the batch.
     """
     recon_edges, swap_edges, moved_edges = (lazy(see.edges, x) for x in (out.recon, out.swap, out.moved_appearance))
     colour, moved_colour = (lazy(see.mean_colour, x) for x in (out.recon, out.moved_structure))
     edges = see.edges(image)
-    code = latent_statistics(out.z, out.mu, out.logvar, impl=impl)
+    code = latent_statistics(out.z, out.mu, out.logvar, process_group=group, impl=impl)
     return [
         goal.kl_divergence(code),
-        goal.disentanglement(out.z, out.mu, out.logvar, order, impl),
+        goal.disentanglement(out.z, out.mu, out.logvar, order, impl, group),
         goal.capacity(code),
         lazy(goal.behavioral_separation, colour, moved_colour, recon_edges, moved_edges, trivial),
-        goal.latent_stats(out.z, code, impl),
+        goal.latent_stats(out.z, code, impl, group),
         lazy(goal.reconstruction, out.recon, image, recon_edges, edges, trivial),
         lazy(goal.cross_recon, out.swap, swap_edges, edges, image.roll(-1, 0), trivial),
         lazy(goal.realism, logits),
@@ -95,9 +101,9 @@ class Trainer:
                 self.discriminator.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.99), fused=True
             ),
         ]
-        group = dist.group.WORLD if fabric.world_size > 1 else None
+        self.group = group = dist.group.WORLD if fabric.world_size > 1 else None
         hard = config.temperature == 0 and config.spill_ratio == 0  # a sample gives gradient to one goal alone
-        chosen = policies(config.scales, config.batch_size, config.calibration_steps)
+        chosen = policies(config.scales, config.batch_size * fabric.world_size, config.calibration_steps)
         self.goals = GoalSet(
             chosen,
             reduction=config.reduction,
@@ -147,7 +153,7 @@ class Trainer:
         self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the judge's weights
         with self.fabric.autocast():
             logits = lazy(self.discriminator, out.recon)
-        values = raw_values(out, image, logits, order, self.trivial, self.config.impl)
+        values = raw_values(out, image, logits, order, self.trivial, self.config.impl, self.group)
         return dict(zip(goal.GOALS, values, strict=True)), image, out.recon
 
     def advance(self) -> None:
