@@ -213,3 +213,19 @@ def check_same_bits(call: Call, inputs: Inputs) -> None:
 
 def shuffled(size: int, seed: int, device: str) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def check_second_derivative(call: Call, inputs: Inputs, impl: str) -> None:
+    """First derivatives with and without ``create_graph``, and second ones, are the reference's; in float64."""
+
+    def once(which: str, again: bool) -> Inputs:
+        value = sum(x.square().sum() for x in values_of(call(*inputs, impl=which)))
+        return torch.autograd.grad(value, inputs, create_graph=again)  # type: ignore[arg-type]
+
+    def twice(first: Inputs) -> Inputs:
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)  # type: ignore[arg-type]
+
+    plain, ours, theirs = once(impl, False), once(impl, True), once("reference", True)
+    for made, want in ((ours, plain), (ours, theirs), (twice(ours), twice(theirs))):
+        for a, b in zip(made, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -163,48 +163,6 @@ def test_other_instruction_sets(simd: str) -> None:
 
 
 @COMPILED
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("constraints", [None, SIX], ids=["scores", "six"])
-@pytest.mark.parametrize("matrix", [False, True], ids=["columns", "matrix"])
-def test_second_derivative(matrix: bool, constraints: Any, reduction: str) -> None:
-    """That of the reference; routed, a goal without a share has none, as it has no first."""
-    values = torch.rand(7, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.1
-    raw = [values] if matrix else [*values[:, :5].unbind(1), values[0, 5]]
-    raw = [x.clone().requires_grad_() for x in raw]
-    found = {}
-    for impl, route in (("cpu", "never"), ("cpu", "always"), ("reference", "never")):
-        given = raw[0] if matrix else raw
-        loss = min_goal_loss(given, constraints, reduction=reduction, impl=impl, route=route).square().sum()
-        first = torch.autograd.grad(loss, raw, create_graph=True, allow_unused=True)
-        value = sum((k + 1) * (g * g).sum() for k, g in enumerate(first) if g is not None)
-        second = torch.autograd.grad(value, raw, allow_unused=True)
-        found[impl, route] = [
-            torch.zeros_like(x) if g is None else g for g, x in zip([*first, *second], [*raw, *raw], strict=True)
-        ]
-    for other in (("cpu", "always"), ("reference", "never")):
-        for a, b in zip(found["cpu", "never"], found[other], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert any(x.any() for x in found["cpu", "never"][len(raw) :])
-
-
-@COMPILED
-def test_gradgradcheck() -> None:
-    raw = [(torch.rand(3, dtype=torch.float64) + 0.2).requires_grad_() for _ in range(6)]
-    assert torch.autograd.gradgradcheck(lambda *x: min_goal_loss(list(x), SIX, route="never"), raw)
-
-
-@COMPILED
-def test_goals_may_change_before_a_plain_backward_but_not_before_a_second_derivative() -> None:
-    raw = torch.rand(5, 6).requires_grad_()
-    shifted = raw * 1.0
-    loss = min_goal_loss(shifted, SIX)
-    shifted.detach().add_(1)  # what backward needs is in what forward kept
-    torch.autograd.grad(loss, raw, retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(loss, raw, create_graph=True)
-
-
-@COMPILED
 def test_forward_mode_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: min_goal_loss(x), (torch.rand(3, 2),), (torch.rand(3, 2),))

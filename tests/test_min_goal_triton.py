@@ -229,12 +229,13 @@ class TestKernels:
         goals = make(layout, 5, [DOUBLE])
         torch.autograd.gradcheck(lambda *g: bridge.min_goal(g, params, curves, reduction, False), goals)
 
-    def test_double_backward_raises(self) -> None:
-        goals = make("columns", 5, [FLOAT])
-        (loss,) = bridge.min_goal(goals, *table(MIXED, FLOAT), SUM, False)
-        grads = torch.autograd.grad(loss, goals, create_graph=True)
-        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-            sum(g.square().sum() for g in grads).backward()
+    @pytest.mark.parametrize(
+        ("reduction", "layout"), [(NONE, "rows"), (MEAN, "batch-level"), (SUM, "columns"), (MIN, "batch-level")]
+    )
+    def test_gradgradcheck(self, reduction: int, layout: str) -> None:
+        params, curves = table(MIXED, DOUBLE)
+        goals = make(layout, 5, [DOUBLE])
+        torch.autograd.gradgradcheck(lambda *g: bridge.min_goal(g, params, curves, reduction, False), goals)
 
     def test_new_parameters_need_no_new_call(self) -> None:
         params, curves = table(MIXED, FLOAT)

@@ -8,30 +8,44 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.statistics_helpers import OPS, leaves, values_of
+from tests.conftest import servers
+from tests.statistics_helpers import OPS, check_second_derivative, leaves, values_of
 from tests.test_statistics_bridge import EVERY, calls
+
+SEVERAL = pytest.mark.parametrize(
+    ("name", "server"),
+    [pytest.param(op, *s.values, id=f"{op}-{s.id}") for op in OPS if len(OPS[op].arguments) > 1 for s in servers(op)],
+)
 
 
 @EVERY
 def test_second_derivative(name: str, server: tuple[str, str]) -> None:
-    """That of the reference in float64, by the compiled implementations; refused by those of Triton."""
-    impl, device = server
     for call in calls(name):
-        inputs = leaves(OPS[name].make(8, 4), torch.float64, device)
+        check_second_derivative(call, leaves(OPS[name].make(8, 4), torch.float64, server[1]), server[0])
 
-        def once(which: str, call: Any = call, inputs: Any = inputs) -> tuple[Tensor, ...]:
-            value = sum(x.square().sum() for x in values_of(call(*inputs, impl=which)))
-            return torch.autograd.grad(value, inputs, create_graph=True)
 
-        def twice(first: tuple[Tensor, ...], inputs: Any = inputs) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)  # type: ignore[arg-type]
+@SEVERAL
+def test_of_inputs_made_of_one_another(name: str, server: tuple[str, str]) -> None:
+    """As z is of mu and logvar: what reaches an input by way of another is counted once."""
+    impl, device = server
 
-        if impl == "triton":
-            with pytest.raises(RuntimeError, match=f"{name} cannot be differentiated twice"):
-                twice(once(impl))
-            continue
-        plain = torch.autograd.grad(sum(x.square().sum() for x in values_of(call(*inputs, impl=impl))), inputs)
-        ours, theirs = once(impl), once("reference")
-        for made, want in ((ours, plain), (ours, theirs), (twice(ours), twice(theirs))):
-            for a, b in zip(made, want, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    def chained(first: Tensor, *others: Tensor, impl: str | None = None) -> Any:
+        return OPS[name].call(first, *(x * first for x in others), impl=impl)
+
+    check_second_derivative(chained, leaves(OPS[name].make(8, 4), torch.float64, device), impl)
+
+
+@EVERY
+def test_of_some_results_for_some_inputs(name: str, server: tuple[str, str]) -> None:
+    """Results without a gradient, inputs that want none, and a gradient from above that is differentiable itself."""
+    impl, device = server
+    inputs = leaves(OPS[name].make(8, 4), torch.float64, device)
+    found = []
+    for which in (impl, "reference"):
+        value = values_of(OPS[name].call(*inputs, impl=which))[0]
+        pull = value.detach().clone().requires_grad_()
+        (first,) = torch.autograd.grad(value, inputs[-1:], pull, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), [*inputs, pull], allow_unused=True)
+        found.append([first, *(torch.zeros(()) if g is None else g for g in second)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

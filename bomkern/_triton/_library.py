@@ -1,13 +1,56 @@
-"""How an op and its backward op are made known to PyTorch."""
+"""How an op and its backward op are made known to PyTorch, and where second derivatives come from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._func import loop_under_vmap
+
+Grads = Sequence[Tensor | None]
+
+
+class Aside(torch.autograd.Function):
+    """A node that keeps tensors for second derivatives alone, so that a plain backward lets them change meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty(0)
+
+    @classmethod
+    def keep(cls, *tensors: Tensor | None) -> Tensor:
+        """What `kept` takes; one of the tensors at least requires grad."""
+        with torch.enable_grad():
+            handle: Tensor = cls.apply(*tensors)
+        return handle
+
+    @staticmethod
+    def kept(handle: Tensor) -> tuple[Any, ...]:
+        """The tensors, in their graph. Raises where one of them has changed in place."""
+        node: Any = handle.grad_fn
+        return tuple(node.saved_tensors)
+
+
+def _differentiable(
+    inputs: Sequence[Tensor], results_of: Callable[..., Any], grads: Grads, want: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients by ``inputs`` of which one is wanted, themselves differentiable; None for the others."""
+    # Each input by a node of its own: where one is made of another, the gradient of that one ends here all the same.
+    inputs = [x.view_as(x) for x in inputs]
+    made = results_of(*inputs)
+    results = (made,) if isinstance(made, Tensor) else made
+    used = [k for k, value in enumerate(results) if grads[k] is not None and value.requires_grad]
+    if not used:
+        return [None] * len(inputs)
+    values, given = [results[k] for k in used], [grads[k] for k in used]
+    by = [x for x, wanted in zip(inputs, want, strict=True) if wanted]
+    found = iter(torch.autograd.grad(values, by, given, create_graph=True, allow_unused=True))
+    return [next(found) if wanted else None for wanted in want]
 
 
 def register(
@@ -15,13 +58,39 @@ def register(
     forward: tuple[str, Callable[..., Any], Callable[..., Any]],
     backward: tuple[str, Callable[..., Any], Callable[..., Any]],
     save: Callable[..., None],
-    pull_back: Callable[..., tuple[Any, ...]],
+    pull: Callable[[Any, Grads, list[bool]], Grads],
+    again: Callable[[Any], tuple[Sequence[Tensor], Callable[..., Any]]] | None = None,
 ) -> torch.library.Library:
     """Defines ``op_triton`` and ``op_triton_backward``, each by its signature, what runs it, and its fake.
 
+    Differentiable inputs are the tensors that come first or, where that is a list, those in the first argument.
+
     Args:
-        save, pull_back: autograd of the first, see `torch.library.register_autograd`. The second has none, and says so.
+        save: ``(ctx, inputs, output)``, keeps in ctx what the two below need.
+        pull: ``(ctx, grads, want)``: from the gradients of the results, None where there is none, those of the
+            differentiable inputs; what it gives for an input that wants none is not looked at.
+        again: ``(ctx)``: the differentiable inputs in their graph, and a function of them that makes the results again,
+            by the reference. Under ``create_graph=True`` its autograd gives the gradients, as these can be
+            differentiated once more. None: there are no second derivatives, and who asks for one is told so.
     """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.listed = not isinstance(inputs[0], Tensor)
+        ctx.count = 1 if ctx.listed else len(list(takewhile(lambda x: isinstance(x, Tensor), inputs)))
+        # register_autograd wants [], not None, as the gradient of an empty list.
+        ctx.others = tuple([] if isinstance(x, (list, tuple)) and not x else None for x in inputs[ctx.count :])
+        save(ctx, inputs, output)
+
+    def pull_back(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        want = list(ctx.needs_input_grad[0] if ctx.listed else ctx.needs_input_grad[: ctx.count])
+        made: Grads = [None] * len(want)
+        if any(want) and any(g is not None for g in grads):
+            if again is not None and torch.is_grad_enabled():
+                made = _differentiable(*again(ctx), grads, want)
+            else:
+                made = [g if wanted else None for g, wanted in zip(pull(ctx, grads, want), want, strict=True)]
+        return (made, *ctx.others) if ctx.listed else (*made, *ctx.others)
 
     def twice(ctx: Any, *_: object) -> None:
         raise RuntimeError(f"{op} cannot be differentiated twice (impl 'triton'); impl='reference' can.")
@@ -34,6 +103,7 @@ def register(
             library.impl(name, run, key)
         torch.library.register_fake(f"bomkern::{name}", fake, lib=library)
         loop_under_vmap(name, library)
-    torch.library.register_autograd(f"bomkern::{op}_triton", pull_back, setup_context=save, lib=library)
-    torch.library.register_autograd(f"bomkern::{op}_triton_backward", twice, lib=library)
+    torch.library.register_autograd(f"bomkern::{op}_triton", pull_back, setup_context=keep, lib=library)
+    if again is None:
+        torch.library.register_autograd(f"bomkern::{op}_triton_backward", twice, lib=library)
     return library

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._check import check_matrices, check_units
 from . import guard, load
-from ._library import register
+from ._library import Grads, register
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -44,15 +46,17 @@ def _backward(grad_active: Tensor | None, grad_effective: Tensor | None, mu: Ten
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+    mu, *ctx.settings = inputs
     ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], output[2])
+    ctx.save_for_backward(mu, output[2])
 
 
-def _pull_back(ctx: Any, active: Tensor | None, effective: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    if (active is None and effective is None) or not ctx.needs_input_grad[0]:
-        return (None,) * 3
-    return torch.ops.bomkern.active_units_triton_backward(active, effective, *ctx.saved_tensors), None, None
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> list[Tensor]:
+    return [torch.ops.bomkern.active_units_triton_backward(*grads[:2], *ctx.saved_tensors)]
+
+
+def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    return ctx.saved_tensors[:1], lambda mu: reference.active_units(mu, *ctx.settings)
 
 
 _library = register(
@@ -60,7 +64,8 @@ _library = register(
     ("(Tensor mu, float threshold, float temperature) -> (Tensor, Tensor, Tensor)", _forward, _allocate),
     ("(Tensor? grad_active, Tensor? grad_effective, Tensor mu, Tensor columns) -> Tensor", _backward, _new_grad),
     _save,
-    _pull_back,
+    _pull,
+    _again,
 )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._check import check_views
 from . import guard, load
-from ._library import register
+from ._library import Grads, register
 
 
 def _apart(views: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -47,17 +48,17 @@ def _backward(grad: Tensor, views: Sequence[Tensor], correction: float, want: Se
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     views, ctx.correction = inputs
-    ctx.set_materialize_grads(False)
-    ctx.want = [x.requires_grad for x in views]
     ctx.save_for_backward(*views)
 
 
-def _pull_back(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-    if grad is None or not any(ctx.want):
-        return [None] * len(ctx.want), None
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     views = list(ctx.saved_tensors)
-    made = torch.ops.bomkern.consistency_variance_triton_backward(grad, views, ctx.correction, ctx.want)
-    return [g if wanted else None for g, wanted in zip(made, ctx.want, strict=True)], None
+    made: Grads = torch.ops.bomkern.consistency_variance_triton_backward(grads[0], views, ctx.correction, want)
+    return made
+
+
+def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., Tensor]]:
+    return ctx.saved_tensors, lambda *views: reference.consistency_variance(views, ctx.correction)
 
 
 _library = register(
@@ -65,7 +66,8 @@ _library = register(
     ("(Tensor[] views, float correction) -> Tensor", _forward, _allocate),
     ("(Tensor grad, Tensor[] views, float correction, bool[] want) -> Tensor[]", _backward, _new_grads),
     _save,
-    _pull_back,
+    _pull,
+    _again,
 )
 
 

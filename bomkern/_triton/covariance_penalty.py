@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._check import check_matrices
 from . import guard, load
-from ._library import register
+from ._library import Grads, register
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -44,20 +46,20 @@ def _backward(grad: Tensor, z: Tensor, matrix: Tensor, columns: Tensor, normaliz
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    z, ctx.normalize, ctx.per_sample, ctx.saved = inputs
+    z, *ctx.settings, ctx.saved = inputs
     _, matrix, columns = output
     ctx.mark_non_differentiable(matrix, columns)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, matrix, columns)
 
 
-def _pull_back(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if grad is None or not ctx.needs_input_grad[0]:
-        return (None,) * 4
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> list[Tensor]:
     if not ctx.saved:
         raise RuntimeError("bomkern::covariance_penalty_triton was called with save=False, so it has no gradient.")
-    made = torch.ops.bomkern.covariance_penalty_triton_backward(grad, *ctx.saved_tensors, ctx.normalize, ctx.per_sample)
-    return made, None, None, None
+    return [torch.ops.bomkern.covariance_penalty_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings)]
+
+
+def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., Tensor]]:
+    return ctx.saved_tensors[:1], lambda z: reference.covariance_penalty(z, *ctx.settings)
 
 
 _library = register(
@@ -73,7 +75,8 @@ _library = register(
         _new_grad,
     ),
     _save,
-    _pull_back,
+    _pull,
+    _again,
 )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._check import check_matrices, check_prior
 from . import guard, load
-from ._library import register
+from ._library import Grads, register
 
 
 def _allocate(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
@@ -45,17 +46,17 @@ def _backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    mu, logvar, ctx.block_size, ctx.rho = inputs
-    ctx.set_materialize_grads(False)
+    mu, logvar, *ctx.settings = inputs
     ctx.save_for_backward(mu, logvar)
 
 
-def _pull_back(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-    want = list(ctx.needs_input_grad[:2])
-    if grad is None or not any(want):
-        return (None,) * 4
-    made = torch.ops.bomkern.gaussian_kl_triton_backward(grad, *ctx.saved_tensors, ctx.block_size, ctx.rho, want)
-    return (*(g if w else None for g, w in zip(made, want, strict=True)), None, None)
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    made: Grads = torch.ops.bomkern.gaussian_kl_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings, want)
+    return made
+
+
+def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., Tensor]]:
+    return ctx.saved_tensors, lambda mu, logvar: reference.gaussian_kl(mu, logvar, *ctx.settings)
 
 
 _library = register(
@@ -67,7 +68,8 @@ _library = register(
         _new_grads,
     ),
     _save,
-    _pull_back,
+    _pull,
+    _again,
 )
 
 

@@ -12,7 +12,7 @@ from .._check import FLOATS, check_goals, check_groups, check_multipliers, check
 from .._ops import record_size
 from ..reference import NONE
 from . import guard, load
-from ._library import register
+from ._library import Grads, register
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -94,23 +94,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     goals, *_, ctx.saved = inputs
     # Not weight: the gradient depends on the goals through it, and so a second backward is told that there is none.
     ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    ctx.count = len(goals)
-    ctx.index = [k for k, g in enumerate(goals) if g.requires_grad]
-    ctx.dim = [goals[k].dim() for k in ctx.index]
-    ctx.dtype = [FLOATS.index(goals[k].dtype) for k in ctx.index]
+    ctx.dim = [g.dim() for g in goals]
+    ctx.dtype = [FLOATS.index(g.dtype) for g in goals]
     ctx.save_for_backward(output[3])
 
 
-def _pull_back(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    grads: list[Tensor | None] = [None] * ctx.count
-    if grad is not None and ctx.index:
-        if not ctx.saved:
-            raise RuntimeError("bomkern::goal_set_triton was called with save=False, so it has no gradient.")
-        made = torch.ops.bomkern.goal_set_triton_backward(grad, *ctx.saved_tensors, ctx.index, ctx.dim, ctx.dtype)
-        for k, g in zip(ctx.index, made, strict=True):
-            grads[k] = g
-    return (grads, *[None] * 7)
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    if not ctx.saved:
+        raise RuntimeError("bomkern::goal_set_triton was called with save=False, so it has no gradient.")
+    index = [k for k, wanted in enumerate(want) if wanted]
+    dim, dtype = [ctx.dim[k] for k in index], [ctx.dtype[k] for k in index]
+    made = iter(torch.ops.bomkern.goal_set_triton_backward(grads[0], *ctx.saved_tensors, index, dim, dtype))
+    return [next(made) if wanted else None for wanted in want]
 
 
 _library = register(
@@ -128,7 +123,7 @@ _library = register(
         _new_grads,
     ),
     _save,
-    _pull_back,
+    _pull,
 )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._check import check_latents, check_units
 from . import guard, load
-from ._library import register
+from ._library import Grads, register
 
 Three = tuple[Tensor, Tensor, Tensor]
 FIELDS = 9  # of `bomkern.LatentStatistics`
@@ -53,18 +54,20 @@ def _backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *latents, ctx.threshold, ctx.temperature = inputs
     ctx.mark_non_differentiable(output[FIELDS])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], output[FIELDS])
+    ctx.save_for_backward(*latents, output[FIELDS])
 
 
-def _pull_back(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    want = list(ctx.needs_input_grad[:3])
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
     given = list(grads[:FIELDS])
-    if not any(want) or all(g is None for g in given):
-        return (None,) * 5
-    made = torch.ops.bomkern.latent_statistics_triton_backward(given, *ctx.saved_tensors, want)
-    return (*(g if wanted else None for g, wanted in zip(made, want, strict=True)), None, None)
+    made: Three = torch.ops.bomkern.latent_statistics_triton_backward(given, *ctx.saved_tensors, want)
+    return made
+
+
+def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    numbers = ctx.threshold, ctx.temperature
+    return ctx.saved_tensors[:3], lambda z, mu, logvar: reference.latent_statistics(z, mu, logvar, *numbers)
 
 
 _library = register(
@@ -81,7 +84,8 @@ _library = register(
         _new_grads,
     ),
     _save,
-    _pull_back,
+    _pull,
+    _again,
 )
 
 

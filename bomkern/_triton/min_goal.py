@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._check import FLOATS, check_goals, check_params
 from ..reference import MIN, NONE
 from . import guard, load
+from ._library import Aside, Grads, register
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -94,59 +96,58 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    goals, _, curves, ctx.reduction, _, saved = inputs
+    goals, params, ctx.curves, ctx.reduction, _, ctx.saved = inputs
     _, winner, slope, _, share, level, _ = output
-    # Not slope: the gradient depends on the goals through it, and so a second backward finds its way to `_twice`.
-    ctx.mark_non_differentiable(share, level)
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(slope, share, level)
     ctx.batch, ctx.count, _ = check_goals(goals)
-    ctx.saved = saved
-    # register_autograd wants [], not None, as the gradient of an empty list.
-    ctx.others = (None, None if curves else [], None, None, None)
     ctx.rows = len(goals) == 1 and goals[0].dim() == 2
-    ctx.kinds = [FLOATS.index(g.dtype) + (_SCALAR if g.dim() == 0 else 0) if g.requires_grad else _SKIP for g in goals]
+    ctx.kinds = [FLOATS.index(g.dtype) + (_SCALAR if g.dim() == 0 else 0) for g in goals]
     ctx.save_for_backward(winner, slope)
+    ctx.given = Aside.keep(*goals, params) if ctx.saved else None
 
 
-def _pull_back(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if grad is None or all(kind == _SKIP for kind in ctx.kinds):
-        return ([None] * len(ctx.kinds), *ctx.others)
+def _saved(ctx: Any) -> tuple[Tensor, Tensor]:
+    """winner and slope. Raises where there are none, or where a backward has freed them."""
     if not ctx.saved:
         raise RuntimeError("bomkern::min_goal_triton was called with save=False, so it has no gradient.")
     winner, slope = ctx.saved_tensors
+    return winner, slope
+
+
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    winner, slope = _saved(ctx)
+    kinds = [kind if wanted else _SKIP for kind, wanted in zip(ctx.kinds, want, strict=True)]
     made = iter(
         torch.ops.bomkern.min_goal_triton_backward(
-            grad, winner, slope, ctx.kinds, ctx.reduction, ctx.batch, ctx.count if ctx.rows else 0
+            grads[0], winner, slope, kinds, ctx.reduction, ctx.batch, ctx.count if ctx.rows else 0
         )
     )
-    return ([None if kind == _SKIP else next(made) for kind in ctx.kinds], *ctx.others)
+    return [next(made) if wanted else None for wanted in want]
 
 
-def _twice(ctx: Any, *_: object) -> None:
-    raise RuntimeError("min_goal_loss cannot be differentiated twice (impl 'triton'); impl='reference' can.")
+def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., Tensor]]:
+    _saved(ctx)
+    *goals, params = Aside.kept(ctx.given)
+    return goals, lambda *goals: reference.min_goal(goals, params, ctx.curves, ctx.reduction, False)[0]
 
 
-def _define() -> torch.library.Library:
-    library = torch.library.Library("bomkern", "FRAGMENT")
-    library.define(
-        "min_goal_triton(Tensor[] goals, Tensor? params, int[] curves, int reduction, bool stats, bool save)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
-    library.define(
-        "min_goal_triton_backward(Tensor grad, Tensor winner, Tensor slope, int[] kinds, int reduction, SymInt batch,"
-        " int columns) -> Tensor[]"
-    )
-    for key in ("CPU", "CUDA"):
-        library.impl("min_goal_triton", _forward, key)
-        library.impl("min_goal_triton_backward", _backward, key)
-    torch.library.register_fake("bomkern::min_goal_triton", _forward_fake, lib=library)
-    torch.library.register_fake("bomkern::min_goal_triton_backward", _backward_fake, lib=library)
-    torch.library.register_autograd("bomkern::min_goal_triton", _pull_back, setup_context=_save, lib=library)
-    torch.library.register_autograd("bomkern::min_goal_triton_backward", _twice, lib=library)
-    return library
-
-
-_library = _define()
+_library = register(
+    "min_goal",
+    (
+        "(Tensor[] goals, Tensor? params, int[] curves, int reduction, bool stats, bool save)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _forward,
+        _forward_fake,
+    ),
+    (
+        "(Tensor grad, Tensor winner, Tensor slope, int[] kinds, int reduction, SymInt batch, int columns) -> Tensor[]",
+        _backward,
+        _backward_fake,
+    ),
+    _save,
+    _pull,
+    _again,
+)
 
 
 def min_goal(

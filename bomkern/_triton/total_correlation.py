@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._check import check_estimator, check_rows
 from . import guard, load
+from ._library import Grads, register
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -79,43 +80,31 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     z, mu, logvar, *ctx.settings = inputs
     _, joint, marginal = output
     ctx.mark_non_differentiable(joint, marginal)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, mu, logvar, joint, marginal)
 
 
-def _pull_back(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    want = list(ctx.needs_input_grad[:3])
-    if grad is None or not any(want):
-        return (None,) * 6
-    made = torch.ops.bomkern.total_correlation_triton_backward(grad, *ctx.saved_tensors, *ctx.settings, want)
-    return (*(g if wanted else None for g, wanted in zip(made, want, strict=True)), None, None, None)
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
+    made: Three = torch.ops.bomkern.total_correlation_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings, want)
+    return made
 
 
-def _twice(ctx: Any, *_: object) -> None:
-    raise RuntimeError("total_correlation cannot be differentiated twice (impl 'triton'); impl='reference' can.")
-
-
-def _define() -> torch.library.Library:
-    library = torch.library.Library("bomkern", "FRAGMENT")
-    library.define(
-        "total_correlation_triton(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified,"
-        " int? first=None) -> (Tensor, Tensor, Tensor)"
-    )
-    library.define(
-        "total_correlation_triton_backward(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint,"
-        " Tensor marginal, int? dataset_size, bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)"
-    )
-    for key in ("CPU", "CUDA"):
-        library.impl("total_correlation_triton", _forward, key)
-        library.impl("total_correlation_triton_backward", _backward, key)
-    torch.library.register_fake("bomkern::total_correlation_triton", _allocate, lib=library)
-    torch.library.register_fake("bomkern::total_correlation_triton_backward", _backward_fake, lib=library)
-    torch.library.register_autograd("bomkern::total_correlation_triton", _pull_back, setup_context=_save, lib=library)
-    torch.library.register_autograd("bomkern::total_correlation_triton_backward", _twice, lib=library)
-    return library
-
-
-_library = _define()
+_library = register(
+    "total_correlation",
+    (
+        "(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified, int? first=None)"
+        " -> (Tensor, Tensor, Tensor)",
+        _forward,
+        _allocate,
+    ),
+    (
+        "(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginal, int? dataset_size,"
+        " bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)",
+        _backward,
+        _backward_fake,
+    ),
+    _save,
+    _pull,
+)
 
 
 def total_correlation(
