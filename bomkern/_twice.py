@@ -1,7 +1,8 @@
 """Second derivatives of the compiled ops.
 
 Under ``create_graph=True`` the backward of a compiled op (csrc/autograd.h) calls the reference by the names that are
-registered here, and lets autograd differentiate it: once for the gradient, and again for whoever asks.
+registered here, and lets autograd differentiate it: once for the gradient, and again for whoever asks. The Triton
+implementations do the same in Python, see _triton/_library.py.
 """
 
 from __future__ import annotations
