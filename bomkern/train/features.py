@@ -18,8 +18,14 @@ SCALES = 3
 CHROMA = 4.0  # makes coarse colour weigh as much as two octaves of the bank, in photographs
 
 
-@lru_cache(maxsize=32)
+@torch.compiler.assume_constant_result
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of `_made`; a compiled graph holds them, as it would make them again in every call."""
+    return _made(device, dtype)
+
+
+@lru_cache(maxsize=32)
+def _made(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Luma [1, 3, 1, 1], Sobel filters [2, 1, 3, 3], Gabor bank [2 * ORIENTATIONS, 1, 7, 7], thresholds [BINS]."""
     luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
@@ -72,12 +78,25 @@ def colour_distribution(image: Tensor) -> Tensor:
     softness = 0.5 / BINS
     pixels = image.flatten(2)
     pixels = torch.cat([pixels, pixels - pixels.roll(-1, 1) + 0.5], dim=1)
+    if torch.compiler.is_compiling():  # the same with pixels innermost, whose loop is the longer one
+        return torch.sigmoid((thresholds[:, None] - pixels[:, :, None]) / softness).mean(3)
     return torch.sigmoid((thresholds - pixels[..., None]) / softness).mean(2)
+
+
+def _window(side: int, width: int) -> Tensor:
+    """[side, side - width + 1]: the mean of each ``width`` numbers in a row, as a matrix."""
+    k = torch.arange(side)[:, None] - torch.arange(side - width + 1)
+    return ((k >= 0) & (k < width)) / width
 
 
 def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     """``1 - SSIM`` (Wang et al. 2004) with a uniform 7 x 7 window. Two [B, 3, S, S] -> [B], in [0, 2]."""
-    pooled = F.avg_pool2d(torch.cat([a, b, a * a, b * b, a * b], dim=1), 7, stride=1)
+    maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
+    if torch.compiler.is_compiling():  # the same by matrix products; transposed, which the mean below does not see
+        window = _window(a.shape[3], 7).to(maps)
+        pooled = (maps @ window).mT @ window
+    else:
+        pooled = F.avg_pool2d(maps, 7, stride=1)
     ma, mb, aa, bb, ab = pooled.chunk(5, dim=1)
     c1, c2 = 0.01**2, 0.03**2
     covariance = ab - ma * mb

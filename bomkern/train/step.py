@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bomkern import GoalSet, Lazy, StepGuard, latent_statistics, lazy
+from bomkern import GoalOutput, GoalSet, Lazy, StepGuard, latent_statistics, lazy
 
 from . import features as see
 from . import goals as goal
@@ -156,8 +156,8 @@ class Trainer:
         values = raw_values(out, image, logits, order, self.trivial, self.config.impl, self.group)
         return dict(zip(goal.GOALS, values, strict=True)), image, out.recon
 
-    def advance(self) -> None:
-        """One step of the VAE and one of the discriminator, or of neither where anything is not finite."""
+    def _walk(self) -> tuple[GoalOutput, Tensor]:
+        """Forward and backward of the coming step, of both networks; returns the discriminator's loss too."""
         raw, image, recon = self.raw()
         out = self.goals(raw)
         loss = out.loss
@@ -170,7 +170,11 @@ class Trainer:
         real, fake = self.judge(torch.cat([image, fakes])).float().chunk(2)
         judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
         self.fabric.backward(judge_loss)
+        return out, judge_loss
 
+    def advance(self) -> None:
+        """One step of the VAE and one of the discriminator, or of neither where anything is not finite."""
+        out, judge_loss = self._walk()
         ok = self._apply(out.finite & judge_loss.isfinite())
         bad = ~out["raw"].isfinite()
         bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
