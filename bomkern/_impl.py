@@ -175,7 +175,10 @@ def choose(op: str, device: str, impl: str | None) -> str:
     else:
         best = impl
     key = _chosen[op, device, impl] = f"{op} {best}"
-    _servers[key] = _server(op, best)
+    if key not in _servers:
+        # All at once: a graph that is being traced sees the table as it was when it first looked something up.
+        all_of_it = [(one, name) for one in OPS for name in IMPLS if why_not(one, name, device) is None]
+        _servers.update({f"{one} {name}": _server(one, name) for one, name in all_of_it})
     return key
 
 

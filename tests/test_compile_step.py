@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bomkern import Anchored, Calibrated, GoalSet, Group, ShareGuard, Tracking, Upper
+from bomkern import (
+    Anchored,
+    Calibrated,
+    GoalSet,
+    Group,
+    ShareGuard,
+    Tracking,
+    Upper,
+    _impl,
+    covariance_penalty,
+    gaussian_kl,
+    total_correlation,
+)
 from bomkern.history import ROWS
 
 RULES: dict[str, dict[str, Any]] = {
@@ -122,6 +134,18 @@ def test_a_copy_of_a_compiled_set_has_its_own_history() -> None:
     for x in batches(4):
         step(other, again, x)
     assert model.goals.steps == len(model.goals.history) == 3 and again.goals.steps == len(again.goals.history) == 7
+
+
+def test_the_first_use_of_ops_may_be_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_impl, "_chosen", {})
+    monkeypatch.setattr(_impl, "_servers", {})
+    z = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+
+    def both(z: Tensor, impl: str | None = None) -> Tensor:
+        return gaussian_kl(z, z).sum() + covariance_penalty(z, impl=impl).sum() + total_correlation(z, z, z).sum()
+
+    found = torch.compile(both, fullgraph=True, backend="eager")(z, "reference")
+    torch.testing.assert_close(found, both(z, "reference"))
 
 
 def test_evaluation_compiles_and_keeps_nothing() -> None:
