@@ -85,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("reference", "cpu", "cuda", "triton"),
         help="implementation of the kernels (the best there is)",
     )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the step by torch.compile: the first one takes a minute or more, the others less time (no)",
+    )
     add("--log-every", type=one, help=f"steps between lines of metrics.jsonl ({default.log_every})")
     add("--eval-every", type=one, help=f"steps between held-out evaluations ({default.eval_every})")
     add("--checkpoint-every", type=one, help=f"steps between checkpoints ({default.checkpoint_every})")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ FOLD = (
 
 
 class _Replicate(torch.autograd.Function):
-    """[N, H, W, C] -> [N, H + 2, W + 2, C], borders repeated. Its backward adds slices: autograd's own would scatter."""
+    """[N, H, W, C] -> [N, H + 2, W + 2, C], borders repeated. Backward adds slices; autograd's would scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -96,9 +96,10 @@ def _folded(weight: Tensor) -> Tensor:
     return made.view(o, 4, 3, 3, i).transpose(0, 1).reshape(4 * o, 3, 3, i).permute(0, 3, 1, 2)
 
 
-def _upsampled(block: Block, x: Tensor) -> Tensor:
-    """Upsampling and convolution, pixels not in place and bias not added. [N, H, W, I] -> [N, H, W, 4, O]."""
-    return _conv(_Replicate.apply(x), _folded(block.conv.weight), None).unflatten(-1, (4, -1))
+def _upsampled(block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Upsampling and convolution, pixels not in place yet. [N, H, W, I] -> [N, H, W, 4, O]."""
+    wide: Tensor = _conv(_Replicate.apply(x), _folded(block.conv.weight), bias)
+    return cast(Tensor, wide.unflatten(-1, (4, -1)))
 
 
 def _styled(block: Block, x: Tensor, moments: tuple[Tensor, Tensor], mood: Tensor) -> Tensor:
@@ -106,18 +107,29 @@ def _styled(block: Block, x: Tensor, moments: tuple[Tensor, Tensor], mood: Tenso
     mean, slope = moments
     scale, shift = (part[:, None, None, None] for part in block.style(mood).chunk(2, dim=1))
     x = F.silu((x - mean[:, None, None, None]) * (slope[:, None, None, None] * (1 + scale)) + shift)
-    return x.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return cast(Tensor, x.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2))
+
+
+def _blocks(decoder: Decoder) -> list[Block]:
+    return cast("list[Block]", list(decoder.blocks))
+
+
+def _fourfold(block: Block) -> Tensor:
+    return cast(Tensor, block.conv.bias).repeat(4)
 
 
 def _started(decoder: Decoder, structure: Tensor) -> Tensor:
     """What the first block normalises. [N, structure] -> [N, H, W, 4, O]."""
-    start, block = decoder.start, decoder.blocks[0]
+    start, block = decoder.start, _blocks(decoder)[0]
+    bias = _fourfold(block)
     few = structure.shape[1] < len(structure)
     pictures = torch.cat([start.weight.t(), start.bias[None]]) if few else start(structure)
-    x = _upsampled(block, pictures.unflatten(1, (-1, SMALLEST, SMALLEST)).permute(0, 2, 3, 1))
-    if few:
-        x = torch.addmm(x[-1].flatten(), structure, x[:-1].flatten(1)).view(-1, *x.shape[1:])
-    return x + block.conv.bias
+    pictures = pictures.unflatten(1, (-1, SMALLEST, SMALLEST)).permute(0, 2, 3, 1)
+    x = _upsampled(block, pictures, None if few else bias)
+    if not few:
+        return x
+    constant = x[-1].flatten(0, 1) + bias.view_as(x[0, 0, 0])  # [H W, 4, O]
+    return torch.addmm(constant.flatten(), structure, x[:-1].flatten(1)).view(-1, *x.shape[1:])
 
 
 def decode(decoder: Decoder, structures: Tensor, appearances: Tensor, which: list[int]) -> list[Tensor]:
@@ -130,14 +142,14 @@ def decode(decoder: Decoder, structures: Tensor, appearances: Tensor, which: lis
     Returns:
         a images [B, 3, S, S].
     """
-    first, *others = decoder.blocks
+    first, *others = _blocks(decoder)
     mood = decoder.mood(appearances.flatten(0, 1))
     x = _started(decoder, structures.flatten(0, 1))
     made = (part.unflatten(0, (len(structures), -1)) for part in (x, *_moments(x, first.norm)))
     x, *moments = (torch.cat([part[k] for k in which]) for part in made)
     x = _styled(first, x, (moments[0], moments[1]), mood)
     for block in others:
-        x = _upsampled(block, x) + block.conv.bias
+        x = _upsampled(block, x, _fourfold(block))
         x = _styled(block, x, _moments(x, block.norm), mood)
     x = _conv(_Replicate.apply(x), decoder.out.weight, decoder.out.bias)
     images = torch.sigmoid(x + decoder.tint(mood)[:, None, None]).permute(0, 3, 1, 2).contiguous()
@@ -167,7 +179,8 @@ def losses(
         # The VAE's step needs no gradient of the judge's weights, nor the judge's step one of the reconstruction.
         fixed = {name: parameter.detach() for name, parameter in judge.named_parameters()}
         logits = torch.func.functional_call(judge, fixed, (out.recon,))
-        real, fake = _single(judge(image)), _single(judge(out.recon.detach()))
+        recon = cast(Tensor, out.recon).detach()
+        real, fake = _single(judge(image)), _single(judge(recon))
     values = raw_values(out, image, logits, order, trainer.trivial, trainer.config.impl)
     made = trainer.goals(dict(zip(goal.GOALS, values, strict=True)))
     judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
@@ -180,18 +193,11 @@ def compiled(trainer: Trainer) -> Any:
 
 
 class CompiledTrainer(Trainer):
-    """`Trainer` whose step is compiled, but for the updates and a probe's steps. One process.
-
-    Attributes:
-        first_seconds: of the first step, which compiles; 0 before.
-    """
+    """`Trainer` whose step is compiled, all but the updates, and but for a probe's steps. One process."""
 
     def __init__(self, config: Config, fabric: Fabric, crops: Crops) -> None:
-        if fabric.world_size > 1:
-            raise TrainError(f"--compile works in one process, not in {fabric.world_size}")
         super().__init__(config, fabric, crops)
         self._losses = compiled(self)
-        self.first_seconds = 0.0
 
     def _walk(self) -> tuple[GoalOutput, Tensor]:
         if self.goals._only is not None:  # each goal alone would be compiled anew

@@ -20,6 +20,7 @@ FREE = (
     "devices",
     "strategy",
     "impl",
+    "compile",
     "log_every",
     "eval_every",
     "checkpoint_every",
@@ -57,6 +58,7 @@ class Config:
     strategy: str = "auto"
     precision: str = "32-true"
     impl: str | None = None
+    compile: bool = False
     log_every: int = 10
     eval_every: int = 100
     checkpoint_every: int = 200

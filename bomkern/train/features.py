@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bomkern._typed import constant
+
 BINS = 8  # thresholds of the colour distribution, per channel
 ORIENTATIONS = 4
 SCALES = 3
 CHROMA = 4.0  # makes coarse colour weigh as much as two octaves of the bank, in photographs
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of `_made`; a compiled graph holds them, as it would make them again in every call."""
     return _made(device, dtype)
@@ -83,17 +85,18 @@ def colour_distribution(image: Tensor) -> Tensor:
     return torch.sigmoid((thresholds - pixels[..., None]) / softness).mean(2)
 
 
-def _window(side: int, width: int) -> Tensor:
-    """[side, side - width + 1]: the mean of each ``width`` numbers in a row, as a matrix."""
-    k = torch.arange(side)[:, None] - torch.arange(side - width + 1)
-    return ((k >= 0) & (k < width)) / width
+def _window(maps: Tensor, width: int) -> Tensor:
+    """[side, side - width + 1] for maps [..., side]: the mean of each ``width`` numbers in a row, as a matrix."""
+    at = torch.arange(maps.shape[-1], device=maps.device)
+    ahead = at[:, None] - at[: 1 - width]
+    return ((ahead >= 0) & (ahead < width)).to(maps.dtype) / width
 
 
 def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     """``1 - SSIM`` (Wang et al. 2004) with a uniform 7 x 7 window. Two [B, 3, S, S] -> [B], in [0, 2]."""
     maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
     if torch.compiler.is_compiling():  # the same by matrix products; transposed, which the mean below does not see
-        window = _window(a.shape[3], 7).to(maps)
+        window = _window(maps, 7)
         pooled = (maps @ window).mT @ window
     else:
         pooled = F.avg_pool2d(maps, 7, stride=1)

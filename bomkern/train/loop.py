@@ -23,7 +23,7 @@ from bomkern.report import diagnose_folder
 
 from . import checkpoint, evaluate, ranks, record
 from .config import REDUCTIONS, SCALES, Config, TrainError
-from .data import Data, DataError, load, to_float
+from .data import Crops, Data, DataError, load, to_float
 from .goals import GOALS, anchors
 from .networks import VAE
 from .ranks import launch
@@ -117,6 +117,8 @@ def _settle(config: Config, given: set[str]) -> tuple[Config, dict[str, Any] | N
 
 def _prepare(config: Config, fabric: Fabric) -> tuple[str, Data]:
     """Which implementation serves, and the images; on rank 0 the run folder is made too."""
+    if config.compile and fabric.world_size > 1:
+        raise TrainError(f"--compile works in one process, not in {fabric.world_size}")
     impl = serving(fabric.device.type, config.impl)
     try:
         data = load(Path(config.data) if config.data else None, config.image_size)
@@ -133,7 +135,7 @@ def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[
     """Train, in processes that have found each other."""
     folder, chief = Path(config.out), fabric.is_global_zero
     impl, data = ranks.together(lambda: _prepare(config, fabric))
-    trainer = Trainer(config, fabric, data.train)
+    trainer = _trainer(config, fabric, data.train)
     if stored:
         trainer.load_state_dict(stored)
     steps = total_steps(config, len(data.train), fabric.world_size, trainer.step, trainer.samples)
@@ -154,6 +156,15 @@ def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[
         recorder.close()
     average = trainer.averaged()
     return _finish(trainer, average, images, folder, speed, impl) if chief else {}
+
+
+def _trainer(config: Config, fabric: Fabric, crops: Crops) -> Trainer:
+    if not config.compile:
+        return Trainer(config, fabric, crops)
+    from .compiled import CompiledTrainer
+
+    fabric.print("compiling: the first step takes a minute or more")
+    return CompiledTrainer(config, fabric, crops)
 
 
 def _probe(trainer: Trainer) -> bomkern.Payoff:
@@ -183,7 +194,7 @@ def _probe(trainer: Trainer) -> bomkern.Payoff:
 def _steps(
     trainer: Trainer, steps: int, images: torch.Tensor, recorder: record.Recorder, stop: Stop, folder: Path
 ) -> float | None:
-    """Train up to ``steps``; returns steps per second without evaluation and checkpoints."""
+    """Train up to ``steps``; returns steps per second without evaluation, checkpoints and compilation."""
     config, fabric = trainer.config, trainer.fabric
     chief, first = fabric.is_global_zero, trainer.step
     aside = 0.0  # seconds that are not training
@@ -220,11 +231,12 @@ def _steps(
                 raise Interrupted(asked, n)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
-    seconds = time.perf_counter() - begun - aside
+    seconds = time.perf_counter() - begun - aside - trainer.first_seconds
     # After the checkpoint, which keeps the open window for a run that goes on.
     if steps % config.log_every and (window := trainer.window()):
         recorder.line({"step": steps, **window, "partial": True})
-    return (steps - first) / seconds if steps > first else None
+    timed = steps - first - (trainer.first_seconds > 0)
+    return timed / seconds if timed > 0 else None
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
@@ -280,6 +292,8 @@ def _finish(
         "probe_updates": config.probe * len(GOALS),
         "seed": config.seed,
         "impl": impl,
+        "compile": config.compile,
+        "first_seconds": trainer.first_seconds,
         "device": str(trainer.device),
         "ranks": trainer.fabric.world_size,
         "threads": torch.get_num_threads(),
@@ -314,6 +328,7 @@ def report(summary: dict[str, Any], folder: str) -> str:
         f"mean colour; SSIM {summary['ssim']:.3f} (mean colour {summary['baseline_ssim']:.3f})",
         f"{summary['steps']} steps, {summary['rejected_steps']} rejected"
         + (f", {summary['steps_per_second']:.2f} steps/s" if summary["steps_per_second"] else "")
+        + (f" after a first one of {summary['first_seconds']:.0f} s" if summary["first_seconds"] else "")
         + (f", {1 - summary['walked']:.0%} of the images' backward saved" if summary["walked"] < 1 else ""),
         "",
         f"{'goal':<22} {'raw':>9} {'level':>9} {'share':>7} {'longest starvation':>19}",

@@ -78,6 +78,7 @@ class Trainer:
         average: moving average of the VAE's weights over about 100 steps, which is what gets evaluated and pictured.
         step: how many steps are done. samples: how many samples all ranks have seen in them.
         sharded: whether each rank holds a part of every weight (FSDP2).
+        first_seconds: of a first step that compiles the others, else 0.
         partial: whether losses may leave parameters out, as a probe's do; they then get zeros, which DDP waits for.
     """
 
@@ -85,6 +86,7 @@ class Trainer:
         self.config, self.fabric, self.crops = config, fabric, crops
         self.device = fabric.device
         self.step, self.samples, self.partial, self.sharded = 0, 0, False, ranks.shards(fabric)
+        self.first_seconds = 0.0
         self._walked: list[float] = []  # since the last `window`
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
