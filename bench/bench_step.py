@@ -1,7 +1,8 @@
 """The whole nine-goal step of the trainer against plain PyTorch, a weighted sum, and Jacobian descent (TorchJD).
 
 Networks, discriminator and updates included, 32 px. Each variant's gradient is checked before it is timed: those of the
-hard minimum against each other, those of other rules by the losses they descend on.
+hard minimum against each other, the compiled step's against that of the eager one, those of other rules by the losses
+they descend on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BATCHES = (64, 512, 2048)
 REPEATS = {64: (15, 4), 512: (5, 3), 2048: (1, 1)} if DEVICE == "cpu" else dict.fromkeys(BATCHES, (0, 6))
 WALKS_MANY = ("UPGrad", "MGDA")  # a backward for each goal: at the smallest batch alone
 HARD = ("bomkern lazy", "bomkern routed", "bomkern", "plain", step.BLOCKS)
-LEFT_OUT = {64: (step.BLOCKS,), 512: (step.BLOCKS, *step.RULES), 2048: ("bomkern spill", *step.RULES)}
+LEFT_OUT = {64: (step.BLOCKS,), 512: (step.BLOCKS, *step.RULES), 2048: (step.SPILL, step.COMPILED, *step.RULES)}
 CASES = [(batch, variant) for batch in BATCHES for variant in step.VARIANTS if variant not in LEFT_OUT[batch]]
 SAMPLE, TERM = 8e6, 40.0  # bytes that a sample takes in the networks, and an element of B x B x D in eager statistics
 
@@ -40,9 +41,17 @@ def expected(batch: int) -> tuple[list[Tensor | None], Tensor]:
     return run.gradients(), run.deficits(dict(zip(step.goal.GOALS, values, strict=True)))
 
 
+@functools.lru_cache(maxsize=1)
+def uncompiled(batch: int) -> list[Tensor | None]:
+    """Gradients of the weights by rank."""
+    return step.Run(step.SPILL, batch, step.started()).gradients()
+
+
 def check(run: step.Run) -> None:
-    want, deficits = expected(run.config.batch_size)
-    if run.variant in HARD:
+    batch = run.config.batch_size
+    want, deficits = expected(batch)
+    if run.variant in (*HARD, step.COMPILED):
+        want = uncompiled(batch) if run.variant == step.COMPILED else want
         grads = run.gradients()
         off = sum(float((_of(a, b) - b).norm()) ** 2 for a, b in zip(grads, want, strict=True) if b is not None)
         assert off**0.5 <= 1e-3 * sum(float(b.norm()) ** 2 for b in want if b is not None) ** 0.5
@@ -85,13 +94,15 @@ def measure(benchmark: Any, run: step.Run) -> None:
     batch, info = run.config.batch_size, benchmark.extra_info
     about(benchmark, "step", "nine-goal step", "whole", run.variant, {"B": batch})
     rounds, cuts = REPEATS[batch]
-    if run.variant not in (*WALKS_MANY, "bomkern lazy"):  # neither has a loss that stands between two cuts
+    if run.variant not in (*WALKS_MANY, "bomkern lazy", step.COMPILED):  # none has a loss that stands between two cuts
         parts: list[dict[str, float]] = []
         for _ in range(cuts):
             run.in_parts(clock := step.Clock())
             parts.append(clock.seconds)
         info["parts"] = {p: statistics.median(x[p] for x in parts[1:] or parts) for p in PARTS}
-    if batch == BATCHES[0]:
+    if run.variant == step.COMPILED:
+        info["first_seconds"] = run.first_seconds
+    elif batch == BATCHES[0]:
         info.update(machine.counted(run.whole))
     if DEVICE == "cuda":
         info["peak_bytes"] = machine.peak_bytes(run.whole)

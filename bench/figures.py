@@ -29,7 +29,13 @@ PANELS = (
     *("min_goal all six constraints", "goal_set spill", "total_correlation", "covariance_penalty"),
     *("gaussian_kl", "consistency_variance", "active_units", "latent_statistics"),
 )
-SHORT = {"bomkern": "all graphs walked", "bomkern routed": "branches routed", "bomkern lazy": "owned rows alone"}
+SHORT = {
+    "bomkern": "all graphs walked",
+    "bomkern routed": "branches routed",
+    "bomkern lazy": "owned rows alone",
+    "bomkern spill": "spill",
+    "bomkern spill compiled": "spill, compiled",
+}
 INK, FAINT = "#33373d", "#d9dce1"
 
 

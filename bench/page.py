@@ -32,6 +32,7 @@ STEPS = {
     "bomkern routed": "hard minimum, branches without a share passed by",
     "bomkern": 'hard minimum, all graphs walked (`route="never"`)',
     "bomkern spill": "spill 1/2, the trainer's default: every goal has gradient",
+    "bomkern spill compiled": "the same by torch.compile, networks, statistics, goals and both losses in one graph",
     "plain": "hard minimum in plain PyTorch: eager statistics, stack, checks, `.item()`",
     "plain in blocks": "the same, total correlation by blocks of rows that backward computes again",
     "weighted sum": "sum of the anchored losses, eager statistics",
@@ -163,7 +164,19 @@ def steps(results: Results) -> Lines:
             faster = ratio(plain_step(peers)["seconds"] / row["seconds"])
             rows.append([f"{name}: {STEPS[name]}", time(row["seconds"]), faster, *_parts(row, PARTS), memory(row)])
         lines += [f"{named(size)}:", "", *table(["", "a step", "plain / this", *PARTS, "memory"], rows)]
+        if found := compiled_step(peers):
+            eager, made = found
+            lines += text(
+                f"Compiled, the step with spill is {ratio(eager['seconds'] / made['seconds'])} as fast as it is eager; "
+                f"its first call, which compiles, took {time(made['first_seconds'])}."
+            )
     return lines
+
+
+def compiled_step(peers: dict[str, Row]) -> tuple[Row, Row] | None:
+    """The step with spill, and the same compiled, where both were measured."""
+    eager, made = (peers.get(name) for name in ("bomkern spill", "bomkern spill compiled"))
+    return (eager, made) if eager and made else None
 
 
 def plain_step(peers: dict[str, Row]) -> Row:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.page import BOTH, CASES, page, plain_step
+from bench.page import BOTH, CASES, compiled_step, page, plain_step
 from bench.results import HERE, Results, Row, committed, read
 from bench.tables import named, ratio, table, time
 
@@ -47,6 +47,11 @@ def readme_table(results: Results) -> str:
     for size, peers in results.of("nine-goal step", "whole").items():
         ours, plain = peers["bomkern lazy"]["seconds"], plain_step(peers)["seconds"]
         rows.append([f"the trainer's whole step, hard minimum, {named(size)}", time(ours), ratio(plain / ours), "", ""])
+        if found := compiled_step(peers):
+            eager, made = (row["seconds"] for row in found)
+            rows.append(
+                [f"the same, spill 1/2, compiled against not, {named(size)}", time(made), ratio(eager / made), "", ""]
+            )
     head = ["forward and backward", "bomkern", "eager", "torch.compile", "KeOps"]
     return "\n".join([*table(head, rows), f"(`{results.command}`; {results.title})"])
 

@@ -21,6 +21,7 @@ from bomkern import LatentStatistics, Lazy, lazy, total_correlation
 from bomkern.train import features as see
 from bomkern.train import goals as goal
 from bomkern.train import loop
+from bomkern.train.compiled import compiled
 from bomkern.train.config import Config
 from bomkern.train.data import Data, load
 from bomkern.train.networks import Pass
@@ -30,7 +31,8 @@ SIZE = 32  # pixels
 WARM, WARM_BATCH = 40, 32  # steps before anything is measured, so that goals are as far apart as they become
 RULES = ("weighted sum", "UPGrad", "MGDA")  # of others, on the same nine losses with the same statistics as "plain"
 BLOCKS = "plain in blocks"
-VARIANTS = ("bomkern lazy", "bomkern routed", "bomkern", "bomkern spill", "plain", BLOCKS, *RULES)
+SPILL, COMPILED = "bomkern spill", "bomkern spill compiled"
+VARIANTS = ("bomkern lazy", "bomkern routed", "bomkern", SPILL, COMPILED, "plain", BLOCKS, *RULES)
 Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -88,10 +90,13 @@ class Run(Trainer):
         variant: one of `VARIANTS`.
         batch: samples.
         start: whose weights to begin with.
+
+    Attributes:
+        first_seconds: what the first call of a compiled step took.
     """
 
     def __init__(self, variant: str, batch: int, start: Trainer | None = None) -> None:
-        spill = 0.5 if variant == "bomkern spill" else 0.0
+        spill = 0.5 if variant in (SPILL, COMPILED) else 0.0
         chosen = Config(image_size=SIZE, batch_size=batch, spill=spill, device=DEVICE)
         super().__init__(chosen, loop.launch(chosen), data().train)
         self.variant = variant
@@ -102,6 +107,7 @@ class Run(Trainer):
             getattr(self, part).load_state_dict(getattr(start, part).state_dict())
         self.image, self.draw = self.images(), self._noise()
         self.parameters = list(self.vae.parameters())
+        self._losses = compiled(self)
 
     def networks(self) -> tuple[Pass, Tensor | Lazy]:
         """All that the networks make of the images; of the lazy variant nothing is evaluated yet."""
@@ -138,8 +144,11 @@ class Run(Trainer):
         """Means over the batch, [K]."""
         return torch.stack([((raw[n] - ideal) / (nadir - ideal)).mean() for n, (ideal, nadir) in self.anchored.items()])
 
-    def backward(self) -> Tensor | Lazy:
-        """Gradients of all parameters of the VAE; returns what was reconstructed."""
+    def backward(self) -> Tensor | Lazy | None:
+        """Gradients of the VAE; returns what was reconstructed, or None if the judge has its gradients too."""
+        if self.variant == COMPILED:
+            self._compiled()
+            return None
         out, logits = self.networks()
         values = self.statistics(out, logits)
         if self.variant in ("UPGrad", "MGDA"):
@@ -147,6 +156,14 @@ class Run(Trainer):
         else:
             self.loss(values).backward()
         return out.recon
+
+    def _compiled(self) -> None:
+        begun = timer()
+        total, loss, _, _, judged = self._losses(self.image, *self.draw)
+        total.backward()
+        self.finite = loss.isfinite() & judged.isfinite()
+        self.goals.accept(self.finite)
+        self.first_seconds = self.first_seconds or timer() - begun
 
     def _descend(self, losses: Tensor) -> None:
         from torchjd import aggregation
@@ -156,8 +173,11 @@ class Run(Trainer):
         backward(list(losses), inputs=self.parameters, parallel_chunk_size=1)
         jac_to_grad(self.parameters, getattr(aggregation, self.variant)())
 
-    def update(self, recon: Tensor | Lazy) -> None:
-        """The discriminator's backward, and both optimisers."""
+    def update(self, recon: Tensor | Lazy | None) -> None:
+        """The discriminator's backward, unless it was walked, and both optimisers."""
+        if recon is None:
+            self._apply(self.finite)
+            return
         self.discriminator.requires_grad_(True)
         recon = recon.value if isinstance(recon, Lazy) else recon.detach()
         real, fake = self.discriminator(torch.cat([self.image, recon])).chunk(2)
@@ -174,7 +194,8 @@ class Run(Trainer):
         """Of the VAE's parameters, without taking the step."""
         self.backward()
         grads = [p.grad for p in self.parameters]
-        self.optimizers[0].zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         return grads
 
     def in_parts(self, clock: Callable[[str], Any]) -> None:
