@@ -31,22 +31,24 @@ from tests.train_helpers import SMALL, assert_same, config, leaves
 
 LOG = ["--device", "cpu", "--log-every", "1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+STARTED: list[subprocess.Popen[str]] = []
 
 
-def start(out: Path, *arguments: str, change: str = "impatient", several: bool = True) -> subprocess.Popen[str]:
+def start(out: Path, *arguments: str, change: str = "nothing", several: bool = True) -> subprocess.Popen[str]:
     """A run in two processes, or in one, of `tests.train_worker`; what it says goes into files beside ``out``."""
     command = [*(TORCHRUN if several else [sys.executable]), "-m", "tests.train_worker", change]
     says = [Path(f"{out}.{stream}").open("w") for stream in ("out", "err")]  # noqa: SIM115
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command += ["--out", str(out), *SMALL, *LOG, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=says[0], stderr=says[1])
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=says[0], stderr=says[1]))
+    return STARTED[-1]
 
 
 def said(out: Path) -> str:
     return Path(f"{out}.err").read_text()
 
 
-def finish(out: Path, *arguments: str, change: str = "impatient", several: bool = True) -> list[dict[str, float]]:
+def finish(out: Path, *arguments: str, change: str = "nothing", several: bool = True) -> list[dict[str, float]]:
     """Such a run to its end; returns its lines."""
     assert start(out, *arguments, change=change, several=several).wait(timeout=300) == 0, said(out)[-3000:]
     return record.read_lines(out / record.METRICS)
@@ -72,6 +74,17 @@ def workers(run: subprocess.Popen[str]) -> list[int]:
         if parent == run.pid and rank:
             found[int(rank[1])] = int(path.name)
     return [found[rank] for rank in sorted(found)] or [run.pid]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    for run in STARTED:
+        for process in workers(run) if run.poll() is None else ():
+            os.kill(process, signal.SIGKILL)
+        run.kill()
+        run.wait()
+    STARTED.clear()
 
 
 @pytest.fixture
@@ -223,11 +236,11 @@ def test_a_killed_run_goes_on_in_another_number_of_processes(tmp_path: Path, bef
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])
 def test_one_process_that_is_lost_stops_the_others(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
-    run = start(out, "--steps", "100000")
+    run = start(out, "--steps", "100000", change="impatient")
     until(out, 3, run)
     lost = workers(run)[1]
     os.kill(lost, number)
-    deadline = time.monotonic() + 60  # of which 5 s are the timeout of a silent one
+    deadline = time.monotonic() + 120  # of which 20 s are the timeout of a silent one
     while number == signal.SIGSTOP and "rank 0 stops: another process is gone" not in said(out):
         assert time.monotonic() < deadline, said(out)[-3000:]
         time.sleep(0.1)
