@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import NoReturn
 
-from .train.config import IMAGE_SIZES, PRECISIONS, REDUCTIONS, SCALES, STRATEGIES, Config, TrainError
+from .train.config import IMAGE_SIZES, LEAST_BATCH, PRECISIONS, REDUCTIONS, SCALES, STRATEGIES, Config, TrainError
 
 EXTRA = ("lightning_fabric", "matplotlib", "PIL", "skimage", "sklearn", "tensorboard", "torchmetrics", "tqdm")
 
@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument(
         "--epochs", type=_at_least(float, 0, True), help="how long, in passes over the training regions"
     )
-    add("--batch-size", type=_at_least(int, 4), help=f"samples a step, of each process ({default.batch_size})")
+    of_each = f"samples a step, of each process when a run begins ({default.batch_size})"
+    add("--batch-size", type=_at_least(int, LEAST_BATCH), help=of_each)
     add("--image-size", type=int, choices=IMAGE_SIZES, help=f"side of a crop in pixels ({default.image_size})")
     add("--seed", type=_at_least(int, 0), help=f"of weights, data order and noise ({default.seed})")
     add("--scales", choices=SCALES, help=f"where each goal's scale comes from ({default.scales})")

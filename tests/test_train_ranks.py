@@ -39,7 +39,8 @@ def start(out: Path, *arguments: str, change: str = "nothing", several: bool = T
     command = [*(TORCHRUN if several else [sys.executable]), "-m", "tests.train_worker", change]
     says = [Path(f"{out}.{stream}").open("w") for stream in ("out", "err")]  # noqa: SIM115
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += ["--out", str(out), *SMALL, *LOG, *arguments]
+    small = [] if "--resume" in arguments else SMALL  # a run that goes on knows
+    command += ["--out", str(out), *small, *LOG, *arguments]
     STARTED.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=says[0], stderr=says[1]))
     return STARTED[-1]
 
@@ -167,27 +168,41 @@ def test_the_readmes_command(tmp_path: Path) -> None:
     assert "Warning" not in done.stderr and "deprecated" not in done.stderr
 
 
+@pytest.fixture
+def in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process does with its own samples, swap and permute them, one process does with each half of them."""
+    roll, argsort = torch.Tensor.roll, torch.Tensor.argsort
+
+    def roll_halves(x: torch.Tensor, shift: int, dim: int) -> torch.Tensor:
+        return torch.cat([roll(half, shift, dim) for half in x.chunk(2)]) if shift == -1 else roll(x, shift, dim)
+
+    def argsort_halves(x: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat([argsort(half, dim) + i * len(half) for i, half in enumerate(x.chunk(2))])
+
+    monkeypatch.setattr(torch.Tensor, "roll", roll_halves)
+    monkeypatch.setattr(torch.Tensor, "argsort", argsort_halves)
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("plain", "in_halves")
 def test_any_strategy_and_number_of_processes_computes_the_same(tmp_path: Path) -> None:
-    """Where all ranks draw the same, and whichever goes on with the checkpoint of which."""
+    """Eight samples by one process or four by each of two, and whichever goes on with the checkpoint of which."""
     states, losses = {}, {}
     for chain in ("single", "auto", "fsdp", "fsdp ddp single", "single fsdp"):
-        out, parts, samples = tmp_path / chain, chain.split(), 0
+        out, parts = tmp_path / chain, chain.split()
         for i, strategy in enumerate(parts, 1):
-            steps = 6 * i // len(parts)
+            steps, again = 6 * i // len(parts), i > 1
             if strategy == "single":
-                run = config(out, steps=steps, log_every=1, structure=4, appearance=4, width=32, resume=i > 1)
+                size = {"structure": 4, "appearance": 4, "width": 32, "batch_size": 8}
+                run = config(out, steps=steps, log_every=1, resume=again, **size)
                 loop.train(run, {"steps", "resume", "devices", "strategy"})
             else:
-                more = ["--resume"] if i > 1 else []
-                finish(out, "--strategy", strategy, "--steps", str(steps), *more, change="same")
-            samples += 6 // len(parts) * 4 * (1 if strategy == "single" else 2)
+                finish(out, "--strategy", strategy, "--steps", str(steps), *["--resume"] * again)
         lines = record.read_lines(out / record.METRICS)
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
         losses[chain] = [line["loss"] for line in lines]
         state = checkpoint.load(out / record.CHECKPOINT)
-        assert state["samples"] == samples
+        assert state["total"] == 8
         states[chain] = leaves({name: state[name] for name in ("average", "discriminator", "optimizers")})
     for chain, state in states.items():
         assert losses[chain] == pytest.approx(losses["single"], rel=1e-4), chain
@@ -212,23 +227,23 @@ def test_who_is_at_fault_is_agreed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_killed_run_goes_on_in_another_number_of_processes(tmp_path: Path, before: int, after: int) -> None:
     out = tmp_path / "run"
-    run = start(out, "--steps", "100000", "--checkpoint-every", "3", several=before == 2)
+    batch = ["--batch-size", str(8 // before)]
+    run = start(out, "--steps", "100000", "--checkpoint-every", "3", *batch, several=before == 2)
     until(out, 8, run)
     killed = workers(run)
     assert len(killed) == before
     for process in killed:
         os.kill(process, signal.SIGKILL)
     assert run.wait(timeout=120) != 0
-    stored = checkpoint.load(out / record.CHECKPOINT)
-    reached = stored["step"]
-    assert reached >= 6 and stored["samples"] == reached * before * 4
+    reached = checkpoint.load(out / record.CHECKPOINT)["step"]
+    assert reached >= 6
     devices = ["--devices", "1"] if after == 1 else []
     lines = finish(out, "--resume", "--steps", str(reached + 5), *devices, several=after == 2)
     assert [line["step"] for line in lines] == [*range(1, reached + 6)]
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert len(History.load(out / record.HISTORY)) == reached + 5
-    assert checkpoint.load(out / record.CHECKPOINT)["samples"] == (reached * before + 5 * after) * 4
-    assert json.loads((out / record.SUMMARY).read_text())["ranks"] == after
+    summary = json.loads((out / record.SUMMARY).read_text())
+    assert summary["ranks"] == after and summary["samples_per_step"] == 8
 
 
 @pytest.mark.slow
@@ -262,17 +277,17 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load(out / record.CHECKPOINT)["step"] >= 2
 
 
-# How much is left, and what is put together.
+# What is kept, and what is put together.
 
 
-def test_epochs_are_samples_of_however_many_processes() -> None:
-    run = Config(epochs=2.5, batch_size=8)
-    assert loop.total_steps(run, 100, 1) == 32 and loop.total_steps(run, 100, 2) == 16  # 250 samples
-    assert loop.total_steps(run, 100, 2, 10, 160) == 16  # as it was
-    assert loop.total_steps(run, 100, 1, 10, 160) == 10 + 12  # 90 are left
-    assert loop.total_steps(run, 100, 4, 22, 176) == 22 + 3
-    assert loop.total_steps(run, 100, 1, 16, 256) == 16
-    assert loop.total_steps(Config(steps=7), 100, 2, 5, 80) == 7
+def test_how_many_samples_a_step_takes_is_kept() -> None:
+    assert loop.total_steps(Config(epochs=2.5), 100, 16) == 16 and loop.total_steps(Config(steps=7), 100, 16) == 7
+    assert [loop.shared(24, processes) for processes in (1, 2, 3, 4, 6)] == [24] * 5
+    for processes in (5, 8):
+        with pytest.raises(TrainError, match=rf"24 samples a step, which {processes} .* go on in 1, 2, 3, 4 or 6$"):
+            loop.shared(24, processes)
+    with pytest.raises(TrainError, match=r"go on in 1$"):
+        loop.shared(5, 5)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")

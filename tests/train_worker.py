@@ -13,11 +13,6 @@ from bomkern.train import plots, ranks, step
 from bomkern.train.goals import GOALS
 
 
-def same() -> None:
-    """Every rank draws what rank 0 draws: then any number of them computes what one does."""
-    step.Trainer._entropy = lambda self, stream, at: [self.config.seed, stream, at, 0]  # type: ignore[method-assign]
-
-
 def bad() -> None:
     """On rank 1 alone a goal is not finite."""
     true = step.raw_values
@@ -42,5 +37,5 @@ def nothing() -> None:
 
 if __name__ == "__main__":
     plots.curves = plots.contact_sheets = lambda *_: None
-    {"same": same, "bad": bad, "impatient": impatient, "nothing": nothing}[sys.argv[1]]()
+    {"bad": bad, "impatient": impatient, "nothing": nothing}[sys.argv[1]]()
     sys.exit(cli.main(["train", *sys.argv[2:]]))

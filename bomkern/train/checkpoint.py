@@ -12,7 +12,7 @@ import torch
 
 from .config import TrainError
 
-FORMAT = 4
+FORMAT = 5
 log = logging.getLogger("bomkern")
 
 

@@ -195,8 +195,8 @@ def compiled(trainer: Trainer) -> Any:
 class CompiledTrainer(Trainer):
     """`Trainer` whose step is compiled, all but the updates, and but for a probe's steps. One process."""
 
-    def __init__(self, config: Config, fabric: Fabric, crops: Crops) -> None:
-        super().__init__(config, fabric, crops)
+    def __init__(self, config: Config, fabric: Fabric, crops: Crops, total: int | None = None) -> None:
+        super().__init__(config, fabric, crops, total)
         self._losses = compiled(self)
 
     def _walk(self) -> tuple[GoalOutput, Tensor]:

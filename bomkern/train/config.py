@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 SCALES = ("anchored", "moving", "probed", "auto", "diagnosis")
+LEAST_BATCH = 4  # samples of a process: some goals compare them with one another
 SPILL = 0.5  # the default ratio, see bomkern.Spill
 REDUCTIONS = ("mean", "min")
 IMAGE_SIZES = (32, 64, 128, 256)
@@ -39,7 +40,7 @@ class Config:
     data: str | None = None
     steps: int | None = None  # None and no epochs: 1000
     epochs: float | None = None
-    batch_size: int = 32
+    batch_size: int = 32  # of each process that the run begins with
     image_size: int = 32
     seed: int = 0
     scales: str = "anchored"

@@ -136,10 +136,15 @@ class Crops:
     def _cut(self, sheet: np.ndarray, top: int, left: int) -> np.ndarray:
         return sheet[top : top + self.image_size, left : left + self.image_size]
 
-    def batch(self, count: int, rng: np.random.Generator) -> Tensor:
-        """Random crops, half of them mirrored: any photograph, then any window of it. -> uint8 [count, S, S, 3]."""
-        crops = np.empty((count, self.image_size, self.image_size, 3), np.uint8)
-        for i, (photo, window, y, x, mirror) in enumerate(rng.random((count, 5))):
+    def batch(self, count: int, rng: np.random.Generator, rows: slice = slice(None)) -> Tensor:
+        """Random crops, half of them mirrored: any photograph, then any window of it. -> uint8 [count, S, S, 3].
+
+        Args:
+            rows: cut these alone of all that are drawn.
+        """
+        draws = rng.random((count, 5))[rows]
+        crops = np.empty((len(draws), self.image_size, self.image_size, 3), np.uint8)
+        for i, (photo, window, y, x, mirror) in enumerate(draws):
             sheets = self.sheets[int(photo * len(self.sheets))]
             sheet = sheets[int(window * len(sheets))]
             top = int(y * (sheet.shape[0] - self.image_size + 1))

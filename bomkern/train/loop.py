@@ -22,7 +22,7 @@ from bomkern.diagnose import NOTHING
 from bomkern.report import diagnose_folder
 
 from . import checkpoint, evaluate, ranks, record
-from .config import REDUCTIONS, SCALES, Config, TrainError
+from .config import LEAST_BATCH, REDUCTIONS, SCALES, Config, TrainError
 from .data import Crops, Data, DataError, load, to_float
 from .goals import GOALS, anchors
 from .networks import VAE
@@ -59,15 +59,22 @@ class Stop:
             signal.signal(number, handler)
 
 
-def total_steps(config: Config, crops: int, processes: int, step: int = 0, samples: int = 0) -> int:
-    """Steps of the run, ``step`` of which are done and took ``samples``, in any number of processes.
-
-    An epoch is as many samples as crops fit side by side into the training regions.
-    """
+def total_steps(config: Config, crops: int, samples: int) -> int:
+    """Steps of the run, of so many samples; an epoch is as many as crops fit side by side into the training regions."""
     if config.epochs is not None:
-        left = max(0, math.ceil(config.epochs * crops) - samples)
-        return step + math.ceil(left / (config.batch_size * processes))
+        return max(1, math.ceil(config.epochs * crops / samples))
     return config.steps if config.steps is not None else DEFAULT_STEPS
+
+
+def shared(total: int, processes: int) -> int:
+    """The samples a step of a run that goes on, in so many processes."""
+    fits = [n for n in range(1, total // LEAST_BATCH + 1) if total % n == 0]
+    if processes not in fits:
+        raise TrainError(
+            f"the run takes {total} samples a step, which {processes} processes cannot share evenly, {LEAST_BATCH} or "
+            f"more each: go on in {', '.join(map(str, fits[:-1]))}{' or ' * (len(fits) > 1)}{fits[-1]}"
+        )
+    return total
 
 
 def serving(device: str, impl: str | None) -> str:
@@ -94,7 +101,7 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
     """
     ranks.join()
     with ranks.watch():
-        settled, stored = ranks.together(lambda: _settle(config, given if given is not None else set()))
+        settled, stored = ranks.from_rank_0(lambda: _settle(config, given if given is not None else set()))
         return _run(settled, launch(settled), stored)
 
 
@@ -135,10 +142,10 @@ def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[
     """Train, in processes that have found each other."""
     folder, chief = Path(config.out), fabric.is_global_zero
     impl, data = ranks.together(lambda: _prepare(config, fabric))
-    trainer = _trainer(config, fabric, data.train)
+    trainer = _trainer(config, fabric, data.train, shared(stored["total"], fabric.world_size) if stored else None)
     if stored:
         trainer.load_state_dict(stored)
-    steps = total_steps(config, len(data.train), fabric.world_size, trainer.step, trainer.samples)
+    steps = total_steps(config, len(data.train), trainer.total)
     if trainer.step > steps:
         raise TrainError(f"the run in {folder} is at step {trainer.step} already: ask for more than {steps} steps")
     if chief:
@@ -158,13 +165,13 @@ def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[
     return _finish(trainer, average, images, folder, speed, impl) if chief else {}
 
 
-def _trainer(config: Config, fabric: Fabric, crops: Crops) -> Trainer:
+def _trainer(config: Config, fabric: Fabric, crops: Crops, total: int | None) -> Trainer:
     if not config.compile:
-        return Trainer(config, fabric, crops)
+        return Trainer(config, fabric, crops, total)
     from .compiled import CompiledTrainer
 
     fabric.print("compiling: the first step takes a minute or more")
-    return CompiledTrainer(config, fabric, crops)
+    return CompiledTrainer(config, fabric, crops, total)
 
 
 def _probe(trainer: Trainer) -> bomkern.Payoff:
@@ -182,7 +189,7 @@ def _probe(trainer: Trainer) -> bomkern.Payoff:
     if late and chief:
         log.warning("--probe %d is short: %s got further when another goal was trained", config.probe, ", ".join(late))
     told = payoff.table.clone()
-    for k, (name, usual) in enumerate(anchors(config.batch_size).items()):
+    for k, (name, usual) in enumerate(anchors(trainer.total).items()):
         if ideals[name] >= nadirs[name]:  # a scale of nothing would hold the gradient
             told[:, k], told[k, k] = usual.nadir, usual.ideal
             if chief and config.scales == "probed":
@@ -296,6 +303,7 @@ def _finish(
         "first_seconds": trainer.first_seconds,
         "device": str(trainer.device),
         "ranks": trainer.fabric.world_size,
+        "samples_per_step": trainer.total,
         "threads": torch.get_num_threads(),
         "versions": record.versions(),
     }

@@ -106,6 +106,15 @@ def together(do: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def from_rank_0(do: Callable[[], T]) -> T:
+    """What ``do()`` returns, or raises, on rank 0, which alone calls it if there are others yet; on all ranks."""
+    if not several_ranks():
+        return do()
+    found = [together(do if dist.get_rank() == 0 else lambda: None)]
+    dist.broadcast_object_list(found)
+    return cast(T, found[0])
+
+
 @contextmanager
 def watch() -> Iterator[None]:
     """Says in one line what a collective raises inside where another process is gone: `Lost`."""

@@ -65,27 +65,31 @@ def raw_values(
 
 
 class Trainer:
-    """The state of a run and its step. Every random number is a function of (seed, stream, step, rank): there is no
-    generator state to keep, and a resumed run draws what the run it continues would have drawn.
+    """The state of a run and its step. Every random number is a function of (seed, stream, step): there is no generator
+    state to keep, a resumed run draws what the run it continues would have drawn, and each rank takes its rows of it.
 
     Args:
         config: the run.
         fabric: launched.
         crops: training crops.
+        total: samples a step of all ranks together; None: ``config.batch_size`` of each.
 
     Attributes:
         vae, discriminator: the networks, as they are trained.
         average: moving average of the VAE's weights over about 100 steps, which is what gets evaluated and pictured.
-        step: how many steps are done. samples: how many samples all ranks have seen in them.
+        step: how many steps are done.
         sharded: whether each rank holds a part of every weight (FSDP2).
         first_seconds: of a first step that compiles the others, else 0.
         partial: whether losses may leave parameters out, as a probe's do; they then get zeros, which DDP waits for.
     """
 
-    def __init__(self, config: Config, fabric: Fabric, crops: Crops) -> None:
+    def __init__(self, config: Config, fabric: Fabric, crops: Crops, total: int | None = None) -> None:
         self.config, self.fabric, self.crops = config, fabric, crops
         self.device = fabric.device
-        self.step, self.samples, self.partial, self.sharded = 0, 0, False, ranks.shards(fabric)
+        self.total = total or config.batch_size * fabric.world_size
+        own = self.total // fabric.world_size
+        self._rows = slice(fabric.global_rank * own, (fabric.global_rank + 1) * own)
+        self.step, self.partial, self.sharded = 0, False, ranks.shards(fabric)
         self.first_seconds = 0.0
         self._walked: list[float] = []  # since the last `window`
         with torch.random.fork_rng(devices=[]):
@@ -105,7 +109,7 @@ class Trainer:
         ]
         self.group = group = dist.group.WORLD if fabric.world_size > 1 else None
         hard = config.temperature == 0 and config.spill_ratio == 0  # a sample gives gradient to one goal alone
-        chosen = policies(config.scales, config.batch_size * fabric.world_size, config.calibration_steps)
+        chosen = policies(config.scales, self.total, config.calibration_steps)
         self.goals = GoalSet(
             chosen,
             reduction=config.reduction,
@@ -128,24 +132,24 @@ class Trainer:
         return VAE(config.image_size, config.structure, config.appearance, config.width)
 
     def _entropy(self, stream: int, step: int) -> list[int]:
-        rank = 0 if stream == TRIVIAL else self.fabric.global_rank  # what goals are measured by is common to all ranks
-        return [self.config.seed, stream, step, rank]
+        return [self.config.seed, stream, step, 0]
 
     def _host_rng(self, stream: int, step: int) -> np.random.Generator:
         return np.random.default_rng(self._entropy(stream, step))
 
     def images(self) -> Tensor:
         """The crops of the coming step, [B, 3, S, S]."""
-        return to_float(self.crops.batch(self.config.batch_size, self._host_rng(CROPS, self.step)), self.device)
+        return to_float(self.crops.batch(self.total, self._host_rng(CROPS, self.step), self._rows), self.device)
 
     def _noise(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Posterior noise [B, D], shake [B, D], view [B, 6], order [B, D] of the coming step."""
-        batch, latents = self.config.batch_size, self.config.structure + self.config.appearance
+        latents = self.config.structure + self.config.appearance
         seed = int(np.random.SeedSequence(self._entropy(NOISE, self.step)).generate_state(1, np.uint32)[0])
         source = torch.Generator(self.device).manual_seed(seed)
-        normal = torch.randn(batch, 2 * latents + 6, generator=source, device=self.device)
+        normal = torch.randn(self.total, 2 * latents + 6, generator=source, device=self.device)[self._rows]
         noise, shake, view = normal.split([latents, latents, 6], dim=1)
-        return noise, shake, view, torch.rand(batch, latents, generator=source, device=self.device).argsort(0)
+        order = torch.rand(self.total, latents, generator=source, device=self.device)[self._rows].argsort(0)
+        return noise, shake, view, order
 
     def raw(self) -> tuple[Mapping[str, Tensor | Lazy], Tensor, Tensor | Lazy]:
         """Raw values of the coming step by goal, its images, and what was reconstructed of them."""
@@ -184,7 +188,6 @@ class Trainer:
         self.tally.add(ok, share, torch.where(bad.any(), bad, share == share.max()))
         self._walked.append(1.0 if out.walked is None else out.walked)
         self.step += 1
-        self.samples += self.config.batch_size * self.fabric.world_size
 
     def stuck(self) -> str | None:
         """The goal at fault, if too many steps in a row were rejected."""
@@ -234,7 +237,7 @@ class Trainer:
         """Everything a run needs to go on, in any number of processes once it is `ranks.whole`."""
         return {
             "step": self.step,
-            "samples": self.samples,
+            "total": self.total,
             "config": self.config.to_dict(),
             "vae": self.vae.state_dict(),
             "average": self.average.state_dict(),
@@ -247,7 +250,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.samples = state["step"], state["samples"]
+        self.step = state["step"]
         for name in ("vae", "average", "discriminator"):
             ranks.load_module(getattr(self, name), state[name])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
