@@ -255,7 +255,7 @@ def test_reference_in_chunks() -> None:
     z, mu, logvar = codes("cpu")
 
     def loss(z: Tensor, limit: int) -> Tensor:
-        return reference.total_correlation(z, mu, logvar, None, False, limit).square().sum()
+        return reference.total_correlation(z, mu, logvar, None, False, limit=limit).square().sum()
 
     assert_close([grad(loss)(z, 64)], [grad(loss)(z, 2**23)])
     leaf = z.clone().requires_grad_()
