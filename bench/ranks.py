@@ -230,7 +230,7 @@ def on_ranks(world: int, work: str = "cases") -> list[Any]:
     """What each of so many processes found."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, (world, folder, work), nprocs=world)
-        return [torch.load(f"{folder}/{work}{world}-{rank}.pt") for rank in range(world)]
+        return [torch.load(f"{folder}/{work}{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def alone(dtype: torch.dtype) -> dict[str, list[Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._host import HostCopy
 from ._impl import keeper
+from ._load import load_plain
 from ._ops import _library, record_size
 from ._records import record_parts
 from ._typed import fake
@@ -173,10 +174,18 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Read what `save` wrote."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        history = cls(Layout(**state["layout"]))
-        history.load_state_dict(state)
+        """Read what `save` wrote. Nothing in the file is run.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: it is not such a file.
+        """
+        state = load_plain(path)
+        try:
+            history = cls(Layout(**state["layout"]))
+            history.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError) as why:
+            raise ValueError(f"{os.fspath(path)} is not a history of bomkern ({type(why).__name__})") from why
         return history
 
     def __repr__(self) -> str:

@@ -282,7 +282,7 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
     for process in running.processes:
         process.join(timeout=60)
         assert not process.is_alive(), "hangs"
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     plain = first[2]
     assert all(g is not None for g in plain) and plain[2].any() and plain[4].any()  # of either rank's branch
     for one, other in zip(first.values(), second.values(), strict=True):

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from bomkern._load import load_plain
+
 from .config import TrainError
 
 FORMAT = 5
@@ -82,10 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
             damaged = parts.testzip()  # torch.load compares no checksums
         if damaged:
             raise ValueError(f"{damaged} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except Exception as why:  # what a damaged file raises depends on where it is damaged
         text = (str(why) or type(why).__name__).splitlines()[0]
         raise TrainError(f"{path} is not a readable checkpoint: {text}") from why
-    if not isinstance(state, dict):
-        raise TrainError(f"{path} is not a readable checkpoint: it holds a {type(state).__name__}")
-    return state

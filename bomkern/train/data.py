@@ -7,6 +7,7 @@ folder of several images is split by whole files instead.
 
 from __future__ import annotations
 
+import os
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 SHIPPED = {
@@ -25,8 +26,11 @@ TRAIN, HELD_OUT = 0.68, 0.30  # fractions of the longer side
 WINDOWS = (64, 128)  # sides of the crops in source pixels; each is resized to the image size
 WHOLE_FILES = 5  # a folder with this many images is split by file
 MAX_PIXELS = 64_000_000  # of one image: more is taken for a decompression bomb
+MAX_BYTES = 2**29  # of one file: more than MAX_PIXELS of any kind take; some decoders read the whole file first
 MEMORY = 2 * 2**30  # bytes of pixels kept
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Pillow goes by the content, whatever the suffix says: others, like PostScript, would start programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, as Pillow has it
 
@@ -61,35 +65,56 @@ def shipped_photographs() -> list[Photograph]:
     return found
 
 
+def _find(folder: Path) -> tuple[list[Path], list[str]]:
+    """The image files under a folder, sorted, and the links among them, which are not followed."""
+    paths, links = [], []
+    for root, folders, names in os.walk(folder):  # does not enter linked folders
+        for path in (Path(root, name) for name in folders + names):
+            if path.is_symlink() and (path.suffix.lower() in SUFFIXES or path.is_dir()):
+                links.append(f"{path.relative_to(folder)}: a link, which is not followed")
+            elif path.suffix.lower() in SUFFIXES and path.is_file():
+                paths.append(path)
+    return sorted(paths), sorted(links)
+
+
+def _read(path: Path, image_size: int) -> Image.Image:
+    """One image as RGB; its size is looked at before a pixel is decoded."""
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{size // 2**20} MiB, refused as larger than {MAX_BYTES // 2**20} MiB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels, refused as a decompression bomb")
+            if min(width, height) < image_size:
+                raise ValueError(f"{width} x {height} pixels, smaller than a crop of {image_size}")
+            opened.draft("RGB", (4 * image_size, 4 * image_size))
+            return opened.convert("RGB")
+
+
 def read_folder(folder: Path, image_size: int) -> tuple[list[Photograph], list[str]]:
     """The images under a folder, and what was skipped, each as ``"name: why"``.
 
     Images whose shorter side exceeds four times the image size are reduced to that. Corrupt files, decompression bombs,
-    images smaller than a crop, and what does not fit into `MEMORY` are skipped.
+    links, images smaller than a crop, and what does not fit into `MEMORY` are skipped.
     """
     if not folder.is_dir():
         raise DataError(f"--data {folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    photographs, skipped, used = [], [], 0
+    paths, skipped = _find(folder)
+    photographs, used = [], 0
     for path in paths:
         name = str(path.relative_to(folder))
         if used > MEMORY:
             skipped.append(f"{name}: {MEMORY // 2**20} MiB of images are read already")
             continue
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path) as opened:
-                    width, height = opened.size
-                    if width * height > MAX_PIXELS:
-                        raise ValueError(f"{width} x {height} pixels, refused as a decompression bomb")
-                    if min(width, height) < image_size:
-                        raise ValueError(f"{width} x {height} pixels, smaller than a crop of {image_size}")
-                    opened.draft("RGB", (4 * image_size, 4 * image_size))
-                    image = opened.convert("RGB")
+            image = _read(path, image_size)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             skipped.append(f"{name}: refused as a decompression bomb")
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as why:
+        except UnidentifiedImageError:
+            skipped.append(f"{name}: not an image of the kinds that are read ({', '.join(FORMATS)})")
+        except Exception as why:  # one file of many: decoders fail on damaged ones in every way there is
             skipped.append(f"{name}: {' '.join(str(why).split()) or type(why).__name__}")
         else:
             shrink = 4 * image_size / min(image.size)
