@@ -42,12 +42,8 @@ class Layout:
         most: float = 1.0,
     ) -> None:
         self.most = most
-        self.goals, self.columns, self.owner, self.constraints = (
-            list(goals),
-            list(columns),
-            list(owner),
-            list(constraints),
-        )
+        self.goals, self.columns = list(goals), list(columns)
+        self.owner, self.constraints = list(owner), list(constraints)
 
     @property
     def size(self) -> int:
@@ -174,12 +170,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Read what `save` wrote. Nothing in the file is run.
-
-        Raises:
-            OSError: the file cannot be opened.
-            ValueError: it is not such a file.
-        """
+        """Read what `save` wrote, running nothing. Raises OSError, or ValueError for another kind of file."""
         state = load_plain(path)
         try:
             history = cls(Layout(**state["layout"]))
