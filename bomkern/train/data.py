@@ -90,7 +90,8 @@ def _read(path: Path, image_size: int) -> Image.Image:
             if min(width, height) < image_size:
                 raise ValueError(f"{width} x {height} pixels, smaller than a crop of {image_size}")
             opened.draft("RGB", (4 * image_size, 4 * image_size))
-            return opened.convert("RGB")
+            image: Image.Image = opened.convert("RGB")
+            return image
 
 
 def read_folder(folder: Path, image_size: int) -> tuple[list[Photograph], list[str]]:
