@@ -145,4 +145,5 @@ def photometric(image: Tensor, noise: Tensor) -> Tensor:
     view = (image - mean) * torch.exp(0.2 * contrast) + mean
     grey = luminance(view)
     view = grey + (view - grey) * torch.exp(0.3 * saturation)
-    return (view * torch.exp(0.15 * gain) + 0.1 * brightness).clamp(0, 1)
+    seen: Tensor = (view * torch.exp(0.15 * gain) + 0.1 * brightness).clamp(0, 1)
+    return seen

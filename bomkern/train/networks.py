@@ -137,7 +137,8 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """[B, D] -> [B, 3, S, S] in [0, 1]."""
         structure, appearance = z.split(self.parts, dim=1)
-        return self.decoder(structure, appearance)
+        image: Tensor = self.decoder(structure, appearance)
+        return image
 
     def forward(self, image: Tensor, view: Tensor, noise: Tensor, shake: Tensor) -> Pass:
         """One encoder call for image and view, one decoder call for reconstruction, swap and the two perturbed decodes.
@@ -177,4 +178,5 @@ class Discriminator(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.body(image * 2 - 1)
+        logits: Tensor = self.body(image * 2 - 1)
+        return logits

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from bomkern.report import HISTORY, REPORT
+from bomkern.report import HISTORY as HISTORY
+from bomkern.report import REPORT as REPORT
 
 from .checkpoint import before, write_atomically
 from .config import TrainError
