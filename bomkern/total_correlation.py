@@ -7,6 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from . import _impl
+from ._autocast import exactly
 from ._check import FLOATS, check_latents
 from ._ranks import ranks_of
 
@@ -81,6 +82,7 @@ def total_correlation(
     return serve(z, posteriors[:, :dims], posteriors[:, dims:], dataset_size, stratified, first)
 
 
+@exactly
 def gaussian_total_correlation(z: Tensor, *, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """Total correlation of the Gaussian with the sample covariance C of z, in nats: ``(sum_d log C_dd - log det C)/2``.
 

@@ -63,7 +63,7 @@ def codes(device: str, *dtypes: torch.dtype) -> list[Tensor]:
     return [x.to(device=device, dtype=dtype).requires_grad_() for x, dtype in zip(made, dtypes, strict=True)]
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "gaussian_total_correlation"])
+@EACH
 @HALVES
 @IMPLS
 def test_autocast(server: tuple[str, str], half: torch.dtype, name: str) -> None:
