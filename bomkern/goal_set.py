@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from . import _impl
 from ._columns import Columns
+from ._func import under_transform
 from ._lazies import Lazy
 from ._ops import _library
 from ._ranks import ranks_of
@@ -242,6 +243,12 @@ class GoalSet(Columns):
 
     def _learn(self, tensors: list[Tensor]) -> None:
         """Keep a copy of what this step changes; ask the policies that still have something to say."""
+        transformed = under_transform() and not torch.compiler.is_compiling()
+        if transformed and (self.guard or self.steps < self._until):
+            raise RuntimeError(
+                "a GoalSet with a ShareGuard, or policies that follow raw values, cannot learn inside torch.func: "
+                "call eval() first"
+            )
         held: dict[str, Any] = self._buffers
         for name in self._learns:
             self._before.append((held[name], held[name].clone()))

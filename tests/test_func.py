@@ -299,6 +299,25 @@ class TestGoalSet:
         assert vmap(loss)(*codes(device, 3)).shape == (3,)
 
     @IMPLS
+    @pytest.mark.parametrize(
+        "learns", [{"d": bomkern.Calibrated()}, {"d": bomkern.Tracking()}, {"guard": bomkern.ShareGuard()}]
+    )
+    def test_what_learns_is_refused(self, server: tuple[str, str], learns: dict[str, Any]) -> None:
+        impl, device = server
+        goals = GoalSet(a=Minimize(1.0), **{"d": Minimize(1.0), **learns}, impl=impl).to(device)
+        x = torch.rand(2, 4, device=device)
+
+        def loss(x: Tensor) -> Tensor:
+            return goals({"a": x[0], "d": x[1]}).loss
+
+        before = {name: buffer.clone() for name, buffer in goals.named_buffers()}
+        with pytest.raises(RuntimeError, match=r"cannot learn inside torch.func: call eval\(\) first"):
+            grad(loss)(x)
+        assert goals.steps == 0 and all(torch.equal(before[name], buffer) for name, buffer in goals.named_buffers())
+        goals.eval()
+        assert grad(loss)(x).shape == x.shape
+
+    @IMPLS
     def test_functional_call(self, server: tuple[str, str]) -> None:
         """The gradient of parameters, and of an ensemble's."""
         impl, device = server
