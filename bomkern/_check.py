@@ -65,6 +65,8 @@ def check_goals(goals: Sequence[Tensor]) -> tuple[int, int, torch.dtype]:
 def check_params(params: Tensor | None, curves: Sequence[int], count: int, dtype: torch.dtype, device: object) -> None:
     """That ``params`` is [K, 4] in the compute dtype beside the goals, and ``curves`` K codes."""
     if params is None:
+        if curves:
+            raise ValueError(f"curves must be empty where params is None, got {list(curves)}")
         return
     if len(curves) != count:
         raise ValueError(f"constraints must be one, or one for each of the {count} goals, got {len(curves)}")

@@ -38,7 +38,8 @@ Tensor covariance_penalty_backward(const Tensor& grad, const Tensor& z, const Te
   const int64_t side = std::min(shape.batch, shape.dims);
   const std::vector<int64_t> size = per_sample ? std::vector{shape.batch} : std::vector<int64_t>{};
   bomkern::check_given("grad", grad, size, shape.type());
-  if (per_sample) bomkern::check_kept("product, of a forward with save=True,", product, {shape.batch, shape.dims}, shape.type());
+  const std::vector<int64_t> kept = per_sample ? std::vector{shape.batch, shape.dims} : std::vector<int64_t>{0};
+  bomkern::check_kept(per_sample ? "product, of a forward with save=True," : "product", product, kept, shape.type());
   bomkern::check_kept("second", second, {side, side}, shape.type());
   bomkern::check_kept("offset", offset, {shape.dims}, shape.type());
   bomkern::check_kept("inverse", inverse, {shape.dims}, shape.type());

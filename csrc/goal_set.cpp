@@ -101,14 +101,8 @@ std::vector<Tensor> goal_set_backward(const Tensor& grad, const Tensor& weight, 
   TORCH_CHECK_TYPE(grad.scalar_type() == type, "grad must be ", type, ", got ", grad.scalar_type());
   TORCH_CHECK_VALUE(grad.dim() == 0 || (grad.dim() == 1 && grad.size(0) == batch), "grad must have shape [] or [", batch,
                     "], got ", grad.sizes());
-  TORCH_CHECK_VALUE(count <= max_goals && index.size() <= max_goals && index.size() == dim.size() && index.size() == dtype.size(),
-                    "index, dim and dtype must have one entry for each gradient");
-  for (size_t i = 0; i < index.size(); ++i) {
-    TORCH_CHECK_VALUE(index[i] >= 0 && index[i] < count, "index must be below ", count, ", got ", index[i]);
-    TORCH_CHECK_VALUE(dim[i] >= 0 && dim[i] <= 2, "dim must be 0 to 2, got ", dim[i]);
-    TORCH_CHECK_VALUE(dim[i] < 2 || dim.size() == 1, "dim must be 2 for one gradient alone, got ", dim);
-    TORCH_CHECK_VALUE(dtype[i] >= 0 && dtype[i] < 4, "dtype must be 0 to 3, got ", dtype[i]);
-  }
+  TORCH_CHECK_VALUE(count <= max_goals, "weight must have at most ", max_goals, " columns, got ", count);
+  bomkern::check_gradients(count, index, dim, dtype);
   const int64_t sizes[] = {batch, count};
   std::vector<Tensor> grads;
   grads.reserve(index.size());

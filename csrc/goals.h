@@ -66,7 +66,20 @@ inline Goals describe(TensorList goals, const Problem& p, at::IntArrayRef curves
   return g;
 }
 
+// The gradients that a backward op is asked for: of each the goal's index, the dim of its tensor, and its DType.
+inline void check_gradients(int64_t count, at::IntArrayRef index, at::IntArrayRef dim, at::IntArrayRef dtype) {
+  TORCH_CHECK_VALUE(index.size() <= max_goals && index.size() == dim.size() && index.size() == dtype.size(),
+                    "index, dim and dtype must have one entry for each gradient");
+  for (size_t i = 0; i < index.size(); ++i) {
+    TORCH_CHECK_VALUE(index[i] >= 0 && index[i] < count, "index must be below ", count, ", got ", index[i]);
+    TORCH_CHECK_VALUE(dim[i] >= 0 && dim[i] <= 2, "dim must be 0 to 2, got ", dim[i]);
+    TORCH_CHECK_VALUE(dim[i] < 2 || dim.size() == 1, "dim must be 2 for one gradient alone, got ", dim);
+    TORCH_CHECK_VALUE(dtype[i] >= 0 && dtype[i] < 4, "dtype must be 0 to 3, got ", dtype[i]);
+  }
+}
+
 inline void check_params(const std::optional<Tensor>& params, at::IntArrayRef curves, const Problem& p, at::Device device) {
+  TORCH_CHECK_VALUE(params || curves.empty(), "curves must be empty where params is None, got ", curves);
   if (!params) return;
   TORCH_CHECK_VALUE(static_cast<int64_t>(curves.size()) == p.count, "constraints must be one, or one for each of the ",
                     p.count, " goals, got ", curves.size());

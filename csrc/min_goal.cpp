@@ -1,5 +1,6 @@
 // min_goal: argument checks, autograd node and dispatch. The arithmetic is in kernels/min_goal/.
 #include "autograd.h"
+#include "checks.h"
 #include "goals.h"
 #include "route.h"
 
@@ -167,7 +168,7 @@ Result min_goal(TensorList goals, const std::optional<Tensor>& params, at::IntAr
                 int64_t /* route */) {
   const Problem p = check_goals(goals);
   check_reduction(reduction);
-  const auto result = [](auto call) { return Result(call.loss, call.winner, call.slope); };
+  const auto result = [](const auto& call) { return Result(call.loss, call.winner, call.slope); };
   return p.wide ? result(run<double, Cuda>(goals, params, curves, reduction, false, p))
                 : result(run<float, Cuda>(goals, params, curves, reduction, false, p));
 }
@@ -177,7 +178,7 @@ StatsResult min_goal_stats(TensorList goals, const std::optional<Tensor>& params
                            int64_t reduction, int64_t /* route */) {
   const Problem p = check_goals(goals);
   check_reduction(reduction);
-  const auto result = [](auto c) {
+  const auto result = [](const auto& c) {
     return StatsResult(c.loss, c.winner, c.slope, c.bottleneck, c.share, c.level, c.finite);
   };
   return p.wide ? result(run<double, Cuda>(goals, params, curves, reduction, true, p))
@@ -233,16 +234,27 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
   return grads;
 }
 
+// What forward kept, and the gradients that are asked for.
+void check_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch, int64_t count,
+                    at::IntArrayRef index, at::IntArrayRef dim, at::IntArrayRef dtype, int64_t reduction) {
+  check_reduction(reduction);
+  const auto mode = static_cast<Reduction>(reduction);
+  const auto type = slope.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "slope must be Float or Double, got ", type);
+  TORCH_CHECK_VALUE(batch > 0, "batch must be at least 1, got ", batch);
+  TORCH_CHECK_VALUE(count >= 1 && count <= max_goals, "goals must be 1 to ", max_goals, ", got ", count);
+  const int64_t rows = mode == Reduction::min ? 1 : batch;
+  bomkern::check_kept("winner", winner, {rows}, mode == Reduction::min ? at::kLong : at::kByte);
+  bomkern::check_kept("slope", slope, {rows}, type);
+  bomkern::check_given("grad", grad, mode == Reduction::none ? at::IntArrayRef(batch) : at::IntArrayRef(), type);
+  bomkern::check_gradients(count, index, dim, dtype);
+}
+
 template <bool Cuda>
 std::vector<Tensor> min_goal_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch,
                                       int64_t count, at::IntArrayRef index, at::IntArrayRef dim,
                                       at::IntArrayRef dtype, int64_t reduction) {
-  check_reduction(reduction);
-  TORCH_CHECK_TYPE(grad.scalar_type() == slope.scalar_type(), "grad must be ", slope.scalar_type(), ", got ",
-                   grad.scalar_type());
-  TORCH_CHECK_VALUE(index.size() <= max_goals && index.size() == dim.size() && index.size() == dtype.size(),
-                    "index, dim and dtype must have one entry for each gradient");
-  for (const int64_t code : dtype) TORCH_CHECK_VALUE(code >= 0 && code < 4, "dtype must be 0 to 3, got ", code);
+  check_backward(grad, winner, slope, batch, count, index, dim, dtype, reduction);
   const auto code = static_cast<Reduction>(reduction);
   return slope.scalar_type() == at::kDouble
       ? run_backward<double, Cuda>(grad, winner, slope, batch, count, index, dim, dtype, code)
@@ -287,6 +299,7 @@ struct MinGoalBackward : torch::autograd::Node {
     return bomkern::differentiable_gradients({op.call(inputs, table, curves, reduction)}, grads, inputs, want);
   }
 
+ protected:
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     torch::autograd::variable_list out(dims.size());
     if (!grads[0].defined()) return out;
@@ -300,6 +313,7 @@ struct MinGoalBackward : torch::autograd::Node {
     if (index.empty()) return out;
     if (at::GradMode::is_enabled()) {
       std::vector<Tensor> inputs;
+      inputs.reserve(goals.size());
       for (const auto& goal : goals) inputs.push_back(bomkern::unpack(goal));
       if (bomkern::any_requires_grad(grads) || bomkern::any_requires_grad(inputs)) return differentiable(grads, index, inputs);
     }

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import bomkern
 from bomkern import covariance_penalty
 from tests.conftest import servers
 from tests.statistics_helpers import (
@@ -257,3 +258,15 @@ def test_independent_columns_give_the_ideal_by_chance(server: tuple[str, str]) -
         for normalize in (False, True):
             value = covariance_penalty(z, normalize, reduction="batch", impl=impl).item()
             assert value == pytest.approx((dims - 1) / (batch - 1), rel=0.15)
+
+
+@pytest.mark.skipif(bomkern._impl.extension is None, reason="not compiled")
+def test_the_backward_op_reads_no_product_that_is_not_there() -> None:
+    """The penalty alone has none: what is given as one might be smaller than what would be read."""
+    z = torch.rand(5, 3)
+    _, product, second, offset, inverse = torch.ops.bomkern.covariance_penalty(z, False, False, True)
+    kept = (second, offset, inverse, False, False)
+    back = torch.ops.bomkern.covariance_penalty_backward
+    with pytest.raises(ValueError, match=r"^product must have shape"):
+        back(torch.ones(()), z, torch.ones(2), *kept)
+    assert back(torch.ones(()), z, product, *kept).shape == z.shape

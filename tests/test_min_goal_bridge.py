@@ -41,6 +41,55 @@ def test_opcheck(reduction: int, matrix: bool) -> None:
     torch.library.opcheck(torch.ops.bomkern.min_goal_backward.default, arguments)
 
 
+@COMPILED
+def test_bad_input_of_the_backward_op_is_named() -> None:
+    """Among it what would read or write outside of a tensor."""
+    back = torch.ops.bomkern.min_goal_backward
+    winner, slope, grad = torch.zeros(3, dtype=torch.uint8), torch.ones(3), torch.ones(())
+    good = dict(grad=grad, winner=winner, slope=slope, batch=3, goals=2, index=[0], dim=[1], dtype=[2], reduction=1)
+    for wrong, text in (
+        (dict(batch=100_000), "^winner must have shape"),
+        (dict(batch=0), "^batch must be at least 1"),
+        (dict(goals=65), "^goals must be 1 to 64"),
+        (dict(winner=winner[:2]), "^winner must have shape"),
+        (dict(winner=torch.zeros(6, dtype=torch.uint8)[::2]), "^winner must be contiguous"),
+        (dict(slope=slope[:2]), "^slope must have shape"),
+        (dict(grad=slope), "^grad must have shape"),
+        (dict(reduction=0), "^grad must have shape"),
+        (dict(reduction=0, grad=torch.ones(2)), "^grad must have shape"),
+        (dict(reduction=3), "^winner must have shape"),
+        (dict(reduction=4), "^reduction must be 0 to 3"),
+        (dict(index=[2]), "^index must be below 2"),
+        (dict(dim=[3]), "^dim must be 0 to 2"),
+        (dict(dim=[2, 1], index=[0, 1], dtype=[2, 2]), "^dim must be 2 for one gradient alone"),
+        (dict(dtype=[4]), "^dtype must be 0 to 3"),
+        (dict(dtype=[]), "^index, dim and dtype"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            back(**{**good, **wrong})
+    for wrong, text in (
+        (dict(winner=winner.long()), "^winner must be Byte"),
+        (dict(grad=grad.double()), "^grad must be Float"),
+        (dict(slope=slope.half()), "^slope must be Float or Double"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            back(**{**good, **wrong})
+    assert back(**good)[0].tolist() == pytest.approx([1 / 3] * 3)
+
+
+@COMPILED
+def test_a_winner_that_is_no_goal_gets_nothing() -> None:
+    winner, ones = torch.tensor([0, 255, 2], dtype=torch.uint8), torch.ones(3)
+    (matrix,) = torch.ops.bomkern.min_goal_backward(ones, winner, ones, 3, 2, [0], [2], [2], 0)
+    assert matrix.tolist() == [[1, 0], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("impl", ["reference", None])
+def test_curves_without_params_are_refused(impl: str | None) -> None:
+    with pytest.raises(ValueError, match=r"^curves must be empty where params is None"):
+        bomkern._impl.resolve("min_goal", "cpu", impl)([torch.rand(3), torch.rand(3)], None, [0], 1, False)
+
+
 @IMPLS
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", True), ("inductor", None)])
 def test_compile_fullgraph(server: tuple[str, str], backend: str, dynamic: bool | None) -> None:

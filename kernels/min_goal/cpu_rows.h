@@ -190,7 +190,10 @@ void write_column(To* out, const S* value, const uint8_t* winner, int goal, int 
 template <class To, class S>
 void write_matrix(To* out, const S* value, const uint8_t* winner, int count, int n, DType dtype) {
   __builtin_memset(out, 0, sizeof(To) * n * count);
-  for (int i = 0; i < n; ++i) out[int64_t(i) * count + winner[i]] = narrow_to<To>(value[i], dtype);
+  for (int i = 0; i < n; ++i) {
+    // Where it came from a caller of the op, it may be no goal at all.
+    if (winner[i] < count) out[int64_t(i) * count + winner[i]] = narrow_to<To>(value[i], dtype);
+  }
 }
 
 // One gradient for samples [b, b + n).
@@ -255,7 +258,7 @@ template <class S> void backward(const Backward<S>& a, int64_t begin, int64_t en
 namespace bomkern {
 namespace min_goal {
 namespace BOMKERN_ISA {
-extern const CpuKernels kernels{
+extern constexpr CpuKernels kernels{
     BOMKERN_NAME(BOMKERN_ISA),
     bomkern::BOMKERN_ISA::forward<float>,
     bomkern::BOMKERN_ISA::forward<double>,
