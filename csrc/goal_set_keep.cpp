@@ -68,7 +68,7 @@ void goal_set_keep(const Tensor& record, const Tensor& ring, const Tensor& place
     bomkern::with_number(ring.scalar_type() == at::kDouble, [&](auto kept) {
       using S = decltype(given);
       using T = decltype(kept);
-      Keep<S, T> a{record.const_data_ptr<S>(), static_cast<int>(record.size(0)), ring.mutable_data_ptr<T>(), ring.size(0),
+      Keep<S, T> a{record.const_data_ptr<S>(), record.size(0), ring.mutable_data_ptr<T>(), ring.size(0),
                    place.mutable_data_ptr<int64_t>()};
       if (!spill.empty()) {
         a.goals = static_cast<int>(deficit->size(0));

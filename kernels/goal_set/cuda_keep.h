@@ -17,7 +17,7 @@ template <class S, class T> __global__ void __launch_bounds__(keep_threads) keep
   T* const now = reinterpret_cast<T*>(shared);  // [goals]
   const int g = threadIdx.x;
   T* row = row_of(a);
-  for (int i = g; i < a.size; i += keep_threads) row[i] = static_cast<T>(a.record[i]);
+  for (int64_t i = g; i < a.size; i += keep_threads) row[i] = static_cast<T>(a.record[i]);
   if (g < a.goals) {
     now[g] = moved(a, g);
     a.average_before[g] = a.average[g];

@@ -12,7 +12,7 @@ namespace goal_set {
 // S is the record's number, T that of what is kept.
 template <class S, class T> struct Keep {
   const S* record;  // [size]
-  int size;
+  int64_t size;
   T* ring;         // [rows, size]
   int64_t rows;
   int64_t* place;  // one: records ever kept
@@ -52,7 +52,7 @@ template <class T> BOMKERN_BOTH int rank_of(const T* average, int goals, int goa
 
 template <class S, class T> void keep_on_cpu(const Keep<S, T>& a) {
   T* row = row_of(a);
-  for (int i = 0; i < a.size; ++i) row[i] = static_cast<T>(a.record[i]);
+  for (int64_t i = 0; i < a.size; ++i) row[i] = static_cast<T>(a.record[i]);
   ++*a.place;
   for (int g = 0; g < a.goals; ++g) {
     a.average_before[g] = a.average[g];

@@ -120,7 +120,8 @@ def load_tile(
     """
     col = tl.arange(0, KP)
     if GROUPS is None:
-        values = cast(tl.load(goals[0] + b[:, None] * strides[0] + (col * stride_k)[None, :], mask=cells, other=1), CD)
+        apart = col.to(tl.int64) * stride_k  # of a [K, B] tensor's transpose: K B may pass 2^31
+        values = cast(tl.load(goals[0] + b[:, None] * strides[0] + apart[None, :], mask=cells, other=1), CD)
     else:
         address = tl.full((KP,), 0, tl.int64)
         step = tl.full((KP,), 0, tl.int64)
