@@ -10,7 +10,7 @@ CUDA_VENV ?= .venv-cuda
 # A process to each core, up to 8: most tests are one thread of Python.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test fast lint docs bench guard cuda-check gpu clean
+.PHONY: demo test fast lint tidy docs bench guard sanitize cuda-check gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN)/bomkern train --out runs/demo --overwrite
@@ -26,6 +26,10 @@ lint: $(VENV)/.ready
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy bomkern
 
+# clang-tidy over csrc/ and kernels/, where it is installed (pip install clang-tidy), by .clang-tidy.
+tidy: $(VENV)/.ready
+	PYTHON=$(RUN)/python bash tools/tidy.sh
+
 # The pages of docs/ into site/, with what was measured; a warning is an error. Needs neither torch nor a build.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
@@ -39,6 +43,11 @@ bench: $(VENV)/.ready
 # Two minutes of it, compared with the report: fails where bomkern became slower against eager PyTorch.
 guard: $(VENV)/.ready
 	$(RUN)/python -m bench.compare bench/results/cpu.json --run 3
+
+# The C++ and the emulated CUDA kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, built in
+# .sanitize. PART= for some of: planted kernels emulator memory threads; all of them write what they found for tests/README.
+sanitize: $(VENV)/.ready
+	$(RUN)/python tools/sanitize.py $(or $(PART),--results tests/results/sanitize.json)
 
 # Builds every CUDA kernel, imports the extension, and checks that each op has one and that none spills registers.
 # For one architecture, the one whose machine code is read: six would take most of an hour on two cores.

@@ -2,7 +2,8 @@
 
 The ladder: a C++ compiler gives the CPU kernels; an nvcc of torch's CUDA major gives the CUDA kernels too; no compiler
 gives a pure Python install, which says so when it is imported. ``BOMKERN_BUILD_CUDA``: unset builds what it can, 0
-never builds CUDA, 1 makes any shortfall fatal.
+never builds CUDA, 1 makes any shortfall fatal. ``BOMKERN_SANITIZE`` (``address,undefined`` or ``thread``): builds the
+CPU kernels with these sanitizers, for tools/sanitize.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 # Compiled where no GPU is visible: what people train on since Ampere, and PTX of the newest for what comes later.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-WISH = os.environ.get("BOMKERN_BUILD_CUDA", "")
+SANITIZE = os.environ.get("BOMKERN_SANITIZE", "")
+WISH = os.environ.get("BOMKERN_BUILD_CUDA", "0" if SANITIZE else "")
 
 
 def compiler() -> str | None:
@@ -93,10 +95,17 @@ def sources(suffix: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for d in ("csrc", "kernels") for p in (ROOT / d).rglob(f"*{suffix}"))
 
 
+def sanitizer_flags() -> list[str]:
+    # torch's classes have no type information that its users see, which vptr would ask for.
+    return [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g", "-O1"] if SANITIZE else []
+
+
 def extension() -> dict[str, object]:
     """The arguments of `setup` that build the extension, {} where there is no compiler."""
     if WISH not in ("", "0", "1"):
         raise SystemExit(f"BOMKERN_BUILD_CUDA must be 0, 1 or unset, got {WISH!r}.")
+    if SANITIZE not in ("", "address,undefined", "thread"):
+        raise SystemExit(f"BOMKERN_SANITIZE must be 'address,undefined', 'thread' or unset, got {SANITIZE!r}.")
     if compiler() is None:
         if WISH == "1":
             raise SystemExit("BOMKERN_BUILD_CUDA is 1 but there is no C++ compiler; install g++ or set CXX.")
@@ -112,6 +121,7 @@ def extension() -> dict[str, object]:
     os.environ.setdefault("MAX_JOBS", str(jobs()))
     # -fno-trapping-math lets comparisons be vectorised; it changes no result. torch chooses the C++ standard.
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
+    flags += sanitizer_flags()
     openmp = ["-fopenmp"] if platform.system() == "Linux" else []
     macros = {
         "BOMKERN_TORCH_VERSION": torch.__version__,
@@ -120,6 +130,8 @@ def extension() -> dict[str, object]:
         "BOMKERN_NO_CUDA_BECAUSE": reason or "",
     }
     files, kind = sources(".cpp"), CppExtension
+    if SANITIZE == "thread":
+        files.append("tests/sanitizers/openmp_threads.cpp")
     compile_flags = {"cxx": flags + openmp}
     if reason is None:
         os.environ["TORCH_CUDA_ARCH_LIST"] = macros["BOMKERN_CUDA_ARCHITECTURES"] = architectures()
@@ -133,7 +145,7 @@ def extension() -> dict[str, object]:
         files,
         define_macros=[(name, '"' + value.replace('"', "'") + '"') for name, value in macros.items()],
         extra_compile_args=compile_flags,
-        extra_link_args=openmp,
+        extra_link_args=openmp + sanitizer_flags(),
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
 

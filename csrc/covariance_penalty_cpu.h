@@ -94,11 +94,12 @@ template <class S> class OnCpu {
   // f(task, numbers of this thread's own); in a parallel region even where there is one task, see above.
   template <class F> void each_task(int64_t tasks, int64_t numbers, const F& f) const {
     std::atomic<int64_t> next{0};
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // it orders nothing else
     const int64_t threads = std::min<int64_t>(std::max<int64_t>(tasks, 2), at::get_num_threads());
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       const OneThread one;
       Tensor scratch;
-      for (int64_t task = next++; task < tasks; task = next++) {
+      for (int64_t task = take(); task < tasks; task = take()) {
         if (!scratch.defined()) scratch = empty({numbers});
         f(task, data(scratch));
       }

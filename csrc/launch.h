@@ -26,15 +26,16 @@ template <class S> RowGrad<S> describe_grad(const Tensor& grad) {
 // Each thread takes the next task there is: one that is slower, or shares its core, takes fewer.
 inline void run_tasks(int64_t tasks, void (*run)(void*, int64_t), void* state) {
   std::atomic<int64_t> next{0};
+  const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // it orders nothing else
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) run(state, task);
+    for (int64_t task = take(); task < tasks; task = take()) run(state, task);
   });
 }
 
 // Starts the kernels for `a`, an op's Forward or Backward. On the CPU `kernels` is what the op's cpu_kernels() gave; on the
 // GPU the op's cuda.h, which the bridge includes, has cuda_workspace(a) and cuda_run(a, workspace, stream).
 template <bool Cuda, class Kernels, class Arguments>
-void launch(const char* op, const Kernels& kernels, const Arguments& a, const Tensor& like) {
+void launch([[maybe_unused]] const char* op, const Kernels& kernels, const Arguments& a, const Tensor& like) {
   const auto bytes = like.options().dtype(at::kByte);
   if constexpr (Cuda) {
 #ifdef BOMKERN_CUDA

@@ -53,6 +53,11 @@ def test_a_wish_that_is_neither_is_refused(wish: str) -> None:
     assert done.returncode != 0 and "BOMKERN_BUILD_CUDA must be 0, 1 or unset" in done.stderr
 
 
+def test_a_sanitizer_that_is_none_is_refused() -> None:
+    done = setup_py(BOMKERN_SANITIZE="memory")
+    assert done.returncode != 0 and "BOMKERN_SANITIZE must be 'address,undefined', 'thread' or unset" in done.stderr
+
+
 def ask_backend(purelib: Path, setuptools_only: Path) -> str:
     """What the backend requires in an isolated build whose target keeps its packages in ``purelib``."""
     code = (

@@ -45,12 +45,21 @@ template <class T> struct Buffer {
   size_t n;
   explicit Buffer(size_t n) : bytes(n * sizeof(T) + 96, 0xff), n(n) {
     data = reinterpret_cast<T*>((uintptr_t(bytes.data()) + 32 + 15) / 16 * 16);
+    forbid_around();
   }
   Buffer(const Buffer&) = delete;
+  ~Buffer() { emu::permit(bytes.data(), bytes.size()); }
+  void forbid_around() const {
+    const unsigned char *const begin = reinterpret_cast<unsigned char*>(data), *const end = begin + n * sizeof(T);
+    emu::forbid(bytes.data(), begin - bytes.data());
+    emu::forbid(end, bytes.data() + bytes.size() - end);
+  }
   void check_guards(const char* what) const {
+    emu::permit(bytes.data(), bytes.size());
     const unsigned char* const before = reinterpret_cast<unsigned char*>(data) - 16;
     const unsigned char* const after = reinterpret_cast<unsigned char*>(data + n);
     for (int i = 0; i < 16; ++i) expect(before[i] == 0xff && after[i] == 0xff, what, i, -1, 0);
+    forbid_around();
   }
 };
 
@@ -102,8 +111,13 @@ struct Input {
     memory_.assign((high - low + 1 + skip) * size_of(dtype) + 32, 0xff);
     const uintptr_t base = (uintptr_t(memory_.data()) + 15) / 16 * 16;
     matrix = {reinterpret_cast<void*>(base + (skip - low) * size_of(dtype)), {row, column}, dtype};
+    const unsigned char* const begin = reinterpret_cast<unsigned char*>(base + skip * size_of(dtype));
+    const unsigned char* const end = begin + (high - low + 1) * size_of(dtype);
+    emu::forbid(memory_.data(), begin - memory_.data());
+    emu::forbid(end, memory_.data() + memory_.size() - end);
   }
   Input(const Input&) = delete;
+  ~Input() { emu::permit(memory_.data(), memory_.size()); }
   int64_t place(int64_t b, int64_t d) const { return b * matrix.stride[0] + d * matrix.stride[1]; }
   void put(int64_t b, int64_t d, double x) { write(const_cast<void*>(matrix.data), matrix.dtype, place(b, d), x); }
   double at(int64_t b, int64_t d) const { return read(matrix.data, matrix.dtype, place(b, d)); }

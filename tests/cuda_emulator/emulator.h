@@ -19,6 +19,11 @@
 #include <random>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #define __global__
 #define __device__
 #define __host__
@@ -91,7 +96,12 @@ struct Fiber {
   bool done = false;
   std::vector<Copy> copies;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[stack_bytes]};
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t stack_bytes = 1 << 18;  // its frames have red zones
+#else
   static constexpr size_t stack_bytes = 1 << 16;
+#endif
+  void* fake_stack = nullptr;
 };
 
 enum class Order { ascending, descending, shuffled };
@@ -107,10 +117,34 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::function<void()> kernel;
   jmp_buf scheduler;
+  void* fake_stack = nullptr;
+  const void* stack = nullptr;
+  size_t stack_bytes = 0;
 };
 
 inline Machine machine;
 inline Fiber* self = nullptr;
+
+// What AddressSanitizer is told of the stacks: a turn of a fiber, from the scheduler and back. `last`: it does not come again.
+#if defined(__SANITIZE_ADDRESS__)
+inline void leave_scheduler(Fiber& f) { __sanitizer_start_switch_fiber(&machine.fake_stack, f.stack.get(), Fiber::stack_bytes); }
+inline void enter_fiber(Fiber& f) { __sanitizer_finish_switch_fiber(f.fake_stack, &machine.stack, &machine.stack_bytes); }
+inline void leave_fiber(Fiber& f, bool last) {
+  __sanitizer_start_switch_fiber(last ? nullptr : &f.fake_stack, machine.stack, machine.stack_bytes);
+  if (last) f.fake_stack = nullptr;
+}
+inline void enter_scheduler() { __sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr); }
+// Bytes that are ours and no kernel's: it reports who touches them. To be given back before they are freed.
+inline void forbid(const void* from, size_t bytes) { __asan_poison_memory_region(from, bytes); }
+inline void permit(const void* from, size_t bytes) { __asan_unpoison_memory_region(from, bytes); }
+#else
+inline void leave_scheduler(Fiber&) {}
+inline void enter_fiber(Fiber&) {}
+inline void leave_fiber(Fiber&, bool) {}
+inline void enter_scheduler() {}
+inline void forbid(const void*, size_t) {}
+inline void permit(const void*, size_t) {}
+#endif
 
 inline void wait(Barrier& barrier) {
   const uint64_t until = barrier.generation + 1;
@@ -120,25 +154,33 @@ inline void wait(Barrier& barrier) {
   }
   self->waits_for = &barrier;
   self->until = until;
-  if (_setjmp(self->jump) == 0) _longjmp(machine.scheduler, 1);
+  Fiber& f = *self;
+  if (_setjmp(f.jump) == 0) {
+    leave_fiber(f, false);
+    _longjmp(machine.scheduler, 1);
+  }
+  enter_fiber(*self);
 }
 
 // A turn of one fiber, up to its next barrier.
 __attribute__((noinline)) inline void resume(Fiber* f) {
   self = f;
-  if (_setjmp(machine.scheduler) != 0) return;
+  if (_setjmp(machine.scheduler) != 0) return enter_scheduler();
+  leave_scheduler(*f);
   if (f->begun) _longjmp(f->jump, 1);
   f->begun = true;
   setcontext(&f->context);
 }
 
 inline void fiber_main() {
+  enter_fiber(*self);
   machine.kernel();
   if (!self->copies.empty()) fail("a thread ended with asynchronous copies not waited for");
   self->done = true;
   // A block's shared memory ends with its last thread: who reads it from the cluster after that reads NaN.
   Block& block = *self->block;
   if (--block.running == 0) memset(block.shared.data(), 0xff, block.shared_bytes);
+  leave_fiber(*self, true);
   _longjmp(machine.scheduler, 1);
 }
 
@@ -202,10 +244,12 @@ inline void run(dim3 grid, dim3 block, size_t shared, int cluster, bool cooperat
       for (Warp& w : b.warps) w.barrier.expected = 32;
       b.cluster = blocks.data();
       b.cluster_size = cluster;
+      forbid(b.shared.data() + shared, guard);
     }
     blocks[0].cluster_barrier.expected = block.x * cluster;
     run_cluster(blocks);
     for (const Block& b : blocks) {
+      permit(b.shared.data() + shared, guard);
       for (size_t i = 0; i < guard; ++i) {
         if (b.shared[shared + i] != 0xff) fail("a write past the end of shared memory");
       }
