@@ -65,6 +65,7 @@ struct OpBackward : torch::autograd::Node {
     for (auto& one : saved) one.reset_data();
   }
 
+ protected:
   variable_list apply(variable_list&& grads) override {
     bool any = false;
     for (const Tensor& grad : grads) any |= grad.defined();
@@ -72,6 +73,7 @@ struct OpBackward : torch::autograd::Node {
     std::vector<bool> want(inputs);
     for (size_t i = 0; i < inputs; ++i) want[i] = task_should_compute_output(i);
     std::vector<Tensor> kept;
+    kept.reserve(saved.size());
     for (auto& one : saved) kept.push_back(unpack(one));
     const bool twice = again && at::GradMode::is_enabled() && (any_requires_grad(grads) || any_requires_grad(kept));
     if (twice) return differentiable_gradients(again(kept), grads, kept, want);
@@ -112,7 +114,7 @@ class Differentiable {
 
   // Call once, after run(). An output among `keep` is kept detached: its history would hold the node that holds it. With
   // `again`, `keep` begins with the inputs.
-  void finish(std::vector<Tensor> results, at::TensorList keep, Pull pull, Again again = {}) const {
+  void finish(const std::vector<Tensor>& results, at::TensorList keep, Pull pull, Again again = {}) const {
     if (!node_) return;
     for (const Tensor& x : keep) node_->saved.emplace_back(x, false);
     node_->pull = std::move(pull);

@@ -16,7 +16,6 @@ namespace {
 using namespace bomkern::consistency_variance;
 using at::Tensor;
 using at::TensorList;
-using bomkern::Matrix;
 using bomkern::Shape;
 
 struct Problem : Shape {
@@ -85,6 +84,7 @@ std::vector<Tensor> consistency_variance_backward(const Tensor& grad, TensorList
   bomkern::check_given("grad", grad, {p.batch}, p.type());
   TORCH_CHECK_VALUE(want.size() == views.size(), "want must have ", views.size(), " entries, got ", want.size());
   std::vector<Tensor> out;
+  out.reserve(views.size());
   for (size_t i = 0; i < views.size(); ++i) out.push_back(bomkern::fresh_like<Cuda>(views[i], want[i]));
   bomkern::with_number(p.wide, [&](auto zero) {
     using S = decltype(zero);

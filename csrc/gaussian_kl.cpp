@@ -26,7 +26,7 @@ Shape check(const Tensor& mu, const Tensor& logvar, int64_t block, double rho) {
   const Shape shape = bomkern::check_matrices(1, {{"mu", mu}, {"logvar", logvar}});
   TORCH_CHECK_VALUE(block >= 1 && shape.dims % block == 0, "block_size must divide the number of dimensions, ",
                     shape.dims, ", got ", block);
-  const double least = block > 1 ? -1 / static_cast<double>(block - 1) : -INFINITY;
+  const double least = block > 1 ? -1 / static_cast<double>(block - 1) : -HUGE_VAL;
   TORCH_CHECK_VALUE(least < rho && rho < 1, "rho must lie between ", least, " and 1 for block_size ", block, ", got ", rho);
   return shape;
 }

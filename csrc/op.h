@@ -42,6 +42,7 @@ inline void ask_for_huge_pages(const Tensor& x) {
   constexpr size_t least = 4 << 20, page = 4096;
   if (x.nbytes() < least) return;
   const auto begin = (reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) + page - 1) / page * page;
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): the next page's address can only be computed
   madvise(reinterpret_cast<void*>(begin), x.nbytes() - page, MADV_HUGEPAGE);  // advice: where refused, nothing is lost
 #endif
 }

@@ -61,7 +61,7 @@ Problem check(const Tensor& z, const Tensor& mu, const Tensor& logvar, std::opti
 template <class S> Inputs<S> describe(const Tensor& z, const Tensor& mu, const Tensor& logvar, const Problem& p) {
   Inputs<S> in{bomkern::describe(z), bomkern::describe(mu), bomkern::describe(logvar), p.rows, p.batch,
                p.dims, p.first, p.stratified, S(1), S(1)};
-  if (p.stratified) {  // over the weight 1/M of all others, M = B - 1
+  if (p.stratified && p.dataset_size) {  // over the weight 1/M of all others, M = B - 1
     const auto m = static_cast<double>(p.batch - 1), n = static_cast<double>(*p.dataset_size);
     in.own = static_cast<S>(m / n);
     in.next = static_cast<S>((n - m) / n);

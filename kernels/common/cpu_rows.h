@@ -167,9 +167,10 @@ struct Gradient {
 
 #define BOMKERN_NAME_OF(isa) #isa
 #define BOMKERN_NAME(isa) BOMKERN_NAME_OF(isa)
-// Inside an op's namespace for one instruction set: its `kernels`, from its forward, backward, and their bytes_of.
+// Inside an op's namespace for one instruction set: its `kernels`, from its forward, backward, and their bytes_of. constexpr:
+// nothing runs when the library is loaded, on a CPU that may not have these instructions.
 #define BOMKERN_CPU_OP                                                                                   \
-  extern const CpuKernels kernels{                                                                       \
+  extern constexpr CpuKernels kernels{                                                                   \
       BOMKERN_NAME(BOMKERN_ISA),                                                                         \
       forward<float>,                                                                                    \
       forward<double>,                                                                                   \

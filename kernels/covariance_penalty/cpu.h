@@ -195,7 +195,7 @@ constexpr CpuStages<S> stages{
     finish<S>,
 };
 
-extern const CpuKernels kernels{BOMKERN_NAME(BOMKERN_ISA), stages<float>, stages<double>};
+extern constexpr CpuKernels kernels{BOMKERN_NAME(BOMKERN_ISA), stages<float>, stages<double>};
 
 }  // namespace BOMKERN_ISA
 }  // namespace covariance_penalty

@@ -100,19 +100,19 @@ template <class S, bool Weighted>
 inline void pull(const Gradients<S>& g, const Weights<S>& weights, int64_t d, int64_t i, int64_t b, int64_t from,
                  int64_t to, S* grad_z, Sums<typename Lanes<S>::Vec>& sums) {
   typedef typename Lanes<S>::Vec V;
-  constexpr int width = Lanes<S>::width;
+  constexpr int width = Lanes<S>::width, rows = tile_rows<S>;
   const int64_t column = d * g.x.stride;
   const V m = splat<V>(*g.x.mu(d, i)), precision = splat<V>(*g.x.precision(d, i)), c = splat<V>(*g.x.peak(d, i));
   const S *z = g.x.z + column + b, *marginal = g.marginal + column + b, *grad = g.grad + b;
   const S* p = g.weights + i * g.plan.rows;
   Sums<V> local = sums;
-  for (int64_t k = from; k < to; k += vectors * width) {
+  for (int64_t k = from; k < to; k += rows) {
     V u[vectors], y[vectors], q[vectors], power[vectors];
     for (int r = 0; r < vectors; ++r) u[r] = m - load<V>(z + k + r * width);
     for (int r = 0; r < vectors; ++r) y[r] = u[r] * precision;
     for (int r = 0; r < vectors; ++r) q[r] = c - y[r] * u[r];
     if constexpr (Weighted) {
-      for (int r = 0; r < vectors; ++r) q[r] += weights.at(b + k + r * width, i);
+      for (int r = 0; r < vectors; ++r) q[r] += weights.at(b + k + int64_t(r) * width, i);
     }
     for (int r = 0; r < vectors; ++r) q[r] -= load<V>(marginal + k + r * width);
     exp2_parts(q, power);

@@ -92,7 +92,7 @@ void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::V
     joint.add(block, n);
   }
   for (int r = 0; r < vectors; ++r) {
-    const int64_t row = b + r * width;
+    const int64_t row = b + int64_t(r) * width;
     const int n = x.rows - row < width ? int(x.rows - row) : width;
     if (n <= 0) break;
     Sum<V> marginals;

@@ -210,7 +210,7 @@ inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d,
     for (int r = 0; r < vectors; ++r) store(out + r * width, load<V>(out + r * width) + t[r]);
     if constexpr (!Marginals) continue;
     if constexpr (Weighted) {
-      for (int r = 0; r < vectors; ++r) t[r] += weights.at(b + r * width, i + k);
+      for (int r = 0; r < vectors; ++r) t[r] += weights.at(b + int64_t(r) * width, i + k);
     }
     exp2_parts<Bounded>(t, power);
     for (int r = 0; r < vectors; ++r) total[r] += t[r] * power[r];

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# clang-tidy over csrc/ and kernels/ (CPU, and CUDA as the emulator compiles it), by .clang-tidy: prints what it finds.
+#
+#   make tidy                                        # everything: some minutes
+#   PYTHON=python3 bash tools/tidy.sh FILE...        # some files
+#
+# CLANG_TIDY names another one than the PATH's: pip install clang-tidy brings one. PYTHON is one that has torch.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+TIDY=${CLANG_TIDY:-clang-tidy}
+PYTHON=${PYTHON:-python3}
+command -v "$TIDY" >/dev/null || {
+  echo "make tidy not run: clang-tidy is not installed; pip install clang-tidy, or set CLANG_TIDY"
+  exit 0
+}
+"$TIDY" --version | grep -i version
+FILES=("$@")
+[[ $# -gt 0 ]] || FILES=(kernels/*/*.cpp kernels/*/cuda.cu csrc/*.cpp)
+TORCH=$($PYTHON -c '
+import sysconfig
+from torch.utils.cpp_extension import include_paths
+print(*(f"-isystem{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]))') || exit 2
+# torch includes omp.h, which is the compiler's own: that of g++, behind all of clang's headers.
+OPENMP=-idirafter$(dirname "$(g++ -print-file-name=include/omp.h)")
+NOT_CUDA=-checks=-bugprone-narrowing-conversions,-bugprone-implicit-widening-of-multiplication-result
+NOT_CUDA+=,-bugprone-misplaced-widening-cast,-bugprone-branch-clone,-bugprone-macro-parentheses
+export TIDY TORCH OPENMP NOT_CUDA
+check() {
+  case $1 in
+    # A thread's place in its tile is 32 bits by design: registers. What they add up to is int64.
+    *.cu) set -- "$1" "$NOT_CUDA" -x c++ -Itests/cuda_emulator ;;
+    csrc/*) set -- "$1" -fopenmp $TORCH "$OPENMP" ;;
+  esac
+  local file=$1 only=()
+  shift
+  [[ ${1:-} == -checks=* ]] && only=("$1") && shift
+  "$TIDY" --quiet "${only[@]}" "$file" -- -std=c++20 -Wno-psabi -DBOMKERN_TORCH_VERSION='""' -DBOMKERN_CUDA_VERSION='""' \
+    -DBOMKERN_CUDA_ARCHITECTURES='""' -DBOMKERN_NO_CUDA_BECAUSE='""' "$@" 2>/dev/null && echo "clean: $file"
+}
+export -f check
+printf '%s\n' "${FILES[@]}" | xargs -P "${MAX_JOBS:-$(nproc)}" -I{} bash -c 'check {}'
