@@ -190,7 +190,7 @@ def goal_set(
         carried = carried.index_select(0, row).reshape(())
     elif reduction != NONE:
         carried = carried.mean() if reduction == MEAN else carried.sum()
-    return torch.where(loss.isfinite(), loss + carried, loss), winner, record
+    return loss + carried, winner, record
 
 
 def _mean_of_members(single: Tensor, member: Tensor) -> Tensor:

@@ -1,0 +1,13 @@
+"""``python -m tests.fuzz``."""
+
+import os
+import sys
+
+import torch
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels run here, slowly
+    from tests.fuzz.running import main
+
+    sys.exit(main())

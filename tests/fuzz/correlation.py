@@ -1,0 +1,162 @@
+"""Total correlation, all of a batch or some rows of it, and its Gaussian companion, for the fuzzer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bomkern import _impl, gaussian_total_correlation, reference, total_correlation
+from tests.fuzz.cases import Case, alike, size, tensor
+from tests.fuzz.ops import Drawn, Errors, Op, Outputs
+from tests.fuzz.statistics import matrix_sizes
+
+
+class TotalCorrelation(Op):
+    """With ``first`` in the options z has R rows, as a rank of several processes has them."""
+
+    name = "total_correlation"
+    needs = {"B": 1, "D": 1, "R": 1}
+    spoiled = (("estimator", "mcs"), ("dataset_size", True), ("dataset_size", 0), ("dataset_size", 2.5))
+
+    def draw(self, source: Random, tiny: bool) -> Drawn:
+        if tiny:
+            sizes = {"B": size(source, 7), "D": size(source, 3)}
+        else:
+            most = 20_000_000 if source.random() < 0.005 else 300_000
+            batch = size(source, 1031)
+            sizes = {"B": batch, "D": size(source, max(1, min(1031, most // max(1, batch) ** 2)))}
+        batch = sizes["B"]
+        given = [tensor(source, name, "BD", "code", tame=True) for name in ("z", "mu")]
+        given = alike(source, [*given, tensor(source, "logvar", "BD", "logvar", tame=True)])
+        options: dict[str, Any] = {}
+        if source.random() < 0.7:
+            options["dataset_size"] = max(1, source.choice([batch, batch + 1, 2 * batch, 5000, 10**9]))
+            if options["dataset_size"] >= batch >= 2:
+                options["estimator"] = source.choice(["mws", "mss", "mss"])
+        if batch and source.random() < 0.3:
+            sizes["R"] = source.randint(1, batch)
+            options["first"] = source.randint(0, batch - sizes["R"])
+            given[0] = replace(given[0], axes="RD")
+        return sizes, given, options
+
+    def refuses(self, case: Case) -> Errors:
+        errors, batch, options = super().refuses(case), case.sizes["B"], case.options
+        known, stratified = options.get("dataset_size"), options.get("estimator") == "mss"
+        if known is not None and known < batch or stratified and (batch < 2 or known is None):
+            errors += (ValueError,)
+        if "first" in options and not 0 <= options["first"] <= batch - case.sizes["R"]:
+            errors += (ValueError,)
+        return errors
+
+    def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
+        options = dict(case.options)
+        if "first" not in options:
+            return {"value": total_correlation(*tensors, **options, impl=impl)}
+        serve = _impl.resolve("total_correlation", tensors[0].device.type, impl)
+        stratified = options.get("estimator", "mws") == "mss"
+        return {"value": serve(*tensors, options.get("dataset_size"), stratified, options["first"])}
+
+    def spoil(self, source: Random, drawn: Drawn) -> Drawn:
+        return drawn if "first" in drawn[2] else super().spoil(source, drawn)
+
+    def smaller(self, case: Case) -> list[Case]:
+        if "first" not in case.options:
+            return []
+        sizes = {name: n for name, n in case.sizes.items() if name != "R"}
+        whole = (replace(case.given[0], axes="BD"), *case.given[1:])
+        options = {name: value for name, value in case.options.items() if name != "first"}
+        return [replace(case, sizes=sizes, given=whole, options=options), case.with_options(first=0)]
+
+    def logarithms(self, case: Case, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """log q(z_b) [R], log q(z_bd) [R, D], and the exponents [R] of the nearest component."""
+        z, mu, logvar = tensors
+        rows = torch.arange(len(z)) + case.options.get("first", 0)
+        stratified = case.options.get("estimator", "mws") == "mss"
+        weights = reference.log_weights(rows, len(mu), case.options.get("dataset_size"), stratified)
+        each = reference.log_density(z, mu, logvar)
+        return (each.sum(2) + weights).logsumexp(1), (each + weights[:, :, None]).logsumexp(1), each.abs().sum(2).amin(1)
+
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        # The value is a difference of logarithms, and a gradient one of the joint's and the marginals' gradients.
+        if case.sizes["B"] * len(tensors[0]) * case.sizes["D"] > 2_000_000:
+            return {"value": max(1.0, outputs["value"].nan_to_num(0, 0, 0).abs().max().item())}
+        leaves = [torch.where(x.isfinite(), x, 0).requires_grad_() for x in tensors]
+        joint, marginals, _ = self.logarithms(case, leaves)
+        size = (joint.abs() + marginals.abs().sum(1)).max().item()
+        parts = [torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (joint, marginals)]
+        names = [f"grad {g.name}" for g in case.given]
+        largest = [2 * max(part[k].abs().max().item() for part in parts) for k in range(3)]
+        return {"value": max(1.0, size), **dict(zip(names, largest, strict=True))}
+
+    def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
+        # A component's weight is an exponential, as uncertain as its exponent is large.
+        if case.sizes["B"] * len(tensors[0]) * case.sizes["D"] > 2_000_000:
+            return 1e-5
+        with torch.no_grad():
+            _, _, nearest = self.logarithms(case, [torch.where(x.isfinite(), x, 0) for x in tensors])
+        return max(1e-6, 2e-7 * nearest.max().item())
+
+
+class GaussianTotalCorrelation(Op):
+    """In plain PyTorch on every device: held against the determinant of the correlation matrix."""
+
+    name = "gaussian_total_correlation"
+    needs = {"B": 1, "D": 1}
+
+    def serves(self, impl: str, device: str) -> bool:
+        return impl == "reference"
+
+    def draw(self, source: Random, tiny: bool) -> Drawn:
+        sizes = matrix_sizes(source, tiny)
+        low, high = sorted(sizes.values())
+        sizes = {"B": high, "D": min(low, 128)} if source.random() < 0.97 else {"B": low, "D": high}
+        return sizes, [tensor(source, "z", "BD", "code")], {}
+
+    def refuses(self, case: Case) -> Errors:
+        errors = super().refuses(case)
+        return errors if case.sizes["B"] > case.sizes["D"] else (*errors, ValueError)
+
+    def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
+        return {"value": gaussian_total_correlation(*tensors)}
+
+    def correlation(self, z: Tensor) -> Tensor:
+        x = z - z[:1]
+        x = x - x.mean(0)
+        x = x / x.detach().abs().amax(0)
+        c = x.T @ x
+        inverse = c.diagonal().rsqrt()
+        return c * inverse * inverse[:, None]
+
+    def exact(self, case: Case, tensors: list[Tensor], narrow: bool) -> Outputs:
+        if tensors[0].dtype == torch.float32:
+            return self.call(case, tensors, "reference", narrow)
+        z = tensors[0]
+        if not z.isfinite().all():
+            return {"value": (z * torch.nan).sum()}
+        if (z == z[0]).all(0).any() or self.condition(case, z) < 1e-12:
+            return {"value": z.new_full((), torch.inf)}
+        return {"value": -0.5 * torch.logdet(self.correlation(z))}
+
+    def condition(self, case: Case, z: Tensor) -> float:
+        """The least eigenvalue: no column has less variance that the others do not explain."""
+        c = self.correlation(z.detach().double())
+        return max(0.0, torch.linalg.eigvalsh(c)[0].item()) if c.isfinite().all() else 0.0
+
+    def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
+        z = tensors[0]
+        if not z.isfinite().all() or (z == z[0]).all(0).any():
+            return self.slack
+        # Columns that nearly depend on each other: an error of 1 / what is left; and rounding far from 0 hides them.
+        left = max(self.condition(case, z), 1e-30)
+        far = (z.mean(0).abs() / z.std(0)).max().item()
+        return 1e-6 * (1 + len(z) ** 0.5) * (1 + 1 / left) * (1 + far)
+
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        return {"value": 1.0, "grad z": 1 / max(1e-30, tensors[0].std(0).min().nan_to_num(1.0).item())}
+
+
+OPS: tuple[Op, ...] = (TotalCorrelation(), GaussianTotalCorrelation())

@@ -1,0 +1,154 @@
+"""The module GoalSet over a few steps, and the op that keeps what a step leaves behind, for the fuzzer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bomkern import Constraint, GoalSet, Group, _impl
+from bomkern._impl import keeper
+from tests.fuzz.cases import Case, laid_out, tensor, values_of
+from tests.fuzz.goals import GoalSetOp, made
+from tests.fuzz.ops import Drawn, Errors, Op, Outputs
+
+
+class Module(GoalSetOp):
+    """``steps`` of training on the same raw values, moved on by a sample each time, groups and spill included."""
+
+    name = "GoalSet"
+
+    def serves(self, impl: str, device: str) -> bool:
+        return _impl.why_not("goal_set", impl, device) is None
+
+    def draw(self, source: Random, tiny: bool) -> Drawn:
+        sizes, given, options = super().draw(source, tiny)
+        while "K" in sizes or len(given) in (0, 65):
+            sizes, given, options = super().draw(source, tiny)
+        options.pop("multipliers", None)
+        options["temperature"] = max(0.0, options["temperature"])
+        if source.random() < 0.4:
+            options |= {"temperature": 0.0, "spill": source.choice([0.5, 1 / 3, 0.9])}
+        return sizes, given, {**options, "steps": source.choice([1, 1, 2, 3])}
+
+    def spoil(self, source: Random, drawn: Drawn) -> Drawn:
+        return drawn
+
+    def goals(self, case: Case) -> dict[str, Constraint | Group]:
+        members: dict[int, list[Constraint]] = {}
+        for group, one in zip(case.options["groups"], made(case.options["constraints"]), strict=True):
+            members.setdefault(group, []).append(one)
+        return {
+            f"g{g}": of[0] if len(of) == 1 else Group(**{f"m{k}": one for k, one in enumerate(of)})
+            for g, of in members.items()
+        }
+
+    def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
+        options = case.options
+        device = tensors[0].device
+        rule = {name: options[name] for name in ("reduction", "temperature", "spill") if name in options}
+        goals = GoalSet(self.goals(case), impl=impl, **rule).to(device)
+        if case.wide and not narrow:
+            goals.double()
+        found: Outputs = {}
+        for step in range(options.get("steps", 1)):
+            raw: dict[str, Any] = {}
+            for group, x in zip(options["groups"], tensors, strict=True):
+                raw.setdefault(f"g{group}", []).append(x.roll(step) if step and x.dim() else x)
+            out = goals(
+                {g: of[0] if len(of) == 1 else {f"m{k}": x for k, x in enumerate(of)} for g, of in raw.items()}
+            )
+            found |= {f"loss {step}": out.loss, f"bottleneck {step}": out.bottleneck, f"record {step}": out.record}
+        return found
+
+    def indexed(self, name: str) -> bool:
+        return name.startswith(("bottleneck", "record", "grad "))
+
+    def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
+        sure = super().sure(case, tensors)
+        if sure is None or not case.options.get("spill") or case.options.get("steps", 1) == 1:
+            return sure
+        # From the second step on the weights follow the order of the goals' mean deficits, which may be equal.
+        mean = self.grouped(case, self.deficits(case, tensors)).mean(0)
+        apart = (mean[:, None] - mean).abs() + torch.eye(len(mean)) * 1e300
+        close = apart <= 1e-4 * (1 + mean.abs().nan_to_num(0, 0, 0).max())
+        return sure & ~(close.any() | ~mean.isfinite().all() | (case.options.get("reduction") == "min"))
+
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        plain = super().units(case, tensors, outputs)
+        record = max(size for name, size in plain.items() if not name.startswith("grad "))
+        found = {name: size for name, size in plain.items() if name.startswith("grad ")}
+        for step in range(case.options.get("steps", 1)):
+            found |= {f"loss {step}": plain["loss"], f"record {step}": record}
+        return found
+
+
+class Keep(Op):
+    """A record into the ring, and the goals' averages and weights; nothing has a gradient."""
+
+    name = "goal_set_keep"
+    needs = {}
+
+    def serves(self, impl: str, device: str) -> bool:
+        return impl in ("reference", device) and _impl.why_not("goal_set", impl, device) is None
+
+    def draw(self, source: Random, tiny: bool) -> Drawn:
+        sizes = {"N": source.choice([1, 2, 7, 31, 64, 450]), "G": source.choice([1, 2, 3, 8, 9, 63, 64])}
+        flat = source.random() < 0.9
+        given = [tensor(source, "record", "N", "code"), tensor(source, "deficit", "G", "code")]
+        dtype = source.choice(["float32", "float32", "float64"])
+        layouts = ["plain", "offset", "negated"]
+        given = [
+            replace(g, dtype=dtype, layout=source.choice(layouts) if flat else g.layout, grad=False) for g in given
+        ]
+        options = {
+            "kept": source.choice(["float32", "float32", "float64"]),
+            "rows": source.choice([1, 2, 3, 128]),
+            "place": source.choice([0, 1, 127, 2**31 + 1]),
+            "rate": source.choice([0.0, 0.02, 0.25, 1.0]),
+        }
+        return sizes, given if source.random() < 0.8 else given[:1], options
+
+    def spoil(self, source: Random, drawn: Drawn) -> Drawn:
+        return drawn
+
+    def refuses(self, case: Case) -> Errors:
+        flat = all(laid_out(values_of(g, case.sizes), g.layout).is_contiguous() for g in case.given)
+        return () if flat or case.impl == "reference" else (ValueError,)
+
+    def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
+        options, device = case.options, tensors[0].device
+        dtype = getattr(torch, options.get("kept", "float32"))
+        goals = case.sizes["G"] if len(tensors) > 1 else 0
+        ring = torch.zeros(options.get("rows", 3), case.sizes["N"], dtype=dtype, device=device)
+        place = torch.tensor([options.get("place", 0)], device=device)
+        spill = [torch.linspace(k, 1, goals, dtype=dtype, device=device) for k in range(4)] if goals else []
+        by_rank = 0.5 ** torch.arange(goals, dtype=dtype, device=device) if goals else None
+        serve, deficit = keeper(device.type, impl), tensors[1] if goals else None
+        for _ in range(2):
+            serve(tensors[0], ring, place, deficit, by_rank, options.get("rate", 0.25), spill)
+        return {"ring": ring, "place": place, **{f"spill {k}": x for k, x in enumerate(spill)}}
+
+    def indexed(self, name: str) -> bool:
+        return name in ("spill 1", "spill 3")
+
+    def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
+        """No goal's place, where rounding decides which average is the larger."""
+        if len(tensors) < 2:
+            return None
+        average, rate = torch.linspace(0, 1, len(tensors[1]), dtype=torch.float64), case.options.get("rate", 0.25)
+        close = False
+        for _ in range(2):
+            average = average + rate * (tensors[1] - average).nan_to_num(0.0, 0.0, 0.0)
+            apart = (average[:, None] - average).abs() + torch.eye(len(average)) * torch.inf
+            close |= bool((apart <= 1e-5 * (1 + average.abs().max())).any())
+        return torch.full_like(average, not close, dtype=torch.bool)
+
+    def dtype_of(self, case: Case, name: str) -> torch.dtype:
+        return torch.int64 if name == "place" else getattr(torch, case.options.get("kept", "float32"))
+
+
+OPS: tuple[Op, ...] = (Module(), Keep())

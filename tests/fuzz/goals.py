@@ -1,0 +1,294 @@
+"""The bottleneck rule: min_goal_loss, the op goal_set, what it leaves behind, and GoalSet, for the fuzzer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bomkern
+from bomkern import ConstraintTable, _impl, reference
+from bomkern._records import record_parts
+from bomkern.constraints import Constraint
+from bomkern.min_goal import REDUCTIONS
+from tests.fuzz.cases import Case, Given, alike, size, tensor
+from tests.fuzz.ops import Drawn, Errors, Op, Outputs
+
+ANY = float("inf")
+
+
+def constraint(source: Random) -> list[Any]:
+    """A constraint as data: its name and its numbers."""
+    scale, at = source.choice([1e-3, 0.1, 0.3, 0.5, 1.0, 7.0, 1e3]), source.choice([0.0, 0.0, 0.1, 0.5, -1.3, 1e4])
+    kind = source.randrange(6)
+    if kind == 1:
+        return ["MinimizeHard", scale]
+    if kind < 4:
+        return [["Minimize", "", "Upper", "Lower"][kind], *((scale, at) if kind == 0 else (at, scale))]
+    tail = source.choice([0.05, 0.3, 0.01, 0.9])
+    if kind == 4:
+        return ["Box", at - scale, at + scale * 1.7, tail]
+    return ["BoxAsymmetric", at - scale, at, at + 2 * scale, tail]
+
+
+def made(given: list[list[Any]]) -> list[Constraint]:
+    return [getattr(bomkern, name)(*numbers) for name, *numbers in given]
+
+
+def table(case: Case, tensors: list[Tensor], narrow: bool) -> ConstraintTable:
+    """The constraints in the dtype of the tensors, with the numbers that the case's own dtype makes of them."""
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    own = torch.float64 if case.wide and not narrow else torch.float32
+    found = ConstraintTable(made(case.options["constraints"]), tensors[0].device, own)
+    found.params = found.params.to(torch.float64 if wide else torch.float32)
+    return found
+
+
+class Goals(Op):
+    """K goals: one [B, K] tensor, one [K], or K tensors, [B] or 0-dim."""
+
+    needs = {"B": 1}
+    alike = ("constraints", "groups", "multipliers", "materialize")
+    per_sample = True
+
+    def draw_goals(self, source: Random, tiny: bool, role: str) -> tuple[dict[str, int], list[Given], int]:
+        few, many = [1, 2, 3, 4], [5, 6, 7, 8, 9, 9, 16, 17, 33, 63, 64]
+        count = source.choice(few if tiny or source.random() < 0.4 else many)
+        count = source.choice([0, 65]) if source.random() < 0.01 else count
+        most = 9 if tiny else 20_000 if source.random() < 0.01 else 2050
+        batch = most if most == 20_000 else size(source, min(most, max(9, 200_000 // max(1, count) ** 2)))
+        if source.random() < 0.3:
+            return {"B": batch, "K": count}, [tensor(source, "goals", "BK", role)], count
+        given = [tensor(source, f"goals{k}", "B" if source.random() < 0.9 else "", role) for k in range(count)]
+        return {"B": batch}, alike(source, given), count
+
+    def count(self, case: Case) -> int:
+        return case.sizes["K"] if "K" in case.sizes else len(case.given)
+
+    def batch(self, case: Case) -> int:
+        return case.sizes["B"] if any("B" in g.axes for g in case.given) else 1
+
+    def refuses(self, case: Case) -> Errors:
+        errors = super().refuses(case)
+        return errors if 1 <= self.count(case) <= 64 else (*errors, ValueError)
+
+    def spoil(self, source: Random, drawn: Drawn) -> Drawn:
+        sizes, given, options = super().spoil(source, drawn) if drawn[1] else drawn
+        if sum(g.axes in ("B", "b") for g in given) < 2:  # a size alone is not wrong
+            given = [replace(g, axes=g.axes.upper()) for g in given]
+        return sizes, given, options
+
+    def deficits(self, case: Case, tensors: list[Tensor]) -> Tensor:
+        """[B, K] in float64."""
+        x = tensors[0] if "K" in case.sizes else torch.stack([t.expand(self.batch(case)) for t in tensors], 1)
+        if case.options.get("constraints") is None:
+            return reference.deficit(x.reshape(-1, self.count(case)), None, None)
+        found = table(case, tensors, False)
+        return reference.deficit(x.reshape(-1, self.count(case)), found.params, torch.tensor(found.curves))
+
+    def margin(self, case: Case, tensors: list[Tensor]) -> Tensor:
+        """[B, K]: what rounding may change a deficit by. Float32's, of the raw value and of the centre beside it."""
+        eps = 1e-14 if case.wide else 1e-6
+        return eps * (1 + self.deficits(case, tensors).abs())
+
+    def near_ties(self, deficits: Tensor, margin: Tensor) -> Tensor:
+        """Along the last axis, whether another than the largest is within rounding of it, though not equal."""
+        d = torch.where(deficits.isnan(), torch.inf, deficits)
+        worst = d.amax(-1, keepdim=True)
+        near = (d < worst) & (d >= worst - 2 * margin) & worst.isfinite()
+        return near.any(-1)
+
+    def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
+        deficits = self.grouped(case, self.deficits(case, tensors))
+        margin = self.grouped(case, self.margin(case, tensors))
+        # Scores of one sample are compared as they are, and of several their logarithms.
+        near = self.near_ties(deficits, margin * 0 if case.options.get("constraints") is None else margin)
+        if not case.wide:  # beyond float32's largest number
+            near = near | (self.deficits(case, [x.float() for x in tensors]).isinf() & ~self.deficits(case, tensors).isinf()).any(1)
+        if case.options.get("reduction") == "min":
+            per_sample = deficits.nan_to_num(torch.inf, torch.inf).amax(1)
+            near = near | near.any() | self.near_ties(per_sample, margin.amax(1))
+        return ~near
+
+    def grouped(self, case: Case, deficits: Tensor) -> Tensor:
+        return deficits
+
+    def smaller(self, case: Case) -> list[Case]:
+        """Without one goal."""
+        found, count = [], self.count(case)
+        for k in range(count if count > 1 else 0):
+            options = dict(case.options)
+            for name in ("constraints",):
+                if isinstance(options.get(name), list):
+                    options[name] = options[name][:k] + options[name][k + 1 :]
+            options.pop("materialize", None)
+            sizes, given = dict(case.sizes), case.given
+            if "K" in sizes:
+                sizes["K"] -= 1
+            else:
+                given = given[:k] + given[k + 1 :]
+            fewer = self.without(replace(case, sizes=sizes, given=given, options=options), k)
+            if fewer is not None:
+                found.append(fewer)
+        for k, g in enumerate(case.given):
+            if g.axes == "B":
+                found.append(replace(case, given=(*case.given[:k], replace(g, axes=""), *case.given[k + 1 :])))
+        return found
+
+    def without(self, case: Case, k: int) -> Case | None:
+        return case
+
+
+class MinGoal(Goals):
+    name = "min_goal"
+    spoiled = (("reduction", "max"), ("reduction", 1), ("route", "sometimes"), ("materialize", [99]))
+
+    def draw(self, source: Random, tiny: bool) -> Drawn:
+        scored = source.random() < 0.25
+        sizes, given, count = self.draw_goals(source, tiny, "score" if scored else "raw")
+        if "K" in sizes and source.random() < 0.1:
+            given = [replace(given[0], axes="K")]
+        options: dict[str, Any] = {"reduction": source.choice(list(REDUCTIONS)), "return_stats": source.random() < 0.7}
+        if not scored:
+            options["constraints"] = [constraint(source) for _ in range(count)]
+            if source.random() < 0.15:
+                options["constraints"] = [constraint(source)] * count
+            options["how"] = source.choice(["list", "table", "tuple"])
+        if source.random() < 0.4:
+            options["route"] = source.choice(["always", "never", "auto"])
+            if count and "K" not in sizes:
+                options["materialize"] = [k for k in range(count) if source.random() < 0.3]
+        return sizes, given, options
+
+    def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
+        options = dict(case.options)
+        constraints, how = options.pop("constraints", None), options.pop("how", "table")
+        if constraints is not None and tensors:
+            own = all(x.dtype == g.dtype for x, g in zip(tensors, case.given, strict=True))
+            if how == "table" or not own or not constraints:
+                constraints = table(case, tensors, narrow) if 0 < len(constraints) <= 64 else made(constraints)
+            else:
+                constraints = {"list": list, "tuple": tuple}[how](made(constraints))
+        goals: Any = tensors[0] if "K" in case.sizes else tensors
+        with_stats = options.get("return_stats", False)
+        found = bomkern.min_goal_loss(goals, constraints, **options, impl=impl)
+        loss, stats = found if with_stats else (found, None)
+        return {"loss": loss, **({} if stats is None else stats._asdict())}
+
+    def indexed(self, name: str) -> bool:
+        return name in ("bottleneck", "share", "finite") or name.startswith("grad ")
+
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        every = self.deficits(case, tensors).amax(1)
+        every = every[every.isfinite()].abs()
+        if not len(every):
+            return {}
+        reduction = case.options.get("reduction", "mean")
+        size = every.sum() if reduction == "sum" else every.mean()
+        return {"loss": size.item()} if reduction in ("mean", "sum") else {}
+
+
+class GoalSetOp(Goals):
+    name = "goal_set"
+
+    def draw(self, source: Random, tiny: bool) -> Drawn:
+        sizes, given, count = self.draw_goals(source, tiny, "raw")
+        owner, groups = 0, []
+        chance = source.choice([1.0, 1.0, 0.5, 0.0])
+        for k in range(count):
+            owner += k > 0 and source.random() < chance
+            groups.append(int(owner))
+        options: dict[str, Any] = {
+            "constraints": [constraint(source) for _ in range(count)],
+            "groups": groups,
+            "reduction": source.choice(list(REDUCTIONS)),
+            "temperature": source.choice([0.0, 0.0, 1e-3, 0.05, 0.3, 3.0, 100.0, -1.0]),
+        }
+        if source.random() < 0.35:
+            options["multipliers"] = [source.choice([0.0, 0.25, 0.5, 1.0, 3.0]) for _ in range(owner + 1)]
+        return sizes, given, options
+
+    def spoil(self, source: Random, drawn: Drawn) -> Drawn:
+        sizes, given, options = drawn
+        if source.random() < 0.5 and len(options["groups"]) > 1:
+            wrong = [options["groups"][:-1], [2 * g for g in options["groups"]], options["groups"][::-1]]
+            wrong = [w for w in wrong if not self.fits(w, len(options["groups"]))]
+            if wrong:
+                return sizes, given, {**options, "groups": source.choice(wrong)}
+        return super().spoil(source, drawn)
+
+    def fits(self, groups: list[int], count: int) -> bool:
+        steps = [b - a for a, b in zip([0, *groups], groups, strict=False)]
+        return len(groups) == count and all(step in (0, 1) for step in steps) and groups[:1] in ([0], [])
+
+    def refuses(self, case: Case) -> Errors:
+        errors = super().refuses(case)
+        return errors if self.fits(case.options["groups"], self.count(case)) else (*errors, ValueError)
+
+    def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
+        options, device = case.options, tensors[0].device if tensors else torch.device("cpu")
+        serve = _impl.resolve("goal_set", device.type, impl)
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+        own = torch.float64 if case.wide and not narrow else torch.float32
+        number = lambda x: torch.tensor(x, dtype=own, device=device).to(dtype)  # noqa: E731
+        params, curves = number([c.ramp for c in made(options["constraints"])]), [
+            c.curve for c in made(options["constraints"])
+        ]
+        groups, multipliers = options["groups"], options.get("multipliers")
+        loss, bottleneck, record = serve(
+            tensors,
+            params,
+            curves,
+            groups,
+            number(options.get("temperature", 0.0)),
+            REDUCTIONS[options.get("reduction", "mean")],
+            None if multipliers is None else number(multipliers),
+        )
+        parts = record_parts(record, groups[-1] + 1, self.count(case))
+        return {"loss": loss, "bottleneck": bottleneck, **{f"record {name}": x for name, x in parts.items()}}
+
+    def indexed(self, name: str) -> bool:
+        return name in ("bottleneck", "record share", "record finite") or name.startswith("grad ")
+
+    def grouped(self, case: Case, deficits: Tensor) -> Tensor:
+        member = reference.groups_of(case.options["groups"], deficits)
+        return reference._mean_of_members(deficits, member)
+
+    def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
+        # Where goals are nearly equal, a weight is as uncertain as their difference over mu.
+        mu = case.options.get("temperature", 0.0)
+        if case.options.get("multipliers") is not None or not mu > 0:
+            return self.slack
+        deficits = self.grouped(case, self.deficits(case, tensors))
+        size = deficits[deficits.isfinite()].abs().max().item() if deficits.isfinite().any() else 0.0
+        return self.slack * (1 + size / mu)
+
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        every = self.deficits(case, tensors)
+        every = torch.where(every.isfinite(), every, 0).abs()
+        weights = case.options.get("multipliers")
+        size = self.grouped(case, every)
+        total = (size * size.new_tensor(weights)).sum(1) if weights is not None else size.amax(1)
+        most = total.sum() if case.options.get("reduction") == "sum" else total.max()
+        x = [torch.where(t.isfinite(), t, 0).abs().max().item() for t in tensors if t.numel()]
+        found = {"loss": most.item(), "record loss": most.item(), "record deficit": size.max().item()}
+        # A batch-level goal's gradient is a sum over samples, of either sign.
+        grads = [outputs[f"grad {g.name}"].abs() for g in case.given if f"grad {g.name}" in outputs]
+        largest = max((g.max().item() for g in grads if g.numel()), default=0.0)
+        found |= {f"grad {g.name}": largest for g in case.given if g.axes == ""}
+        return found | {"record share": 1.0, "record raw": max(x, default=0.0)}
+
+    def without(self, case: Case, k: int) -> Case | None:
+        groups = case.options["groups"]
+        fewer = groups[:k] + groups[k + 1 :]
+        places = sorted(set(fewer))
+        options = {**case.options, "groups": [places.index(g) for g in fewer]}
+        if options.get("multipliers") is not None:
+            options["multipliers"] = [options["multipliers"][g] for g in places]
+        return replace(case, options=options)
+
+
+OPS: tuple[Op, ...] = (MinGoal(), GoalSetOp())
