@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class TotalCorrelation(Op):
     """With ``first`` in the options z has R rows, as a rank of several processes has them."""
 
     name = "total_correlation"
-    needs = {"B": 1, "D": 1, "R": 1}
+    needs: ClassVar = {"B": 1, "D": 1, "R": 1}
     spoiled = (("estimator", "mcs"), ("dataset_size", True), ("dataset_size", 0), ("dataset_size", 2.5))
 
     def draw(self, source: Random, tiny: bool) -> Drawn:
@@ -46,7 +46,7 @@ class TotalCorrelation(Op):
     def refuses(self, case: Case) -> Errors:
         errors, batch, options = super().refuses(case), case.sizes["B"], case.options
         known, stratified = options.get("dataset_size"), options.get("estimator") == "mss"
-        if known is not None and known < batch or stratified and (batch < 2 or known is None):
+        if (known is not None and known < batch) or (stratified and (batch < 2 or known is None)):
             errors += (ValueError,)
         if "first" in options and not 0 <= options["first"] <= batch - case.sizes["R"]:
             errors += (ValueError,)
@@ -78,7 +78,11 @@ class TotalCorrelation(Op):
         stratified = case.options.get("estimator", "mws") == "mss"
         weights = reference.log_weights(rows, len(mu), case.options.get("dataset_size"), stratified)
         each = reference.log_density(z, mu, logvar)
-        return (each.sum(2) + weights).logsumexp(1), (each + weights[:, :, None]).logsumexp(1), each.abs().sum(2).amin(1)
+        return (
+            (each.sum(2) + weights).logsumexp(1),
+            (each + weights[:, :, None]).logsumexp(1),
+            each.abs().sum(2).amin(1),
+        )
 
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
         # The value is a difference of logarithms, and a gradient one of the joint's and the marginals' gradients.
@@ -105,7 +109,7 @@ class GaussianTotalCorrelation(Op):
     """In plain PyTorch on every device: held against the determinant of the correlation matrix."""
 
     name = "gaussian_total_correlation"
-    needs = {"B": 1, "D": 1}
+    needs: ClassVar = {"B": 1, "D": 1}
 
     def serves(self, impl: str, device: str) -> bool:
         return impl == "reference"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,9 +58,7 @@ class Module(GoalSetOp):
             raw: dict[str, Any] = {}
             for group, x in zip(options["groups"], tensors, strict=True):
                 raw.setdefault(f"g{group}", []).append(x.roll(step) if step and x.dim() else x)
-            out = goals(
-                {g: of[0] if len(of) == 1 else {f"m{k}": x for k, x in enumerate(of)} for g, of in raw.items()}
-            )
+            out = goals({g: of[0] if len(of) == 1 else {f"m{k}": x for k, x in enumerate(of)} for g, of in raw.items()})
             found |= {f"loss {step}": out.loss, f"bottleneck {step}": out.bottleneck, f"record {step}": out.record}
         return found
 
@@ -73,7 +71,7 @@ class Module(GoalSetOp):
             return sure
         # From the second step on the weights follow the order of the goals' mean deficits, which may be equal.
         mean = self.grouped(case, self.deficits(case, tensors)).mean(0)
-        apart = (mean[:, None] - mean).abs() + torch.eye(len(mean)) * 1e300
+        apart = (mean[:, None] - mean).abs() + torch.eye(len(mean), dtype=mean.dtype) * 1e300
         close = apart <= 1e-4 * (1 + mean.abs().nan_to_num(0, 0, 0).max())
         return sure & ~(close.any() | ~mean.isfinite().all() | (case.options.get("reduction") == "min"))
 
@@ -90,7 +88,7 @@ class Keep(Op):
     """A record into the ring, and the goals' averages and weights; nothing has a gradient."""
 
     name = "goal_set_keep"
-    needs = {}
+    needs: ClassVar = {}
 
     def serves(self, impl: str, device: str) -> bool:
         return impl in ("reference", device) and _impl.why_not("goal_set", impl, device) is None
@@ -143,7 +141,7 @@ class Keep(Op):
         close = False
         for _ in range(2):
             average = average + rate * (tensors[1] - average).nan_to_num(0.0, 0.0, 0.0)
-            apart = (average[:, None] - average).abs() + torch.eye(len(average)) * torch.inf
+            apart = (average[:, None] - average).abs() + torch.eye(len(average), dtype=average.dtype) * 1e300
             close |= bool((apart <= 1e-5 * (1 + average.abs().max())).any())
         return torch.full_like(average, not close, dtype=torch.bool)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def table(case: Case, tensors: list[Tensor], narrow: bool) -> ConstraintTable:
 class Goals(Op):
     """K goals: one [B, K] tensor, one [K], or K tensors, [B] or 0-dim."""
 
-    needs = {"B": 1}
+    needs: ClassVar = {"B": 1}
     alike = ("constraints", "groups", "multipliers", "materialize")
     per_sample = True
 
@@ -107,7 +107,9 @@ class Goals(Op):
         # Scores of one sample are compared as they are, and of several their logarithms.
         near = self.near_ties(deficits, margin * 0 if case.options.get("constraints") is None else margin)
         if not case.wide:  # beyond float32's largest number
-            near = near | (self.deficits(case, [x.float() for x in tensors]).isinf() & ~self.deficits(case, tensors).isinf()).any(1)
+            near = near | (
+                self.deficits(case, [x.float() for x in tensors]).isinf() & ~self.deficits(case, tensors).isinf()
+            ).any(1)
         if case.options.get("reduction") == "min":
             per_sample = deficits.nan_to_num(torch.inf, torch.inf).amax(1)
             near = near | near.any() | self.near_ties(per_sample, margin.amax(1))
@@ -234,9 +236,10 @@ class GoalSetOp(Goals):
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
         own = torch.float64 if case.wide and not narrow else torch.float32
         number = lambda x: torch.tensor(x, dtype=own, device=device).to(dtype)  # noqa: E731
-        params, curves = number([c.ramp for c in made(options["constraints"])]), [
-            c.curve for c in made(options["constraints"])
-        ]
+        params, curves = (
+            number([c.ramp for c in made(options["constraints"])]),
+            [c.curve for c in made(options["constraints"])],
+        )
         groups, multipliers = options["groups"], options.get("multipliers")
         loss, bottleneck, record = serve(
             tensors,

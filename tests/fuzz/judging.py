@@ -67,7 +67,9 @@ def differentiated(case: Case, outputs: Outputs, leaves: list[Tensor]) -> Output
 def leaves_of(case: Case, tensors: list[Tensor]) -> list[Tensor]:
     """Each tensor a leaf of its own, strides and all."""
     leaves = [x.detach() for x in tensors]
-    return [x.requires_grad_() if g.grad and x.is_floating_point() else x for g, x in zip(case.given, leaves, strict=True)]
+    return [
+        x.requires_grad_() if g.grad and x.is_floating_point() else x for g, x in zip(case.given, leaves, strict=True)
+    ]
 
 
 def reference(op: Op, case: Case, tensors: list[Tensor], dtype: torch.dtype, narrow: bool) -> Outputs:
@@ -172,7 +174,11 @@ def judge(op: Op, case: Case, tensors: list[Tensor], ours: Outputs) -> None:
     for name, got in ours.items():
         want = truth.exact[name]
         axes = next((g.axes for g in case.given if f"grad {g.name}" == name), None)
-        dtype = op.dtype_of(case, name) if axes is None else FLOATS[next(g.dtype for g in case.given if f"grad {g.name}" == name)]
+        dtype = (
+            op.dtype_of(case, name)
+            if axes is None
+            else FLOATS[next(g.dtype for g in case.given if f"grad {g.name}" == name)]
+        )
         if want.is_floating_point() and got.dtype != dtype:
             raise Wrong(f"{name}: dtype {got.dtype}, should be {dtype}")
         if got.shape != want.shape:
@@ -241,7 +247,9 @@ class Comparison:
         slack = max(self.slack * (WIDE if wide else 1), HALF.get(got.dtype, 0.0))
         steps = self.case.options.get("steps", 1)  # a gradient is rounded in each
         allowed = self.eager_error(size) + steps * (slack * size + least)
-        same = lost | (ours == rounded) | (ours.isnan() & exact.isnan()) | (ours.isinf() & (exact.abs() + allowed > limit))
+        same = (
+            lost | (ours == rounded) | (ours.isnan() & exact.isnan()) | (ours.isinf() & (exact.abs() + allowed > limit))
+        )
         if self.name.startswith("grad "):
             same = same | (~ours.isfinite() & ~exact.isfinite())
         odd = ~same & ~(ours.isfinite() & exact.isfinite())

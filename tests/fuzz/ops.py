@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Op:
     """One op. Its outputs of a floating dtype that require grad are differentiated; integers and bools are exact."""
 
     name: str
-    needs: dict[str, int] = {}  # the least each size may be: below it the op must refuse
+    needs: ClassVar[dict[str, int]] = {}  # the least each size may be: below it the op must refuse
     spoiled: tuple[tuple[str, Any], ...] = ()  # options that must be refused
     alike: tuple[str, ...] = ()  # options whose values follow from sizes, so that a smaller case may break them
     slack = 1e-6  # of the largest value, in float32

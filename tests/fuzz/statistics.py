@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def matrix_sizes(source: Random, tiny: bool, elements: int = 60_000) -> dict[str
 
 class GaussianKL(Op):
     name = "gaussian_kl"
-    needs = {"B": 1, "D": 1}
+    needs: ClassVar = {"B": 1, "D": 1}
     spoiled = (("rho", 1.0), ("rho", -1.0), ("rho", float("nan")), ("block_size", 0), ("rho", "0.5"))
     per_sample = True
 
@@ -39,7 +39,10 @@ class GaussianKL(Op):
             block = source.choice([1, 2, 3, 4, 7, 16, 100])
             sizes["D"] = max(1, sizes["D"] // block) * block
             least = -1 / (block - 1) if block > 1 else -1.0
-            options = {"block_size": block, "rho": round(least + source.choice([0.02, 0.3, 0.6, 0.98]) * (1 - least), 6)}
+            options = {
+                "block_size": block,
+                "rho": round(least + source.choice([0.02, 0.3, 0.6, 0.98]) * (1 - least), 6),
+            }
         return sizes, alike(source, given), options
 
     def refuses(self, case: Case) -> Errors:
@@ -72,7 +75,7 @@ class GaussianKL(Op):
 
 class ConsistencyVariance(Op):
     name = "consistency_variance"
-    needs = {"B": 1, "D": 1}
+    needs: ClassVar = {"B": 1, "D": 1}
     spoiled = (("correction", -1), ("correction", 17), ("correction", float("nan")), ("detach", 1))
     per_sample = True
 
@@ -118,7 +121,7 @@ def units_gradient(mu: Tensor) -> float:
 
 class ActiveUnits(Op):
     name = "active_units"
-    needs = {"B": 2, "D": 1}
+    needs: ClassVar = {"B": 2, "D": 1}
     spoiled = (("temperature", 0.0), ("temperature", -1.0), ("threshold", float("nan")), ("threshold", float("inf")))
 
     def draw(self, source: Random, tiny: bool) -> Drawn:
@@ -131,7 +134,9 @@ class ActiveUnits(Op):
         return matrix_sizes(source, tiny), [tensor(source, "mu", "BD", "code")], options
 
     def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
-        return dict(zip(("active", "effective"), bomkern.active_units(*tensors, **case.options, impl=impl), strict=True))
+        return dict(
+            zip(("active", "effective"), bomkern.active_units(*tensors, **case.options, impl=impl), strict=True)
+        )
 
     def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
         return units_slack(case)
@@ -142,7 +147,7 @@ class ActiveUnits(Op):
 
 class Latent(Op):
     name = "latent_statistics"
-    needs = {"B": 2, "D": 1}
+    needs: ClassVar = {"B": 2, "D": 1}
     spoiled = ActiveUnits.spoiled
 
     def draw(self, source: Random, tiny: bool) -> Drawn:
@@ -170,7 +175,7 @@ class Latent(Op):
 
 class CovariancePenalty(Op):
     name = "covariance_penalty"
-    needs = {"B": 2, "D": 1}
+    needs: ClassVar = {"B": 2, "D": 1}
     spoiled = (("normalize", 1), ("reduction", "mean"), ("reduction", None))
     slack = 2e-6
 
@@ -181,7 +186,16 @@ class CovariancePenalty(Op):
     def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
         return {"value": bomkern.covariance_penalty(*tensors, **case.options, impl=impl)}
 
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        # Where D > B the diagonal is added up and taken out again; two samples correlate by 1, and all cancels.
+        x = torch.where(tensors[0].isfinite(), tensors[0], 0)
+        x, gram = x - x.mean(0), x.shape[1] > x.shape[0]
+        variance = x.var(0)
+        if case.options.get("normalize"):
+            least = variance[variance > 0].min().sqrt().item() if (variance > 0).any() else 1.0
+            return {"value": float(gram), "grad z": (gram or len(x) == 2) / least}
+        size = variance.square().mean().item() * gram
+        return {"value": size, "grad z": size / max(1e-300, x.abs().max().item())}
+
 
 OPS: tuple[Op, ...] = (GaussianKL(), ConsistencyVariance(), ActiveUnits(), Latent(), CovariancePenalty())
-
-
