@@ -69,11 +69,12 @@ Gradients latent_statistics_backward(const MaybeTensors& grads, const Tensor& z,
   TORCH_CHECK_VALUE(grads.size() == results, "grads must have ", results, " entries, got ", grads.size());
   std::array<Tensor, results> given;  // undefined counts as 0
   for (size_t i = 0; i < results; ++i) {
-    const std::optional<Tensor> grad = grads.get(i);
-    if (!grad || !grad->defined()) continue;
+    const std::optional<Tensor> lazy = grads.get(i);
+    if (!lazy || !lazy->defined()) continue;
+    const Tensor grad = lazy->resolve_neg();  // the dispatcher does that for tensors, but not in a list of optional ones
     const std::vector<int64_t> size = i < 3 ? std::vector{shape.batch} : i < 7 ? std::vector{shape.dims} : std::vector<int64_t>{};
-    bomkern::check_given("grads[" + std::to_string(i) + "]", *grad, size, shape.type());
-    given[i] = i < 3 ? *grad : grad->contiguous();
+    bomkern::check_given("grads[" + std::to_string(i) + "]", grad, size, shape.type());
+    given[i] = i < 3 ? grad : grad.contiguous();
   }
   const Gradients out(bomkern::fresh_like<Cuda>(z, want[0]), bomkern::fresh_like<Cuda>(mu, want[1]),
                       bomkern::fresh_like<Cuda>(logvar, want[2]));

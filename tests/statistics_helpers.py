@@ -92,6 +92,7 @@ PULLS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda value: value.new_ones(()).expand(value.shape),
     "mean": lambda value: (value.new_ones(()) / value.numel()).expand(value.shape),
     "strided": _strided,
+    "a lazy minus": lambda value: torch._neg_view(-ramp(value)),  # as conjugates make it: memory holds the opposite
     "offset": lambda value: torch.cat([value.new_full((5,), 1e3), ramp(value).reshape(-1)])[5:].reshape(value.shape),
 }
 

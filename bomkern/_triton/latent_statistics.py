@@ -47,6 +47,7 @@ def _backward(
     grads: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, columns: Tensor, want: Sequence[bool]
 ) -> Three:
     made = _new_grads(grads, z, mu, logvar, columns, want)
+    grads = [g if g is None else g.resolve_neg() for g in grads]  # in such a list the dispatcher does not do it
     kernels = load("latent_statistics", z.device.type)
     with guard(z):
         kernels.launch_backward(grads, z, mu, logvar, columns, made, want)
