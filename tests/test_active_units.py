@@ -133,6 +133,13 @@ def test_far_from_zero(server: tuple[str, str]) -> None:
 
 @IMPLS
 @FIELDS
+def test_far_from_zero_in_float64(server: tuple[str, str], fields: tuple[int, ...] | None) -> None:
+    """1e8 deviations away, over several blocks of rows: differences from a column's first value lose nothing."""
+    check(active_units, (means(300, 9, torch.float64)[0] + 1e8,), server, fields=fields, slack=1e-12)
+
+
+@IMPLS
+@FIELDS
 def test_an_outlier_in_the_first_row(server: tuple[str, str], fields: tuple[int, ...] | None) -> None:
     """Sums of differences from it are near B times its own square, and the variance a B-th of that."""
     mu = means(3000, 24)[0].clone()

@@ -140,6 +140,14 @@ def test_far_from_zero(server: tuple[str, str], call: Penalty) -> None:
 
 @IMPLS
 @EACH
+def test_far_from_zero_in_float64(server: tuple[str, str], call: Penalty) -> None:
+    """1e8 deviations away, over several blocks of rows: differences from a column's first value lose nothing."""
+    for batch, dims in ((300, 9), (40, 90)):
+        verify(call, (sample(batch, dims, torch.float64)[0] + 1e8,), server, slack=1e-11)
+
+
+@IMPLS
+@EACH
 def test_an_outlier_in_the_first_row(server: tuple[str, str], call: Penalty) -> None:
     for batch, dims in ((3000, 24), (24, 100)):
         (z,) = sample(batch, dims)

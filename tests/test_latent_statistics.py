@@ -147,6 +147,15 @@ def test_far_from_zero(server: tuple[str, str]) -> None:
 
 
 @IMPLS
+def test_far_from_zero_in_float64(server: tuple[str, str]) -> None:
+    """1e8 deviations away, over several blocks of rows: differences from a column's first value lose nothing."""
+    z, mu, logvar = codes(300, 9, torch.float64)
+    far = ((z + 1e8).round(decimals=6), (mu - 1e8).round(decimals=6), logvar)
+    for fields in (range(4, 7), [ACTIVE, EFFECTIVE]):
+        check(latent_statistics, far, server, fields=fields, slack=1e-12)
+
+
+@IMPLS
 def test_an_outlier_in_the_first_row(server: tuple[str, str]) -> None:
     z, mu, logvar = (x.clone() for x in codes(3000, 24))
     for x in (z, mu):

@@ -2,7 +2,7 @@
 //
 // A block of rows is in L1: its mean is taken first, of differences from its own first row, then the squares around that
 // mean, so no digits are lost wherever the values lie, and a constant column has variance exactly 0. Blocks and slices are
-// joined in double (Chan, Golub & LeVeque 1983).
+// joined in double (Chan, Golub & LeVeque 1983), their means as differences from the column's first value.
 #include "cpu_rows.h"
 
 namespace bomkern {
@@ -17,7 +17,7 @@ inline int64_t slice_rows(int64_t batch, int64_t dims) {
 }
 inline int64_t slices_of(int64_t batch, int64_t dims) { return ceil_div(batch, slice_rows(batch, dims)); }
 
-// A slice's columns [D] in the workspace: their means, and the sums of squares around them.
+// A slice's columns [D] in the workspace: their means less the column's first value, and the sums of squares around them.
 struct Moments {
   double *mean, *square;
   static int64_t bytes(int64_t batch, int64_t dims) {
@@ -27,11 +27,16 @@ struct Moments {
       : mean(static_cast<double*>(workspace) + slice * 2 * dims), square(mean + dims) {}
 };
 
+// Columns [d, d + n) of the first row.
+template <class S> void first_row(const Matrix& x, int64_t d, int64_t n, S* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = load_one<S>(x.data, x.dtype, (d + i) * x.stride[1]);
+}
+
 // Rows [begin, end), at most block_rows, of columns [d, d + n), at most a panel, join the `before` rows of their slice.
-// `scratch` is for rows that must be converted.
+// `first` is of those columns; `scratch` is for rows that must be converted.
 template <class S>
-void add_block(const Matrix& x, int64_t begin, int64_t end, int64_t d, int n, int64_t before, const Moments& to,
-               S (*scratch)[panel]) {
+void add_block(const Matrix& x, int64_t begin, int64_t end, int64_t d, int n, int64_t before, const S* first,
+               const Moments& to, S (*scratch)[panel]) {
   typedef typename Lanes<S>::Vec V;
   const int rows = int(end - begin);
   const S *row[block_rows + 1], share = S(1) / S(rows);
@@ -39,36 +44,37 @@ void add_block(const Matrix& x, int64_t begin, int64_t end, int64_t d, int n, in
   row[rows] = row[0];  // an odd number's partner: its difference is 0
   S center[panel], square[panel];
   for_vectors<S>(n, [&](int64_t i, auto lanes) {
-    const V first = load_lanes<V>(row[0] + i, lanes);
+    const V own = load_lanes<V>(row[0] + i, lanes);
     V sum[2] = {}, squares[2] = {};
     for (int r = 0; r < rows; r += 2) {
-      sum[0] += load_lanes<V>(row[r] + i, lanes) - first;
-      sum[1] += load_lanes<V>(row[r + 1] + i, lanes) - first;
+      sum[0] += load_lanes<V>(row[r] + i, lanes) - own;
+      sum[1] += load_lanes<V>(row[r + 1] + i, lanes) - own;
     }
     const V mean = (sum[0] + sum[1]) * share;
     int r = 0;
     for (; r + 2 <= rows; r += 2) {
-      const V u = (load_lanes<V>(row[r] + i, lanes) - first) - mean;
-      const V v = (load_lanes<V>(row[r + 1] + i, lanes) - first) - mean;
+      const V u = (load_lanes<V>(row[r] + i, lanes) - own) - mean;
+      const V v = (load_lanes<V>(row[r + 1] + i, lanes) - own) - mean;
       squares[0] += u * u;
       squares[1] += v * v;
     }
     if (r < rows) {
-      const V u = (load_lanes<V>(row[r] + i, lanes) - first) - mean;
+      const V u = (load_lanes<V>(row[r] + i, lanes) - own) - mean;
       squares[0] += u * u;
     }
     store_lanes(center + i, mean, lanes);
     store_lanes(square + i, squares[0] + squares[1], lanes);
   });
   double *mean = to.mean + d, *squares = to.square + d;
+  const auto offset = [&](int i) { return (double(row[0][i]) - double(first[i])) + double(center[i]); };
   if (before == 0) {
-    for (int i = 0; i < n; ++i) mean[i] = double(row[0][i]) + double(center[i]);
+    for (int i = 0; i < n; ++i) mean[i] = offset(i);
     for (int i = 0; i < n; ++i) squares[i] = double(square[i]);
     return;
   }
   const double weight = double(rows) / double(before + rows), between = double(before) * weight;
   for (int i = 0; i < n; ++i) {
-    const double apart = (double(row[0][i]) + double(center[i])) - mean[i];
+    const double apart = offset(i) - mean[i];
     mean[i] += apart * weight;
     squares[i] += double(square[i]) + apart * apart * between;
   }
@@ -80,13 +86,15 @@ template <class S> void each_slice(const Matrix& x, int64_t batch, int64_t dims,
   each(parallel, slices_of(batch, dims) * panels, [&](int64_t task) {
     const int64_t slice = task / panels, d = task % panels * panel, begin = slice * rows, end = lesser(begin + rows, batch);
     const Moments to(workspace, dims, slice);
-    S scratch[block_rows][panel];
+    const int n = int(lesser(dims - d, panel));
+    S scratch[block_rows][panel], first[panel];
+    first_row(x, d, n, first);
     for (int64_t b = begin; b < end; b += block_rows)
-      add_block(x, b, lesser(b + block_rows, end), d, int(lesser(dims - d, panel)), b - begin, to, scratch);
+      add_block(x, b, lesser(b + block_rows, end), d, n, b - begin, first, to, scratch);
   });
 }
 
-// Joins the slices. f(column, mean, unbiased variance), in double.
+// Joins the slices. f(column, mean less the first value, unbiased variance), in double.
 template <class F> void join_slices(void* workspace, int64_t batch, int64_t dims, F f) {
   const int64_t slices = slices_of(batch, dims), rows = slice_rows(batch, dims);
   for (int64_t d = 0; d < dims; d += panel) {
@@ -107,11 +115,6 @@ template <class F> void join_slices(void* workspace, int64_t batch, int64_t dims
     }
     for (int i = 0; i < n; ++i) f(d + i, first[i] + offset[i], square[i] / double(batch - 1));
   }
-}
-
-// Columns [d, d + n) of the first row.
-template <class S> void first_row(const Matrix& x, int64_t d, int64_t n, S* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = load_one<S>(x.data, x.dtype, (d + i) * x.stride[1]);
 }
 
 // What a column's mean and variance ask of its gradient: base + slope ((x - first) - offset).

@@ -49,23 +49,26 @@ template <class S> void forward(const Forward<S>& a, void* workspace, Parallel p
   const Matrix* const inputs[] = {&in.z, &in.mu};
   each(parallel, slices_of(in.batch, in.dims), [&](int64_t slice) {
     const int64_t begin = slice * rows, end = lesser(begin + rows, in.batch);
-    S scratch[block_rows][panel];
+    S scratch[block_rows][panel], first[panel];
     for (int64_t b = begin; b < end; b += block_rows) {
       const int64_t last = lesser(b + block_rows, end);
       for (int which = 0; which < 2; ++which) {
         const Moments to(of[which], in.dims, slice);
-        for (int64_t d = 0; d < in.dims; d += panel)
-          add_block(*inputs[which], b, last, d, int(lesser(in.dims - d, panel)), b - begin, to, scratch);
+        for (int64_t d = 0; d < in.dims; d += panel) {
+          const int n = int(lesser(in.dims - d, panel));
+          first_row(*inputs[which], d, n, first);
+          add_block(*inputs[which], b, last, d, n, b - begin, first, to, scratch);
+        }
       }
       for (int64_t row = b; row < last; ++row) write_row(a, row, scratch);
     }
   });
   const auto finish = [&](int which, S* means, S* variances, S* offsets) {
     const Matrix& x = *inputs[which];
-    join_slices(of[which], in.batch, in.dims, [&](int64_t d, double mean, double variance) {
-      means[d] = S(mean);
+    join_slices(of[which], in.batch, in.dims, [&](int64_t d, double offset, double variance) {
+      means[d] = S(double(load_one<S>(x.data, x.dtype, d * x.stride[1])) + offset);
       variances[d] = S(variance);
-      offsets[d] = S(mean - double(load_one<S>(x.data, x.dtype, d * x.stride[1])));
+      offsets[d] = S(offset);
     });
   };
   finish(0, a.z_mean, a.z_variance, a.z_offset);
