@@ -200,6 +200,22 @@ def test_a_column_constant_to_within_rounding(server: tuple[str, str]) -> None:
 
 
 @IMPLS
+@pytest.mark.parametrize("reduction", ["sample", "batch"])
+def test_a_deviation_without_an_inverse_is_none(server: tuple[str, str], reduction: str) -> None:
+    """So small that 1 over it overflows: as a constant column, not inf times 0."""
+    impl, device = server
+    for batch, dims in ((40, 6), (6, 12)):
+        (z,) = sample(batch, dims)
+        z[:, 3] *= 1e-40 / z[:, 3].abs().max()
+        assert z[:, 3].any()
+        call = functools.partial(covariance_penalty, normalize=True, reduction=reduction)
+        flat = torch.where(torch.arange(dims) == 3, 0, z)
+        (value,), (grad,) = run(call, leaves((z,), device=device), impl)
+        (want,), (expected,) = run(call, leaves((flat,), device=device), impl)
+        assert torch.equal(value, want) and torch.equal(grad, expected) and not grad[:, 3].any()
+
+
+@IMPLS
 @EACH
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_nan_takes_all(server: tuple[str, str], call: Penalty, number: float) -> None:

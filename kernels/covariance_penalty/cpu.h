@@ -14,11 +14,14 @@ template <class S> int64_t moments_bytes(const Columns<S>& c) { return Moments::
 template <class S> void moments(const Columns<S>& c, bool normalize, void* workspace, Parallel parallel) {
   each_slice<S>(c.z, c.batch, c.dims, workspace, parallel);
   const double eps = sizeof(S) == 4 ? 0x1p-23 : 0x1p-52;
+  const S largest = sizeof(S) == 4 ? S(__FLT_MAX__) : S(__DBL_MAX__);
   join_slices(workspace, c.batch, c.dims, [&](int64_t d, double offset, double variance) {
     const double mean = double(load_one<S>(c.z.data, c.z.dtype, d * c.z.stride[1])) + offset;
     const double deviation = __builtin_sqrt(variance), size = mean < 0 ? -mean : mean;
     c.offset[d] = S(offset);
-    c.inverse[d] = S(!normalize ? 1 : deviation <= eps * size ? 0 : 1 / deviation);
+    // What has no inverse, a deviation near the least number that there is, is none.
+    const bool constant = deviation <= eps * size || S(1 / deviation) > largest;
+    c.inverse[d] = S(!normalize ? 1 : constant ? 0 : 1 / deviation);
   });
 }
 
