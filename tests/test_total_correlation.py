@@ -217,6 +217,26 @@ def test_nan_stays_in_its_row_or_takes_all(server: tuple[str, str], poisoned: st
 
 
 @IMPLS
+def test_an_infinite_sample_leaves_no_number_in_what_it_reaches(server: tuple[str, str]) -> None:
+    """Its value is no number, so no gradient made of its weights may be one."""
+    impl, device = server
+    inputs = leaves(latents(40, 6), device=device)
+    with torch.no_grad():
+        inputs[0][3, 2] = torch.inf
+    value, *grads = run(inputs, impl, (None, "mws"))
+    assert value.isnan().nonzero().tolist() == [[3]]
+    assert grads[0].isnan().any(1).nonzero().tolist() == [[3]] and grads[0][3].isnan().all()
+    assert grads[1].isnan().all() and grads[2].isnan().all()
+
+
+@IMPLS
+def test_farther_than_float32_can_say(server: tuple[str, str]) -> None:
+    """In float64: log densities of -1e40 and below."""
+    z, mu, logvar = latents(40, 6, torch.float64)
+    check((z + 1e20, mu, logvar), server, slack=1e-13, unit=1e41)
+
+
+@IMPLS
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
 )

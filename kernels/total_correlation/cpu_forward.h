@@ -7,13 +7,15 @@ namespace BOMKERN_ISA {
 // Below this a sum may have lost terms that count to the underflow at 2^-125 (float) or 2^-1022 (double).
 template <class S> constexpr S least_sum = sizeof(S) == 4 ? S(0x1p-80) : S(0x1p-900);
 
+template <class S> constexpr S largest = sizeof(S) == 4 ? S(__FLT_MAX__) : S(__DBL_MAX__);
+
 // A tile's log-sum-exp in bits over components that come block by block.
 template <class S> struct LogSumExp {
   typedef typename Lanes<S>::Vec V;
   V peak[vectors], sum[vectors]{}, seen[vectors]{};
 
   LogSumExp() {
-    for (int r = 0; r < vectors; ++r) peak[r] = splat<V>(S(-__FLT_MAX__));
+    for (int r = 0; r < vectors; ++r) peak[r] = splat<V>(-largest<S>);
   }
   void add(const S* values, int n) {
     constexpr int width = Lanes<S>::width, rows = tile_rows<S>;
@@ -39,8 +41,11 @@ template <class S> struct LogSumExp {
       peak[r] = highest[r];
     }
   }
-  // A NaN among the values has no maximum: it shows in their plain sum.
-  V value(int r) const { return seen[r] == seen[r] ? peak[r] + log2_of(sum[r]) : seen[r]; }
+  // A NaN among the values has no maximum: it shows in their plain sum. Nor have infinities alone, which are all there
+  // is of a sample too far from every component: -inf, of which backward makes NaN, as of the value.
+  V value(int r) const {
+    return (seen[r] == seen[r]) & (peak[r] > -largest<S>) ? peak[r] + log2_of(sum[r]) : seen[r];
+  }
 };
 
 // One dimension's marginal exactly, by its true maximum: for samples so far from every component that the terms vanish.
