@@ -43,7 +43,7 @@ def consistency_variance(
     if not isinstance(views, (Tensor, list, tuple)):
         raise TypeError(f"views must be a [V, B, D] tensor or a list of V tensors [B, D], got {type(views).__name__}")
     given = [views] if isinstance(views, Tensor) else list(views)
-    if not given or not all(isinstance(view, Tensor) for view in given):
+    if not given or not all(isinstance(view, Tensor) for view in given) or (len(given) == 1 and len(given[0]) == 0):
         check_views(given, correction)  # raises
     if detach:
         first, *rest = given[0].unbind(0) if len(given) == 1 and given[0].dim() == 3 else given

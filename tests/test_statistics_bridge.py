@@ -332,6 +332,7 @@ BAD = [
     *((consistency_variance, [torch.rand(s)], V, "^views must have shape") for s in ((4, 3), (4,), (2, 3, 4, 5))),
     *((consistency_variance, [bad], T, "^views") for bad in (None, 0.5)),
     *((consistency_variance, [torch.rand(s)], V, r"^views.0. must hold") for s in ((2, 0, 3), (2, 4, 0))),
+    (functools.partial(consistency_variance, detach=True), [torch.rand(0, 4, 3)], V, "^views must be 2 to 16 tensors"),
     (consistency_variance, [torch.ones(2, 4, 3, dtype=torch.int32)], T, "^views.0. must be float16"),
     (consistency_variance, [{"a": torch.rand(4, 3), "b": torch.rand(4, 3)}], T, "^views"),
 ]
