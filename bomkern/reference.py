@@ -291,8 +291,9 @@ LOGVAR_LIMIT = 80.0  # e^80 is finite in float32
 
 def _variance_of(logvar: Tensor) -> Tensor:
     """``exp(logvar)``, its tangent above `LOGVAR_LIMIT`."""
-    beyond = (logvar - LOGVAR_LIMIT).clamp(min=0)
-    return torch.exp(logvar - beyond) * (1 + beyond)
+    beyond = logvar > LOGVAR_LIMIT
+    tangent = math.exp(LOGVAR_LIMIT) * (1 + (logvar - LOGVAR_LIMIT))  # finite slope at infinity too
+    return torch.where(beyond, tangent, torch.exp(torch.where(beyond, LOGVAR_LIMIT, logvar)))
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
@@ -300,7 +301,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tens
     _, dims, dtype = check_matrices(mu=mu, logvar=logvar)
     check_prior(dims, block_size, rho)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
-    # S has blocks (1 - rho) I + rho 11', whose inverse is precision I - shared 11'.
+    # S has blocks (1 - rho) I + rho 11', whose inverse is precision I - shared 11'. A block of one is 1, whatever rho.
+    rho = 0.0 if block_size == 1 else rho
     precision, last = 1 / (1 - rho), 1 - rho + block_size * rho
     shared, diagonal = precision * rho / last, precision * (1 - rho / last)
     logdet = dims / block_size * ((block_size - 1) * math.log(1 - rho) + math.log(last))

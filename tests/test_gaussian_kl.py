@@ -171,6 +171,25 @@ def test_infinity_stays_in_its_sample(server: tuple[str, str], number: float) ->
     assert number > 0 or value[0][3] == torch.inf  # a variance of 0
 
 
+@IMPLS
+def test_a_block_of_one_has_no_correlation(server: tuple[str, str]) -> None:
+    """Whatever rho says, at infinity too."""
+    impl, device = server
+    mu, logvar = (x.to(device) for x in posterior(9, 4))
+    mu[3, 2] = torch.inf
+    value = gaussian_kl(mu, logvar, 1, 0.9, impl=impl)
+    assert torch.equal(value, gaussian_kl(mu, logvar, impl=impl)) and value[3] == torch.inf
+
+
+@IMPLS
+def test_an_infinite_log_variance_has_the_tangents_slope(server: tuple[str, str]) -> None:
+    impl, device = server
+    mu, logvar = posterior(5, 4)
+    logvar[2, 1], logvar[3, 1] = torch.inf, 100.0
+    _, (_, grad) = run(gaussian_kl, leaves((mu, logvar), device=device), impl, pull=PULLS["sum"])
+    assert grad[2, 1] == grad[3, 1] > 1e34
+
+
 @only_cpu("gaussian_kl")
 @pytest.mark.parametrize(("batch", "dims"), [(5000, 70), (40, 3000), (3, 4), (1, 100_000)])
 def test_same_bits_at_any_number_of_threads(batch: int, dims: int) -> None:
