@@ -10,7 +10,7 @@ CUDA_VENV ?= .venv-cuda
 # A process to each core, up to 8: most tests are one thread of Python.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test fast lint tidy docs bench guard sanitize cuda-check gpu clean
+.PHONY: demo test fast fuzz lint tidy docs bench guard sanitize cuda-check gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN)/bomkern train --out runs/demo --overwrite
@@ -20,6 +20,12 @@ test: $(VENV)/.ready
 
 fast: $(VENV)/.ready
 	$(RUN)/python -m pytest tests $(PARALLEL) -m "not slow"
+
+# Cases drawn by SEED for SECONDS, every op and implementation that serves here against the reference in float64.
+SECONDS ?= 60
+SEED ?= 0
+fuzz: $(VENV)/.ready
+	$(RUN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(VENV)/.ready
 	$(RUN)/ruff check .

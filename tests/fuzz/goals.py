@@ -17,7 +17,7 @@ from bomkern.min_goal import REDUCTIONS
 from tests.fuzz.cases import Case, Given, alike, size, tensor
 from tests.fuzz.ops import Drawn, Errors, Op, Outputs
 
-ANY = float("inf")
+LEVEL = 1e-8  # scores are at most 1: one of 1e-16 may be 0
 
 
 def constraint(source: Random) -> list[Any]:
@@ -53,6 +53,7 @@ class Goals(Op):
     needs: ClassVar = {"B": 1}
     alike = ("constraints", "groups", "multipliers", "materialize")
     per_sample = True
+    infinities = True
 
     def draw_goals(self, source: Random, tiny: bool, role: str) -> tuple[dict[str, int], list[Given], int]:
         few, many = [1, 2, 3, 4], [5, 6, 7, 8, 9, 9, 16, 17, 33, 63, 64]
@@ -186,11 +187,12 @@ class MinGoal(Goals):
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
         every = self.deficits(case, tensors).amax(1)
         every = every[every.isfinite()].abs()
+        found = {"level": LEVEL}
         if not len(every):
-            return {}
+            return found
         reduction = case.options.get("reduction", "mean")
         size = every.sum() if reduction == "sum" else every.mean()
-        return {"loss": size.item()} if reduction in ("mean", "sum") else {}
+        return found | ({"loss": size.item()} if reduction in ("mean", "sum") else {})
 
 
 class GoalSetOp(Goals):
@@ -282,7 +284,7 @@ class GoalSetOp(Goals):
         grads = [outputs[f"grad {g.name}"].abs() for g in case.given if f"grad {g.name}" in outputs]
         largest = max((g.max().item() for g in grads if g.numel()), default=0.0)
         found |= {f"grad {g.name}": largest for g in case.given if g.axes == ""}
-        return found | {"record share": 1.0, "record raw": max(x, default=0.0)}
+        return found | {"record level": LEVEL, "record share": 1.0, "record raw": max(x, default=0.0)}
 
     def without(self, case: Case, k: int) -> Case | None:
         groups = case.options["groups"]

@@ -25,6 +25,7 @@ class Op:
     spoiled: tuple[tuple[str, Any], ...] = ()  # options that must be refused
     alike: tuple[str, ...] = ()  # options whose values follow from sizes, so that a smaller case may break them
     slack = 1e-6  # of the largest value, in float32
+    infinities = False  # its values tell inf from NaN where an input is infinite; others are not finite, whichever
     per_sample = False  # a row of inputs decides its row of outputs, and nothing else
 
     def serves(self, impl: str, device: str) -> bool:
