@@ -181,6 +181,13 @@ def test_an_outlier_in_the_first_view(server: tuple[str, str]) -> None:
 
 
 @IMPLS
+def test_a_view_whose_squared_sum_overflows(server: tuple[str, str]) -> None:
+    """Squares of the differences are finite, and so is the variance; the square of their sum is not."""
+    given = views(20, 6, 16)
+    check(of_views, (given[0] + 3e18, *given[1:]), server, slack=5e-6)
+
+
+@IMPLS
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_infinity_stay_in_their_sample(server: tuple[str, str], number: float) -> None:
     for view in range(3):

@@ -40,7 +40,7 @@ template <class S> void forward(const Forward<S>& a, void*, Parallel parallel) {
             for (int k = 0; k < group.size; ++k) s[k] += u[k];
             for (int k = 0; k < group.size; ++k) q[k] += u[k] * u[k];
           }
-          for (int k = 0; k < group.size; ++k) q[k] -= s[k] * s[k] * inverse;
+          for (int k = 0; k < group.size; ++k) q[k] -= (s[k] * inverse) * s[k];  // s * s may overflow
           sum += total_of(q);
         });
         total += sum_of(sum);
