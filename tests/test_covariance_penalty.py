@@ -219,9 +219,9 @@ def test_a_deviation_without_an_inverse_is_none(server: tuple[str, str], reducti
 @EACH
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_nan_takes_all(server: tuple[str, str], call: Penalty, number: float) -> None:
-    """Every sample meets every column's mean."""
-    for batch, dims in ((20, 6), (6, 20)):
-        value, grad = check_places(call, sample(batch, dims), server, {(0, 3, 2): number})
+    """Every sample meets every column's mean; a column that is alone its own."""
+    for batch, dims in ((20, 6), (6, 20), (20, 1)):
+        value, grad = check_places(call, sample(batch, dims), server, {(0, 3, dims // 3): number})
         assert value.all() and grad.all()
 
 

@@ -33,7 +33,7 @@ template <class S> struct CpuStages {
   // Rows of x; with `weighted`, also weight_b x_b.
   void (*center)(const Columns<S>&, int64_t begin, int64_t end, S* x, RowGrad<S> weight, S* weighted);
 
-  // parts [D, D] of x'x, upper triangle alone: second = scale times their sum, its diagonal 0. Returns its sum of squares.
+  // parts [D, D] of x'x, upper triangle alone: second = scale times their sum, its diagonal 0, or NaN. Returns its sum of squares.
   double (*join_second)(const S* parts, int64_t count, int64_t dims, S scale, S* second, Parallel);
 
   // out_b = scale x_b . y_b for n rows.

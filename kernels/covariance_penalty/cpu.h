@@ -69,12 +69,14 @@ double join_second(const S* parts, int64_t count, int64_t dims, S scale, S* seco
           store_lanes(second + i * dims + d + k, scale * sum, lanes);
         });
       }
-      second[i * dims + i] = 0;
+      S own{};
+      for (int64_t p = 0; p < count; ++p) own += parts[(p * dims + i) * dims + i];
+      second[i * dims + i] = own == own ? S(0) : own;  // of one column there is nothing else that a NaN would show in
     }
   });
   double squares = 0;
   for (int64_t i = 0; i < dims; ++i) {
-    squares += sum_over<S>(dims - i - 1, [&](int64_t k, auto lanes) {
+    squares += double(second[i * dims + i]) + sum_over<S>(dims - i - 1, [&](int64_t k, auto lanes) {
       const V v = load_lanes<V>(second + i * dims + i + 1 + k, lanes);
       return v * v;
     });

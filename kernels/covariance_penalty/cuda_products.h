@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(long_row_threads, 1) gram_kernel(const __grid_
       load_piece<S, W>(a.matrix, at, v);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        v[i] = a.offdiagonal && p * W + i == row ? S(0) : a.scale * v[i];
+        // A NaN stays: of one column there is nothing else that it would show in.
+        v[i] = a.offdiagonal && p * W + i == row && v[i] == v[i] ? S(0) : a.scale * v[i];
         squares = fma_of(v[i], v[i], squares);
       }
       if (a.offdiagonal) store_piece<S, W>(a.matrix, at, v);

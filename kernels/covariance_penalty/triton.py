@@ -113,7 +113,7 @@ def squares(
     at = matrix + rows * side + cols
     c = tl.load(at, mask=used, other=0)
     if not DUAL:
-        c = tl.where(rows == cols, 0, c)
+        c = tl.where((rows == cols) & (c == c), 0, c)  # of one column there is nothing else that a NaN would show in
         tl.store(at, c, mask=used & (rows == cols))
     total = tl.sum(tl.sum(c * c, 1), 0)
     if IS_WHOLE:
