@@ -125,7 +125,8 @@ def test_a_case_is_its_number_alone() -> None:
         assert draw(7, number) == case == Case.from_json(case.to_json())
         for a, b in zip(case.tensors(), case.tensors(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-        assert draw(7, number, case.op) == draw(7, number, case.op, case.impl) and draw(7, number, None, case.impl) == case
+        assert draw(7, number, case.op) == draw(7, number, case.op, case.impl)
+        assert draw(7, number, None, case.impl) == case
     assert len({str(draw(7, number)) for number in range(50)}) == 50
 
 

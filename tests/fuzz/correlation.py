@@ -71,38 +71,30 @@ class TotalCorrelation(Op):
         options = {name: value for name, value in case.options.items() if name != "first"}
         return [replace(case, sizes=sizes, given=whole, options=options), case.with_options(first=0)]
 
-    def logarithms(self, case: Case, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """log q(z_b) [R], log q(z_bd) [R, D], and the exponents [R] of the nearest component."""
-        z, mu, logvar = tensors
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        """Sums of the sizes of all terms: a value is made of logarithms, a gradient of weights."""
+        z, mu, logvar = (torch.where(x.isfinite(), x, 0) for x in tensors)
+        names, value = [f"grad {g.name}" for g in case.given], outputs["value"].nan_to_num(0, 0, 0).abs().max().item()
+        if len(z) * mu.numel() > 2_000_000:
+            return {"value": 1 + value, **{name: outputs[name].abs().max().item() for name in names if name in outputs}}
         rows = torch.arange(len(z)) + case.options.get("first", 0)
         stratified = case.options.get("estimator", "mws") == "mss"
         weights = reference.log_weights(rows, len(mu), case.options.get("dataset_size"), stratified)
         each = reference.log_density(z, mu, logvar)
-        return (
-            (each.sum(2) + weights).logsumexp(1),
-            (each + weights[:, :, None]).logsumexp(1),
-            each.abs().sum(2).amin(1),
-        )
-
-    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
-        # The value is a difference of logarithms, and a gradient one of the joint's and the marginals' gradients.
-        if case.sizes["B"] * len(tensors[0]) * case.sizes["D"] > 2_000_000:
-            return {"value": max(1.0, outputs["value"].nan_to_num(0, 0, 0).abs().max().item())}
-        leaves = [torch.where(x.isfinite(), x, 0).requires_grad_() for x in tensors]
-        joint, marginals, _ = self.logarithms(case, leaves)
-        size = (joint.abs() + marginals.abs().sum(1)).max().item()
-        parts = [torch.autograd.grad(x.sum(), leaves, retain_graph=True) for x in (joint, marginals)]
-        names = [f"grad {g.name}" for g in case.given]
-        largest = [2 * max(part[k].abs().max().item() for part in parts) for k in range(3)]
-        return {"value": max(1.0, size), **dict(zip(names, largest, strict=True))}
-
-    def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
-        # A component's weight is an exponential, as uncertain as its exponent is large.
-        if case.sizes["B"] * len(tensors[0]) * case.sizes["D"] > 2_000_000:
-            return 1e-5
-        with torch.no_grad():
-            _, _, nearest = self.logarithms(case, [torch.where(x.isfinite(), x, 0) for x in tensors])
-        return max(1e-6, 2e-7 * nearest.max().item())
+        joint, marginal = each.sum(2) + weights, each + weights[:, :, None]
+        size = joint.logsumexp(1).abs() + marginal.logsumexp(1).abs().sum(1)
+        parts = joint.softmax(1)[:, :, None] + marginal.softmax(1)
+        pull = (z[:, None] - mu).abs() * (-logvar).exp()
+        shift, stretch = 2 * parts * pull, parts * (pull * (z[:, None] - mu).abs() + 1)
+        # A component's weight is an exponential, as uncertain as its exponent is large; in the end without a digit.
+        exponent = each.abs().sum(2).amin(1).max().item() * (0.02 if case.wide else 0.3)
+        unsure = max(1.0, exponent) if exponent < 1e5 else torch.inf
+        sums = (shift.sum(1), shift.sum(0), stretch.sum(0))
+        # Equal terms are all rounded the same way: no average makes that less.
+        return {
+            "value": 2 + 2 * size.max().item(),
+            **{n: x.max().item() * unsure for n, x in zip(names, sums, strict=True)},
+        }
 
 
 class GaussianTotalCorrelation(Op):

@@ -104,6 +104,13 @@ class ConsistencyVariance(Op):
         views = tensors[0] if "V" in case.sizes else tensors
         return {"value": bomkern.consistency_variance(views, **case.options, impl=impl)}
 
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        # A view near the mean is left with the rounding of views far from it.
+        count, correction = case.sizes.get("V", len(case.given)), case.options.get("correction", 1)
+        x = tensors[0] if "V" in case.sizes else torch.stack(tensors)
+        apart = (x - x.mean(0)).nan_to_num(0, 0, 0).abs().max().item()
+        return {f"grad {g.name}": 4 * apart / (count - correction) / case.sizes["D"] for g in case.given}
+
     def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
         # Sums are taken from the first view: where that is the outlier, all but one part in V of them cancels.
         return 1e-6 * (1 + case.sizes.get("V", len(case.given)) / 4)
