@@ -5,6 +5,7 @@
 #include "route.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -229,7 +230,7 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
     if (!a.out[o].batch_level) continue;
     double sum = 0;
     for (int64_t c = 0; c < ranges; ++c) sum += sums[c * a.outputs + o];
-    grads[o].fill_(sum);
+    grads[o].copy_(at::scalar_tensor(sum, at::kDouble));  // fill_ would raise where a narrower dtype has only inf
   }
   return grads;
 }

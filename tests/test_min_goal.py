@@ -285,6 +285,20 @@ def test_gradcheck(server: tuple[str, str], reduction: str) -> None:
 
 
 @IMPLS
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_gradient_beyond_its_dtype_is_infinite(server: tuple[str, str], reduction: str) -> None:
+    """Of a batch-level goal and of one by sample alike: it is for a GradScaler to see, no error."""
+    impl, device = server
+    for dtypes, number in (((torch.float16, torch.float32), 1e-6), ((torch.float32, torch.float64), 1e-40)):
+        for batch_level in (False, True):
+            score = leaf(torch.tensor(number) if batch_level else torch.full((5,), number), dtypes[0], device)
+            other = torch.full((5,), 0.5, dtype=dtypes[1], device=device)
+            loss = min_goal_loss([score, other], reduction=reduction, impl=impl)
+            loss.sum().backward()
+            assert loss.isfinite().all() and score.grad.amin() == -math.inf  # type: ignore[union-attr]
+
+
+@IMPLS
 def test_only_what_needs_a_gradient_gets_one(server: tuple[str, str]) -> None:
     impl, device = server
     raw = [torch.rand(9, device=device) for _ in range(6)]

@@ -126,6 +126,7 @@ VALUES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "very far": lambda x, _: x + 1e8,
     "large": lambda x, _: x * 1e3,
     "huge": lambda x, _: x * 1e18,
+    "enormous": lambda x, _: x * 1e160,
     "tiny": lambda x, _: x * 1e-18,
     "denormal": lambda x, _: x * 1e-40,
     "outliers": lambda x, s: _places(x, s, [1e3, -1e3, 1e5]),
@@ -139,8 +140,9 @@ LOGVARS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     name: VALUES[name] for name in ("plain", "whole", "zero", "constant", "rows again", "nan", "inf", "-inf")
 }
 LOGVARS["spread"] = lambda x, _: x * 12
+LOGVARS["steep"] = lambda x, _: x * 60  # past 80, where a variance goes on as its tangent
 LOGVARS["collapsed"] = lambda x, _: x - 15
-RARE = {"huge", "tiny", "denormal", "nan", "inf", "-inf", "specials", "units far apart"}
+RARE = {"huge", "enormous", "steep", "tiny", "denormal", "nan", "inf", "-inf", "specials", "units far apart"}
 
 
 def kinds(role: str) -> list[str]:

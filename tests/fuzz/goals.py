@@ -209,7 +209,7 @@ class GoalSetOp(Goals):
             "constraints": [constraint(source) for _ in range(count)],
             "groups": groups,
             "reduction": source.choice(list(REDUCTIONS)),
-            "temperature": source.choice([0.0, 0.0, 1e-3, 0.05, 0.3, 3.0, 100.0, -1.0]),
+            "temperature": source.choice([0.0, 0.0, 1e-30, 1e-3, 0.05, 0.3, 3.0, 100.0, -1.0]),
         }
         if source.random() < 0.35:
             options["multipliers"] = [source.choice([0.0, 0.25, 0.5, 1.0, 3.0]) for _ in range(owner + 1)]
