@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -91,6 +92,17 @@ def jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, memory // (2 << 30)))
 
 
+def relocatable() -> list[str]:
+    """Flags that keep the building machine's folders out of the library: names in messages and debug lines."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    folders = {ROOT: ".", Path(torch.__file__).parent: "torch", sysconfig.get_path("include"): "python"}
+    if CUDA_HOME:
+        folders[CUDA_HOME] = "cuda"
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+
+
 def sources(suffix: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for d in ("csrc", "kernels") for p in (ROOT / d).rglob(f"*{suffix}"))
 
@@ -132,11 +144,12 @@ def extension() -> dict[str, object]:
     files, kind = sources(".cpp"), CppExtension
     if SANITIZE == "thread":
         files.append("tests/sanitizers/openmp_threads.cpp")
-    compile_flags = {"cxx": flags + openmp}
+    compile_flags = {"cxx": flags + openmp + relocatable()}
     if reason is None:
         os.environ["TORCH_CUDA_ARCH_LIST"] = macros["BOMKERN_CUDA_ARCHITECTURES"] = architectures()
         files, kind = files + sources(".cu"), CUDAExtension
         compile_flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "--threads=2"]
+        compile_flags["nvcc"] += [f"-Xcompiler={flag}" for flag in relocatable()]
         compile_flags["cxx"].append("-DBOMKERN_CUDA")
     else:
         print(f"bomkern: building without CUDA kernels: {reason}")

@@ -9,10 +9,16 @@ own only where there is none.
 from __future__ import annotations
 
 import functools
+import gzip
 import importlib.util
+import io
+import os
+import shutil
 import sys
 import sysconfig
+import tarfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from setuptools import build_meta
@@ -44,10 +50,42 @@ def _with_torch(hook: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _normalise(path: Path) -> None:
+    """Rewrite an sdist so that it tells nothing of who built it, nor when where SOURCE_DATE_EPOCH is set."""
+    epoch = int(os.environ["SOURCE_DATE_EPOCH"]) if os.environ.get("SOURCE_DATE_EPOCH") else None
+    out = io.BytesIO()
+    with (
+        tarfile.open(path) as old,
+        gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=epoch) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in sorted(old.getmembers(), key=lambda member: member.name):
+            member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            member.mtime = int(member.mtime) if epoch is None else epoch
+            member.pax_headers = {}
+            new.addfile(member, old.extractfile(member) if member.isfile() else None)
+    path.write_bytes(out.getvalue())
+
+
+@_with_torch
+def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
+    name: str = build_meta.build_sdist(sdist_directory, config_settings)
+    _normalise(Path(sdist_directory, name))
+    return name
+
+
+@_with_torch
+def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+    for folder in Path("build").glob("lib*"):  # modules that an earlier build left there would be packed too
+        shutil.rmtree(folder)
+    name: str = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+    return name
+
+
 get_requires_for_build_wheel = get_requires_for_build_editable = _requires
 prepare_metadata_for_build_wheel = _with_torch(build_meta.prepare_metadata_for_build_wheel)
 prepare_metadata_for_build_editable = _with_torch(build_meta.prepare_metadata_for_build_editable)
-build_wheel = _with_torch(build_meta.build_wheel)
 build_editable = _with_torch(build_meta.build_editable)
 get_requires_for_build_sdist = _requires
-build_sdist = _with_torch(build_meta.build_sdist)

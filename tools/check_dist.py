@@ -1,0 +1,180 @@
+"""Builds the sdist, and the wheel from it, twice in different folders; says what should not be in them, or is not.
+
+``python tools/check_dist.py [--no-compiler] [--keep FOLDER] [--test]`` in a Python with setuptools, ninja and torch.
+Exit code 1 where a list of files differs from the rule below, where the two builds differ in a byte, or where a folder
+of this machine is named. ``--no-compiler``: as on a machine without one, in seconds. ``--test``: install the wheel into
+an empty environment and run the quick tests there, on nothing but the wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SDIST = ("bomkern/*.py", "bomkern/py.typed", "csrc/*", "kernels/*", "tools/build_backend.py")  # * goes into folders
+SDIST_TOP = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+EGG_INFO = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt", "top_level.txt")
+DIST_INFO = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
+EPOCH = "1700000000"
+# Tests of the sources and the tools, which a wheel does not hold.
+NOT_OF_A_WHEEL = ("test_build.py", "test_cuda_offline.py", "test_docs.py", "test_security.py", "test_simd.py")
+
+
+def tracked() -> list[str]:
+    """The files of the project: git's, new ones too, or all but caches where there is no git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        names = [
+            str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if "__pycache__" not in p.parts and p.suffix != ".so"
+        ]
+    return sorted(name for name in names if (ROOT / name).is_file())
+
+
+def expected_sdist(files: list[str]) -> set[str]:
+    """The rule: all that a build reads, every file of csrc/ and kernels/, and what setuptools writes."""
+    wanted = {name for name in files if any(fnmatch.fnmatch(name, rule) for rule in SDIST)}
+    return {*wanted, *SDIST_TOP, "PKG-INFO", "setup.cfg", *(f"bomkern.egg-info/{name}" for name in EGG_INFO)}
+
+
+def expected_wheel(files: list[str], version: str, compiled: bool) -> set[str]:
+    """The rule: the Python files of bomkern/ and kernels/, the mark of typed packages, the library and the metadata."""
+    python = {n for n in files if n.startswith("bomkern/") and n.endswith(".py")}
+    kernels = {f"bomkern/{n}" for n in files if n.startswith("kernels/") and n.endswith(".py")}
+    library = {f"bomkern/_C{sysconfig.get_config_var('EXT_SUFFIX')}"} if compiled else set()
+    return {*python, *kernels, *library, "bomkern/py.typed", *(f"bomkern-{version}.dist-info/{n}" for n in DIST_INFO)}
+
+
+def build(kind: str, source: Path, into: Path, compiler: bool) -> Path:
+    """What the backend makes of the sources in a folder, without isolation."""
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "PYTHONPATH": str(source / "tools")}
+    if not compiler:
+        (into / "no-path").mkdir(parents=True, exist_ok=True)
+        environment |= {"PATH": str(into / "no-path"), "CXX": "nowhere", "CC": "nowhere"}
+    code = f"import sys, build_backend; build_backend.build_{kind}(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(into)], cwd=source, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"check_dist: building the {kind} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    return next(into.glob("*.tar.gz" if kind == "sdist" else "*.whl"))
+
+
+def build_both(folder: Path, files: list[str], compiler: bool) -> tuple[Path, Path]:
+    """The sdist of a copy of the project, and the wheel of what the sdist holds."""
+    copy, into = folder / "copy", folder / "dist"
+    into.mkdir(parents=True)
+    for name in files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    # What lies about in a checkout that is worked in, and must not be packed.
+    (copy / "bomkern" / "_C.so").touch()
+    (copy / "kernels" / "__pycache__").mkdir()
+    (copy / "kernels" / "__pycache__" / "stale.cpython-311.pyc").touch()
+    (copy / "build" / "lib" / "bomkern").mkdir(parents=True)
+    (copy / "build" / "lib" / "bomkern" / "stale.py").touch()
+    sdist = build("sdist", copy, into, compiler)
+    with tarfile.open(sdist) as packed:
+        packed.extractall(folder, filter="data")
+    source = folder / sdist.name.removesuffix(".tar.gz")
+    shutil.copytree(copy / "build", source / "build")
+    return sdist, build("wheel", source, into, compiler)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """The files of an archive; of an sdist without the folder that they are all in."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            return {name: wheel.read(name) for name in wheel.namelist()}
+    with tarfile.open(path) as sdist:
+        members = [(m, sdist.extractfile(m)) for m in sdist.getmembers()]
+        return {m.name.partition("/")[2]: file.read() for m, file in members if file is not None}
+
+
+def compare(path: Path, want: set[str]) -> list[str]:
+    """What is in an archive and should not be, and the other way round."""
+    have = set(contents(path))
+    return [f"{path.name}: {name} is missing" for name in sorted(want - have)] + [
+        f"{path.name}: {name} should not be there" for name in sorted(have - want)
+    ]
+
+
+def folders(path: Path, places: list[str]) -> list[str]:
+    """Where an archive names a folder of the machine that built it."""
+    found = []
+    for name, data in contents(path).items():
+        for place in places:
+            for text in re.findall(rb"[\x20-\x7e]*" + re.escape(place.encode()) + rb"[\x20-\x7e]*", data)[:1]:
+                found.append(f"{path.name}: {name} names {text.decode()[-120:]}")
+    return found
+
+
+def test(wheel: Path, folder: Path) -> None:
+    """Install the wheel into an empty environment and run the quick tests on it, bomkern's sources out of reach."""
+    python = folder / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    torch = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, f"torch=={torch}"], check=True)
+    subprocess.run([*pip, f"bomkern[test] @ {wheel.as_uri()}"], check=True)
+    copy = folder / "tests-alone"
+    for name in tracked():
+        if not name.startswith("bomkern/") and Path(name).name not in NOT_OF_A_WHEEL:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    where = [str(python), "-c", "import bomkern; print(bomkern.__file__); print(bomkern.info())"]
+    print(subprocess.run(where, cwd=copy, capture_output=True, text=True, check=True).stdout)
+    command = [str(python), "-m", "pytest", "tests", "-m", "not slow", "-p", "no:cacheprovider", "-n", "2"]
+    done = subprocess.run(command, cwd=copy)
+    if done.returncode:
+        raise SystemExit("check_dist: the quick tests fail on the wheel")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check what the sdist and the wheel hold.")
+    parser.add_argument("--no-compiler", action="store_true", help="as on a machine without one")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy both archives there")
+    parser.add_argument("--test", action="store_true", help="run the quick tests on the wheel, in an empty environment")
+    arguments = parser.parse_args()
+    files, compiler = tracked(), not arguments.no_compiler
+    with tempfile.TemporaryDirectory() as name:
+        one, two = (build_both(Path(name, part), files, compiler) for part in ("one", "a longer name, two"))
+        sdist, wheel = one
+        version = sdist.name.removeprefix("bomkern-").removesuffix(".tar.gz")
+        wrong = compare(sdist, expected_sdist(files)) + compare(wheel, expected_wheel(files, version, compiler))
+        wrong += [
+            f"{a.name} is not the same when built again"
+            for a, b in zip(one, two, strict=True)
+            if a.read_bytes() != b.read_bytes()
+        ]
+        places = [name, str(ROOT), str(Path.home()), sys.prefix, sys.base_prefix]
+        wrong += [line for path in one for line in folders(path, sorted({p for p in places if len(p) > 1}))]
+        print(*wrong, sep="\n", end="\n" * bool(wrong))
+        if arguments.keep:
+            arguments.keep.mkdir(parents=True, exist_ok=True)
+            for path in one:
+                shutil.copy2(path, arguments.keep)
+        if not wrong:
+            counts = [f"{path.name}: {len(contents(path))} files" for path in one]
+            print(f"{', '.join(counts)}; as they should be")
+            if arguments.test:
+                test(wheel, Path(name))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
