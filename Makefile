@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 TORCH ?= torch>=2.11,<2.14
+TRITON = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
+# Set, what is installed beside torch is what requirements/ci.txt says, to the hash, and nothing is built in isolation.
+LOCKED ?=
 # A CUDA build of torch to check the CUDA extension against; no GPU is needed.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
@@ -10,7 +13,7 @@ CUDA_VENV ?= .venv-cuda
 # A process to each core, up to 8: most tests are one thread of Python.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test fast fuzz lint tidy docs bench guard sanitize cuda-check gpu clean
+.PHONY: demo test fast fuzz lint tidy docs bench guard sanitize cuda-check gpu dist-check install-matrix lock audit clean
 
 demo: $(VENV)/.ready
 	$(RUN)/bomkern train --out runs/demo --overwrite
@@ -69,15 +72,40 @@ cuda-check: $(CUDA_VENV)/.ready
 gpu:
 	PART="$(PART)" bash tools/gpu.sh
 
+# Builds the sdist and the wheel twice, compares them and what they hold, and runs the quick tests on the wheel alone.
+dist-check: $(VENV)/.ready
+	$(RUN)/python tools/check_dist.py --test
+
+# Every way to install, each into a fresh environment; goes on where it was. ONLY='cpu/g++/*' for some, CUDA=1 for all.
+install-matrix: $(VENV)/.ready
+	$(RUN)/python tools/install_matrix.py --only '$(or $(ONLY),*)' $(if $(CUDA),--cuda)
+
+# What CI installs, with hashes, for Python 3.10 and later on any platform. Without torch and triton, whose files differ
+# from build to build (CPU, CUDA), and what torch alone brings.
+lock:
+	uv pip compile pyproject.toml requirements/ci.in --extra dev --extra docs --excludes requirements/left-out.txt \
+		--universal --python-version 3.10 --generate-hashes --no-annotate --upgrade --quiet \
+		--custom-compile-command "make lock" --output-file requirements/ci.txt
+
+audit:
+	$(PYTHON) tools/audit.py
+
 # Reinstalled when what it is built from changes.
 SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml tools/build_backend.py
 
 $(VENV)/.ready: $(SOURCES)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+ifneq ($(LOCKED),)
+	$(RUN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/ci.txt
+	$(RUN)/python -m pip install --quiet '$(TORCH)' $(TRITON)
+	$(RUN)/python -m pip install --no-deps --no-build-isolation -e .
+	$(RUN)/python -m pip check
+else
 	$(RUN)/python -m pip install --quiet --upgrade 'pip>=23'
 	# torch first: an isolated build that finds one does not fetch its own.
 	$(RUN)/python -m pip install --quiet '$(TORCH)'
 	$(RUN)/python -m pip install -e '.[dev]'
+endif
 	touch $@
 
 # The packages of the docs extra alone: pip install -e '.[docs]' would build the extension. pip brings a tomli.

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -124,7 +125,13 @@ def extension() -> dict[str, object]:
         print("bomkern: no C++ compiler was found; installing without compiled kernels.")
         return {}
     find_cuda_home()
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "bomkern: a build without isolation needs torch in the environment: pip install 'torch>=2.11,<2.14' ninja "
+            "first, or leave --no-build-isolation out."
+        ) from None
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     reason = why_no_cuda()
@@ -170,5 +177,5 @@ setup(
     package_dir={"bomkern": "bomkern", "bomkern.kernels": "kernels"},
     package_data={"bomkern": ["py.typed"]},
     include_package_data=False,
-    **extension(),
+    **({} if "sdist" in sys.argv else extension()),  # an sdist holds the sources, and wants no torch
 )

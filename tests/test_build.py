@@ -58,12 +58,12 @@ def test_a_sanitizer_that_is_none_is_refused() -> None:
     assert done.returncode != 0 and "BOMKERN_SANITIZE must be 'address,undefined', 'thread' or unset" in done.stderr
 
 
-def ask_backend(purelib: Path, setuptools_only: Path) -> str:
+def ask_backend(purelib: Path, setuptools_only: Path, kind: str = "editable") -> str:
     """What the backend requires in an isolated build whose target keeps its packages in ``purelib``."""
     code = (
         f"import sys, sysconfig; sys.path[:0] = [{str(ROOT / 'tools')!r}, {str(setuptools_only)!r}]\n"
         f"sysconfig.get_paths = lambda: dict(purelib={str(purelib)!r}, platlib={str(purelib)!r})\n"
-        "import build_backend; print(build_backend.get_requires_for_build_editable())"
+        f"import build_backend; print(build_backend.get_requires_for_build_{kind}())"
     )
     return subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -77,6 +77,43 @@ def test_backend_asks_for_torch_only_where_there_is_none(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     assert ask_backend(tmp_path / "empty", isolated) == "['torch>=2.11,<2.14']"
     assert ask_backend(Path(torch.__file__).parent.parent, isolated) == "[]"
+
+
+def test_backend_asks_for_no_torch_where_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = Path(setuptools.__file__).parent.parent
+    for name in ("setuptools", "_distutils_hack"):
+        (tmp_path / name).symlink_to(packages / name)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert ask_backend(tmp_path / "empty", tmp_path) == "[]"
+    monkeypatch.setenv("CXX", sys.executable)  # anything that can be run
+    assert ask_backend(tmp_path / "empty", tmp_path) == "['torch>=2.11,<2.14']"
+    assert ask_backend(tmp_path / "empty", tmp_path, "sdist") == "[]"
+
+
+@pytest.mark.parametrize("command", ["setup.py --name", "tools/build_backend.py"])
+def test_what_an_open_build_lacks_is_told_in_one_line(command: str, tmp_path: Path) -> None:
+    """Without setuptools the backend says so; with it, and a compiler, but no torch, setup.py does."""
+    packages = Path(setuptools.__file__).parent.parent
+    if command.startswith("setup.py"):
+        for name in ("setuptools", "_distutils_hack"):
+            (tmp_path / name).symlink_to(packages / name)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'tools'}"}
+    done = subprocess.run(
+        [sys.executable, "-S", *command.split(" ")],
+        cwd=ROOT,
+        env={**environment, "CXX": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "Traceback" not in done.stderr and "leave --no-build-isolation out" in done.stderr
+
+
+def test_archives_hold_what_they_should_and_are_the_same_when_built_again() -> None:
+    """As without a compiler, in seconds; `make dist-check` does it with one."""
+    command = [sys.executable, "tools/check_dist.py", "--no-compiler"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_package_is_installed(tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from setuptools import build_meta
+try:
+    from setuptools import build_meta
+except ImportError:
+    raise SystemExit(
+        "bomkern: a build without isolation needs setuptools>=77 in the environment: pip install 'setuptools>=77' "
+        "ninja first, or leave --no-build-isolation out."
+    ) from None
 
 TORCH = "torch>=2.11,<2.14"
 
@@ -35,8 +41,17 @@ def _see_target() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
+def _compiler() -> str | None:
+    """As in setup.py: where there is none, nothing is built, and gigabytes of torch would be fetched for it."""
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+
+
 def _requires(config_settings: Any = None) -> list[str]:
-    return [] if _see_target() else [TORCH]
+    return [] if _see_target() or _compiler() is None else [TORCH]
+
+
+def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
+    return []
 
 
 def _with_torch(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +84,6 @@ def _normalise(path: Path) -> None:
     path.write_bytes(out.getvalue())
 
 
-@_with_torch
 def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
     name: str = build_meta.build_sdist(sdist_directory, config_settings)
     _normalise(Path(sdist_directory, name))
@@ -88,4 +102,3 @@ get_requires_for_build_wheel = get_requires_for_build_editable = _requires
 prepare_metadata_for_build_wheel = _with_torch(build_meta.prepare_metadata_for_build_wheel)
 prepare_metadata_for_build_editable = _with_torch(build_meta.prepare_metadata_for_build_editable)
 build_editable = _with_torch(build_meta.build_editable)
-get_requires_for_build_sdist = _requires
