@@ -1,7 +1,7 @@
 """Looks up known vulnerabilities of what CI installs: ``make audit``, by pip-audit, on requirements/ci.txt.
 
-Exit code 1 where there is one. Where pip-audit is not installed or reaches no database, says so and exits with 0: that is
-no finding, and no clean bill either.
+Exit code 1 where there is one. Where pip-audit is not installed or reaches no database, says so and exits with 0: that
+is no finding, and no clean bill either.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from pathlib import Path
 LOCK = Path(__file__).resolve().parent.parent / "requirements" / "ci.txt"
 
 
-def found(answer: str) -> list[str] | None:
-    """The vulnerabilities in pip-audit's JSON, None where it is none."""
+def flaws(answer: str) -> tuple[int, list[str], list[str]] | None:
+    """Of pip-audit's JSON: how many were looked up, which were not, and the flaws; None where it is no answer."""
     try:
         packages = json.loads(answer)["dependencies"]
     except (ValueError, KeyError, TypeError):
         return None
-    lines = [f"{p['name']}: not looked up, {p['skip_reason']}" for p in packages if "skip_reason" in p]
+    missed = [f"{p['name']}: {p['skip_reason']}" for p in packages if "skip_reason" in p]
+    found = []
     for package in packages:
         for flaw in package.get("vulns", ()):
             fixed = ", ".join(flaw["fix_versions"]) or "no release"
-            lines.append(f"{package['name']} {package['version']}: {flaw['id']}, fixed in {fixed}")
-    return lines
+            found.append(f"{package['name']} {package['version']}: {flaw['id']}, fixed in {fixed}")
+    return len(packages) - len(missed), missed, found
 
 
 def main() -> int:
@@ -44,16 +45,16 @@ def main() -> int:
     except subprocess.TimeoutExpired:
         print("not audited: no answer from the database within ten minutes")
         return 0
-    lines = found(done.stdout)
-    if lines is None:
+    if (told := flaws(done.stdout)) is None:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         print(f"not audited: {said[-1] if said else 'pip-audit said nothing'}")
         return 0
-    print(*lines, sep="\n", end="\n" * bool(lines))
-    print(
-        f"{LOCK.name}: {len(json.loads(done.stdout)['dependencies'])} packages, {len(lines)} with something to look at"
-    )
-    return int(bool(lines))
+    count, missed, found = told
+    if not count:
+        print(f"not audited: the database knows none of the {len(missed)} packages; the first: {missed[0]}")
+        return 0
+    print(*missed, *found, f"{LOCK.name}: {count} packages looked up, {len(found)} flaws", sep="\n")
+    return int(bool(found))
 
 
 if __name__ == "__main__":
