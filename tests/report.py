@@ -1,0 +1,121 @@
+"""Writes the table of tests/README.md from what the scripts left in tests/results.
+
+    python -m tests.report
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.tables import Lines, megabytes, table
+
+HERE = Path(__file__).resolve().parent
+PAGE, RESULTS = HERE / "README.md", HERE / "results"
+MARKED = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
+Row = tuple[str, str, str]  # what, what came of it, command
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def fuzz() -> Iterator[Row]:
+    found = load("fuzz")
+    cases = Counter[str]()
+    for counts in found["cases"].values():
+        cases.update(counts)
+    by_impl = ", ".join(f"{impl} {count:,}" for impl, count in cases.most_common())
+    yield (
+        f"random cases of {len(found['cases'])} ops against the reference in float64",
+        f"{cases.total():,} cases ({by_impl}), {len(found['failures'])} failed",
+        found["command"],
+    )
+
+
+def sanitizers() -> Iterator[Row]:
+    found = load("sanitize")
+    names = {"address,undefined": "ASan and UBSan", "thread": "TSan"}
+    for part in dict.fromkeys(run["part"] for run in found["runs"]):
+        runs = [run for run in found["runs"] if run["part"] == part]
+        under = " and ".join(names[name] for name in dict.fromkeys(run["sanitizer"] for run in runs))
+        errors = sum(bool(run["found"]) for run in runs)
+        said = f": {runs[0]['said']}" if len(runs) == 1 else ""
+        yield f"C++, {part}, {under}", f"{len(runs)} programs, {errors} with findings{said}", found["command"]
+
+
+def faults() -> Iterator[Row]:
+    found = load("faults")
+    kills, damaged, full = found["kills"], found["damaged"], found["full_disk"]
+    end = "equal to the bit" if kills["equal"] else "**different**"
+    yield "runs killed at random moments", f"{kills['kills']} SIGKILLs; the end is {end}", found["command"]
+    yield (
+        "checkpoints cut short",
+        f"{damaged['refused']} of {damaged['cut']} refused, the one before taken",
+        found["command"],
+    )
+    yield "bits of a checkpoint flipped", f"{damaged['survived']} of {damaged['flipped']} survived", found["command"]
+    went_on = f"kept step {full['kept']}, went on to {full['steps']}, {len(full['left'])} files left over"
+    yield "disk full while a checkpoint is written", went_on, found["command"]
+
+
+def refusals() -> Iterator[Row]:
+    found = load("refusals")
+    errors = Counter(found["errors"])
+    common = ", ".join(f"{name} {count:,}" for name, count in errors.most_common(4))
+    yield (
+        "bad inputs",
+        f"{errors.total():,} refused with the error that is due, in {found['tests']:,} tests ({common})",
+        found["command"],
+    )
+
+
+def endurance() -> Iterator[Row]:
+    found = load("endurance")
+    slope = found["slope_a_step"]
+    impls = list(found["learnt_apart"])
+    worst = [max(max(errors[k] for errors in found["errors"][impl].values()) for impl in impls) for k in (0, -1)]
+    yield (
+        f"a run of {found['steps']:,} steps of every op",
+        f"in its second half {slope['resident']:+.3g} bytes and {slope['handles']:+.3g} handles a step, of "
+        f"{megabytes(found['last']['resident'])} and {found['last']['handles']}",
+        found["command"],
+    )
+    yield "its steps with a NaN", f"{found['rejected']} of {found['planted']} rejected", found["command"]
+    yield (
+        f"its drift from float64 ({', '.join(impls)})",
+        f"values and gradients {worst[0]:.1g} in the first fifth, {worst[1]:.1g} in the last; what GoalSets learnt "
+        f"{max(found['learnt_apart'].values()):.1g}",
+        found["command"],
+    )
+
+
+def installs() -> Iterator[Row]:
+    cells = load("install_matrix")["cells"].values()
+    outcomes = Counter(cell["outcome"] for cell in cells if cell["as_expected"])
+    right = ", ".join(f"{count} {'refused clearly' if name != 'works' else name}" for name, count in outcomes.items())
+    wrong = sum(not cell["as_expected"] for cell in cells)
+    yield "ways to install", f"{len(cells)} cells: {right}, {wrong} not as expected", "make install-matrix"
+
+
+SOURCES = (fuzz, sanitizers, faults, refusals, endurance, installs)
+
+
+def lines() -> Lines:
+    rows = [row for source in SOURCES for row in source()]
+    return table(("what", "what came of it", "command"), ((what, came, f"`{how}`") for what, came, how in rows))
+
+
+def page(text: str) -> str:
+    """The page with the table as of now."""
+    made = "\n".join(lines()).strip()
+    return MARKED.sub(lambda found: f"{found[1]}{made}\n{found[2]}", text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
