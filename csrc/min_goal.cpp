@@ -2,6 +2,7 @@
 #include "autograd.h"
 #include "checks.h"
 #include "goals.h"
+#include "min_goal_cpu.h"
 #include "route.h"
 
 #include <ATen/Parallel.h>
@@ -74,60 +75,6 @@ template <class S, bool Cuda> struct Call {
     args.finite = finite.template mutable_data_ptr<bool>();
   }
 };
-
-const auto& forward_of(const CpuKernels& kernels, float) { return kernels.forward_f32; }
-const auto& forward_of(const CpuKernels& kernels, double) { return kernels.forward_f64; }
-const auto& backward_of(const CpuKernels& kernels, float) { return kernels.backward_f32; }
-const auto& backward_of(const CpuKernels& kernels, double) { return kernels.backward_f64; }
-
-int64_t chunks_of(int64_t batch) { return (batch + chunk - 1) / chunk; }
-
-// Adds the ranges' parts in order.
-template <class S> void finish(const Forward<S>& a, const Partial* parts, int64_t ranges) {
-  double loss = 0;
-  bool finite = true;
-  const Partial* worst = parts;
-  for (const Partial* p = parts; p < parts + ranges; ++p) {
-    loss += p->loss;
-    finite &= p->finite;
-    const bool is_nan = p->worst_loss != p->worst_loss, was_nan = worst->worst_loss != worst->worst_loss;
-    if (p->worst_loss > worst->worst_loss || (is_nan && !was_nan)) worst = p;
-  }
-  if (a.reduction == Reduction::min) {
-    *a.loss = static_cast<S>(worst->worst_loss);
-    *a.slope = static_cast<S>(worst->worst_slope);
-    *a.worst = worst->worst;
-  } else if (a.reduction != Reduction::none) {
-    *a.loss = static_cast<S>(a.reduction == Reduction::mean ? loss / static_cast<double>(a.goals.batch) : loss);
-  }
-  if (!a.bottleneck) return;
-  *a.finite = finite;
-  const auto batch = static_cast<double>(a.goals.batch);
-  for (int k = 0; k < a.goals.count; ++k) {
-    double level = 0, owned = 0;
-    for (const Partial* p = parts; p < parts + ranges; ++p) {
-      level += p->level[k];
-      owned += static_cast<double>(p->owned[k]);
-    }
-    a.level[k] = static_cast<S>(level / batch);
-    a.share[k] = static_cast<S>(a.reduction == Reduction::min ? worst->worst % a.goals.count == k : owned / batch);
-  }
-}
-
-template <class S> void run_cpu(const Forward<S>& a) {
-  const auto forward = forward_of(cpu_kernels(), S{});
-  const int64_t ranges = chunks_of(a.goals.batch);
-  if (ranges == 1) {
-    Partial part;
-    forward(a, 0, a.goals.batch, &part);
-    return finish(a, &part, 1);
-  }
-  std::vector<Partial> parts(ranges);
-  at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) forward(a, c * chunk, std::min((c + 1) * chunk, a.goals.batch), &parts[c]);
-  });
-  finish(a, parts.data(), ranges);
-}
 
 #ifdef BOMKERN_CUDA
 template <class S> void run_cuda(const Forward<S>& a, const Tensor& like) {

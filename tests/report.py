@@ -1,6 +1,6 @@
 """Writes the table of tests/README.md from what the scripts left in tests/results.
 
-    python -m tests.report
+python -m tests.report
 """
 
 from __future__ import annotations
