@@ -184,13 +184,27 @@ def goal_set(
     # The gradient: each deficit's own, weighed. Where a sample's loss is not finite there is none.
     own = torch.where(finite[:, None] & (weight @ member.T > 0), x, params[:, 0])
     share = torch.where(finite[:, None], weight, 0) @ member.T  # [B, K]
-    pull = torch.where(share > 0, share * deficit(own, params, codes), 0).sum(1)  # its gradient is the loss's
+    live = deficit(own, params, codes)
+    pull = torch.where(share > 0, share * live, 0).sum(1)  # its gradient is the loss's
+    if multipliers is None:
+        pull = pull + _bend(_mean_of_members(live, member), worst, soft[:, None] & (weight > 0), mu)
     carried = pull - pull.detach()
     if reduction == MIN:
         carried = carried.index_select(0, row).reshape(())
     elif reduction != NONE:
         carried = carried.mean() if reduction == MEAN else carried.sum()
     return loss + carried, winner, record
+
+
+def _bend(live: Tensor, worst: Tensor, soft: Tensor, mu: Tensor) -> Tensor:
+    """What makes the smooth maximum's second derivative right, [B]: its value and its gradient are 0.
+
+    The weights that the gradient counts as constants move with the deficits; ``live`` are these, [B, G].
+    """
+    terms = torch.exp(torch.where(soft, (live - worst[:, None]) / mu, -torch.inf))
+    total = terms.sum(1, keepdim=True)
+    weight = terms / torch.where(total > 0, total, 1)
+    return ((live - live.detach()) * (weight - weight.detach())).sum(1) / 2
 
 
 def _mean_of_members(single: Tensor, member: Tensor) -> Tensor:

@@ -356,6 +356,20 @@ def test_gradcheck(server: tuple[str, str], mu: float, reduction: str, groups: l
     assert torch.autograd.gradcheck(lambda *g: call(g, impl, groups=groups, mu=mu, reduction=reduction)[0], raw)
 
 
+@EACH
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("mu", [0.0, 0.2])
+def test_second_derivative_of_the_reference(mu: float, reduction: str, groups: list[int]) -> None:
+    """The weights of a smooth maximum move with the deficits."""
+    raw = [x.double().add(0.05).requires_grad_() for x in raw_values(5)]
+    how: dict[str, Any] = {"groups": groups, "mu": mu, "reduction": reduction}
+    assert torch.autograd.gradgradcheck(lambda *g: call(g, "reference", **how)[0], raw)
+    if mu and groups != GROUPINGS["one"]:
+        grads = torch.autograd.grad(call(raw, "reference", **how)[0].sum(), raw, create_graph=True)
+        mixed = torch.autograd.grad(grads[0].sum(), raw[5], allow_unused=True)[0]
+        assert mixed.abs().max() > 0
+
+
 @only_cpu("goal_set")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("mu", [0.0, 0.2])
