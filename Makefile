@@ -13,7 +13,7 @@ CUDA_VENV ?= .venv-cuda
 # A process to each core, up to 8: most tests are one thread of Python.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test fast fuzz lint tidy docs bench guard sanitize cuda-check gpu dist-check install-matrix lock audit clean
+.PHONY: demo test fast fuzz trust lint tidy docs bench guard sanitize cuda-check gpu dist-check install-matrix lock audit clean
 
 demo: $(VENV)/.ready
 	$(RUN)/bomkern train --out runs/demo --overwrite
@@ -29,6 +29,14 @@ SECONDS ?= 60
 SEED ?= 0
 fuzz: $(VENV)/.ready
 	$(RUN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+
+# What tests/README.md shows, but for the install matrix: half an hour on two cores.
+trust: $(VENV)/.ready sanitize
+	$(RUN)/python -m tests.fuzz --seconds 600 --seed 0 --json tests/results/fuzz.json
+	$(RUN)/python -m tests.faults --kills 20 --offsets 50
+	$(RUN)/python -m tests.endurance --steps 20000
+	$(RUN)/python -m pytest tests $(PARALLEL) -p tests.refusals
+	$(RUN)/python -m tests.report
 
 lint: $(VENV)/.ready
 	$(RUN)/ruff check .

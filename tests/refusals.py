@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 RESULTS = Path(__file__).resolve().parent / "results" / "refusals.json"
-COMMAND = "python -m pytest tests -p tests.refusals -n auto"
+COMMAND = "pytest tests -p tests.refusals -n auto"
 _here: list[str] = []  # the errors of the test that runs
 _errors: Counter[str] = Counter()
 _tests = 0

@@ -23,7 +23,8 @@ from .triton_tiles import LINES, bits, joint_bits, lay, near, tile, weight
 
 LN2 = tl.constexpr(0.6931471805599453)
 TWO_LN2 = tl.constexpr(2 * 0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # finite, so that -inf less it is no NaN
+LOWEST32 = tl.constexpr(-3.0e38)  # where a maximum begins: finite, so that -inf less it is no NaN
+LOWEST64 = tl.constexpr(-1.0e308)
 FAINT = tl.constexpr(2.0**-60)  # below this sum of exponentials, those that underflowed may count
 
 CHUNK_BYTES = 2**25  # of joint weights, in backward, in either layout; or 128 rows of them
@@ -37,7 +38,7 @@ def _exact_marginal(
     STRATIFIED: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, COMPS: tl.constexpr,
 ):  # fmt: skip
     """(largest t, weighted sum of 2^(t - largest)), with a running maximum in every lane: right however far t is."""
-    top = tl.full((ROWS, COMPS), LOWEST, CD)
+    top = tl.full((ROWS, COMPS), LOWEST32 if CD == tl.float32 else LOWEST64, CD)  # noqa: SIM300
     sums = tl.full((ROWS, COMPS), 0, CD)
     i = 0
     while i < padded:
@@ -96,7 +97,7 @@ def joint_parts(
     STRATIFIED: tl.constexpr, CD: tl.constexpr, TALL: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Of 8 TALL rows and ``per`` components: the largest sum_d t, and the weighted sum of 2^(sum_d t - largest)."""
-    top = tl.full((TALL, 8), LOWEST, CD)
+    top = tl.full((TALL, 8), LOWEST32 if CD == tl.float32 else LOWEST64, CD)  # noqa: SIM300
     total = tl.full((TALL, 8), 0, CD)
     i = tl.program_id(1) * per
     stop = tl.minimum(i + per, padded)
@@ -133,17 +134,18 @@ def finish(
     else:
         tops += rows[None, :] + lane * padded_rows
         weights += rows[None, :] + lane * padded_rows
-        most = tl.full((LANES, ROWS), LOWEST, CD)
+        lowest = LOWEST32 if CD == tl.float32 else LOWEST64  # noqa: SIM300
+        most = tl.full((LANES, ROWS), lowest, CD)
         i = 0
         while i < splits:
-            most = tl.maximum(most, tl.load(tops + i * padded_rows, mask=i + lane < splits, other=LOWEST))
+            most = tl.maximum(most, tl.load(tops + i * padded_rows, mask=i + lane < splits, other=lowest))
             i += LANES
         top = tl.max(most, 0)[None, :]
         sums = tl.full((LANES, ROWS), 0, CD)
         i = 0
         while i < splits:
             part = tl.load(weights + i * padded_rows, mask=i + lane < splits, other=0)
-            sums += part * tl.exp2(tl.load(tops + i * padded_rows, mask=i + lane < splits, other=LOWEST) - top)
+            sums += part * tl.exp2(tl.load(tops + i * padded_rows, mask=i + lane < splits, other=lowest) - top)
             i += LANES
         sums = tl.sum(sums, 0)[None, :]
         inverse = div(tl.full((1, ROWS), 1, CD), sums)
