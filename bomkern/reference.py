@@ -88,7 +88,8 @@ def min_goal(
     codes = None if params is None else torch.tensor(list(curves), device=x.device)
 
     every = deficit(x.detach(), params, codes)  # [B, K]
-    winner = worst_of(every, 1)
+    # Scores are compared as they are: of two that are close the logarithms may round to the same.
+    winner = worst_of(every if params is not None else torch.where(every.isfinite(), -x.detach(), every), 1)
     worst = every.gather(1, winner[:, None])[:, 0]
     finite = worst.isfinite()
     # The gradient is taken through the bottleneck alone, and not at all where it is not finite.

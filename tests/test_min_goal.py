@@ -164,6 +164,18 @@ def test_ties_go_to_the_first(server: tuple[str, str], reduction: str) -> None:
 
 
 @IMPLS
+def test_scores_whose_logarithms_are_the_same(server: tuple[str, str]) -> None:
+    """The lower score is the worse one, however close."""
+    impl, device = server
+    high = torch.tensor([1e4, 0.7, 3.0])
+    x = torch.stack([high, high.nextafter(torch.tensor(0.0)), high], 1).to(device).requires_grad_()
+    loss, stats = min_goal_loss(x, reduction="sum", return_stats=True, impl=impl)
+    loss.backward()
+    assert stats.bottleneck.tolist() == [1, 1, 1]
+    assert x.grad.nonzero().tolist() == [[b, 1] for b in range(3)]  # type: ignore[union-attr]
+
+
+@IMPLS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("scored", [False, True], ids=["raw", "scores"])
 def test_nan_is_the_worst_there_is(server: tuple[str, str], reduction: str, scored: bool) -> None:
