@@ -149,7 +149,7 @@ def section(asked: str) -> Lines:
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:
-    """The pages and pictures of bench/results; the report as it follows from the figures that are kept."""
+    """Pages and pictures of bench/results, the report as it follows from the figures that are kept; tests/README.md."""
     from mkdocs.structure.files import File
 
     for path in sorted(HERE.glob("*")):
@@ -158,6 +158,7 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
             files.append(File.generated(config, name, content=report.page(committed())))
         elif path.suffix in (".md", ".png"):
             files.append(File.generated(config, name, abs_src_path=str(path)))
+    files.append(File.generated(config, "results/tests.md", abs_src_path=str(ROOT / "tests" / "README.md")))
     return files
 
 

@@ -3,10 +3,10 @@
     python -m tests.endurance [--steps 20000] [--device cpu]
 
 trains a small VAE by the best implementation here and writes tests/results/endurance.json. Every 97th batch has a NaN:
-StepGuard has to reject it. Resident memory, open file handles and threads are counted 200 times a run; what counts is
-their slope in the second half, when histories are full. What the run gives to the ops goes to every other
-implementation as well, and in float64 to the reference: their values and gradients at 200 steps, and at each step what
-their GoalSets learn.
+StepGuard has to reject it. Resident memory (less what the heap holds for reuse), open file handles and threads are
+counted 200 times a run; what counts is their slope in the second half, when histories are full. What the run gives to
+the ops goes to every other implementation as well, and in float64 to the reference: their values and gradients at 200
+steps, and at each step what their GoalSets learn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import bomkern
-from bench.machine import resident
+from bench.machine import live_bytes
 from bomkern import Anchored, Calibrated, Fixed, GoalSet, Group, ShareGuard, StepGuard, Tracking, Upper, _impl
 
 RESULTS = Path(__file__).resolve().parent / "results" / "endurance.json"
@@ -183,7 +183,7 @@ class Run:
                 part = step * PARTS // self.steps
                 worst[part] = max(worst[part], apart(value, exact[name]))
             self.learnt[impl] = max(apart(getattr(self.goals[impl], k), getattr(self.exact, k)) for k in LEARNT)
-        count = {"resident": resident("VmRSS"), "handles": handles(), "threads": threading.active_count()}
+        count = {"resident": live_bytes(), "handles": handles(), "threads": threading.active_count()}
         if self.device.type == "cuda":
             count["device"] = torch.cuda.memory_allocated()
         for name, number in count.items():
@@ -211,7 +211,7 @@ def run(steps: int, device: str = "cpu", progress: bool = False) -> dict[str, An
     for step in range(steps):
         it.step(step, look=step % every == every - 1)
         if progress and step % (every * 20) == every * 20 - 1:
-            print(f"step {step + 1:,}: {resident('VmRSS') / 2**20:.1f} MiB, {handles()} handles", flush=True)
+            print(f"step {step + 1:,}: {live_bytes() / 2**20:.1f} MiB, {handles()} handles", flush=True)
     return it.found(time.monotonic() - begin, f"python -m tests.endurance --steps {steps}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,10 @@ from bench.tables import Lines, megabytes, table
 
 HERE = Path(__file__).resolve().parent
 PAGE, RESULTS = HERE / "README.md", HERE / "results"
-MARKED = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (results|installs) -->\n).*?(<!-- end -->)", re.DOTALL)
+sys.path.insert(0, str(HERE.parent / "tools"))
+import install_matrix  # noqa: E402
+
 Row = tuple[str, str, str]  # what, what came of it, command
 
 
@@ -106,15 +110,15 @@ def installs() -> Iterator[Row]:
 SOURCES = (fuzz, sanitizers, faults, refusals, endurance, installs)
 
 
-def lines() -> Lines:
+def results() -> Lines:
     rows = [row for source in SOURCES for row in source()]
     return table(("what", "what came of it", "command"), ((what, came, f"`{how}`") for what, came, how in rows))
 
 
 def page(text: str) -> str:
-    """The page with the table as of now."""
-    made = "\n".join(lines()).strip()
-    return MARKED.sub(lambda found: f"{found[1]}{made}\n{found[2]}", text)
+    """The page with its tables as of now."""
+    made = {"results": "\n".join(results()).strip(), "installs": install_matrix.table(load("install_matrix"))}
+    return MARKED.sub(lambda found: f"{found[1]}{made[found[2]]}\n{found[3]}", text)
 
 
 if __name__ == "__main__":
