@@ -181,7 +181,15 @@ class Latent(Op):
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
         kl = GaussianKL().units(case, tensors[1:], outputs)
         mu = max(kl["grad mu"], units_gradient(tensors[1])) if case.options.get("fields") is None else 0.0
-        return {"kl": kl["value"], "grad mu": mu or units_gradient(tensors[1]), "grad logvar": kl["grad logvar"]}
+        z_size, mu_size, logvar_size = (x.nan_to_num(0, 0, 0).abs() for x in tensors)
+        return {
+            "kl": kl["value"],
+            "logvar_mean": logvar_size.mean(1).max().item(),
+            "z_mean": z_size.mean(0).max().item(),
+            "mu_mean": mu_size.mean(0).max().item(),
+            "grad mu": mu or units_gradient(tensors[1]),
+            "grad logvar": kl["grad logvar"],
+        }
 
 
 class CovariancePenalty(Op):
