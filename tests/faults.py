@@ -27,7 +27,7 @@ from bomkern.train.config import TrainError
 from tests.train_helpers import config, leaves
 
 RESULTS = Path(__file__).resolve().parent / "results" / "faults.json"
-STEPS = 30
+STEPS_A_KILL = 3  # of a run: fewer, and it ends before it has been killed as often as asked
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.faults"])  # so that a run starts in no time
 
@@ -37,7 +37,7 @@ def run(out: Path, limit: int | None = None, **changes: Any) -> dict[str, Any]:
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    how = {"checkpoint_every": 1, "eval_every": 1000, "steps": STEPS, **changes}
+    how = {"checkpoint_every": 1, "eval_every": 1000, **changes}
     return loop.train(config(out, **how), {"steps", "resume", "checkpoint_every"})
 
 
@@ -86,16 +86,17 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     Returns:
         kills, the steps that checkpoints were at, and whether the end is equal to the bit.
     """
-    rng = random.Random(seed)
+    rng, steps = random.Random(seed), STEPS_A_KILL * count
     straight, broken = folder / "straight", folder / "broken"
     begun = time.perf_counter()
-    process, errors = start(straight)
+    process, errors = start(straight, steps=steps)
     process.join()
     assert process.exitcode == 0 and errors.empty(), errors.get()
-    step = (time.perf_counter() - begun) / STEPS
+    step = (time.perf_counter() - begun) / steps
     path, done, reached = broken / record.CHECKPOINT, 0, []
     while done < count:
-        process, errors = start(broken, resume=path.exists() or checkpoint.before(path).exists(), overwrite=False)
+        resume = path.exists() or checkpoint.before(path).exists()
+        process, errors = start(broken, steps=steps, resume=resume, overwrite=False)
         _wait_for_writes(process, path, rng.choice((0, 0, 1)))
         time.sleep(rng.uniform(0, 1.5 * step))
         if process.is_alive():
@@ -109,11 +110,11 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
             reached.append(checkpoint.load(path)["step"])
         elif not checkpoint.before(path).exists() and broken.exists():
             _clear(broken)  # killed before the first checkpoint: a resume has nothing to go on from
-    process, errors = start(broken, resume=path.exists() or checkpoint.before(path).exists())
+    process, errors = start(broken, steps=steps, resume=path.exists() or checkpoint.before(path).exists())
     process.join()
     assert process.exitcode == 0 and errors.empty(), errors.get()
-    steps = [line["step"] for out in (straight, broken) for line in record.read_lines(out / record.METRICS)]
-    same_lines = steps[: len(steps) // 2] == steps[len(steps) // 2 :]
+    written = [line["step"] for out in (straight, broken) for line in record.read_lines(out / record.METRICS)]
+    same_lines = written[: len(written) // 2] == written[len(written) // 2 :]
     return {"kills": done, "steps": reached, "equal": equal(state(straight), state(broken)) and same_lines}
 
 
