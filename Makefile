@@ -35,7 +35,7 @@ trust: $(VENV)/.ready sanitize
 	$(RUN)/python -m tests.fuzz --seconds 600 --seed 0 --json tests/results/fuzz.json
 	$(RUN)/python -m tests.faults --kills 20 --offsets 50
 	$(RUN)/python -m tests.endurance --steps 20000
-	$(RUN)/python -m pytest tests $(PARALLEL) -p tests.refusals
+	$(RUN)/python -m pytest tests $(PARALLEL) -m "not slow" -p tests.refusals
 	$(RUN)/python -m tests.report
 
 lint: $(VENV)/.ready

@@ -1,6 +1,6 @@
 """A pytest plugin that counts the bad inputs that are refused: each ``pytest.raises`` whose block raised what it names.
 
-    python -m pytest tests -p tests.refusals -n auto
+    python -m pytest tests -m "not slow" -p tests.refusals -n auto
 
 writes tests/results/refusals.json: how many in how many tests, by error. A test that fails counts for nothing.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 RESULTS = Path(__file__).resolve().parent / "results" / "refusals.json"
-COMMAND = "pytest tests -p tests.refusals -n auto"
+COMMAND = "pytest tests -m 'not slow' -p tests.refusals -n auto"
 _here: list[str] = []  # the errors of the test that runs
 _errors: Counter[str] = Counter()
 _tests = 0
