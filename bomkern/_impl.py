@@ -23,17 +23,21 @@ Single = Literal["total_correlation", "gaussian_kl", "consistency_variance", "co
 Several = Literal["min_goal", "active_units", "latent_statistics"]
 
 
+# pip keeps the wheel that it built from an archive, and would take it again whatever compiler and torch are there now.
+AGAIN = "reinstall bomkern: pip install --force-reinstall --no-deps --no-cache-dir"
+
+
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled extension, or None and why."""
     try:
         module = importlib.import_module("bomkern._C")
     except ModuleNotFoundError:
-        return None, "bomkern was installed without its compiled kernels; install a C++ compiler and reinstall bomkern"
+        return None, f"bomkern was installed without its compiled kernels; install a C++ compiler and {AGAIN}"
     except ImportError as error:
-        return None, f"the compiled kernels do not load ({error}); reinstall bomkern in this environment"
+        return None, f"the compiled kernels do not load ({error}); {AGAIN}"
     built, here = module.build()["torch"].split("+")[0], torch.__version__.split("+")[0]
     if built.split(".")[:2] != here.split(".")[:2]:
-        return None, f"bomkern was built for torch {built}, this is {here}; reinstall bomkern"
+        return None, f"bomkern was built for torch {built}, this is {here}; {AGAIN}"
     return module, ""
 
 

@@ -136,6 +136,8 @@ class Bench:
         left_out = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "PYTHONPATH", "BOMKERN_BUILD_CUDA")
         kept = {k: v for k, v in os.environ.items() if k not in left_out}
         kept |= {"TMPDIR": str(self.work / "tmp"), "UV_LINK_MODE": "copy"}
+        # pip keeps what it built from an archive, and takes it again whatever compiler and torch are there by then.
+        kept["PIP_CACHE_DIR"] = str(self.work / "pip" / f"{cell.torch} {cell.compiler}".replace(" ", "-"))
         kept.setdefault("MAX_JOBS", "2")
         kept.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
         if cell.compiler == "none":

@@ -150,6 +150,8 @@ def scan(
     used = col < K
     if CURVE == SCORE:
         d, score, _, _ = judge(values, 0, 0, 0, 0, 0, True)
+        # Scores are compared as they are: of two that are close the logarithms may round to the same.
+        rank = tl.where((values > 0) & (d < INF), -values, d)
     else:
         at = params + 4 * col
         center = tl.load(at, mask=used, other=0)[None, :]
@@ -163,7 +165,8 @@ def scan(
         else:
             code = tl.full((KP,), CURVE, tl.int32)
         d, score, _, _ = judge(values, center, right, left, tail, code[None, :], False)
-    winner = worst(tl.where(used[None, :], d, -INF), col[None, :], KP, 1)
+        rank = d
+    winner = worst(tl.where(used[None, :], rank, -INF), col[None, :], KP, 1)
     levels = tl.sum(tl.where(cells, score, 0), 0)
     # The winner's own value, judged once more: cheaper than carrying num and den for every cell.
     mine = col[None, :] == winner[:, None]
