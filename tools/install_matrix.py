@@ -238,17 +238,22 @@ def table(found: dict[str, Any]) -> str:
         "uv": "uv",
         "bare": "the same without setuptools",
     }
+    known = set(cells(cuda=True))
     there = [Cell(*name.split("/")) for name in found["cells"]]
     columns = [tool for tool in tools if any(cell.tool == tool for cell in there)]
     lines = [f"| torch before | compiler | from | {' | '.join(tools[tool] for tool in columns)} |"]
     lines.append("|---" * (3 + len(columns)) + "|")
     for torch, compiler, what in sorted({cell[:3] for cell in there}):
-        row = [shown(found["cells"].get(Cell(torch, compiler, what, tool).name)) for tool in columns]
+        row = [
+            shown(found["cells"].get(cell.name)) if cell in known else ""
+            for cell in (Cell(torch, compiler, what, tool) for tool in columns)
+        ]
         lines.append(f"| {names[torch]} | {compiler} | {what} | {' | '.join(row)} |")
     versions = ", ".join(sorted({r["torch"] for r in found["cells"].values() if "torch" in r}))
     lines += [
         "",
-        f"Which implementation serves on the CPU, and the seconds of the installation: torch {versions}, Python ",
+        "Which implementation serves on the CPU, and the seconds of the installation, with compilers' caches, beside "
+        f"other work: torch {versions}, Python ",
     ]
     return "\n".join(lines) + f"{found['python']}, {found['machine']} (`make install-matrix`)."
 
