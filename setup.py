@@ -170,7 +170,7 @@ def extension() -> dict[str, object]:
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
 
 
-packages = ["bomkern", "bomkern._triton", "bomkern.integrations", "bomkern.train"]
+packages = ["bomkern", "bomkern._triton", "bomkern.integrations", "bomkern.reference", "bomkern.train"]
 kernels = ["bomkern.kernels", *(f"bomkern.kernels.{p.parent.name}" for p in (ROOT / "kernels").glob("*/__init__.py"))]
 setup(
     packages=packages + kernels,

@@ -260,7 +260,7 @@ class GoalSetOp(Goals):
 
     def grouped(self, case: Case, deficits: Tensor) -> Tensor:
         member = reference.groups_of(case.options["groups"], deficits)
-        return reference._mean_of_members(deficits, member)
+        return reference.mean_of_members(deficits, member)
 
     def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
         # Where goals are nearly equal, a weight is as uncertain as their difference over mu.

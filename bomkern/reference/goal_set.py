@@ -1,0 +1,142 @@
+"""What `bomkern.GoalSet` computes in a step, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._autocast import exactly
+from .._check import check_goals, check_groups, check_multipliers, check_params, check_temperature
+from .goals import MEAN, MIN, NONE, SUM, deficit, worst_of
+
+
+def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
+    """[K, G]: 1 / members where a column belongs to a goal, else 0."""
+    sizes = [list(groups).count(g) for g in range(groups[-1] + 1)]
+    return like.new_tensor([[(owner == g) / size for g, size in enumerate(sizes)] for owner in groups])
+
+
+@exactly
+def goal_set(
+    goals: Sequence[Tensor],
+    params: Tensor,
+    curves: Sequence[int],
+    groups: Sequence[int],
+    temperature: Tensor,
+    reduction: int,
+    multipliers: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mu log sum_g exp(D_bg / mu)``, D the mean deficit of a goal's members; at mu = 0 ``max_g D_bg``.
+
+    With ``multipliers`` lambda [G], constants >= 0, it is ``sum_g lambda_g D_bg`` whatever mu, and the shares are
+    ``lambda / sum(lambda)``, 0 where all are 0.
+
+    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`, and `_records.record_parts` for the record.
+    """
+    batch, count, dtype = check_goals(goals)
+    check_params(params, curves, count, dtype, goals[0].device)
+    check_groups(groups, count)
+    check_temperature(temperature, params)
+    check_multipliers(multipliers, groups, params)
+    if len(goals) == 1 and goals[0].dim() == 2:
+        x = goals[0].to(dtype)
+    else:
+        x = torch.stack([g.to(dtype).expand(batch) for g in goals], dim=1)
+    codes, member = torch.tensor(list(curves), device=x.device), groups_of(groups, params)  # [K], [K, G]
+
+    single = deficit(x.detach(), params, codes)  # [B, K]
+    every = mean_of_members(single, member)  # [B, G]
+    winner = worst_of(every, 1)
+    worst = every.gather(1, winner[:, None])[:, 0]
+    finite = worst.isfinite()
+    hard = (winner[:, None] == torch.arange(member.shape[1], device=x.device)).to(dtype)
+    mu = torch.where(temperature > 0, temperature, 1)
+    apart = torch.where(finite[:, None], every - worst[:, None], -torch.inf)
+    soft = finite & (temperature > 0)
+    terms = torch.where(soft[:, None], torch.exp(apart / mu), hard)
+    weight = terms / terms.sum(1, keepdim=True)  # [B, G]: who gets the gradient
+    per_sample = worst + torch.where(soft, mu * terms.sum(1).log(), 0)
+    part = weight  # as the record counts it
+    if multipliers is not None:
+        given = multipliers.detach()
+        weighed = torch.where(given != 0, given * every, 0).sum(1)  # 0 times an infinite deficit would be NaN
+        per_sample = torch.where(finite, weighed, worst)
+        finite = per_sample.isfinite()
+        weight, total = given.expand_as(every), given.sum()
+        part = torch.where(finite[:, None], given / torch.where(total > 0, total, 1), hard)
+
+    row = worst_of(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
+    if reduction == MEAN:
+        loss = per_sample.mean()
+    elif reduction == SUM:
+        loss = per_sample.sum()
+    else:
+        loss = per_sample.index_select(0, row).reshape(()) if reduction == MIN else per_sample
+    taken = part.index_select(0, row) if reduction == MIN else part
+    seen = x.detach()
+    highest = torch.where(seen.isfinite(), seen, -torch.inf).amax(0)
+    summary = torch.stack([loss.mean(), finite.all().to(dtype)])
+    level, raw = torch.exp(-every).mean(0), seen.mean(0)
+    record = torch.cat([taken.mean(0), level, every.mean(0), raw, highest, params[:, 0], params[:, 1], summary])
+
+    # The gradient: each deficit's own, weighed. Where a sample's loss is not finite there is none.
+    own = torch.where(finite[:, None] & (weight @ member.T > 0), x, params[:, 0])
+    share = torch.where(finite[:, None], weight, 0) @ member.T  # [B, K]
+    live = deficit(own, params, codes)
+    pull = torch.where(share > 0, share * live, 0).sum(1)  # its gradient is the loss's
+    if multipliers is None:
+        pull = pull + _bend(mean_of_members(live, member), worst, soft[:, None] & (weight > 0), mu)
+    carried = pull - pull.detach()
+    if reduction == MIN:
+        carried = carried.index_select(0, row).reshape(())
+    elif reduction != NONE:
+        carried = carried.mean() if reduction == MEAN else carried.sum()
+    return loss + carried, winner, record
+
+
+def _bend(live: Tensor, worst: Tensor, soft: Tensor, mu: Tensor) -> Tensor:
+    """What makes the smooth maximum's second derivative right, [B]: its value and its gradient are 0.
+
+    The weights that the gradient counts as constants move with the deficits; ``live`` are these, [B, G].
+    """
+    terms = torch.exp(torch.where(soft, (live - worst[:, None]) / mu, -torch.inf))
+    total = terms.sum(1, keepdim=True)
+    weight = terms / torch.where(total > 0, total, 1)
+    return ((live - live.detach()) * (weight - weight.detach())).sum(1) / 2
+
+
+def mean_of_members(single: Tensor, member: Tensor) -> Tensor:
+    """[B, K] deficits -> [B, G]. Each goal sees only its own members: 0 times an infinite one would be NaN."""
+    inside = member > 0
+    return torch.where(inside, single[:, :, None] * member, 0).sum(1)
+
+
+def goal_set_keep(
+    record: Tensor,
+    ring: Tensor,
+    place: Tensor,
+    deficit: Tensor | None,
+    by_rank: Tensor | None,
+    rate: float,
+    spill: Sequence[Tensor],
+) -> None:
+    """What a step leaves behind, all in place: its record in the ring, and with spill the goals' weights by rank.
+
+    Args:
+        record: [size]. ring: [rows, size]; row ``place % rows`` is written. place: [1] int64, counted up.
+        deficit: of each goal in this step, [G]; what is not finite moves nothing.
+        by_rank: weights of the worst goal, of the next, ..., [G].
+        rate: of the moving average of deficits, whose order ranks the goals; of equals the first is worse.
+        spill: no tensor, or [G] each: the average and the multipliers, and what they were before this step.
+    """
+    ring.index_copy_(0, place % len(ring), record.to(ring.dtype)[None])
+    place.add_(1)
+    if deficit is None or by_rank is None:
+        return
+    average, multipliers, average_before, multipliers_before = spill
+    average_before.copy_(average)
+    multipliers_before.copy_(multipliers)
+    average.add_((deficit.to(average.dtype) - average).nan_to_num_(0.0, 0.0, 0.0), alpha=rate)
+    multipliers.scatter_(0, average.argsort(descending=True, stable=True), by_rank)

@@ -1,0 +1,184 @@
+"""The statistics that goals are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .._autocast import exactly
+from .._check import check_estimator, check_latents, check_matrices, check_prior, check_rows, check_units, check_views
+from .._func import under_transform
+from .._ranks import ALONE, Ranks
+
+
+def log_weights(rows: Tensor, batch: int, dataset_size: int | None, stratified: bool) -> Tensor:
+    """Log weight of each component in the mixture of each of the given rows (Chen et al. 2018, appendix C).
+
+    Plain 1/B, or MWS: 1 / (N B). MSS, with M = B - 1: 1/N for the row's own component, (N - M) / (N M) for the next
+    one, 1/M for the rest: a row sums to 1.
+    """
+    if dataset_size is None or not stratified:
+        return rows.new_full((len(rows), batch), -math.log(batch * (dataset_size or 1)), dtype=torch.float64)
+    m, n = batch - 1, dataset_size
+    weights = rows.new_full((len(rows), batch), 1 / m, dtype=torch.float64)
+    weights.scatter_(1, ((rows + 1) % batch)[:, None], (n - m) / (n * m))
+    return weights.scatter_(1, rows[:, None], 1 / n).log()
+
+
+def log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """``log N(z_bd; mu_id, exp(logvar_id))``, [rows, B, D]."""
+    return -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+
+
+def _total_correlation_of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor) -> Tensor:
+    log_q = log_density(z, mu, logvar)
+    joint = (log_q.sum(2) + weights).logsumexp(1)
+    marginals = (log_q + weights[:, :, None]).logsumexp(1)
+    return joint - marginals.sum(1)
+
+
+def total_correlation(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None = None,
+    limit: int = 2**23,
+) -> Tensor:
+    """``log q(z_b) - sum_d log q(z_bd)``, [R]. See `bomkern.total_correlation`.
+
+    With ``first`` z is [R, D], samples of the R posteriors from that one on among the B of mu and logvar; else R = B.
+    Rows go in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each again: the
+    memory is bounded, whatever B and D, except under torch.func. One chunk is the textbook's formula, as it stands.
+    """
+    batch, dims, dtype = check_rows(z, mu, logvar, first)
+    check_estimator(batch, dataset_size, stratified)
+    z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
+    rows, count = max(1, limit // (batch * dims)), len(z)
+    bounded = rows < count and not under_transform()  # torch.func has no hooks on what backward keeps
+    out = []
+    for begin in range(0, count, rows):
+        part = slice(begin, min(begin + rows, count))
+        chunk = torch.arange(part.start, part.stop, device=z.device) + (first or 0)
+        arguments = (z[part], mu, logvar, log_weights(chunk, batch, dataset_size, stratified).to(dtype))
+        if bounded:
+            out.append(checkpoint(_total_correlation_of, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(_total_correlation_of(*arguments))
+    return torch.cat(out)
+
+
+LOGVAR_LIMIT = 80.0  # e^80 is finite in float32
+
+
+def _variance_of(logvar: Tensor) -> Tensor:
+    """``exp(logvar)``, its tangent above `LOGVAR_LIMIT`."""
+    beyond = logvar > LOGVAR_LIMIT
+    tangent = math.exp(LOGVAR_LIMIT) * (1 + (logvar - LOGVAR_LIMIT))  # finite slope at infinity too
+    return torch.where(beyond, tangent, torch.exp(torch.where(beyond, LOGVAR_LIMIT, logvar)))
+
+
+def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
+    """``KL(N(mu, diag e^logvar) || N(0, S))``, [B]. See `bomkern.gaussian_kl`."""
+    _, dims, dtype = check_matrices(mu=mu, logvar=logvar)
+    check_prior(dims, block_size, rho)
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    # S has blocks (1 - rho) I + rho 11', whose inverse is precision I - shared 11'. A block of one is 1, whatever rho.
+    rho = 0.0 if block_size == 1 else rho
+    precision, last = 1 / (1 - rho), 1 - rho + block_size * rho
+    shared, diagonal = precision * rho / last, precision * (1 - rho / last)
+    logdet = dims / block_size * ((block_size - 1) * math.log(1 - rho) + math.log(last))
+    variance = diagonal * (_variance_of(logvar) - 1) - logvar
+    twice = (variance + precision * mu.square()).sum(1)
+    if shared != 0:  # 0 times an infinite square would be NaN
+        twice = twice - shared * mu.unflatten(1, (-1, block_size)).sum(2).square().sum(1)
+    return (twice + (dims * (diagonal - 1) + logdet)) / 2
+
+
+def consistency_variance(views: Sequence[Tensor], correction: float) -> Tensor:
+    """Mean over D of the variance over the views, [B]. See `bomkern.consistency_variance`."""
+    _, _, _, dtype = check_views(views, correction)
+    x = views[0].to(dtype) if len(views) == 1 else torch.stack([v.to(dtype) for v in views])
+    x = x - x[0].detach()  # no digits are lost where all values are far from 0
+    return x.var(0, correction=correction).mean(1)
+
+
+def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of each column, [D] each; of a constant column exactly 0."""
+    shifted = x - x[0].detach()  # no digits are lost where all values are far from 0
+    return shifted.mean(0) + x[0].detach(), shifted.var(0)
+
+
+def merged_moments(mean: Tensor, variance: Tensor, rows: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance over all ranks' rows, of those of each rank's (Chan et al. 1979); any shape."""
+    means, variances = ranks.gather(torch.stack([mean, variance])).unbind(1)
+    origin, total = means[0].detach(), rows * ranks.size
+    apart = means - origin
+    center = apart.mean(0)
+    between = (apart - center).square().sum(0) * (rows / (total - 1))
+    return center + origin, variances.mean(0) * (ranks.size * (rows - 1) / (total - 1)) + between
+
+
+def units_of(variance: Tensor, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """Active and effective fraction, 0-dim each, of column variances [D]. See `bomkern.active_units`."""
+    active = torch.sigmoid((variance - threshold) / temperature).mean()
+    total = variance.sum()
+    p = variance / torch.where(total == 0, 1, total)
+    some = p != 0
+    entropy = -(p * torch.where(some, p, 1).log()).sum()
+    return active, torch.where(total == 0, 0, torch.exp(entropy) / len(variance))
+
+
+def active_units(mu: Tensor, threshold: float, temperature: float, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """Active and effective fraction of the dimensions, 0-dim each. See `bomkern.active_units`."""
+    rows, _, dtype = check_matrices(2, mu=mu)
+    check_units(threshold, temperature)
+    moments = merged_moments(*column_moments(mu.to(dtype)), rows, ranks)
+    return units_of(moments[1], threshold, temperature)
+
+
+def latent_statistics(
+    z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float
+) -> tuple[Tensor, ...]:
+    """The fields of `bomkern.LatentStatistics`, in order."""
+    _, _, dtype = check_latents(z, mu, logvar, least=2)
+    check_units(threshold, temperature)
+    z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
+    kl = (mu.square() + _variance_of(logvar) - 1 - logvar).sum(1) / 2
+    moments = *column_moments(z), *column_moments(mu)
+    return kl, logvar.mean(1), logvar.square().mean(1), *moments, *units_of(moments[3], threshold, temperature)
+
+
+def centered(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """x less its column means over all ranks' rows, and the means, [D], without gradient."""
+    first = x[0].detach()  # taken off before the mean is: no digits are lost where all values are far from 0
+    firsts, means = ranks.gather(torch.stack([first, (x - first).mean(0)])).unbind(1)
+    origin = firsts[0].detach()
+    mean = (firsts.detach() - origin + means).mean(0)
+    return x - origin - mean, (origin + mean).detach()
+
+
+@exactly
+def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool, ranks: Ranks = ALONE) -> Tensor:
+    """``B/(B-1) x' offdiag(C) x / D`` of each sample, [B], or ``sum_{i != j} C_ij^2 / D``, 0-dim.
+
+    See `bomkern.covariance_penalty`.
+    """
+    rows, dims, dtype = check_matrices(2, z=z)
+    batch = rows * ranks.size
+    x, mean = centered(z.to(dtype), ranks)
+    c = ranks.total(x.T @ x) / (batch - 1)
+    if normalize:
+        variance = c.diagonal()
+        constant = variance.detach().sqrt() <= torch.finfo(dtype).eps * mean.abs()
+        inverse = torch.where(constant, torch.inf, variance).rsqrt()
+        c, x = c * inverse * inverse[:, None], x * inverse
+    off = c - torch.diag(c.diagonal())
+    if not per_sample:
+        return off.square().sum() / dims
+    return ((x @ off) * x).sum(1) * (batch / (batch - 1) / dims)
