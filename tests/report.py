@@ -113,7 +113,8 @@ def endurance() -> Iterator[Row]:
 def installs() -> Iterator[Row]:
     cells = load("install_matrix")["cells"].values()
     outcomes = Counter(cell["outcome"] for cell in cells if cell["as_expected"])
-    right = ", ".join(f"{count} {'refused clearly' if name != 'works' else name}" for name, count in outcomes.items())
+    names = {"works": "work", "clear error": "are refused clearly"}
+    right = ", ".join(f"{count} {names[name]}" for name, count in outcomes.items())
     wrong = sum(not cell["as_expected"] for cell in cells)
     yield "ways to install", f"{len(cells)} cells: {right}, {wrong} not as expected", "make install-matrix"
 
