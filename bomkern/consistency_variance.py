@@ -26,7 +26,8 @@ def consistency_variance(
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
 
     Returns:
-        [B], float32 (float64 if any view is float64). Gradients for the views.
+        [B], float32 (float64 if any view is float64); inf where a sample's squared differences, over all its views and
+        dimensions, overflow when added up. Gradients for the views.
 
     Raises:
         ValueError: a shape, device or number that cannot serve, named in the message.

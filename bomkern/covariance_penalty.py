@@ -32,7 +32,8 @@ def covariance_penalty(
             out again: columns whose variances differ by orders of magnitude then cost digits, normalized ones do not.
         normalize: correlations instead of covariances: x is divided by each column's deviation, which has gradient
             too. A column that is constant to within rounding, deviation at most eps |mean| with the eps of the compute
-            dtype, correlates with nothing: it counts 0 and gets no gradient.
+            dtype, correlates with nothing: it counts 0 and gets no gradient. Deviations whose squares overflow
+            give NaN.
         reduction: "sample", [B]; "batch", their mean, 0-dim, for less work.
         process_group: the ranks that share the batch, each with B samples of it, the same number: C of all of them, for
             which a D x D product is added up, in plain PyTorch whatever ``impl`` says. Each rank gets the parts of its

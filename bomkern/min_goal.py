@@ -102,8 +102,9 @@ def min_goal_loss(
 
     Ties go to the lowest goal index, and for "min" to the lowest sample. A NaN entry is the worst there is: it makes
     the loss NaN and is its sample's bottleneck. A score <= 0, or a raw value whose deficit is not finite, makes the
-    loss inf. Such samples get zero gradient, and ``stats.finite`` is False; no host sync is made to tell. Constraint
-    parameters get no gradient.
+    loss inf. Such samples get zero gradient, and ``stats.finite`` is False; no host sync is made to tell. A
+    score of which 1 / score overflows, in float32 one below 3e-39, has an infinite gradient whatever comes from above.
+    Constraint parameters get no gradient.
 
     **Routing.** A goal that is no sample's bottleneck has gradient zero. Routed, its gradient is *undefined* instead,
     and autograd does not walk its graph (a decode, a feature network, a discriminator): the other gradients are the

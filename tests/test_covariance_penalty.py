@@ -216,6 +216,36 @@ def test_a_deviation_without_an_inverse_is_none(server: tuple[str, str], reducti
 
 
 @IMPLS
+@pytest.mark.parametrize("reduction", ["sample", "batch"])
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1e25), (torch.float64, 1e200)])
+def test_squares_that_overflow_are_not_hidden(
+    server: tuple[str, str], reduction: str, dtype: torch.dtype, unit: float
+) -> None:
+    """Normalized, the penalty is that of any other unit, or NaN where a deviation's squares overflow: no silent 0."""
+    impl, device = server
+    for batch, dims in ((40, 6), (6, 12), (20, 1)):
+        (z,) = sample(batch, dims)
+        z = z.to(device, dtype)
+        call = functools.partial(covariance_penalty, normalize=True, reduction=reduction, impl=impl)
+        value, right = call(z * unit), call(z)
+        assert value.isnan().all() or torch.allclose(value, right, rtol=1e-4, atol=1e-6)
+
+
+@IMPLS
+@pytest.mark.parametrize("reduction", ["sample", "batch"])
+def test_a_variance_that_overflows_is_not_looked_at(server: tuple[str, str], reduction: str) -> None:
+    """Only what is off the diagonal counts, and that is finite here."""
+    impl, device = server
+    (z,) = sample(40, 2)
+    z = z * torch.tensor([1e20, 1e-18])
+    call = functools.partial(covariance_penalty, reduction=reduction)
+    (value,), (grad,) = run(call, leaves((z,), device=device), impl)
+    (want,), (expected,) = run(call, leaves((z.double(),), device=device), "reference")
+    assert torch.allclose(value.double(), want, rtol=1e-4)
+    assert torch.allclose(grad.double(), expected, rtol=1e-3)
+
+
+@IMPLS
 @EACH
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_nan_takes_all(server: tuple[str, str], call: Penalty, number: float) -> None:

@@ -178,7 +178,8 @@ def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool, ranks: Rank
         constant = variance.detach().sqrt() <= torch.finfo(dtype).eps * mean.abs()
         inverse = torch.where(constant, torch.inf, variance).rsqrt()
         c, x = c * inverse * inverse[:, None], x * inverse
-    off = c - torch.diag(c.diagonal())
+    own = torch.eye(dims, dtype=torch.bool, device=c.device) & ~c.isnan()  # a NaN may have no other place to show in
+    off = torch.where(own, 0, c)
     if not per_sample:
         return off.square().sum() / dims
     return ((x @ off) * x).sum(1) * (batch / (batch - 1) / dims)

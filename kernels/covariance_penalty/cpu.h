@@ -21,7 +21,8 @@ template <class S> void moments(const Columns<S>& c, bool normalize, void* works
     c.offset[d] = S(offset);
     // What has no inverse, a deviation near the least number that there is, is none.
     const bool constant = deviation <= eps * size || S(1 / deviation) > largest;
-    c.inverse[d] = S(!normalize ? 1 : constant ? 0 : 1 / deviation);
+    const double inverse = deviation <= largest ? 1 / deviation : __builtin_nan("");  // no 0 of squares that overflowed
+    c.inverse[d] = S(!normalize ? 1 : constant ? 0 : inverse);
   });
 }
 

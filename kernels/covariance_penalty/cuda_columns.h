@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(column_threads, 2) center_kernel(const __grid_
     load<S, 1>(a.z, 0, d, first);
     const S variance = m.square[0] / S(a.batch - 1), mean = first[0] + m.mean[0], deviation = sqrt(variance);
     const bool constant = deviation <= epsilon<S> * (mean < 0 ? -mean : mean);
-    const S inverse = !a.normalize ? S(1) : constant ? S(0) : 1 / deviation;
+    const S whole = isfinite(deviation) ? 1 / deviation : S(NAN);  // no 0 of squares that overflowed
+    const S inverse = !a.normalize ? S(1) : constant ? S(0) : whole;
     a.offset[d] = m.mean[0];
     a.inverse[d] = inverse;
     a.spread[d] = inverse == 0 ? S(0) : variance * inverse * inverse;

@@ -30,6 +30,7 @@ def _put_columns(z, strides, offset, squares, batch, dims, cols, columns, NORMAL
         mean = first_of(z, strides, cols, dims, CD) + offset
         constant = deviation <= (2.0**-23 if CD == tl.float32 else 2.0**-52) * tl.abs(mean)  # noqa: SIM300
         inverse = tl.where(constant, 0, div(inverse, tl.where(constant, 1, deviation)))
+        inverse = tl.where(deviation < float("inf"), inverse, float("nan"))  # no 0 of squares that overflowed
     tl.store(columns + cols, offset, mask=cols < dims)
     tl.store(columns + (dims + cols), inverse, mask=cols < dims)
     tl.store(columns + (2 * dims + cols), (squares * inverse) * inverse, mask=cols < dims)

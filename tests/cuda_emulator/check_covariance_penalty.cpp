@@ -145,6 +145,20 @@ template <class S> void check(const Columns& s) {
   }
 }
 
+// Normalized columns whose squares overflow: NaN, and no 0 that hides it.
+template <class S> void check_overflow(int64_t B, int64_t D) {
+  Input z(B, D, number<S>(), Layout::plain);
+  z.fill([](int64_t, int64_t) { return (sizeof(S) == 4 ? 1e25 : 1e200) * normal(); });
+  for (const bool per_sample : {false, true}) {
+    begin("overflow float%d B=%lld D=%lld per_sample=%d", int(sizeof(S)) * 8, (long long)B, (long long)D, per_sample);
+    const PlainLibrary<S> library;
+    const Steps<S, PlainLibrary<S>> steps(library, z.matrix, B, D);
+    Buffer<S> out(per_sample ? B : 1), offset(D), inverse(D);
+    steps.forward(true, per_sample, out.data, offset.data, inverse.data);
+    for (size_t b = 0; b < out.n; ++b) expect(out.data[b] != out.data[b], "out", b, out.data[b], NAN);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -169,5 +183,6 @@ int main() {
   check<float>({600, 36});   // several slices
   check<float>({150, 132});  // and tiles
   check<float>({3, 700});    // a block to a row
+  for (const int64_t dims : {1, 5, 33}) check_overflow<float>(20, dims), check_overflow<double>(20, dims);
   return done("covariance_penalty");
 }

@@ -65,6 +65,11 @@ class Module(GoalSetOp):
     def indexed(self, name: str) -> bool:
         return name.startswith(("bottleneck", "record", "grad "))
 
+    def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
+        """A step's own part of a gradient of 16 bits."""
+        half = any(g.dtype == "float16" for g in case.given if f"grad {g.name}" == name)
+        return half and case.options.get("steps", 1) > 1
+
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
         sure = super().sure(case, tensors)
         if sure is None or not case.options.get("spill") or case.options.get("steps", 1) == 1:
@@ -132,6 +137,9 @@ class Keep(Op):
 
     def indexed(self, name: str) -> bool:
         return name in ("spill 1", "spill 3")
+
+    def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
+        return {"spill 0": 1.0, "spill 2": 1.0}  # the averages begin there, and a deficit may bring them back to 0
 
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
         """No goal's place, where rounding decides which average is the larger."""

@@ -20,6 +20,12 @@ from tests.fuzz.ops import Drawn, Errors, Op, Outputs
 LEVEL = 1e-8  # scores are at most 1: one of 1e-16 may be 0
 
 
+def level_unit(deficits: Tensor) -> float:
+    """What rounding the deficits makes of their mean ``exp(-deficit)``: far below 0 it is ``|deficit|`` times it."""
+    size = torch.exp(-deficits) * deficits.abs()
+    return max(LEVEL, torch.where(size.isfinite(), size, 0).max().item() if size.numel() else 0.0)
+
+
 def constraint(source: Random) -> list[Any]:
     """A constraint as data: its name and its numbers."""
     scale, at = source.choice([1e-3, 0.1, 0.3, 0.5, 1.0, 7.0, 1e3]), source.choice([0.0, 0.0, 0.1, 0.5, -1.3, 1e4])
@@ -77,7 +83,7 @@ class Goals(Op):
         return errors if 1 <= self.count(case) <= 64 else (*errors, ValueError)
 
     def spoil(self, source: Random, drawn: Drawn) -> Drawn:
-        sizes, given, options = super().spoil(source, drawn) if drawn[1] else drawn
+        sizes, given, options = super().spoil(source, drawn)
         if sum(g.axes in ("B", "b") for g in given) < 2:  # a size alone is not wrong
             given = [replace(g, axes=g.axes.upper()) for g in given]
         return sizes, given, options
@@ -184,10 +190,17 @@ class MinGoal(Goals):
     def indexed(self, name: str) -> bool:
         return name in ("bottleneck", "share", "finite") or name.startswith("grad ")
 
+    def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
+        """1 / score, a slope, before it is multiplied by what comes from above."""
+        if case.options.get("constraints") is not None or not name.startswith("grad "):
+            return False
+        least = 1 / torch.finfo(torch.float64 if case.wide else torch.float32).max
+        return any(((x > 0) & (x <= least)).any().item() for x in tensors)
+
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
         every = self.deficits(case, tensors).amax(1)
         every = every[every.isfinite()].abs()
-        found = {"level": LEVEL}
+        found = {"level": level_unit(self.deficits(case, tensors))}
         if not len(every):
             return found
         reduction = case.options.get("reduction", "mean")
@@ -284,7 +297,8 @@ class GoalSetOp(Goals):
         grads = [outputs[f"grad {g.name}"].abs() for g in case.given if f"grad {g.name}" in outputs]
         largest = max((g.max().item() for g in grads if g.numel()), default=0.0)
         found |= {f"grad {g.name}": largest for g in case.given if g.axes == ""}
-        return found | {"record level": LEVEL, "record share": 1.0, "record raw": max(x, default=0.0)}
+        level = level_unit(self.grouped(case, self.deficits(case, tensors)))
+        return found | {"record level": level, "record share": 1.0, "record raw": max(x, default=0.0)}
 
     def without(self, case: Case, k: int) -> Case | None:
         groups = case.options["groups"]

@@ -190,9 +190,10 @@ def compare(op: Op, case: Case, tensors: list[Tensor], ours: Outputs, truth: Tru
             raise Wrong(f"{name}: shape {list(got.shape)}, should be {list(want.shape)}")
         rows = given.axes.find("B") if given else 0 if want.dim() == 1 and op.per_sample else -1
         either = given is not None or (not op.infinities and any(x.isinf().any() for x in doubles))
+        over = op.overflows(case, doubles, name)
         for group in groups if rows >= 0 and case.sizes["B"] == want.shape[rows] else [None]:
             keep = group if group is None else group.nonzero().flatten()
-            one = Comparison(name, case, truth, keep, rows, units.get(name, 0.0), slack, either)
+            one = Comparison(name, case, truth, keep, rows, units.get(name, 0.0), slack, either, over)
             one.check(got, sure if op.indexed(name) else None)
 
 
@@ -225,6 +226,7 @@ class Comparison:
     unit: float
     slack: float
     either: bool  # inf or NaN, whichever
+    over: bool  # what is finite may be inf or NaN
 
     def part(self, x: Tensor) -> Tensor:
         x = x.detach().cpu()
@@ -259,6 +261,8 @@ class Comparison:
         )
         if self.either:
             same = same | (~ours.isfinite() & ~exact.isfinite())
+        if self.over:
+            same = same | ~ours.isfinite()
         odd = ~same & ~(ours.isfinite() & exact.isfinite())
         if odd.any():
             raise Wrong(f"{self.name}: {some(ours, odd)}, should be {some(exact, odd)}")

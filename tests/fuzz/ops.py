@@ -59,6 +59,8 @@ class Op:
     def spoil(self, source: Random, drawn: Drawn) -> Drawn:
         """Something wrong with it: a size, a dtype, a number of axes, an option."""
         sizes, given, options = drawn
+        if not given:
+            return drawn
         which = source.randrange(3 + 2 * bool(self.spoiled))
         if which > 2:
             name, value = source.choice(self.spoiled)
@@ -86,6 +88,10 @@ class Op:
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
         """[B] bool: samples whose bottleneck rounding cannot change; None where an op has no bottleneck."""
         return None
+
+    def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
+        """Whether a number on the way to this result may overflow where the result does not: it may be inf or NaN."""
+        return False
 
     def indexed(self, name: str) -> bool:
         """Whether a result depends on which goal the bottleneck is, or on how often."""

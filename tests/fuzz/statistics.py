@@ -104,6 +104,12 @@ class ConsistencyVariance(Op):
         views = tensors[0] if "V" in case.sizes else tensors
         return {"value": bomkern.consistency_variance(views, **case.options, impl=impl)}
 
+    def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
+        """The sum of squares over views and columns, of which the variance is the mean."""
+        views = [x.nan_to_num(0, 0, 0) for x in (tensors[0] if "V" in case.sizes else tensors)]
+        squares = sum((x - views[0]).square().sum(1).max().item() for x in views)
+        return name == "value" and squares > torch.finfo(torch.float64 if case.wide else torch.float32).max
+
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
         # A view near the mean is left with the rounding of views far from it.
         count, correction = case.sizes.get("V", len(case.given)), case.options.get("correction", 1)
@@ -185,8 +191,9 @@ class Latent(Op):
         return {
             "kl": kl["value"],
             "logvar_mean": logvar_size.mean(1).max().item(),
-            "z_mean": z_size.mean(0).max().item(),
-            "mu_mean": mu_size.mean(0).max().item(),
+            # Of a block of rows its first value is taken off: where that is an outlier, as large a number as it stays.
+            "z_mean": z_size.max().item(),
+            "mu_mean": mu_size.max().item(),
             "grad mu": mu or units_gradient(tensors[1]),
             "grad logvar": kl["grad logvar"],
         }
