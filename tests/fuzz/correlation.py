@@ -156,7 +156,10 @@ class GaussianTotalCorrelation(Op):
         return 1e-6 * (1 + len(z) ** 0.5) * (1 + 1 / left) * (1 + far)
 
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
-        return {"value": 1.0, "grad z": 1 / max(1e-30, tensors[0].std(0).min().nan_to_num(1.0).item())}
+        z = tensors[0]
+        size = z.abs().amax(0)
+        spread = (z / torch.where(size > 0, size, 1)).std(0) * size  # squares of 1e160 would overflow
+        return {"value": 1.0, "grad z": 1 / max(1e-30, spread.min().nan_to_num(1.0).item())}
 
 
 OPS: tuple[Op, ...] = (TotalCorrelation(), GaussianTotalCorrelation())

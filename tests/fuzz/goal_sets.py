@@ -72,6 +72,8 @@ class Module(GoalSetOp):
 
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
         sure = super().sure(case, tensors)
+        if sure is not None:  # a step's samples are those of the first, rolled
+            sure = torch.stack([sure.roll(step) for step in range(case.options.get("steps", 1))]).all(0)
         if sure is None or not case.options.get("spill") or case.options.get("steps", 1) == 1:
             return sure
         # From the second step on the weights follow the order of the goals' mean deficits, which may be equal.
