@@ -146,6 +146,11 @@ class GaussianTotalCorrelation(Op):
         c = self.correlation(z.detach().double())
         return max(0.0, torch.linalg.eigvalsh(c)[0].item()) if c.isfinite().all() else 0.0
 
+    def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
+        """What is left of a column is near the rounding below which it counts as a copy of others."""
+        eps = torch.finfo(torch.float64 if case.wide else torch.float32).eps
+        return bool(tensors[0].isfinite().all()) and self.condition(case, tensors[0]) < 64 * eps
+
     def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
         z = tensors[0]
         if not z.isfinite().all() or (z == z[0]).all(0).any():

@@ -120,6 +120,8 @@ class Goals(Op):
         if case.options.get("reduction") == "min":
             per_sample = deficits.nan_to_num(torch.inf, torch.inf).amax(1)
             near = near | near.any() | self.near_ties(per_sample, margin.amax(1))
+            if case.options.get("temperature", 0.0) > 0:  # the other goals count too: of equal ones it is not the first
+                near = near | ((per_sample >= per_sample.max() - 2 * margin.amax(1)).sum() > 1)
         return ~near
 
     def grouped(self, case: Case, deficits: Tensor) -> Tensor:
