@@ -127,6 +127,15 @@ class Goals(Op):
     def grouped(self, case: Case, deficits: Tensor) -> Tensor:
         return deficits
 
+    def batch_level(self, case: Case, tensors: list[Tensor]) -> dict[str, float]:
+        """What a sample adds to the gradient of each batch-level goal: a sum over samples, of either sign."""
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        every = self.deficits(case, leaves)
+        slopes = torch.autograd.grad(torch.where(every.isfinite(), every, 0).sum(), leaves, materialize_grads=True)
+        most = 2 / self.batch(case) / (self.batch(case) if case.options.get("reduction", "mean") == "mean" else 1)
+        named = zip(case.given, slopes, strict=True)
+        return {f"grad {g.name}": most * s.abs().nan_to_num(0, 0, 0).item() for g, s in named if g.axes == ""}
+
     def smaller(self, case: Case) -> list[Case]:
         """Without one goal."""
         found, count = [], self.count(case)
@@ -202,7 +211,7 @@ class MinGoal(Goals):
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
         every = self.deficits(case, tensors).amax(1)
         every = every[every.isfinite()].abs()
-        found = {"level": level_unit(self.deficits(case, tensors))}
+        found = {"level": level_unit(self.deficits(case, tensors)), **self.batch_level(case, tensors)}
         if not len(every):
             return found
         reduction = case.options.get("reduction", "mean")
@@ -295,10 +304,9 @@ class GoalSetOp(Goals):
         most = total.sum() if case.options.get("reduction") == "sum" else total.max()
         x = [torch.where(t.isfinite(), t, 0).abs().max().item() for t in tensors if t.numel()]
         found = {"loss": most.item(), "record loss": most.item(), "record deficit": size.max().item()}
-        # A batch-level goal's gradient is a sum over samples, of either sign.
         grads = [outputs[f"grad {g.name}"].abs() for g in case.given if f"grad {g.name}" in outputs]
         largest = max((g.max().item() for g in grads if g.numel()), default=0.0)
-        found |= {f"grad {g.name}": largest for g in case.given if g.axes == ""}
+        found |= {name: max(largest, own) for name, own in self.batch_level(case, tensors).items()}
         level = level_unit(self.grouped(case, self.deficits(case, tensors)))
         return found | {"record level": level, "record share": 1.0, "record raw": max(x, default=0.0)}
 
