@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._autocast import exactly
 from .._check import check_goals, check_groups, check_multipliers, check_params, check_temperature
-from .goals import MEAN, MIN, NONE, SUM, deficit, worst_of
+from .goals import MIN, deficit, matrix_of, reduced, worst_of
 
 
 def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
@@ -40,10 +40,7 @@ def goal_set(
     check_groups(groups, count)
     check_temperature(temperature, params)
     check_multipliers(multipliers, groups, params)
-    if len(goals) == 1 and goals[0].dim() == 2:
-        x = goals[0].to(dtype)
-    else:
-        x = torch.stack([g.to(dtype).expand(batch) for g in goals], dim=1)
+    x = matrix_of(goals, batch, dtype)
     codes, member = torch.tensor(list(curves), device=x.device), groups_of(groups, params)  # [K], [K, G]
 
     single = deficit(x.detach(), params, codes)  # [B, K]
@@ -68,12 +65,7 @@ def goal_set(
         part = torch.where(finite[:, None], given / torch.where(total > 0, total, 1), hard)
 
     row = worst_of(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
-    if reduction == MEAN:
-        loss = per_sample.mean()
-    elif reduction == SUM:
-        loss = per_sample.sum()
-    else:
-        loss = per_sample.index_select(0, row).reshape(()) if reduction == MIN else per_sample
+    loss = reduced(per_sample, row, reduction)
     taken = part.index_select(0, row) if reduction == MIN else part
     seen = x.detach()
     highest = torch.where(seen.isfinite(), seen, -torch.inf).amax(0)
@@ -88,12 +80,7 @@ def goal_set(
     pull = torch.where(share > 0, share * live, 0).sum(1)  # its gradient is the loss's
     if multipliers is None:
         pull = pull + _bend(mean_of_members(live, member), worst, soft[:, None] & (weight > 0), mu)
-    carried = pull - pull.detach()
-    if reduction == MIN:
-        carried = carried.index_select(0, row).reshape(())
-    elif reduction != NONE:
-        carried = carried.mean() if reduction == MEAN else carried.sum()
-    return loss + carried, winner, record
+    return loss + reduced(pull - pull.detach(), row, reduction), winner, record
 
 
 def _bend(live: Tensor, worst: Tensor, soft: Tensor, mu: Tensor) -> Tensor:

@@ -54,6 +54,22 @@ def worst_of(d: Tensor, dim: int) -> Tensor:
     return rank.to(torch.uint8).argmax(dim)
 
 
+def matrix_of(goals: Sequence[Tensor], batch: int, dtype: torch.dtype) -> Tensor:
+    """[B, K]: the one matrix, or the goals as its columns."""
+    if len(goals) == 1 and goals[0].dim() == 2:
+        return goals[0].to(dtype)
+    return torch.stack([g.to(dtype).expand(batch) for g in goals], dim=1)
+
+
+def reduced(per_sample: Tensor, row: Tensor, reduction: int) -> Tensor:
+    """[B] for `NONE`, else 0-dim; of `MIN` the sample ``row``, [1]."""
+    if reduction == NONE:
+        return per_sample
+    if reduction == MEAN:
+        return per_sample.mean()
+    return per_sample.sum() if reduction == SUM else per_sample.index_select(0, row).reshape(())
+
+
 def min_goal(
     goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, stats: bool
 ) -> tuple[Tensor, ...]:
@@ -63,10 +79,7 @@ def min_goal(
     """
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
-    if len(goals) == 1 and goals[0].dim() == 2:
-        x = goals[0].to(dtype)
-    else:
-        x = torch.stack([g.to(dtype).expand(batch) for g in goals], dim=1)
+    x = matrix_of(goals, batch, dtype)
     codes = None if params is None else torch.tensor(list(curves), device=x.device)
 
     every = deficit(x.detach(), params, codes)  # [B, K]
@@ -80,14 +93,7 @@ def min_goal(
     per_sample = torch.where(finite, again, worst)
 
     row = worst_of(worst, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
-    if reduction == NONE:
-        loss = per_sample
-    elif reduction == MEAN:
-        loss = per_sample.mean()
-    elif reduction == SUM:
-        loss = per_sample.sum()
-    else:
-        loss = per_sample.index_select(0, row).reshape(())
+    loss = reduced(per_sample, row, reduction)
     if not stats:
         return (loss,)
     takers = winner.index_select(0, row) if reduction == MIN else winner
