@@ -27,7 +27,7 @@ from bomkern.train.config import TrainError
 from tests.train_helpers import config, leaves
 
 RESULTS = Path(__file__).resolve().parent / "results" / "faults.json"
-STEPS_A_KILL = 3  # of a run: fewer, and it ends before it has been killed as often as asked
+ENDLESS = 10**6  # steps: a run of so many has not ended when it is killed, however late that is
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.faults"])  # so that a run starts in no time
 
@@ -66,6 +66,13 @@ def start(out: Path, **changes: Any) -> tuple[Any, Any]:
     return process, errors
 
 
+def finish(process: Any, errors: Any, code: int = 0) -> None:
+    """Waits for a run to end, with ``code`` and without a word."""
+    process.join()
+    said = "" if errors.empty() else errors.get()
+    assert process.exitcode == code and not said, f"the run ended with {process.exitcode}: {said or 'no word'}"
+
+
 def state(out: Path) -> dict[str, Any]:
     """All that a run will go on from, by path."""
     found = leaves(checkpoint.load(out / record.CHECKPOINT))
@@ -86,36 +93,39 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     Returns:
         kills, the steps that checkpoints were at, and whether the end is equal to the bit.
     """
-    rng, steps = random.Random(seed), STEPS_A_KILL * count
-    straight, broken = folder / "straight", folder / "broken"
-    begun = time.perf_counter()
-    process, errors = start(straight, steps=steps)
-    process.join()
-    assert process.exitcode == 0 and errors.empty(), errors.get()
-    step = (time.perf_counter() - begun) / steps
-    path, done, reached = broken / record.CHECKPOINT, 0, []
-    while done < count:
-        resume = path.exists() or checkpoint.before(path).exists()
-        process, errors = start(broken, steps=steps, resume=resume, overwrite=False)
+    rng = random.Random(seed)
+    broken, straight = folder / "broken", folder / "straight"
+    path, reached, first = broken / record.CHECKPOINT, [], _first_step(folder / "measured")
+    for _ in range(count):
+        process, errors = start(broken, steps=ENDLESS, resume=_can_resume(path), overwrite=False)
         _wait_for_writes(process, path, rng.choice((0, 0, 1)))
-        time.sleep(rng.uniform(0, 1.5 * step))
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            done += 1
-        process.join()
-        if process.exitcode == 0:  # it ended, or failed, before it was killed
-            assert errors.empty(), errors.get()
-            break
+        time.sleep(rng.uniform(0, 1.5 * first))
+        os.kill(process.pid, signal.SIGKILL)
+        finish(process, errors, -signal.SIGKILL)
         if path.exists():
             reached.append(checkpoint.load(path)["step"])
-        elif not checkpoint.before(path).exists() and broken.exists():
+        elif not _can_resume(path) and broken.exists():
             _clear(broken)  # killed before the first checkpoint: a resume has nothing to go on from
-    process, errors = start(broken, steps=steps, resume=path.exists() or checkpoint.before(path).exists())
-    process.join()
-    assert process.exitcode == 0 and errors.empty(), errors.get()
+    steps = max(reached, default=0) + 2
+    for out in (broken, straight):
+        process, errors = start(out, steps=steps, resume=out == broken and _can_resume(path))
+        finish(process, errors)
     written = [line["step"] for out in (straight, broken) for line in record.read_lines(out / record.METRICS)]
     same_lines = written[: len(written) // 2] == written[len(written) // 2 :]
-    return {"kills": done, "steps": reached, "equal": equal(state(straight), state(broken)) and same_lines}
+    return {"kills": count, "steps": reached, "equal": equal(state(straight), state(broken)) and same_lines}
+
+
+def _first_step(out: Path) -> float:
+    """The seconds from the start of a run to its first checkpoint, when the server of processes is there already."""
+    for _ in range(2):  # the first of them starts the server
+        begun = time.perf_counter()
+        process, errors = start(out, steps=1, overwrite=True)
+        finish(process, errors)
+    return time.perf_counter() - begun
+
+
+def _can_resume(path: Path) -> bool:
+    return path.exists() or checkpoint.before(path).exists()
 
 
 def _wait_for_writes(process: Any, path: Path, count: int) -> None:
