@@ -225,9 +225,9 @@ def test_nothing_in_a_record_makes_it_fail() -> None:
 def test_the_largest_history_takes_seconds() -> None:
     names = [f"g{i}" for i in range(64)]
     history = written({n: flat(0.5, 4000, i) for i, n in enumerate(names)}, {n: 1 / 64 for n in names})
-    begun = time.perf_counter()
+    begun = time.process_time()
     diagnose(history)
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 # The bench, and the command.
