@@ -20,8 +20,6 @@ from bench.results import Results, read
 
 ROOT = Path(__file__).resolve().parent.parent
 FALL, FALL_ELSEWHERE = 0.15, 0.5
-# Nearly all of its time is that of fresh pages for the gradients: on one machine the same code came out at 45x to 72x.
-FALL_OF_PAGES, OF_PAGES = 0.4, "consistency_variance forward+backward in pairs"
 DECIDES = ("device", "name", "threads", "simd")  # of a machine, for its ratios
 OURS, EAGER = "bomkern", "eager"
 
@@ -41,10 +39,7 @@ def ratios(results: Results) -> dict[str, float]:
 def compare(base: Results, news: list[Results]) -> tuple[list[str], bool]:
     """A line for each ratio that both have, the worst first, and whether none fell too far."""
     elsewhere = {name: new.machine[name] for new in news for name in DECIDES if new.machine[name] != base.machine[name]}
-
-    def limit(group: str) -> float:
-        return FALL_ELSEWHERE if elsewhere else FALL_OF_PAGES if group.startswith(OF_PAGES) else FALL
-
+    limit = FALL_ELSEWHERE if elsewhere else FALL
     before = ratios(base)
     after: dict[str, float] = {}
     for new in news:
@@ -56,10 +51,10 @@ def compare(base: Results, news: list[Results]) -> tuple[list[str], bool]:
         lines.append(f"another machine ({elsewhere}): only a fall by more than {FALL_ELSEWHERE:.0%} fails")
     for change, group in both:
         told = f"{before[group]:7.2f}x -> {after[group]:7.2f}x  {change - 1:+5.0%}  {group}"
-        lines.append(told + (f"   FELL by more than {limit(group):.0%}" if change < 1 - limit(group) else ""))
+        lines.append(told + (f"   FELL by more than {limit:.0%}" if change < 1 - limit else ""))
     if not both:
         lines.append("nothing to compare: no group has bomkern and eager in both")
-    return lines, bool(both) and all(change >= 1 - limit(group) for change, group in both)
+    return lines, bool(both) and all(change >= 1 - limit for change, group in both)
 
 
 def run(to: Path) -> Results:

@@ -201,7 +201,7 @@ def about(benchmark: Any, op: str, case: str, direction: str, name: str, size: S
 
 def timed(benchmark: Any, steps: Sequence[machine.Step], graph: bool = True) -> None:
     """Time calls, one step after the other in turn, in rounds of many with one sync; on a GPU also as a ``graph``."""
-    calls, rounds = planned(_least(steps))
+    calls, rounds = planned(least(steps))
     turn = itertools.cycle(steps)
     # The timer waits for a GPU (bench/conftest.py), so a round is a batch of calls with one sync.
     benchmark.pedantic(lambda: next(turn)(), rounds=rounds, iterations=calls, warmup_rounds=0 if calls == 1 else 1)
@@ -209,14 +209,14 @@ def timed(benchmark: Any, steps: Sequence[machine.Step], graph: bool = True) -> 
         benchmark.extra_info.update(_of_a_gpu(steps, max(calls, len(steps)), graph))
 
 
-def _least(steps: Sequence[machine.Step]) -> float:
+def least(steps: Sequence[machine.Step]) -> float:
     """Seconds of a call, the best of three unless it is slow."""
-    least = math.inf
+    best = math.inf
     for step in itertools.islice(itertools.cycle(steps), 3):
-        least = min(least, machine.seconds(step))
-        if least > SLOW:
+        best = min(best, machine.seconds(step))
+        if best > SLOW:
             break
-    return least
+    return best
 
 
 def timed_backward(benchmark: Any, forward: Callable[[], Tensor], x: Inputs) -> None:

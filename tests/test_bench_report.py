@@ -112,15 +112,6 @@ def test_a_ratio_that_fell_is_found() -> None:
     assert not compare.compare(results(), [Results(MACHINE, "", "", [])])[1]
 
 
-@pytest.mark.parametrize(("ratio", "fine"), [(45.0, True), (39.0, False)])
-def test_a_ratio_that_is_of_fresh_pages_may_fall_further(ratio: float, fine: bool) -> None:
-    def paired(pair: float) -> Results:
-        one = row("consistency_variance", "bomkern", 1.0, "forward+backward in pairs", B=4096, D=128)
-        return Results(MACHINE, "", "", [{**one, "pair": pair}])
-
-    assert compare.compare(paired(67.0), [paired(ratio)])[1] == fine
-
-
 def test_pairs_count_as_they_were_paired() -> None:
     paired = {**row("gaussian_kl", "bomkern", 1.0, "forward+backward in pairs", B=64, D=2), "pair": 7.5}
     assert list(compare.ratios(Results(MACHINE, "", "", [paired])).values()) == [7.5]
