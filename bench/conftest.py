@@ -21,8 +21,8 @@ def pytest_configure(config: Any) -> None:
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
         os.environ[CACHE] = folder.name
-    # glibc keeps freed memory, up to twice the largest block below 32 MB that was freed, and gives back the rest: without
-    # this one, what ran before a small bench decides what that pays for fresh pages.
+    # glibc keeps freed memory, up to twice the largest block below 32 MB that was freed, and gives back the rest:
+    # without this one, what ran before a small bench decides what that pays for fresh pages.
     torch.empty(31 << 20, dtype=torch.uint8)
     config.option.benchmark_group_by = config.option.benchmark_group_by or "group"
     config.option.benchmark_disable_gc = True
