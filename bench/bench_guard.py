@@ -34,6 +34,12 @@ CASES: list[tuple[Case, Size]] = [
 ]
 
 
+def repeat(step: machine.Step, times: int) -> None:
+    """Call by call, each result dropped at once."""
+    for _ in range(times):
+        step()
+
+
 @pytest.mark.parametrize(("case", "size"), CASES, ids=[f"{case.name}-B{size['B']}" for case, size in CASES])
 def test_pairs(benchmark: Any, case: Case, size: Size) -> None:
     key = tuple(size.items())
@@ -41,18 +47,18 @@ def test_pairs(benchmark: Any, case: Case, size: Size) -> None:
     for function in functions.values():
         check(case, function, key, backward=True)
     ours, eager = (once(case, function, inputs(case, key), backward=True) for function in functions.values())
-    (calls, _), (theirs, _) = (planned(least([step])) for step in (ours, eager))
-    pair = machine.seconds(ours) * calls + machine.seconds(eager) * theirs
+    call = [least([step]) for step in (ours, eager)]
+    our_calls, eager_calls = (planned(seconds)[0] for seconds in call)
     beside: list[float] = []
 
     def turn_of_eager() -> None:
         eager()
-        beside.append(machine.seconds(lambda: [eager() for _ in range(theirs)][-1]) / theirs)
+        beside.append(machine.seconds(lambda: repeat(eager, eager_calls)) / eager_calls)
         ours()
 
     about(benchmark, case.op, case.name, "forward+backward in pairs", OURS, size)
-    rounds = min(PAIRS[1], max(PAIRS[0], int(SECONDS / pair)))
-    benchmark.pedantic(ours, teardown=turn_of_eager, rounds=rounds, iterations=calls, warmup_rounds=1)
+    rounds = min(PAIRS[1], max(PAIRS[0], int(SECONDS / (call[0] * our_calls + call[1] * eager_calls))))
+    benchmark.pedantic(ours, teardown=turn_of_eager, rounds=rounds, iterations=our_calls, warmup_rounds=1)
     if benchmark.stats:  # none with --benchmark-disable
         both = zip(beside[1 : rounds + 1], benchmark.stats.stats.data, strict=True)
         benchmark.extra_info["pair"] = statistics.median(theirs / own for theirs, own in both)
