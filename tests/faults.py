@@ -66,10 +66,15 @@ def start(out: Path, **changes: Any) -> tuple[Any, Any]:
     return process, errors
 
 
+def last_words(process: Any, errors: Any) -> str:
+    """Waits for a run to end; the error it ended with, or nothing."""
+    process.join()
+    return "" if errors.empty() else errors.get()
+
+
 def finish(process: Any, errors: Any, code: int = 0) -> None:
     """Waits for a run to end, with ``code`` and without a word."""
-    process.join()
-    said = "" if errors.empty() else errors.get()
+    said = last_words(process, errors)
     assert process.exitcode == code and not said, f"the run ended with {process.exitcode}: {said or 'no word'}"
 
 
@@ -108,8 +113,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
             _clear(broken)  # killed before the first checkpoint: a resume has nothing to go on from
     steps = max(reached, default=0) + 2
     for out in (broken, straight):
-        process, errors = start(out, steps=steps, resume=out == broken and _can_resume(path))
-        finish(process, errors)
+        finish(*start(out, steps=steps, resume=out == broken and _can_resume(path)))
     written = [line["step"] for out in (straight, broken) for line in record.read_lines(out / record.METRICS)]
     same_lines = written[: len(written) // 2] == written[len(written) // 2 :]
     return {"kills": count, "steps": reached, "equal": equal(state(straight), state(broken)) and same_lines}
@@ -119,8 +123,7 @@ def _first_step(out: Path) -> float:
     """The seconds from the start of a run to its first checkpoint, when the server of processes is there already."""
     for _ in range(2):  # the first of them starts the server
         begun = time.perf_counter()
-        process, errors = start(out, steps=1, overwrite=True)
-        finish(process, errors)
+        finish(*start(out, steps=1, overwrite=True))
     return time.perf_counter() - begun
 
 
@@ -177,9 +180,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
     out = folder / "full"
     run(out, steps=2)
     size = (out / record.CHECKPOINT).stat().st_size
-    process, errors = start(out, resume=True, steps=4, limit=size // 2)
-    process.join()
-    said = "" if errors.empty() else errors.get()
+    said = last_words(*start(out, resume=True, steps=4, limit=size // 2))
     kept = checkpoint.load(out / record.CHECKPOINT)["step"]
     left = [path.name for path in out.glob(".*tmp")]
     return {"said": said, "kept": kept, "left": left, "steps": run(out, resume=True, steps=4)["steps"]}
