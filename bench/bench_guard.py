@@ -21,7 +21,7 @@ from bench.bench_goal_set import CASES as GOAL_SET
 from bench.bench_latent_statistics import CASE as LATENT
 from bench.bench_min_goal import CASES as MIN_GOAL
 from bench.bench_total_correlation import CASE as TOTAL_CORRELATION
-from bench.harness import OURS, Case, Size, about, check, inputs, least, once, peer, planned
+from bench.harness import OURS, Case, Size, about, check, inputs, least, once, peer, planned, repeat
 
 SECONDS = 5.0  # of pairs, for each case
 PAIRS = 20, 500  # at least, at most
@@ -32,12 +32,6 @@ CASES: list[tuple[Case, Size]] = [
     (TOTAL_CORRELATION, {"B": 256, "D": 128}),
     *((case, {"B": 4096, "D": 128}) for case in (KL, CONSISTENCY, ACTIVE, LATENT, COVARIANCE)),
 ]
-
-
-def repeat(step: machine.Step, times: int) -> None:
-    """Call by call, each result dropped at once."""
-    for _ in range(times):
-        step()
 
 
 @pytest.mark.parametrize(("case", "size"), CASES, ids=[f"{case.name}-B{size['B']}" for case, size in CASES])
@@ -53,7 +47,7 @@ def test_pairs(benchmark: Any, case: Case, size: Size) -> None:
 
     def turn_of_eager() -> None:
         eager()
-        beside.append(machine.seconds(lambda: repeat(eager, eager_calls)) / eager_calls)
+        beside.append(machine.seconds(lambda: repeat([eager], eager_calls)) / eager_calls)
         ours()
 
     about(benchmark, case.op, case.name, "forward+backward in pairs", OURS, size)

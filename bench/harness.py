@@ -209,6 +209,12 @@ def timed(benchmark: Any, steps: Sequence[machine.Step], graph: bool = True) -> 
         benchmark.extra_info.update(_of_a_gpu(steps, max(calls, len(steps)), graph))
 
 
+def repeat(steps: Sequence[machine.Step], calls: int) -> None:
+    """So many calls, one step after the other in turn, each result dropped at once."""
+    for step in itertools.islice(itertools.cycle(steps), calls):
+        step()
+
+
 def least(steps: Sequence[machine.Step]) -> float:
     """Seconds of a call, the best of three unless it is slow."""
     best = math.inf
@@ -235,10 +241,7 @@ def timed_backward(benchmark: Any, forward: Callable[[], Tensor], x: Inputs) -> 
 
 def _of_a_gpu(steps: Sequence[machine.Step], calls: int, graph: bool = True, rounds: int = 10) -> dict[str, Any]:
     """Microseconds of a call: of the host, between events, and between events when a graph of the calls is replayed."""
-
-    def batch() -> None:
-        for step in itertools.islice(itertools.cycle(steps), calls):
-            step()
+    batch = functools.partial(repeat, steps, calls)
 
     def median(times: Iterable[float]) -> float:
         return 1e6 * statistics.median(times) / calls
