@@ -148,8 +148,6 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if ctx.pull.call.op == "goal_set":
-            raise RuntimeError("goal_set has no second derivative: differentiate a GoalSet's loss once")
         _, again, *_ = torch.func.vjp(ctx.pull.reference, *ctx.saved_tensors)
         return None, *again(tuple(grads))
 

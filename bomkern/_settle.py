@@ -13,7 +13,7 @@ from ._calls import HALF, Call, check_rows, facts_of
 from ._lazies import Lazy, again, all_needed, evaluate, fill, look, spread, whole_of
 
 MARGIN = 0.9  # of what walking everything costs: what walking some rows must stay below
-ONCE = b"lazy goals have no second derivative: call backward without create_graph=True"
+ONCE = 'lazy goals have no second derivative where rows are left out: give route="never", or no create_graph=True'
 LOOK = 10  # where it does not pay, every so many steps it is looked at whether it would
 
 
@@ -133,11 +133,29 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, rows: list[Tensor], weights: list[Tensor], *parts: Tensor) -> Tensor:
         ctx.rows, ctx.weights = rows, weights
+        ctx.save_for_backward(loss, *parts)
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         each = [w * (grad if grad.dim() == 0 else grad[at]) for at, w in zip(ctx.rows, ctx.weights, strict=True)]
         if torch.is_grad_enabled():  # a second derivative would take the weights for constants, which they are not
-            each = [torch._C._functions.DelayedError(ONCE, 1)(part.detach().requires_grad_()) for part in each]
+            reached = [x for x in ctx.saved_tensors if x.requires_grad]
+            each = list(_Once.apply(len(each), *each, *reached))
         return grad, None, None, *each
+
+
+class _Once(torch.autograd.Function):
+    """The gradients of the parts as they are, for which there is no second derivative.
+
+    The loss and the parts are inputs, all that the weights depend on: whatever a second derivative is asked for, there
+    is a way to it through this node, and so it is entered.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(ONCE)

@@ -39,7 +39,7 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
 
     ``fn`` is called when the loss is computed, more than once, and four times on first use: what else it does (count,
     move an average, call hooks) it does as often, and what it draws must come from PyTorch's own generator. It must not
-    write into its arguments. There are no second derivatives.
+    write into its arguments. Where rows are left out a second derivative is refused; ``route="never"`` has it.
 
     Raises:
         TypeError, ValueError: arguments that cannot serve.

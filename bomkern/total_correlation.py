@@ -32,6 +32,7 @@ def total_correlation(
         TC_b = log sum_i w_bi exp(sum_d t_bid) - sum_d log sum_i w_bi exp(t_bid).
 
     The B x B x D temporary never exists: memory is O(B D), in backward too, which computes the exponentials again.
+    Second derivatives are those of plain PyTorch, a chunk of rows at a time.
 
     Args:
         z: [B, D] samples, one from each posterior. float16, bfloat16, float32 or float64, any strides.

@@ -86,11 +86,12 @@ Result active_units_autograd(const Tensor& mu, double threshold, double temperat
     return bomkern::variable_list{back.call(bomkern::maybe(grads[0]), bomkern::maybe(grads[1]), kept[0], kept[1], kept[2],
                                             threshold, temperature)};
   };
-  autograd.finish({active, effective}, {mu, offset, variance}, pull, [threshold, temperature](const auto& kept) {
+  const auto results = [threshold, temperature](const auto& inputs) {
     static const auto reference = bomkern::operator_named<ReferenceOp>("bomkern::active_units_reference", "");
-    const auto [a, e] = reference.call(kept[0], threshold, temperature);
+    const auto [a, e] = reference.call(inputs[0], threshold, temperature);
     return bomkern::variable_list{a, e};
-  });
+  };
+  autograd.finish({active, effective}, {mu, offset, variance}, pull, {mu}, bomkern::by_reference(results));
   return out;
 }
 

@@ -18,8 +18,9 @@ using torch::autograd::variable_list;
 // gradients of the inputs, undefined where not wanted.
 using Pull = std::function<variable_list(const variable_list& grads, const std::vector<Tensor>& kept, const std::vector<bool>& want)>;
 
-// The results again, by the reference (bomkern/_twice.py), whose autograd goes on to second derivatives; from what is kept.
-using Again = std::function<variable_list(const std::vector<Tensor>& kept)>;
+// The gradients of the inputs as `Pull` gives them, by the reference (bomkern/_twice.py) and differentiable themselves; from
+// the inputs in their graph.
+using Again = std::function<variable_list(const variable_list& grads, const std::vector<Tensor>& inputs, const std::vector<bool>& want)>;
 
 // The gradients by `inputs` of which one is wanted, themselves differentiable, in the places of `want`.
 inline variable_list differentiable_gradients(const variable_list& results, const variable_list& grads,
@@ -48,42 +49,61 @@ inline Tensor unpack(const torch::autograd::SavedVariable& one) {
   return x.defined() && at::GradMode::is_enabled() ? at::alias(x) : x;
 }
 
+// An `Again` from a function that makes the results again.
+template <class Results> Again by_reference(Results results) {
+  return [results](const variable_list& grads, const std::vector<Tensor>& inputs, const std::vector<bool>& want) {
+    return differentiable_gradients(results(inputs), grads, inputs, want);
+  };
+}
+
 inline bool any_requires_grad(at::ArrayRef<Tensor> tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return x.defined() && x.requires_grad(); });
+}
+
+// torch's older vmap, which is_grads_batched and vectorize ask for, has no rule for an op that takes or gives lists.
+inline void refuse_batched(const variable_list& grads, const char* op) {
+  for (const Tensor& grad : grads) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!grad.defined() || !grad.key_set().has(c10::DispatchKey::Batched), op,
+                                " takes no batched gradients (is_grads_batched=True, vectorize=True): use torch.func.jacrev");
+  }
 }
 
 struct OpBackward : torch::autograd::Node {
   std::string op;
   std::vector<torch::autograd::SavedVariable> saved;
+  std::vector<torch::autograd::SavedVariable> inputs;  // for a second derivative alone: no other backward reads them
   Pull pull;
-  Again again;  // empty where there is no second derivative
-  size_t inputs = 0;
+  Again again;
+  size_t count = 0;  // of the inputs that may have a gradient
 
   std::string name() const override { return "bomkern::" + op + "_backward"; }
 
   void release_variables() override {
     for (auto& one : saved) one.reset_data();
+    for (auto& one : inputs) one.reset_data();
   }
 
  protected:
   variable_list apply(variable_list&& grads) override {
     bool any = false;
     for (const Tensor& grad : grads) any |= grad.defined();
-    if (!any) return variable_list(inputs);
-    std::vector<bool> want(inputs);
-    for (size_t i = 0; i < inputs; ++i) want[i] = task_should_compute_output(i);
-    std::vector<Tensor> kept;
-    kept.reserve(saved.size());
-    for (auto& one : saved) kept.push_back(unpack(one));
-    const bool twice = again && at::GradMode::is_enabled() && (any_requires_grad(grads) || any_requires_grad(kept));
-    if (twice) return differentiable_gradients(again(kept), grads, kept, want);
-    variable_list out = [&] {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      return pull(grads, kept, want);
-    }();
-    if (again) return out;
-    const std::string why = op + " has no second derivative: call backward without create_graph=True";
-    refuse_second_derivative(out, why.c_str());
+    if (!any) return variable_list(count);
+    std::vector<bool> want(count);
+    for (size_t i = 0; i < count; ++i) want[i] = task_should_compute_output(i);
+    if (at::GradMode::is_enabled()) {
+      const auto given = unpacked(inputs);
+      if (any_requires_grad(grads) || any_requires_grad(given)) return again(grads, given, want);
+    }
+    const auto kept = unpacked(saved);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return pull(grads, kept, want);
+  }
+
+ private:
+  static std::vector<Tensor> unpacked(const std::vector<torch::autograd::SavedVariable>& all) {
+    std::vector<Tensor> out;
+    out.reserve(all.size());
+    for (const auto& one : all) out.push_back(unpack(one));
     return out;
   }
 };
@@ -101,7 +121,7 @@ class Differentiable {
     if (!wanted || !at::GradMode::is_enabled()) return;
     node_ = make_node<OpBackward>();
     node_->op = op;
-    node_->inputs = inputs.size();
+    node_->count = inputs.size();
     node_->set_next_edges(torch::autograd::collect_next_edges(inputs));
   }
 
@@ -112,11 +132,12 @@ class Differentiable {
     return run();
   }
 
-  // Call once, after run(). An output among `keep` is kept detached: its history would hold the node that holds it. With
-  // `again`, `keep` begins with the inputs.
-  void finish(const std::vector<Tensor>& results, at::TensorList keep, Pull pull, Again again = {}) const {
+  // Call once, after run(). An output among `keep` is kept detached: its history would hold the node that holds it. `given`:
+  // what `again` needs, the inputs first.
+  void finish(const std::vector<Tensor>& results, at::TensorList keep, Pull pull, at::TensorList given, Again again) const {
     if (!node_) return;
     for (const Tensor& x : keep) node_->saved.emplace_back(x, false);
+    for (const Tensor& x : given) node_->inputs.emplace_back(x, false);
     node_->pull = std::move(pull);
     node_->again = std::move(again);
     torch::autograd::set_history(results, node_);

@@ -111,16 +111,18 @@ Tensor consistency_variance_autograd(TensorList views, double correction) {
   const auto pull = [correction](const auto& grads, const auto& kept, const auto& want) {
     c10::List<bool> wants;
     for (const bool one : want) wants.push_back(one);
+    bomkern::refuse_batched(grads, "consistency_variance");
     auto made = back.call(grads[0], kept, correction, wants);
     for (size_t i = 0; i < want.size(); ++i) {
       if (!want[i]) made[i] = Tensor();
     }
     return made;
   };
-  autograd.finish({out}, views, pull, [correction](const auto& kept) {
+  const auto results = [correction](const auto& inputs) {
     static const auto reference = bomkern::operator_named<ForwardOp>("bomkern::consistency_variance_reference", "");
-    return bomkern::variable_list{reference.call(kept, correction)};
-  });
+    return bomkern::variable_list{reference.call(inputs, correction)};
+  };
+  autograd.finish({out}, views, pull, views, bomkern::by_reference(results));
   return out;
 }
 

@@ -72,10 +72,11 @@ Result covariance_penalty_autograd(const Tensor& z, bool normalize, bool per_sam
     return bomkern::variable_list{
         back.call(grads[0], kept[0], kept[1], kept[2], kept[3], kept[4], normalize, per_sample)};
   };
-  autograd.finish({value}, {z, product, second, offset, inverse}, pull, [normalize, per_sample](const auto& kept) {
+  const auto results = [normalize, per_sample](const auto& inputs) {
     static const auto reference = bomkern::operator_named<ReferenceOp>("bomkern::covariance_penalty_reference", "");
-    return bomkern::variable_list{reference.call(kept[0], normalize, per_sample)};
-  });
+    return bomkern::variable_list{reference.call(inputs[0], normalize, per_sample)};
+  };
+  autograd.finish({value}, {z, product, second, offset, inverse}, pull, {z}, bomkern::by_reference(results));
   return out;
 }
 

@@ -82,10 +82,11 @@ Tensor gaussian_kl_autograd(const Tensor& mu, const Tensor& logvar, int64_t bloc
   const auto pull = [block, rho](const auto& grads, const auto& kept, const auto& want) {
     return bomkern::wanted(back.call(grads[0], kept[0], kept[1], block, rho, {want[0], want[1]}), want);
   };
-  autograd.finish({out}, {mu, logvar}, pull, [block, rho](const auto& kept) {
+  const auto results = [block, rho](const auto& inputs) {
     static const auto reference = bomkern::operator_named<ForwardOp>("bomkern::gaussian_kl_reference", "");
-    return bomkern::variable_list{reference.call(kept[0], kept[1], block, rho)};
-  });
+    return bomkern::variable_list{reference.call(inputs[0], inputs[1], block, rho)};
+  };
+  autograd.finish({out}, {mu, logvar}, pull, {mu, logvar}, bomkern::by_reference(results));
   return out;
 }
 

@@ -6,8 +6,11 @@
 #include "launch.h"
 #include "route.h"
 
+#include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
+
+#include <cstring>
 
 #ifdef BOMKERN_CUDA
 #include "../kernels/goal_set/cuda.h"
@@ -124,6 +127,33 @@ using ForwardOp = Result(TensorList, const Tensor&, IntArrayRef, IntArrayRef, co
                         const std::optional<Tensor>&, bool, int64_t);
 using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef);
 
+using ReferenceOp = Tensor(TensorList, const Tensor&, IntArrayRef, IntArrayRef, const Tensor&, int64_t,
+                           const std::optional<Tensor>&);
+
+// Params, temperature and multipliers as they are now, in one line: a GoalSet changes them in place after its forward, and
+// a second derivative comes later.
+Tensor copy_of(const Tensor& params, const Tensor& temperature, const std::optional<Tensor>& multipliers) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  c10::SmallVector<Tensor, 3> parts{params, temperature};
+  if (multipliers) parts.push_back(*multipliers);
+  constexpr c10::DispatchKeySet without_data{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};
+  bool plain = true;
+  for (const Tensor& x : parts) plain = plain && x.is_cpu() && !x.key_set().has_any(without_data) && x.is_contiguous();
+  if (!plain) {
+    for (Tensor& x : parts) x = x.reshape({-1});
+    return at::cat(parts);
+  }
+  int64_t count = 0;
+  for (const Tensor& x : parts) count += x.numel();
+  const Tensor out = fresh<false>({count}, params.options());  // dispatch would take longer than all else
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  for (const Tensor& x : parts) {
+    std::memcpy(to, x.const_data_ptr(), x.nbytes());
+    to += x.nbytes();
+  }
+  return out;
+}
+
 Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups,
                          const Tensor& temperature, int64_t reduction,
                          const std::optional<Tensor>& multipliers, bool save, int64_t route) {
@@ -145,6 +175,7 @@ Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef cur
     owners->watch(std::get<2>(out).narrow(0, 0, groups.back() + 1));  // the record begins with the shares
   }
   const auto pull = [dims, dtypes, owners](const auto& grads, const auto& kept, const auto& want) {
+    bomkern::refuse_batched(grads, "goal_set");
     Numbers index, dim, dtype;
     for (size_t k = 0; k < dims.size(); ++k) {
       if (!want[k] || (owners && !owners->holds(k))) continue;
@@ -158,9 +189,22 @@ Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef cur
     for (size_t i = 0; i < index.size(); ++i) gradients[index[i]] = made[i];
     return gradients;
   };
-  std::vector<Tensor> keep{std::get<3>(out)};
-  keep.insert(keep.end(), goals.begin(), goals.end());  // whether a second derivative is wanted shows in them
-  autograd.finish({std::get<0>(out)}, keep, pull);
+  std::vector<Tensor> given(goals.begin(), goals.end());
+  given.push_back(copy_of(params, temperature, multipliers));
+  const std::vector<int64_t> shapes(curves.begin(), curves.end()), members(groups.begin(), groups.end());
+  const auto again = [shapes, members, reduction, owners, given_weights = multipliers.has_value(), n = goals.size()](
+                         const auto& grads, const auto& inputs, auto want) {
+    static const auto reference = bomkern::operator_named<ReferenceOp>("bomkern::goal_set_reference", "");
+    for (size_t k = 0; k < n; ++k) want[k] = want[k] && (!owners || owners->holds(k));
+    const Tensor& settings = inputs[n];
+    const auto columns = static_cast<int64_t>(shapes.size()), count = members.back() + 1;
+    const auto table = settings.narrow(0, 0, 4 * columns).view({columns, 4}), mu = settings.select(0, 4 * columns);
+    const auto weights = given_weights ? std::optional(settings.narrow(0, 4 * columns + 1, count)) : std::nullopt;
+    const TensorList columns_of(inputs.data(), n);
+    const Tensor loss = reference.call(columns_of, table, shapes, members, mu, reduction, weights);
+    return bomkern::differentiable_gradients({loss}, grads, inputs, want);
+  };
+  autograd.finish({std::get<0>(out)}, {std::get<3>(out)}, pull, given, again);
   return out;
 }
 

@@ -111,20 +111,22 @@ Result latent_statistics_autograd(const Tensor& z, const Tensor& mu, const Tenso
   const auto& [kl, logvar_mean, logvar_square, z_mean, z_variance, mu_mean, mu_variance, active, effective, z_offset,
                mu_offset] = out;
   const auto pull = [threshold, temperature](const auto& grads, const auto& kept, const auto& want) {
+    bomkern::refuse_batched(grads, "latent_statistics");
     MaybeTensors given;
     for (const Tensor& grad : grads) given.push_back(bomkern::maybe(grad));
     return bomkern::wanted(back.call(given, kept[0], kept[1], kept[2], kept[3], kept[4], kept[5], threshold, temperature,
                                      {want[0], want[1], want[2]}),
                            want);
   };
-  const auto again = [threshold, temperature](const auto& kept) {
+  const auto made_again = [threshold, temperature](const auto& inputs) {
     static const auto reference = bomkern::operator_named<ReferenceOp>("bomkern::latent_statistics_reference", "");
-    const auto made = reference.call(kept[0], kept[1], kept[2], threshold, temperature);
+    const auto made = reference.call(inputs[0], inputs[1], inputs[2], threshold, temperature);
     return std::apply([](const auto&... x) { return bomkern::variable_list{x...}; }, made);
   };
   // Detached: the history of a kept output would hold the node that holds it.
   autograd.finish({kl, logvar_mean, logvar_square, z_mean, z_variance, mu_mean, mu_variance, active, effective},
-                  {z, mu, logvar, z_offset, mu_offset, mu_variance.detach()}, pull, again);
+                  {z, mu, logvar, z_offset, mu_offset, mu_variance.detach()}, pull, {z, mu, logvar},
+                  bomkern::by_reference(made_again));
   return out;
 }
 

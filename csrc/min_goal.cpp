@@ -265,6 +265,7 @@ struct MinGoalBackward : torch::autograd::Node {
       for (const auto& goal : goals) inputs.push_back(bomkern::unpack(goal));
       if (bomkern::any_requires_grad(grads) || bomkern::any_requires_grad(inputs)) return differentiable(grads, index, inputs);
     }
+    bomkern::refuse_batched(grads, "min_goal_loss");
     const auto saved_winner = winner.unpack(), saved_slope = slope.unpack();
     static const auto op = operator_named<BackwardOp>("bomkern::min_goal_backward", "");
     const auto values = [&] {

@@ -8,7 +8,6 @@
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
@@ -85,14 +84,6 @@ template <class T, class... Args> auto make_node(Args&&... args) {
     return std::make_shared<T>(std::forward<Args>(args)...);
   } else {
     return c10::make_intrusive<T>(std::forward<Args>(args)...);
-  }
-}
-
-// Under create_graph: a later backward through these gradients must not pass as zero.
-inline void refuse_second_derivative(const torch::autograd::variable_list& gradients, const char* why) {
-  const auto error = make_node<torch::autograd::Error>(why);
-  for (const Tensor& gradient : gradients) {
-    if (gradient.defined()) torch::autograd::set_history(gradient, error);
   }
 }
 

@@ -131,6 +131,9 @@ using ForwardOp = Result(const Tensor&, const Tensor&, const Tensor&, std::optio
 using BackwardOp = Result(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                           std::optional<int64_t>, bool, std::optional<int64_t>, std::array<bool, 3>);
 
+using GradientsOp = Result(const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::optional<int64_t>, bool,
+                           std::optional<int64_t>);
+
 Result total_correlation_autograd(const Tensor& z, const Tensor& mu, const Tensor& logvar,
                                   std::optional<int64_t> dataset_size, bool stratified, std::optional<int64_t> first) {
   static const auto op = bomkern::operator_named<ForwardOp>("bomkern::total_correlation", "");
@@ -143,6 +146,13 @@ Result total_correlation_autograd(const Tensor& z, const Tensor& mu, const Tenso
                     return bomkern::wanted(back.call(grads[0], kept[0], kept[1], kept[2], kept[3], kept[4], dataset_size,
                                                      stratified, first, {want[0], want[1], want[2]}),
                                            want);
+                  },
+                  {z, mu, logvar},
+                  [dataset_size, stratified, first](const auto& grads, const auto& inputs, const auto& want) {
+                    static const auto reference =
+                        bomkern::operator_named<GradientsOp>("bomkern::total_correlation_gradients_reference", "");
+                    return bomkern::wanted(
+                        reference.call(grads[0], inputs[0], inputs[1], inputs[2], dataset_size, stratified, first), want);
                   });
   return out;
 }

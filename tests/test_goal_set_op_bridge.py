@@ -190,19 +190,6 @@ def test_gradients_from_above_of_any_layout(server: tuple[str, str]) -> None:
                 torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)
 
 
-@IMPLS
-def test_second_derivative_is_refused(server: tuple[str, str]) -> None:
-    impl, device = server
-    if impl == "reference":
-        pytest.skip("the reference has one")
-    goals = goals_of(5, device)
-    grads = torch.autograd.grad(call(goals, impl, mu=0.1)[0], goals, create_graph=True)
-    text = "goal_set cannot be differentiated twice" if impl == "triton" else "goal_set has no second derivative"
-    for grad in grads:
-        with pytest.raises(RuntimeError, match=text):
-            grad.sum().backward(retain_graph=True)
-
-
 @COMPILED
 def test_forward_mode_is_refused() -> None:
     raw = raw_values(3)

@@ -111,17 +111,6 @@ def test_other_instruction_sets(simd: str) -> None:
     )
 
 
-@IMPLS
-def test_second_derivative_is_refused(server: tuple[str, str]) -> None:
-    impl, device = server
-    if impl == "reference":
-        pytest.skip("the reference has one")
-    inputs = leaves(latents(8, 3), device=device)
-    grads = torch.autograd.grad(total_correlation(*inputs, impl=impl).sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivative|differentiated twice"):
-        grads[0].sum().backward()
-
-
 @COMPILED
 def test_forward_mode_is_refused() -> None:
     inputs = latents(8, 3)

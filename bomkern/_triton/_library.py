@@ -36,9 +36,7 @@ class Aside(torch.autograd.Function):
         return tuple(node.saved_tensors)
 
 
-def _differentiable(
-    inputs: Sequence[Tensor], results_of: Callable[..., Any], grads: Grads, want: Sequence[bool]
-) -> list[Tensor | None]:
+def by_reference(inputs: Sequence[Tensor], results_of: Callable[..., Any], grads: Grads, want: Sequence[bool]) -> Grads:
     """The gradients by ``inputs`` of which one is wanted, themselves differentiable; None for the others."""
     # Each input by a node of its own: where one is made of another, the gradient of that one ends here all the same.
     inputs = [x.view_as(x) for x in inputs]
@@ -59,7 +57,7 @@ def register(
     backward: tuple[str, Callable[..., Any], Callable[..., Any]],
     save: Callable[..., None],
     pull: Callable[[Any, Grads, list[bool]], Grads],
-    again: Callable[[Any], tuple[Sequence[Tensor], Callable[..., Any]]] | None = None,
+    again: Callable[[Any, Grads, list[bool]], Grads],
 ) -> torch.library.Library:
     """Defines ``op_triton`` and ``op_triton_backward``, each by its signature, what runs it, and its fake.
 
@@ -69,9 +67,8 @@ def register(
         save: ``(ctx, inputs, output)``, keeps in ctx what the two below need.
         pull: ``(ctx, grads, want)``: from the gradients of the results, None where there is none, those of the
             differentiable inputs; what it gives for an input that wants none is not looked at.
-        again: ``(ctx)``: the differentiable inputs in their graph, and a function of them that makes the results again,
-            by the reference. Under ``create_graph=True`` its autograd gives the gradients, as these can be
-            differentiated once more. None: there are no second derivatives, and who asks for one is told so.
+        again: the same by the reference, under ``create_graph=True``: gradients that can be differentiated once more.
+            See `by_reference`.
     """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -86,14 +83,9 @@ def register(
         want = list(ctx.needs_input_grad[0] if ctx.listed else ctx.needs_input_grad[: ctx.count])
         made: Grads = [None] * len(want)
         if any(want) and any(g is not None for g in grads):
-            if again is not None and torch.is_grad_enabled():
-                made = _differentiable(*again(ctx), grads, want)
-            else:
-                made = [g if wanted else None for g, wanted in zip(pull(ctx, grads, want), want, strict=True)]
+            found = (again if torch.is_grad_enabled() else pull)(ctx, grads, want)
+            made = [g if wanted else None for g, wanted in zip(found, want, strict=True)]
         return (made, *ctx.others) if ctx.listed else (*made, *ctx.others)
-
-    def twice(ctx: Any, *_: object) -> None:
-        raise RuntimeError(f"{op} cannot be differentiated twice (impl 'triton'); impl='reference' can.")
 
     library = torch.library.Library("bomkern", "FRAGMENT")
     for suffix, (signature, run, fake) in (("triton", forward), ("triton_backward", backward)):
@@ -104,6 +96,4 @@ def register(
         torch.library.register_fake(f"bomkern::{name}", fake, lib=library)
         loop_under_vmap(name, library)
     torch.library.register_autograd(f"bomkern::{op}_triton", pull_back, setup_context=keep, lib=library)
-    if again is None:
-        torch.library.register_autograd(f"bomkern::{op}_triton_backward", twice, lib=library)
     return library

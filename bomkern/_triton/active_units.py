@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._check import check_matrices, check_units
 from . import guard, load
-from ._library import Grads, register
+from ._library import Grads, by_reference, register
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -55,8 +54,11 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> list[Tensor]:
     return [torch.ops.bomkern.active_units_triton_backward(*grads[:2], *ctx.saved_tensors)]
 
 
-def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., tuple[Tensor, ...]]]:
-    return ctx.saved_tensors[:1], lambda mu: reference.active_units(mu, *ctx.settings)
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    def results(mu: Tensor) -> Any:
+        return reference.active_units(mu, *ctx.settings)
+
+    return by_reference(ctx.saved_tensors[:1], results, grads, want)
 
 
 _library = register(

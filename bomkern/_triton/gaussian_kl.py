@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from .._check import check_matrices, check_prior
 from . import guard, load
-from ._library import Grads, register
+from ._library import Grads, by_reference, register
 
 
 def _allocate(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
@@ -55,8 +55,11 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     return made
 
 
-def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., Tensor]]:
-    return ctx.saved_tensors, lambda mu, logvar: reference.gaussian_kl(mu, logvar, *ctx.settings)
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    def results(mu: Tensor, logvar: Tensor) -> Any:
+        return reference.gaussian_kl(mu, logvar, *ctx.settings)
+
+    return by_reference(ctx.saved_tensors, results, grads, want)
 
 
 _library = register(

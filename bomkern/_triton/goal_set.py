@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._check import FLOATS, check_goals, check_groups, check_multipliers, check_params, check_temperature
 from .._ops import record_size
 from ..reference import NONE
 from . import guard, load
-from ._library import Grads, register
+from ._library import Aside, Grads, by_reference, register
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -91,21 +92,44 @@ def _backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    goals, *_, ctx.saved = inputs
-    # Not weight: the gradient depends on the goals through it, and so a second backward is told that there is none.
-    ctx.mark_non_differentiable(output[2])
+    goals, params, ctx.curves, ctx.groups, temperature, ctx.reduction, multipliers, ctx.saved = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.dim = [g.dim() for g in goals]
     ctx.dtype = [FLOATS.index(g.dtype) for g in goals]
     ctx.save_for_backward(output[3])
+    if ctx.saved:
+        # Copies: a GoalSet changes them in place after its forward, and a second derivative comes later.
+        settings = [params.reshape(-1), temperature.reshape(1), *([] if multipliers is None else [multipliers])]
+        ctx.given = Aside.keep(*goals, torch.cat(settings))
+
+
+def _saved(ctx: Any) -> Tensor:
+    """weight. Raises where there is none, or where a backward has freed it."""
+    if not ctx.saved:
+        raise RuntimeError("bomkern::goal_set_triton was called with save=False, so it has no gradient.")
+    weight: Tensor = ctx.saved_tensors[0]
+    return weight
 
 
 def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
-    if not ctx.saved:
-        raise RuntimeError("bomkern::goal_set_triton was called with save=False, so it has no gradient.")
+    weight = _saved(ctx)
     index = [k for k, wanted in enumerate(want) if wanted]
     dim, dtype = [ctx.dim[k] for k in index], [ctx.dtype[k] for k in index]
-    made = iter(torch.ops.bomkern.goal_set_triton_backward(grads[0], *ctx.saved_tensors, index, dim, dtype))
+    made = iter(torch.ops.bomkern.goal_set_triton_backward(grads[0], weight, index, dim, dtype))
     return [next(made) if wanted else None for wanted in want]
+
+
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    _saved(ctx)
+    *goals, settings = Aside.kept(ctx.given)
+    columns = len(ctx.curves)
+    params, temperature, multipliers = settings.split([4 * columns, 1, len(settings) - 4 * columns - 1])
+
+    def results(*goals: Tensor) -> Any:
+        rest = [ctx.reduction, multipliers if len(multipliers) else None]
+        return reference.goal_set(goals, params.view(columns, 4), ctx.curves, ctx.groups, temperature[0], *rest)[0]
+
+    return by_reference(goals, results, grads[:1], want)
 
 
 _library = register(
@@ -124,6 +148,7 @@ _library = register(
     ),
     _save,
     _pull,
+    _again,
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from .._check import check_latents, check_units
 from . import guard, load
-from ._library import Grads, register
+from ._library import Grads, by_reference, register
 
 Three = tuple[Tensor, Tensor, Tensor]
 FIELDS = 9  # of `bomkern.LatentStatistics`
@@ -66,9 +66,11 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
     return made
 
 
-def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., tuple[Tensor, ...]]]:
-    numbers = ctx.threshold, ctx.temperature
-    return ctx.saved_tensors[:3], lambda z, mu, logvar: reference.latent_statistics(z, mu, logvar, *numbers)
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    def results(z: Tensor, mu: Tensor, logvar: Tensor) -> Any:
+        return reference.latent_statistics(z, mu, logvar, ctx.threshold, ctx.temperature)
+
+    return by_reference(ctx.saved_tensors[:3], results, grads, want)
 
 
 _library = register(

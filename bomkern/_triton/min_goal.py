@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .. import reference
 from .._check import FLOATS, check_goals, check_params
 from ..reference import MIN, NONE
 from . import guard, load
-from ._library import Aside, Grads, register
+from ._library import Aside, Grads, by_reference, register
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -125,10 +125,14 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     return [next(made) if wanted else None for wanted in want]
 
 
-def _again(ctx: Any) -> tuple[Sequence[Tensor], Callable[..., Tensor]]:
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     _saved(ctx)
     *goals, params = Aside.kept(ctx.given)
-    return goals, lambda *goals: reference.min_goal(goals, params, ctx.curves, ctx.reduction, False)[0]
+
+    def results(*goals: Tensor) -> Any:
+        return reference.min_goal(goals, params, ctx.curves, ctx.reduction, False)[0]
+
+    return by_reference(goals, results, grads[:1], want)
 
 
 _library = register(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from .._check import check_estimator, check_rows
 from . import guard, load
 from ._library import Grads, register
@@ -88,6 +89,13 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
     return made
 
 
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    grad, (z, mu, logvar) = grads[0], ctx.saved_tensors[:3]
+    if grad is None:
+        return [None] * 3
+    return reference.total_correlation_gradients(grad, z, mu, logvar, *ctx.settings)
+
+
 _library = register(
     "total_correlation",
     (
@@ -104,6 +112,7 @@ _library = register(
     ),
     _save,
     _pull,
+    _again,
 )
 
 

@@ -22,4 +22,5 @@ from .statistics import log_density as log_density
 from .statistics import log_weights as log_weights
 from .statistics import merged_moments as merged_moments
 from .statistics import total_correlation as total_correlation
+from .statistics import total_correlation_gradients as total_correlation_gradients
 from .statistics import units_of as units_of

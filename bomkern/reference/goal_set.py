@@ -84,14 +84,17 @@ def goal_set(
 
 
 def _bend(live: Tensor, worst: Tensor, soft: Tensor, mu: Tensor) -> Tensor:
-    """What makes the smooth maximum's second derivative right, [B]: its value and its gradient are 0.
+    """What makes the smooth maximum's higher derivatives right, [B]: its value and its gradient are 0.
 
-    The weights that the gradient counts as constants move with the deficits; ``live`` are these, [B, G].
+    The weights that the gradient counts as constants move with the deficits ``live``, [B, G]. All is in units of mu,
+    where neither a large one overflows nor a small one loses the gradient.
     """
-    terms = torch.exp(torch.where(soft, (live - worst[:, None]) / mu, -torch.inf))
-    total = terms.sum(1, keepdim=True)
-    weight = terms / torch.where(total > 0, total, 1)
-    return ((live - live.detach()) * (weight - weight.detach())).sum(1) / 2
+    some = soft.any(1, keepdim=True)
+    terms = torch.where(soft, (live - torch.where(some, worst[:, None], 0)) / mu, -torch.inf)
+    total = torch.where(some, terms, 0).logsumexp(1)
+    weight = torch.where(soft, torch.exp(terms - total[:, None]), 0).detach()
+    bend = total - torch.where(weight > 0, weight * terms, 0).sum(1)
+    return torch.where(some[:, 0], mu * (bend - bend.detach()), 0)
 
 
 def mean_of_members(single: Tensor, member: Tensor) -> Tensor:

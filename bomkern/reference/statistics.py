@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,52 @@ def _total_correlation_of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor
     return joint - marginals.sum(1)
 
 
+def _gradients_of(
+    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_q = log_density(z, mu, logvar)
+    joint = (log_q.sum(2) + weights).softmax(1)
+    marginals = (log_q + weights[:, :, None]).softmax(1)
+    weight = grad[:, None, None] * (joint[:, :, None] - marginals)  # d loss / d log_q
+    apart = z[:, None] - mu
+    pull = weight * apart * torch.exp(-logvar)
+    return -pull.sum(1), pull.sum(0), (pull * apart - weight).sum(0) / 2
+
+
+def _by_rows(
+    fn: Callable[..., Any],
+    by_row: Sequence[Tensor],
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None,
+    limit: int,
+) -> list[Any]:
+    """``fn`` of chunks of rows, of mu, logvar and the chunk's weights: what it gives for each chunk.
+
+    A chunk's [rows, B, D] temporaries have at most ``limit`` elements, and backward computes them again: the memory is
+    bounded, whatever B and D, except under torch.func. One chunk is the textbook's formula, as it stands.
+    """
+    batch, dims = mu.shape
+    rows, count = max(1, limit // (batch * dims)), len(by_row[0])
+    bounded = rows < count and not under_transform()  # torch.func has no hooks on what backward keeps
+    out = []
+    for begin in range(0, count, rows):
+        part = slice(begin, min(begin + rows, count))
+        chunk = torch.arange(part.start, part.stop, device=mu.device) + (first or 0)
+        weights = log_weights(chunk, batch, dataset_size, stratified).to(mu.dtype)
+        arguments = (*(x[part] for x in by_row), mu, logvar, weights)
+        if bounded:
+            out.append(checkpoint(fn, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(fn(*arguments))
+    return out
+
+
+LIMIT = 2**23  # elements of a chunk's temporaries
+
+
 def total_correlation(
     z: Tensor,
     mu: Tensor,
@@ -48,29 +95,41 @@ def total_correlation(
     dataset_size: int | None,
     stratified: bool,
     first: int | None = None,
-    limit: int = 2**23,
+    limit: int = LIMIT,
 ) -> Tensor:
     """``log q(z_b) - sum_d log q(z_bd)``, [R]. See `bomkern.total_correlation`.
 
     With ``first`` z is [R, D], samples of the R posteriors from that one on among the B of mu and logvar; else R = B.
-    Rows go in chunks of at most ``limit`` elements of the [rows, B, D] temporary, and backward computes each again: the
-    memory is bounded, whatever B and D, except under torch.func. One chunk is the textbook's formula, as it stands.
+    Rows go in chunks of at most ``limit`` elements of the [rows, B, D] temporary.
     """
-    batch, dims, dtype = check_rows(z, mu, logvar, first)
+    batch, _, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
     z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
-    rows, count = max(1, limit // (batch * dims)), len(z)
-    bounded = rows < count and not under_transform()  # torch.func has no hooks on what backward keeps
-    out = []
-    for begin in range(0, count, rows):
-        part = slice(begin, min(begin + rows, count))
-        chunk = torch.arange(part.start, part.stop, device=z.device) + (first or 0)
-        arguments = (z[part], mu, logvar, log_weights(chunk, batch, dataset_size, stratified).to(dtype))
-        if bounded:
-            out.append(checkpoint(_total_correlation_of, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            out.append(_total_correlation_of(*arguments))
-    return torch.cat(out)
+    return torch.cat(_by_rows(_total_correlation_of, [z], mu, logvar, dataset_size, stratified, first, limit))
+
+
+def total_correlation_gradients(
+    grad: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None = None,
+    limit: int = LIMIT,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of z, mu and logvar for the gradient ``grad`` [R] of `total_correlation`, for a second derivative.
+
+    In closed form, so that rows go in chunks here too: autograd's own gradient of the value would keep every [B, B, D]
+    temporary. With p and q the shares of component i in the joint and in the marginal of dimension d, the derivative
+    by ``log N(z_bd; mu_id, exp(logvar_id))`` is ``grad_b (p_bi - q_bid)``; the rest is the Gaussian's own.
+    """
+    _, _, dtype = check_rows(z, mu, logvar, first)
+    rows = [grad.to(dtype), z.to(dtype)]
+    parts = _by_rows(_gradients_of, rows, mu.to(dtype), logvar.to(dtype), dataset_size, stratified, first, limit)
+    of_z, of_mu, of_logvar = zip(*parts, strict=True)
+    made = torch.cat(of_z), torch.stack(of_mu).sum(0), torch.stack(of_logvar).sum(0)
+    return made[0].to(z.dtype), made[1].to(mu.dtype), made[2].to(logvar.dtype)
 
 
 LOGVAR_LIMIT = 80.0  # e^80 is finite in float32
