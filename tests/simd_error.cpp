@@ -1,5 +1,5 @@
-// Largest error in ulp of log_of, exp_of, log2_of, exp2_of and exp_all over a dense grid of floats, against double.
-// Prints "log exp log2 exp2 exp_all".
+// Largest error in ulp of log_of, exp_of, log2_of, exp2_of, exp_all and exp2_parts<Low::zero> over a dense grid of floats,
+// against double. Prints "log exp log2 exp2 exp_all exp2_zero".
 // The target header comes first, as in the kernels: -DTARGET=\"target_avx2.h\" or nothing.
 #ifdef TARGET
 #include TARGET
@@ -70,5 +70,15 @@ int main() {
   double ea = worst(0, 0x42b00000, 31, all_v, all_d);                                  // 0 .. 88
   ea = fmax(ea, worst(0x80000000u, 0xff800000u, 31, all_v, all_d));                    // -0 .. -inf
   ea = fmax(ea, worst(0x7fc00000, 0x7fc00000, 1, all_v, all_d));                       // NaN
-  printf("%.4f %.4f %.4f %.4f %.4f\n", l, e, l2, e2, ea);
+  // exp2_parts<Low::zero> is exactly 0 from -63.5 on.
+  auto zero_v = [](VecF x) {
+    VecF v[1] = {x}, scale[1];
+    exp2_parts<Low::zero>(v, scale);
+    return v[0] * (scale[0] * zero_unit);
+  };
+  auto zero_d = [](double x) { return x <= -63.5 ? 0 : exp2(x); };
+  double ez = worst(0, 0x42800000, 31, zero_v, zero_d);                                // 0 .. 64
+  ez = fmax(ez, worst(0x80000000u, 0xff800000u, 31, zero_v, zero_d));                  // -0 .. -inf
+  ez = fmax(ez, worst(0x7fc00000, 0x7fc00000, 1, zero_v, zero_d));                     // NaN
+  printf("%.4f %.4f %.4f %.4f %.4f %.4f\n", l, e, l2, e2, ea, ez);
 }

@@ -9,6 +9,9 @@ template <class S> struct Units {
   S active, effective, total, entropy;
 };
 
+// A slope of the sigmoid below this is exactly 0: what a column's deviations make of it would be subnormal numbers.
+template <class S> constexpr S least_slope = sizeof(S) == 4 ? S(0x1p-64) : S(0x1p-512);
+
 template <class V, class S> inline V sigmoid_of(V v, S threshold, S temperature) {
   return 1 / (1 + exp_of((threshold - v) / temperature));
 }
@@ -54,7 +57,7 @@ bool add_slopes(const S* variance, int64_t dims, S threshold, S temperature, con
       const V v = load_lanes<V>(variance + d + i, lanes), s = sigmoid_of(v, threshold, temperature), p = v * share;
       const V spread = p == V{} ? V{} : log_of(p == V{} ? splat<V>(S(1)) : p) + units.entropy;
       V sum = load_lanes<V>(slope + d + i, lanes);
-      if (grad_active) sum += active * s * (1 - s);
+      if (grad_active) sum += active * (s * (1 - s) < least_slope<S> ? V{} : s * (1 - s));
       if (grad_effective) sum -= effective * spread;
       store_lanes(slope + d + i, sum, lanes);
     });

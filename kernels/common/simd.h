@@ -162,15 +162,22 @@ inline VecF log2_of(VecF x) {
   return x < __builtin_inff() ? value : x;
 }
 
+// What exp2_parts makes of an x far below 0. `floor`: it stays at 2^-125. `bounded`: the caller knows that there is none
+// below -125. `zero`: exactly 0 below -63.5, for weights that gradients multiply. Beside a weight of 1 it adds nothing, but
+// its products would be subnormal numbers, each of which costs a hundred cycles.
+enum class Low { floor, bounded, zero };
+// With Low::zero, x * scale is 2^x / zero_unit: the caller multiplies by it. So a scale of 0 needs no comparison.
+constexpr float zero_unit = 0x1p63f;
+
 // 2^x = x * scale for N vectors at once, x changed in place: whoever sums them multiplies and adds in one instruction.
-// For x <= 127; below -125 it stays at 2^-125, and 2^0 is 1. NaN passes through. Below 2.2 ulp (tests/test_simd.py).
-// Bounded: the caller knows that no x is below -125. Stage by stage, because a chain of a dozen dependent instructions
-// does not fill the machine on its own.
-template <bool Bounded = false, int N> inline void exp2_parts(VecF (&x)[N], VecF (&scale)[N]) {
-  constexpr float magic = 0x1.8p23f + 127;  // x + magic holds round(x) + 127, an exponent field, in its low bits
+// For x <= 127, and 2^0 is 1. NaN passes through. Below 2.2 ulp (tests/test_simd.py). Stage by stage, because a chain of
+// a dozen dependent instructions does not fill the machine on its own.
+template <Low low = Low::floor, int N> inline void exp2_parts(VecF (&x)[N], VecF (&scale)[N]) {
+  constexpr int bias = low == Low::zero ? 64 : 127;
+  constexpr float magic = 0x1.8p23f + bias;  // x + magic holds round(x) + bias, an exponent field, in its low bits
   VecF p[N];
-  if constexpr (!Bounded) {
-    for (int i = 0; i < N; ++i) x[i] = at_least(x[i], -125.0f);
+  if constexpr (low != Low::bounded) {
+    for (int i = 0; i < N; ++i) x[i] = at_least(x[i], low == Low::zero ? -64.0f : -125.0f);
   }
   for (int i = 0; i < N; ++i) scale[i] = x[i] + magic;
   for (int i = 0; i < N; ++i) p[i] = scale[i] - magic;
@@ -237,10 +244,10 @@ template <int N> inline void exp_all(VecD (&x)[N]) {
 inline VecD log2_of(VecD x) {
   return each_lane(x, [](double v) { return __builtin_log2(v); });
 }
-template <bool Bounded = false, int N> inline void exp2_parts(VecD (&x)[N], VecD (&scale)[N]) {
+template <Low low = Low::floor, int N> inline void exp2_parts(VecD (&x)[N], VecD (&scale)[N]) {
   for (int i = 0; i < N; ++i) {
-    x[i] = each_lane(x[i], [](double v) { return __builtin_exp2(v); });
-    scale[i] = splat<VecD>(1.0);
+    x[i] = each_lane(x[i], [](double v) { return low == Low::zero && v < -512 ? 0 : __builtin_exp2(v); });
+    scale[i] = splat<VecD>(low == Low::zero ? 1 / double(zero_unit) : 1.0);
   }
 }
 

@@ -100,6 +100,10 @@ template <class S, class V> void compare(const Groups& groups, int g, Block<S>& 
   sums.deficit[g] = deficit;
 }
 
+// So far below the worst, in temperatures, a goal's weight is exactly 0: it adds nothing to the sum, and its products would
+// be subnormal numbers.
+template <class S> constexpr S least_apart = sizeof(S) == 4 ? -69 : -500;
+
 // How goals are weighed: the worst takes all, or each a part by its distance from the worst, or as multipliers say.
 enum class Rule { hard, soft, given };
 
@@ -143,8 +147,8 @@ void share_out(const Forward<S>& a, const Given<S>& given, S* weight, Block<S>& 
       V total{};
       for (int g = 0; g < a.groups.count; ++g) {
         S* const place = b.deficit[a.groups.first[g]] + i;
-        const V apart = load_lanes<V>(place, lanes) - worst, hard = winner == g ? one : V{};
-        const V term = finite ? exp_of(apart / mu) : hard;
+        const V apart = (load_lanes<V>(place, lanes) - worst) / mu, hard = winner == g ? one : V{};
+        const V term = finite ? (apart < least_apart<S> ? V{} : exp_of(apart)) : hard;
         store_lanes(place, term, lanes);
         total += term;
       }

@@ -83,7 +83,7 @@ template <class S> void put_logvar(const Backward<S>& a, int64_t b, S* scratch) 
   typedef typename Lanes<S>::Vec V;
   const Inputs<S>& in = a.in;
   const S half = number_at(a.kl, b) / 2, dims = S(in.dims);
-  const S level = number_at(a.logvar_mean, b) / dims - half, pull = 2 * number_at(a.logvar_square, b) / dims;
+  const S level = number_at(a.logvar_mean, b) / dims, pull = 2 * number_at(a.logvar_square, b) / dims;
   const Gradient to{a.grad_logvar, in.logvar.dtype};
   for (int64_t d = 0; d < in.dims; d += panel) {
     const int n = int(lesser(in.dims - d, panel));
@@ -94,7 +94,7 @@ template <class S> void put_logvar(const Backward<S>& a, int64_t b, S* scratch) 
       load_group(logvar + i, v, lanes);
       slopes_of<S>(v, e);
       // A gradient that is not there is 0 even where v is NaN.
-      for (int k = 0; k < group.size; ++k) e[k] = (a.kl.data ? half * e[k] : V{}) + level;
+      for (int k = 0; k < group.size; ++k) e[k] = (a.kl.data ? half * (e[k] - 1) : V{}) + level;
       for (int k = 0; k < group.size; ++k) e[k] += a.logvar_square.data ? pull * v[k] : V{};
       store_group(out + i, e, lanes);
     });

@@ -34,7 +34,9 @@ template <class S> struct Gradients {
   S* z;                       // [parts, D, stride]: the gradients before their constants
   S *mu, *logvar;             // [D, component_stride]
   int64_t component_stride;
-  S *grad, *joint;            // [stride]; grad is 0 in the padding, and so is all that comes of it
+  // [stride]; grad is 0 in the padding, and so is all that comes of it. The largest is below 2 zero_unit, so that what is
+  // multiplied by it is no subnormal number: see unit_of().
+  S *grad, *joint;
   S *weights;                 // [B, rows of a chunk]: grad_b p_bi
 
   static int64_t numbers(const Inputs<S>& in) {
@@ -56,10 +58,25 @@ template <class S> struct Gradients {
   }
 };
 
-template <class S> void gather(const Backward<S>& a, const Gradients<S>& g, Parallel parallel) {
+// The power of two at or below the largest finite |grad|, from 2^-60 to 2^126: what gradients are in units of until the end,
+// whatever the loss was multiplied by.
+template <class S> S unit_of(const Backward<S>& a) {
+  S highest = 0;
+  for (int64_t b = 0; b < a.in.rows; ++b) {
+    const S grad = a.grad[b * a.grad_stride], size = grad < 0 ? -grad : grad;
+    highest = size > highest && size <= largest<S> ? size : highest;
+  }
+  S unit = 1;
+  while (unit * 2 <= highest && unit < S(0x1p126)) unit *= 2;
+  while (unit > highest && unit > S(0x1p-60)) unit /= 2;
+  return unit;
+}
+
+template <class S> void gather(const Backward<S>& a, const Gradients<S>& g, S unit, Parallel parallel) {
   const int64_t rows = g.x.rows, stride = g.x.stride, components = g.component_stride;
+  const S scale = S(zero_unit) / unit;
   for (int64_t b = 0; b < stride; ++b) {
-    g.grad[b] = b < rows ? a.grad[b * a.grad_stride] : S(0);
+    g.grad[b] = b < rows ? a.grad[b * a.grad_stride] * scale : S(0);
     g.joint[b] = a.joint[b < rows ? b : rows - 1];
   }
   each(parallel, g.x.dims, [&](int64_t d) {
@@ -84,8 +101,9 @@ template <class S> void joint_weights(const Gradients<S>& g, const Weights<S>& w
     for (int r = 0; r < vectors; ++r) {
       const V grad = load<V>(g.grad + b + r * width), joint = load<V>(g.joint + b + r * width);
       for (int k = 0; k < n; ++k) {
-        const V p = exp2_of(load<V>(block + k * rows + r * width) - joint);
-        store(g.weights + (i + k) * g.plan.rows + at + r * width, grad * p);
+        V p[1] = {load<V>(block + k * rows + r * width) - joint}, power[1];
+        exp2_parts<Low::zero>(p, power);
+        store(g.weights + (i + k) * g.plan.rows + at + r * width, p[0] * (power[0] * grad));
       }
     }
   }
@@ -115,7 +133,7 @@ inline void pull(const Gradients<S>& g, const Weights<S>& weights, int64_t d, in
       for (int r = 0; r < vectors; ++r) q[r] += weights.at(b + k + int64_t(r) * width, i);
     }
     for (int r = 0; r < vectors; ++r) q[r] -= load<V>(marginal + k + r * width);
-    exp2_parts(q, power);
+    exp2_parts<Low::zero>(q, power);
     for (int r = 0; r < vectors; ++r) power[r] *= load<V>(grad + k + r * width);
     for (int r = 0; r < vectors; ++r) q[r] = load<V>(p + k + r * width) - q[r] * power[r];
     for (int r = 0; r < vectors; ++r) local.all += q[r];
@@ -179,7 +197,7 @@ template <class S, class F> void transpose_back(S* to, int64_t count, int64_t di
   }
 }
 
-template <class S> void scatter(const Backward<S>& a, const Gradients<S>& g, Parallel parallel) {
+template <class S> void scatter(const Backward<S>& a, const Gradients<S>& g, S unit, Parallel parallel) {
   const int64_t batch = g.x.batch, dims = g.x.dims, stride = g.x.stride, components = g.component_stride;
   each(parallel, (dims + dims_of_a_task - 1) / dims_of_a_task, [&](int64_t task) {
     const int64_t d = task * dims_of_a_task;
@@ -187,12 +205,12 @@ template <class S> void scatter(const Backward<S>& a, const Gradients<S>& g, Par
     transpose_back(a.grad_z, g.x.rows, dims, d, n, [&](int64_t k, int64_t b) {
       S sum = 0;
       for (int64_t part = 0; part < g.plan.parts; ++part) sum += g.z[(part * dims + k) * stride + b];
-      return S(2 * ln_2) * sum;
+      return S(2 * ln_2) * sum * unit;
     });
     transpose_back(a.grad_mu, batch, dims, d, n, [&](int64_t k, int64_t i) {
-      return S(-2 * ln_2) * g.mu[k * components + i];
+      return S(-2 * ln_2) * g.mu[k * components + i] * unit;
     });
-    transpose_back(a.grad_logvar, batch, dims, d, n, [&](int64_t k, int64_t i) { return g.logvar[k * components + i]; });
+    transpose_back(a.grad_logvar, batch, dims, d, n, [&](int64_t k, int64_t i) { return g.logvar[k * components + i] * unit; });
   });
 }
 
@@ -204,8 +222,9 @@ template <class S> void backward(const Backward<S>& a, void* workspace, Parallel
   const Gradients<S> g(a.in, static_cast<S*>(workspace));
   const Weights<S> weights(a.in);
   const int64_t padded = round_up(g.x.rows, tile_rows<S>), dims = g.x.dims, step = g.plan.components_of_a_part;
+  const S unit = unit_of(a);
   prepare(a.in, g.x, parallel);
-  gather(a, g, parallel);
+  gather(a, g, unit, parallel);
   for (int64_t b = 0; b < padded; b += g.plan.rows) {
     const int64_t n = padded - b < g.plan.rows ? padded - b : g.plan.rows;
     each(parallel, n / tile_rows<S>, [&](int64_t tile) {
@@ -217,7 +236,7 @@ template <class S> void backward(const Backward<S>& a, void* workspace, Parallel
       pull_dimension(g, weights, d, begin, end, b, n, g.z + (part * dims + d) * g.x.stride + b);
     });
   }
-  scatter(a, g, parallel);
+  scatter(a, g, unit, parallel);
 }
 
 }  // namespace BOMKERN_ISA

@@ -7,8 +7,6 @@ namespace BOMKERN_ISA {
 // Below this a sum may have lost terms that count to the underflow at 2^-125 (float) or 2^-1022 (double).
 template <class S> constexpr S least_sum = sizeof(S) == 4 ? S(0x1p-80) : S(0x1p-900);
 
-template <class S> constexpr S largest = sizeof(S) == 4 ? S(__FLT_MAX__) : S(__DBL_MAX__);
-
 // A tile's log-sum-exp in bits over components that come block by block.
 template <class S> struct LogSumExp {
   typedef typename Lanes<S>::Vec V;

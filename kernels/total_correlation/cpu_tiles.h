@@ -15,6 +15,7 @@ constexpr int dims_at_once = 64;  // summed on their own before they join the jo
 constexpr int dims_of_a_task = 16;  // where inputs are transposed: a row's share of them is one line
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
+template <class S> constexpr S largest = sizeof(S) == 4 ? S(__FLT_MAX__) : S(__DBL_MAX__);
 template <class S> constexpr int tile_rows = vectors * Lanes<S>::width;
 
 // The highest value and minus the lowest of a dimension, over a block of components or a tile of rows.
@@ -212,7 +213,7 @@ inline void add_terms(const Columns<S>& x, const Weights<S>& weights, int64_t d,
     if constexpr (Weighted) {
       for (int r = 0; r < vectors; ++r) t[r] += weights.at(b + int64_t(r) * width, i + k);
     }
-    exp2_parts<Bounded>(t, power);
+    exp2_parts<Bounded ? Low::bounded : Low::floor>(t, power);
     for (int r = 0; r < vectors; ++r) total[r] += t[r] * power[r];
   }
   if constexpr (Marginals) {
