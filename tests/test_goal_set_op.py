@@ -105,8 +105,8 @@ def check(raw: Sequence[Tensor], server: tuple[str, str], *, lay: Any = list, sl
         assert got.dtype == x.dtype and got.shape == x.shape
         # A half gradient is the float32 one, rounded once.
         rounding = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(x.dtype, slack)
-        # Half gradients below the least normal number, and sums that cancel, have no size of their own. Nor have weights
-        # below 1e-30, which the CPU makes zero.
+        # Half gradients below the least normal number, sums that cancel, and weights below 1e-30, which the CPU makes
+        # zero, have no size of their own.
         unit = largest if x.dim() == 0 else max(torch.finfo(x.dtype).tiny, 1e-23 * largest)
         assert_as_good_as_eager(got, some, want, rounding, unit)
 
