@@ -88,3 +88,35 @@ def test_bad_rows(server: tuple[str, str]) -> None:
         serve(z[:4], mu, logvar, None, False)
     with pytest.raises(ValueError, match="dataset_size must be at least the batch size, 8"):
         serve(z[:4], mu, logvar, 7, False, 4)
+
+
+@pytest.mark.parametrize("which", ESTIMATORS)
+def test_gradients_in_closed_form(which: str) -> None:
+    """They and their own gradients are autograd's, by any number of chunks, which backward computes again."""
+    size, estimator = ESTIMATORS[which]
+    settings = size, estimator == "mss"
+    inputs = leaves(latents(24, 5, torch.float64))
+    weight = torch.linspace(-1, 2, 24, dtype=torch.float64)
+    first = torch.autograd.grad(reference.total_correlation(*inputs, *settings), inputs, weight, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    for limit in (1, 500, 10**6):
+        made = reference.total_correlation_gradients(weight, *inputs, *settings, limit=limit)
+        again = torch.autograd.grad(sum(g.square().sum() for g in made), inputs)
+        for a, b in zip([*made, *again], [*first, *second], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_second_derivatives_keep_no_temporary() -> None:
+    """What a gradient keeps for its own gradient is a part of one [B, B, D] temporary."""
+    batch, dims = 64, 16
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.data_ptr()] = x.numel()
+        return x
+
+    inputs = leaves(latents(batch, dims, torch.float64))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        made = reference.total_correlation_gradients(torch.ones(batch), *inputs, None, False, limit=4 * batch * dims)
+    assert sum(kept.values()) < batch * batch * dims / 2
+    torch.autograd.grad(sum(g.square().sum() for g in made), inputs)
