@@ -67,6 +67,22 @@ def an_error_of_its_own(serve: Serve) -> Serve:
     return wrong
 
 
+class Constant(torch.autograd.Function):
+    """Has a gradient that has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.detach()
+
+
+def a_second_derivative_forgotten(serve: Serve) -> Serve:
+    return lambda mu, *given: serve(Constant.apply(mu), *given)
+
+
 PLANTS = (a_little_more, a_gradient_a_little_wrong, an_edge_forgotten, a_written_input, a_check_forgotten)
 
 
@@ -81,7 +97,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Serve],
 
 
 @only_cpu("gaussian_kl")
-@pytest.mark.parametrize("bug", [*PLANTS, an_error_of_its_own])
+@pytest.mark.parametrize("bug", [*PLANTS, an_error_of_its_own, a_second_derivative_forgotten])
 def test_finds_a_planted_bug_and_shows_it_again(
     bug: Callable[[Serve], Serve],
     planted: Callable[[str, Callable[[Serve], Serve]], None],

@@ -43,6 +43,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     pull: str = "ramp"  # the gradient from above
     threads: int = 1  # where more, the same bits are wanted with so many
+    twice: bool = False  # its second derivative is asked for too
 
     @property
     def wide(self) -> bool:
@@ -73,6 +74,7 @@ class Case:
 
         options = [f"{name}={value!r}" for name, value in self.options.items() if value is not None]
         more = [f"pull={self.pull}"] * (self.pull != "ramp") + [f"threads={self.threads}"] * (self.threads > 1)
+        more += ["twice"] * self.twice
         return f"{self.op} by {self.impl} on {self.device}: {', '.join([*map(one, self.given), *options, *more])}"
 
 

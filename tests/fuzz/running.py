@@ -21,12 +21,14 @@ from tests.fuzz.goal_sets import OPS as GOAL_SETS
 from tests.fuzz.goals import OPS as GOALS
 from tests.fuzz.judging import PULLS, Wrong, check
 from tests.fuzz.ops import Op
+from tests.fuzz.second import check_twice, twice
 from tests.fuzz.shrinking import shrink
 from tests.fuzz.statistics import OPS as STATISTICS
 
 OPS: dict[str, Op] = {op.name: op for op in (*GOALS, *GOAL_SETS, *CORRELATION, *STATISTICS)}
 ORDER = ("reference", "cpu", "triton", "cuda")
 SPOILED = 0.04  # of the cases have something wrong with them, and must be refused
+TWICE = 0.15  # of the cases are differentiated twice, where they are small
 
 
 def places(op: Op) -> list[tuple[str, str, float]]:
@@ -58,13 +60,16 @@ def draw(seed: int, number: int, only_op: str | None = None, only_impl: str | No
     sizes, given, options = drawn
     threads = source.choice([2, 3, 5]) if source.random() < 0.1 else 1
     pull = source.choice(PULLS) if source.random() < 0.4 else "ramp"
-    return Case(op.name, impl, device, sizes, tuple(given), options, pull, threads)
+    case = Case(op.name, impl, device, sizes, tuple(given), options, pull, threads)
+    return twice(op, case) if source.random() < TWICE else case
 
 
 def failure_of(case: Case) -> str | None:
     """What is wrong with the case, or None."""
+    op = OPS[case.op]
     try:
-        check(OPS[case.op], case)
+        if not check(op, case) and case.twice:
+            check_twice(op, case)
     except Wrong as wrong:
         return str(wrong)
     return None
@@ -124,6 +129,7 @@ def main(given: list[str] | None = None) -> int:
     command = " ".join(["python -m tests.fuzz", *(sys.argv[1:] if given is None else given)])
     print(f"{command}: seed {args.seed}, {args.seconds:g} s, torch {torch.__version__}", flush=True)
     counts: Counter[tuple[str, str]] = Counter()
+    second = 0
     failures, begin = [], time.monotonic()
     for number in itertools.count():
         if time.monotonic() - begin > args.seconds or number == args.cases or len(failures) >= args.most:
@@ -133,6 +139,7 @@ def main(given: list[str] | None = None) -> int:
             print(f"{args.seed}:{number} {case}", flush=True)
         wrong = failure_of(case)
         counts[case.op, case.impl] += 1
+        second += case.twice
         if wrong is not None:
             chosen["--impl"] = case.impl
             line = " ".join([f"python -m tests.fuzz --case {args.seed}:{number}", *itertools.chain(*chosen.items())])
@@ -141,7 +148,7 @@ def main(given: list[str] | None = None) -> int:
                 chosen.pop("--impl")
     took = time.monotonic() - begin
     print_counts(counts)
-    print(f"{sum(counts.values())} cases in {took:.0f} s, {len(failures)} failed")
+    print(f"{sum(counts.values())} cases in {took:.0f} s, {second} differentiated twice, {len(failures)} failed")
     if args.json:
         write(args.json, command, took, args.seed, counts, failures)
     return int(bool(failures))
