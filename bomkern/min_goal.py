@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _impl
 from ._check import check_goals
+from ._func import under_transform
 from ._lazies import Lazy
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
@@ -190,7 +191,7 @@ def _table(
     wide = False
     for t in tensors:
         wide = wide or getattr(t, "dtype", None) is torch.float64
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or under_transform():  # which wraps what is made inside, and must not outlive it
         return ConstraintTable(_all(constraints, count), device, torch.float64 if wide else torch.float32)
     key = (id(constraints), device, wide)
     held, table = _recent.get(key, (None, None))

@@ -136,7 +136,8 @@ Tensor copy_of(const Tensor& params, const Tensor& temperature, const std::optio
   const at::AutoDispatchBelowADInplaceOrView below;
   c10::SmallVector<Tensor, 3> parts{params, temperature};
   if (multipliers) parts.push_back(*multipliers);
-  constexpr c10::DispatchKeySet without_data{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};
+  constexpr c10::DispatchKeySet without_data{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                             c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched};
   bool plain = true;
   for (const Tensor& x : parts) plain = plain && x.is_cpu() && !x.key_set().has_any(without_data) && x.is_contiguous();
   if (!plain) {

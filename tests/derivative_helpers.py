@@ -272,7 +272,7 @@ def problems() -> dict[str, Problem]:
                 found[f"min_goal_loss {reduction} {name}{lay}"] = min_goals(reduction, constraints, matrix)
             for rank in RULES:
                 found[f"goal_set {reduction} {rank}{lay}"] = goal_set_ops(reduction, rank, matrix)
-        for rank in RULES:
+        for rank in RULES if reduction != "sum" else ():
             for trains in (False, True):
                 found[f"GoalSet {reduction} {rank}{' training' * trains}"] = goal_sets(reduction, rank, trains)
     found["GoalSet mean spill training twice"] = goal_sets("mean", "spill", True, 2)

@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._func import loop_under_vmap
+from .._func import NAMES, loop_under_vmap
 
 Grads = Sequence[Tensor | None]
+NO_BATCH = "takes no batched gradients (is_grads_batched=True, vectorize=True): use torch.func.jacrev"
+
+
+def _batched(grad: Tensor | None) -> bool:
+    """Whether it is of torch's older vmap, which has no rule for ops that take or give lists."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class Aside(torch.autograd.Function):
@@ -71,6 +77,8 @@ def register(
             See `by_reference`.
     """
 
+    lists = any(kind in backward[0] for kind in ("Tensor[]", "Tensor?[]"))
+
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.listed = not isinstance(inputs[0], Tensor)
@@ -83,6 +91,8 @@ def register(
         want = list(ctx.needs_input_grad[0] if ctx.listed else ctx.needs_input_grad[: ctx.count])
         made: Grads = [None] * len(want)
         if any(want) and any(g is not None for g in grads):
+            if lists and not torch.compiler.is_compiling() and any(map(_batched, grads)):
+                raise NotImplementedError(f"{NAMES.get(op, op)} {NO_BATCH}")
             found = (again if torch.is_grad_enabled() else pull)(ctx, grads, want)
             made = [g if wanted else None for g, wanted in zip(found, want, strict=True)]
         return (made, *ctx.others) if ctx.listed else (*made, *ctx.others)
