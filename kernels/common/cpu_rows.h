@@ -75,10 +75,17 @@ template <class S> inline const S* row_of(const Matrix& m, int64_t b, int64_t d,
     if constexpr (sizeof(S) == 4) {
       if (m.dtype != DType::f64) {
         const uint16_t* from = static_cast<const uint16_t*>(m.data) + first;
-        for_vectors<S>(n, [&](int64_t i, auto lanes) {
-          const VecH half = load_lanes<VecH>(from + i, lanes);
-          store_lanes(scratch + i, m.dtype == DType::bf16 ? bfloat_to_float(half) : half_to_float(half), lanes);
-        });
+        const auto convert = [&](auto widened) {
+          for_vectors<S>(n, [&](int64_t i, auto lanes) {
+            store_lanes(scratch + i, widened(load_lanes<VecH>(from + i, lanes)), lanes);
+          });
+        };
+        // Asked once: the compiler cannot know that what is stored is not the dtype.
+        if (m.dtype == DType::bf16) {
+          convert([](VecH half) { return bfloat_to_float(half); });
+        } else {
+          convert([](VecH half) { return half_to_float(half); });
+        }
         return scratch;
       }
     }
@@ -112,6 +119,11 @@ template <class V> inline auto sum_of(V v) {
 
 // Round to nearest, ties to even.
 inline VecH float_to_half(VecF v) {
+#if defined(BOMKERN_AVX512)
+  return (VecH)_mm512_maskz_cvtps_ph(all_lanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 32
+  return (VecH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
   const VecU word = bits<VecU>(v), sign = (word >> 16) & 0x8000u, size = word & 0x7fffffffu;
   const VecU normal = (size + 0xc8000fffu + ((size >> 13) & 1)) >> 13;
   // Below the least normal half, adding one half lets the adder do the rounding.
@@ -139,10 +151,13 @@ struct Gradient {
     if constexpr (sizeof(S) == 4) {
       if (dtype != DType::f64) {
         uint16_t* to = static_cast<uint16_t*>(data) + at;
-        return for_vectors<S>(n, [&](int64_t i, auto lanes) {
-          const VecF v = load_lanes<VecF>(scratch + i, lanes);
-          store_lanes(to + i, dtype == DType::bf16 ? float_to_bfloat(v) : float_to_half(v), lanes);
-        });
+        const auto convert = [&](auto narrowed) {
+          for_vectors<S>(n, [&](int64_t i, auto lanes) {
+            store_lanes(to + i, narrowed(load_lanes<VecF>(scratch + i, lanes)), lanes);
+          });
+        };
+        if (dtype == DType::bf16) return convert([](VecF v) { return float_to_bfloat(v); });
+        return convert([](VecF v) { return float_to_half(v); });
       }
     }
     for (int i = 0; i < n; ++i) put_one(at + i, scratch[i]);

@@ -41,6 +41,10 @@ template <> struct Lanes<double> {
   static constexpr int width = sizeof(VecD) / sizeof(double);
 };
 
+#if defined(BOMKERN_AVX512)
+constexpr __mmask16 all_lanes = 0xffff;  // the plain forms of these intrinsics warn of what they leave out, in g++ 12
+#endif
+
 template <class V, class S> inline V splat(S value) { return value - V{}; }
 
 template <class V> inline V load(const void* from) {
@@ -64,7 +68,13 @@ template <class M> inline bool any(M mask) {
   return all != 0;
 }
 
+// Where there is an instruction for it, that is four times as fast.
 inline VecF half_to_float(VecH half) {
+#if defined(BOMKERN_AVX512)
+  return (VecF)_mm512_maskz_cvtph_ps(all_lanes, (__m256i)half);
+#elif defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 32
+  return (VecF)_mm256_cvtph_ps((__m128i)half);
+#endif
   const VecU h = __builtin_convertvector(half, VecU);
   const VecU magnitude = (h & 0x7fffu) << 13;
   // The multiplication moves the exponent's bias and makes subnormal halves normal, exactly.
@@ -91,8 +101,8 @@ template <class S> S load_one(const void* data, DType dtype, int64_t i) {
 
 // The larger of each pair; where x is NaN, x. One instruction, which compilers do not make of a comparison.
 inline VecF at_least(VecF x, float bound) {
-#if defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  return (VecF)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#if defined(BOMKERN_AVX512)
+  return (VecF)_mm512_maskz_max_ps(all_lanes, _mm512_set1_ps(bound), (__m512)x);
 #elif defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 32
   return (VecF)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
 #elif defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 16
@@ -104,8 +114,8 @@ inline VecF at_least(VecF x, float bound) {
 
 // The smaller of each pair; where x is NaN, x.
 inline VecF at_most(VecF x, float bound) {
-#if defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  return (VecF)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+#if defined(BOMKERN_AVX512)
+  return (VecF)_mm512_maskz_min_ps(all_lanes, _mm512_set1_ps(bound), (__m512)x);
 #elif defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 32
   return (VecF)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
 #elif defined(__x86_64__) && BOMKERN_VECTOR_BYTES == 16

@@ -5,3 +5,4 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #endif
 #define BOMKERN_VECTOR_BYTES 64
+#define BOMKERN_AVX512  // __AVX512F__ is not defined by a pragma in C++
