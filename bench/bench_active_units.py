@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bench.codes import SIZES, codes
-from bench.harness import Case, Size, measure, sizes_and, traffic
+from bench.harness import Case, Inputs, Size, in_turn, measure, sizes_and, sizes_at, traffic
+from bench.regimes import CODES, SIZES, codes
+from bench.report import SHOWN
 
 
 def plain(mu: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,12 +20,18 @@ def plain(mu: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid((variance - 0.1) / 0.05).mean(), torch.exp(-(p * p.log()).sum()) / len(p)
 
 
-CASE = Case(
-    "active_units", lambda **size: codes(**size)[1:2], bomkern.active_units, plain, sum, traffic(1),
-    tolerance=(1e-4, 1e-3),
-)  # fmt: skip
+def means(regime: str, B: int, D: int) -> Inputs:
+    return codes(regime, B, D)[1:2]
 
 
-@sizes_and(SIZES)
-def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, CASE, name, size, direction)
+CASE = Case("active_units", means, bomkern.active_units, plain, sum, traffic(1), regimes=CODES, tolerance=(1e-4, 1e-3))
+
+
+@sizes_and(SIZES, regimes=CASE.regimes, at=SHOWN["active_units"])
+def test_peers(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction, regime)
+
+
+@sizes_at(SIZES, SHOWN["active_units"])
+def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
+    in_turn(benchmark, CASE, size)

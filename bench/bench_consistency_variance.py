@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import bomkern
-from bench.codes import SIZES
-from bench.harness import Case, Inputs, Size, measure, sizes_and, traffic
-from bench.machine import DEVICE
+from bench.harness import Case, Size, in_turn, measure, sizes_and, sizes_at, traffic
+from bench.regimes import CODES, SIZES, views
+from bench.report import SHOWN
 
 V = 4
-
-
-def views(B: int, D: int) -> Inputs:
-    """One code per sample, seen four times with noise."""
-    source = torch.Generator().manual_seed(0)
-    code = torch.randn(B, D, generator=source)
-    noisy = [code + 0.3 * torch.randn(B, D, generator=source) for _ in range(V)]
-    return tuple(x.to(DEVICE).requires_grad_() for x in noisy)
 
 
 def ours(*given: Tensor, impl: str | None = None) -> Tensor:
@@ -32,9 +25,17 @@ def plain(*given: Tensor) -> Tensor:
     return torch.stack(given).var(0).mean(1)
 
 
-CASE = Case("consistency_variance", views, ours, plain, torch.mean, traffic(V), tolerance=(1e-4, 1e-3))
+CASE = Case(
+    "consistency_variance", functools.partial(views, count=V), ours, plain, torch.mean, traffic(V),
+    regimes=CODES, tolerance=(1e-4, 1e-3),
+)  # fmt: skip
 
 
-@sizes_and(SIZES)
-def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, CASE, name, size, direction)
+@sizes_and(SIZES, regimes=CASE.regimes, at=SHOWN["consistency_variance"])
+def test_peers(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction, regime)
+
+
+@sizes_at(SIZES, SHOWN["consistency_variance"])
+def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
+    in_turn(benchmark, CASE, size)

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bench.codes import SIZES, codes
-from bench.harness import BOTH, FORWARD, OURS, Case, Inputs, Size, measure, sizes_and
+from bench.harness import BOTH, FORWARD, OURS, Case, Inputs, Size, in_turn, measure, sizes_and, sizes_at
 from bench.machine import DEVICE
+from bench.regimes import CODES, SIZES, codes
+from bench.report import SHOWN
 
 DIMS = [{"B": 4096, "D": dims} for dims in (32, 64, 256, 512)]  # beside 128, to see the cost grow
 
 
-def samples(B: int, D: int) -> Inputs:
-    return codes(B, D)[:1]
+def samples(regime: str, B: int, D: int) -> Inputs:
+    return codes(regime, B, D)[:1]
 
 
 def off_diagonal(x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def products(count: int) -> Any:
 
 def case(label: str, ours: Any, written: Any, loss: Any, forward: int) -> Case:
     op, tolerance = "covariance_penalty", (1e-4, 1e-3)
-    return Case(op, samples, ours, written, loss, products(forward), "flops", label, tolerance)
+    return Case(op, samples, ours, written, loss, products(forward), "flops", label, CODES, tolerance)
 
 
 BY_SAMPLE = case("", bomkern.covariance_penalty, plain, torch.mean, 2)
@@ -74,21 +75,26 @@ if DEVICE == "cuda":
     DIMS.append({"B": 4096, "D": 1024})
 
 
-@sizes_and(SIZES)
-def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, BY_SAMPLE, name, size, direction)
+@sizes_and(SIZES, regimes=CODES, at=SHOWN["covariance_penalty"])
+def test_peers(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, BY_SAMPLE, name, size, direction, regime)
+
+
+@sizes_at(SIZES, SHOWN["covariance_penalty"])
+def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
+    in_turn(benchmark, BY_SAMPLE, size)
 
 
 @sizes_and(SIZES)
-def test_batch(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, BATCH, name, size, direction)
+def test_batch(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, BATCH, name, size, direction, regime)
 
 
 @sizes_and(SIZES, directions=(BOTH,))
-def test_weighed(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, WEIGHED, name, size, direction)
+def test_weighed(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, WEIGHED, name, size, direction, regime)
 
 
 @sizes_and(DIMS, OURS, "torch.compile", "eager", directions=(BOTH,))
-def test_growth(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, BY_SAMPLE, name, size, direction)
+def test_growth(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, BY_SAMPLE, name, size, direction, regime)

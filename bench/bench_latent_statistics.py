@@ -10,8 +10,9 @@ from torch import Tensor
 import bomkern
 from bench.bench_active_units import plain as plain_units
 from bench.bench_gaussian_kl import plain as plain_kl
-from bench.codes import SIZES, codes
-from bench.harness import PEERS, Case, Size, measure, sizes_and, traffic
+from bench.harness import PEERS, Case, Size, in_turn, measure, sizes_and, sizes_at, traffic
+from bench.regimes import CODES, SIZES, codes
+from bench.report import SHOWN
 
 SEPARATE = "separate calls"
 Nine = tuple[Tensor, ...]
@@ -41,11 +42,16 @@ def loss(fields: Nine) -> Tensor:
 
 
 CASE = Case(
-    "latent_statistics", codes, bomkern.latent_statistics, plain, loss, traffic(3), tolerance=(1e-4, 1e-3),
-    more={SEPARATE: lambda: separate},
+    "latent_statistics", codes, bomkern.latent_statistics, plain, loss, traffic(3), regimes=CODES,
+    tolerance=(1e-4, 1e-3), more={SEPARATE: lambda: separate},
 )  # fmt: skip
 
 
-@sizes_and(SIZES, *PEERS, SEPARATE)
-def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, CASE, name, size, direction)
+@sizes_and(SIZES, *PEERS, SEPARATE, regimes=CASE.regimes, at=SHOWN["latent_statistics"])
+def test_peers(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction, regime)
+
+
+@sizes_at(SIZES, SHOWN["latent_statistics"])
+def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
+    in_turn(benchmark, CASE, size)

@@ -12,17 +12,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import FORWARD, OURS, Case, Function, Inputs, Size, about, measure, sizes_and, timed, traffic
+from bench.harness import (
+    FORWARD,
+    OURS,
+    Case,
+    Function,
+    Inputs,
+    Size,
+    about,
+    in_turn,
+    measure,
+    sizes_and,
+    sizes_at,
+    timed,
+    traffic,
+)
 from bench.machine import DEVICE
+from bench.regimes import GOALS, goals
+from bench.report import SHOWN
 from bomkern import Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
 
 K = 9
 SIZES = [{"K": K, "B": batch} for batch in (64, 512, 8192, 1_048_576)]
 
-ANCHORED = tuple(Minimize(scale=0.1 * (k + 1), ideal=0.01 * k) for k in range(K))
+# Numbers of few bits, so that goals can tie exactly.
+ANCHORED = tuple(Minimize(scale=2.0 ** (k % 4 - 3), ideal=k / 128) for k in range(K))
 MIXED = (
-    *(Minimize(0.4), Minimize(0.7, ideal=0.1), MinimizeHard(0.5), MinimizeHard(0.9)),
-    *(Upper(0.5, 0.3), Lower(0.4, 0.3), Box(-0.3, 1.4), Box(-0.5, 1.2, tail=0.1), BoxAsymmetric(-0.2, 0.4, 1.3)),
+    *(Minimize(0.5), Minimize(0.5, ideal=0.125), MinimizeHard(0.5), MinimizeHard(0.9)),
+    *(Upper(0.5, 0.25), Lower(0.375, 0.25), Box(-0.3, 1.4), Box(-0.5, 1.2, tail=0.1), BoxAsymmetric(-0.2, 0.4, 1.3)),
 )
 
 
@@ -44,36 +61,45 @@ def score(x: Tensor, constraint: Constraint) -> Tensor:
 
 def raw_values(K: int, B: int) -> Inputs:
     """Well inside the boxes, where the plain peers are right too."""
-    source = torch.Generator().manual_seed(0)
-    return tuple((torch.rand(B, generator=source) + 0.05).to(DEVICE).requires_grad_() for _ in range(K))
+    return goals("uniform", ANCHORED[:K], B)
 
 
 def plain(constraints: Sequence[Constraint]) -> Function:
-    def loss(*goals: Tensor) -> Tensor:
-        scores = torch.stack([score(x, c) for x, c in zip(goals, constraints, strict=True)], dim=1)
+    def loss(*raw: Tensor) -> Tensor:
+        scores = torch.stack([score(x, c) for x, c in zip(raw, constraints, strict=True)], dim=1)
         return -torch.log(scores.min(dim=1).values).mean()
 
     return loss
 
 
 def ours(constraints: Sequence[Constraint]) -> Function:
-    return lambda *goals, impl=None: min_goal_loss(goals, constraints, route="never", impl=impl)
+    return lambda *raw, impl=None: min_goal_loss(raw, constraints, route="never", impl=impl)
 
 
 TRAFFIC = traffic(1, backward=1.0)  # forward reads K x B values, backward writes as many
 
 
 def case(label: str, constraints: Sequence[Constraint]) -> Case:
-    return Case("min_goal", raw_values, ours(constraints), plain(constraints), torch.Tensor.mean, TRAFFIC, label=label)
+    def make(regime: str, K: int, B: int) -> Inputs:
+        return goals(regime, constraints, B)
+
+    op, written = ours(constraints), plain(constraints)
+    return Case("min_goal", make, op, written, torch.Tensor.mean, TRAFFIC, label=label, regimes=GOALS)
 
 
 CASES = {"anchored": case("anchored", ANCHORED), "all six constraints": case("all six constraints", MIXED)}
 
 
-@sizes_and(SIZES)
+@sizes_and(SIZES, regimes=GOALS, at=SHOWN["min_goal anchored"])
 @pytest.mark.parametrize("kind", CASES)
-def test_peers(benchmark: Any, kind: str, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, CASES[kind], name, size, direction)
+def test_peers(benchmark: Any, kind: str, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, CASES[kind], name, size, direction, regime)
+
+
+@sizes_at(SIZES, SHOWN["min_goal anchored"])
+@pytest.mark.parametrize("kind", CASES)
+def test_regimes_in_turn(benchmark: Any, kind: str, size: Size) -> None:
+    in_turn(benchmark, CASES[kind], size)
 
 
 @pytest.mark.parametrize("name", [OURS, "torch.exp"])

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bench.harness import BOTH, OURS, PEERS, Case, Function, Inputs, Size, about, measure, sizes_and
+from bench.harness import BOTH, OURS, PEERS, Case, Function, Size, about, in_turn, measure, sizes_and, sizes_at, slowest
 from bench.machine import DEVICE, ROOT
+from bench.regimes import CODES, codes
+from bench.report import SHOWN
 
 SIZES = [{"B": 512, "D": 128}]
 LARGE = [{"B": 1024, "D": 128}]
@@ -67,44 +69,52 @@ def keops() -> Function:
     return estimate
 
 
-def latents(B: int, D: int) -> Inputs:
-    """Posteriors wide enough that a sample has many components in its joint, as early in training."""
-    source = torch.Generator().manual_seed(0)
-    mu, logvar, noise = torch.randn(3, B, D, generator=source).unbind()
-    mu, logvar = 0.3 * mu, 0.2 * logvar - 0.3
-    z = mu + noise * torch.exp(logvar / 2)
-    return tuple(x.to(DEVICE).requires_grad_() for x in (z, mu, logvar))
-
-
 def exponentials(size: Size, direction: str) -> float:
     return float(size["B"] ** 2 * size["D"]) * (2 if direction == BOTH else 1)
 
 
-# D log densities cancel: values are good to some 1e-5 of their largest.
+# D log densities cancel: values are good to some 1e-5 of their largest, or of ten nats where they are near 0.
 CASE = Case(
-    "total_correlation", latents, bomkern.total_correlation, textbook, torch.mean, exponentials, "exponentials",
-    tolerance=(1e-4, 1e-4), more={"KeOps": keops},
+    "total_correlation", codes, bomkern.total_correlation, textbook, torch.mean, exponentials, "exponentials",
+    regimes=CODES, tolerance=(1e-4, 1e-4), least=(10.0, 1.0), more={"KeOps": keops},
 )  # fmt: skip
 
 
-@sizes_and(SIZES, *PEERS, "KeOps")
-def test_peers(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, CASE, name, size, direction)
+@sizes_and(SIZES, *PEERS, "KeOps", regimes=CODES, at=SHOWN["total_correlation"])
+def test_peers(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction, regime)
 
 
-@sizes_and(LARGE, OURS, "torch.compile", "eager", "KeOps", directions=(BOTH,))
-def test_large(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, CASE, name, size, direction)
+@sizes_and(
+    LARGE, OURS, "torch.compile", "eager", "KeOps",
+    directions=(BOTH,), regimes=CODES, at=SHOWN["total_correlation"],
+)  # fmt: skip
+def test_large(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction, regime)
+
+
+@sizes_at([*SIZES, *LARGE], SHOWN["total_correlation"])
+def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
+    in_turn(benchmark, CASE, size)
+
+
+@sizes_at([*SIZES, *LARGE], SHOWN["total_correlation"])
+def test_keops_where_we_are_slowest(benchmark: Any, size: Size) -> None:
+    """KeOps takes seconds a call, and is asked in two regimes: the usual one, and the worst for us in this run."""
+    regime = slowest(CASE, size)
+    if regime == CASE.usual:
+        pytest.skip("no other regime was slower in this run")
+    measure(benchmark, CASE, "KeOps", size, BOTH, regime)
 
 
 @sizes_and(BATCHES + DIMS, OURS, "torch.compile", "eager", "KeOps", directions=(BOTH,))
-def test_growth(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, CASE, name, size, direction)
+def test_growth(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction, regime)
 
 
 @sizes_and([{"B": batch, "D": 32} for batch in (2048, 4096)], OURS, directions=(BOTH,))
-def test_growth_beyond_the_temporary(benchmark: Any, size: Size, direction: str, name: str) -> None:
-    measure(benchmark, CASE, name, size, direction)
+def test_growth_beyond_the_temporary(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, CASE, name, size, direction, regime)
 
 
 # Prints by how many bytes the memory of a forward and a backward peaks above their inputs.

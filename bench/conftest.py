@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from bench import machine
+from bench import harness, machine
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -34,6 +34,11 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     """What a figure depends on, and nothing that tells whose machine it was."""
     machine_info.clear()
     machine_info.update(machine.described(), ceilings={u: machine.ceiling(u) for u in machine.UNITS})
+
+
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """What was not timed, because it was wrong, stands beside what was."""
+    output_json["wrong"] = harness.WRONG
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.results import Results, Row
+from bench.results import Results, Row, usual
 
 CASES = ("total_correlation", "covariance_penalty")
 LEAST = 3  # points of a line
@@ -42,6 +42,7 @@ def exponents(results: Results) -> Iterator[Line]:
     """Each peer of each case in B and in D."""
     for case in CASES:
         rows = [row for row in results.rows if row["case"] == case and row["direction"] == "forward+backward"]
+        rows = [row for row in rows if usual(row)]
         for letter, other in ("BD", "DB"):
             for peer in dict.fromkeys(row["peer"] for row in rows):
                 line = _longest([row for row in rows if row["peer"] == peer], letter, other)

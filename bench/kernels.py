@@ -38,7 +38,7 @@ def run() -> None:
         bench_min_goal,
         bench_total_correlation,
     )
-    from bench.harness import once
+    from bench.harness import inputs, once
     from bomkern import _impl
 
     if not torch.cuda.is_available():
@@ -55,7 +55,7 @@ def run() -> None:
         (bench_covariance_penalty.BY_SAMPLE, codes),
     ]
     for case, size in chosen:
-        x = case.make(**size)
+        x = inputs(case, tuple(size.items()))
         for impl in ("cuda", "triton"):
             if _impl.why_not(case.op, impl, "cuda"):
                 continue

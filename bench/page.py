@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from bench import growth
+from bench import growth, worst
 from bench.results import HERE, Results, Row, Size
-from bench.tables import Lines, against, by_size, megabytes, memory, named, ratio, table, text, time
+from bench.tables import Lines, by_size, megabytes, memory, named, ratio, table, text, time
 
 BOTH, FORWARD = "forward+backward", "forward"
 DIRECTIONS = (BOTH, FORWARD, "backward")
@@ -58,16 +58,23 @@ def head(results: Results) -> Lines:
 def times(results: Results) -> Lines:
     lines = ["## Time", ""]
     lines += text(
-        "bomkern's time, and of each peer how many times that is: above 1x bomkern is the faster one. Forward is that"
-        " of training, which keeps what its backward needs. `bomkern reference` is what serves where nothing was "
-        "compiled.",
+        "bomkern's time, and of each peer how many times that is: above 1x bomkern is the faster one. Where several "
+        "kinds of data were measured, each figure is of the worst one for it: bomkern's longest time, and a peer's "
+        "least ratio. The last lines name them. Forward is that of training, which keeps what its backward needs. "
+        "`bomkern reference` is what serves where nothing was compiled.",
+        "Pictures, memory, ceilings, growth and first calls are of each op's usual data, the first in its table below.",
         f"![time against batch size, for each peer]({results.stem}_time.png)",
     )
     for case, words in CASES.items():
         for direction in DIRECTIONS:
-            if sizes := results.of(case, direction):
-                lines += [f"{words}, {direction.replace('+', ' and ')}:", "", *by_size(sizes, against)]
+            if results.of(case, direction):
+                made = worst.by_size(results, case, direction)
+                lines += [f"{words}, {direction.replace('+', ' and ')}:", "", *made]
     return lines
+
+
+def regimes(results: Results) -> Lines:
+    return worst.section(results, CASES)
 
 
 def memories(results: Results) -> Lines:
@@ -276,7 +283,7 @@ def first_calls(results: Results) -> Lines:
 
 
 COMPILERS = ("bomkern", "torch.compile")
-SECTIONS = (head, times, memories, ceilings, grown, steps, section, small, launches, kernels, first_calls)
+SECTIONS = (head, times, regimes, memories, ceilings, grown, steps, section, small, launches, kernels, first_calls)
 
 
 def page(all_results: Sequence[Results]) -> str:

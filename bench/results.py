@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent / "results"
 KIND = "bench"  # what tells these files from others in the folder
+# The regime of each op in which everything is measured, all sizes and both directions; the others are for some sizes.
+# What was kept before there were regimes is of this one.
+USUAL = {
+    "min_goal": "uniform",
+    "goal_set": "uniform",
+    "total_correlation": "wide",
+    "gaussian_kl": "busy and idle",
+    "consistency_variance": "noisy views",
+    "active_units": "busy and idle",
+    "latent_statistics": "busy and idle",
+    "covariance_penalty": "busy and idle",
+}
 Row = dict[str, Any]
 Size = tuple[tuple[str, int], ...]
 KEEP = (
     *("impl", "first_seconds", "work", "unit", "rate", "ceiling", "share", "peak_bytes", "launches", "syncs"),
-    *("host_us", "event_us", "graph_us", "no_graph_because", "parts", "pair"),
+    *("host_us", "event_us", "graph_us", "no_graph_because", "parts", "pair", "regime", "worst", "spread", "slowest"),
 )
+
+
+def usual(row: Row) -> bool:
+    """Whether a bench was of the usual regime, or of what has none."""
+    return row.get("regime") in (None, USUAL.get(row["op"]))
+
+
+def named(size: Mapping[str, int]) -> str:
+    return " ".join(f"{letter}={n}" for letter, n in size.items())
 
 
 class Results:
     """The benches of one machine.
 
     Attributes:
-        machine: what it is, and its ceilings. date: ISO. command: that which made it. rows: a dict for each bench.
+        machine: what it is, and its ceilings. date: ISO. command: that which made it. rows: a dict for each bench;
+            that of a peer which was wrong in a regime says so under "wrong" and has no "seconds".
     """
 
     def __init__(self, machine: dict[str, Any], date: str, command: str, rows: Sequence[Row]) -> None:
@@ -42,19 +64,30 @@ class Results:
         return f"{where}{m['name']}, torch {m['torch']}, {self.date[:10]}"
 
     def of(self, case: str, direction: str) -> dict[Size, dict[str, Row]]:
-        """Rows by size, D before B, then by peer in the order in which they ran."""
+        """Rows of the usual regime by size, D before B, then by peer in the order in which they ran."""
         found: dict[Size, dict[str, Row]] = {}
         for row in self.rows:
-            if row["case"] == case and row["direction"] == direction:
+            if row["case"] == case and row["direction"] == direction and usual(row) and "wrong" not in row:
                 found.setdefault(tuple(row["size"].items()), {})[row["peer"]] = row
+        return dict(sorted(found.items(), key=lambda item: item[0][::-1]))
+
+    def regimes(self, case: str, direction: str) -> dict[Size, dict[str, dict[str, Row]]]:
+        """All rows by size, as above, then by regime, the usual one first, then by peer."""
+        found: dict[Size, dict[str, dict[str, Row]]] = {}
+        rows = [row for row in self.rows if row["case"] == case and row["direction"] == direction]
+        for row in sorted(rows, key=usual, reverse=True):
+            regime = row.get("regime") or USUAL.get(row["op"], "")
+            found.setdefault(tuple(row["size"].items()), {}).setdefault(regime, {})[row["peer"]] = row
         return dict(sorted(found.items(), key=lambda item: item[0][::-1]))
 
     def groups(self) -> dict[str, dict[str, Row]]:
         """Rows by group, then by peer."""
         found: dict[str, dict[str, Row]] = {}
         for row in self.rows:
-            size = " ".join(f"{letter}={n}" for letter, n in row["size"].items())
-            found.setdefault(f"{row['case']} {row['direction']} {size}", {})[row["peer"]] = row
+            if "wrong" not in row:
+                where = "" if usual(row) else f" in {row['regime']}"
+                group = f"{row['case']} {row['direction']} {named(row['size'])}{where}"
+                found.setdefault(group, {})[row["peer"]] = row
         return found
 
     def save(self, path: Path) -> None:
@@ -110,6 +143,7 @@ def _made(raw: dict[str, Any]) -> Results:
         row = {name: info[name] for name in ("op", "case", "direction", "peer", "size")}
         row |= {"seconds": _round(stats["median"]), "iqr": _round(stats["iqr"]), "rounds": stats["rounds"]}
         rows.append(row | {name: _round(info[name]) for name in KEEP if info.get(name) is not None})
+    rows += raw.get("wrong", [])
     machine = raw["machine_info"]
     machine["ceilings"] = {unit: _round(most) for unit, most in machine["ceilings"].items()}
     return Results(machine, raw["datetime"], "pytest bench/ --benchmark-only", rows)

@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import page as report  # noqa: E402
+from bench import worst  # noqa: E402
 from bench.results import HERE, Results, committed  # noqa: E402
-from bench.tables import Lines, against, by_size, memory, table, text, time  # noqa: E402
+from bench.tables import Lines, by_size, memory, table, text, time  # noqa: E402
 
 MARKER = re.compile(r"^<!-- (bench|report|faults|ranks|from)\b ?(.*?) -->$", re.MULTILINE)
 PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
@@ -65,9 +66,15 @@ def bench(case: str) -> Lines:
         lines += _measured(results)
         lines += text("Time, and of each peer how many times that is: above 1x bomkern is the faster one.")
         for direction in report.DIRECTIONS:
-            if sizes := results.of(case, direction):
+            if results.of(case, direction):
                 words = f"{report.CASES[case]}, {direction.replace('+', ' and ')}:"
-                lines += [words, "", *by_size(sizes, against)]
+                lines += [words, "", *worst.by_size(results, case, direction)]
+        if everywhere := worst.of_all(results, case):
+            lines += text(
+                "The same forward and backward on every [kind of data](../results/README.md#kinds-of-data); in the "
+                "tables above stands the worst. A peer whose result is wrong there is not timed."
+            )
+            lines += everywhere
         if any(row.get("peak_bytes", 0) >= 1e6 for peers in both.values() for row in peers.values()):
             lines += text("Memory: by how much it peaks above the inputs, gradients included.")
             lines += by_size(both, lambda row, _: memory(row))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_step, harness, machine, page, step
+from bench import bench_step, harness, machine, page, rounds, step
 from bench.bench_gaussian_kl import CASE, plain
 from bench.bench_min_goal import CASES
 from bench.loss_section import plain_loss
@@ -43,10 +43,10 @@ def test_a_nan_is_not_timed() -> None:
 
 @pytest.mark.parametrize("call", [1e-6, 1e-4, 5e-3, 0.4, 3.0])
 def test_rounds_fit_their_budget(call: float) -> None:
-    calls, rounds = harness.planned(call)
-    assert calls * call >= harness.ROUND or calls == 500
-    assert rounds >= (2 if call > harness.SLOW else 3)
-    assert rounds <= 3 or calls * rounds * call <= 1.01 * harness.BUDGET
+    calls, times = rounds.planned(call)
+    assert calls * call >= rounds.ROUND or calls == 500
+    assert times >= (2 if call > rounds.SLOW else 3)
+    assert times <= 3 or calls * times * call <= 1.01 * rounds.BUDGET
 
 
 @ON_CPU
@@ -132,7 +132,7 @@ def test_a_gpu_is_timed_three_ways(monkeypatch: pytest.MonkeyPatch, captures: bo
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(machine, "synchronize", lambda: None)
-    found = harness._of_a_gpu([lambda: None, lambda: None], 4)
+    found = rounds.of_a_gpu([lambda: None, lambda: None], 4)
     assert found["event_us"] == pytest.approx(500) and 0 < found["host_us"] < 500
     if captures:
         assert found["graph_us"] == pytest.approx(500) and len(replays) == 11

@@ -1,0 +1,175 @@
+"""The kinds of data, *regimes*, that the benches are fed: an op that is fast on one of them alone is not fast.
+
+python -m bench.regimes --make    # trains 1,000 steps and writes bench/data, in some minutes on one core
+
+What each regime is, `bench.worst.WORDS` says; which one is an op's usual, `bench.results.USUAL`.
+
+Codes of a real run are kept in bench/data: mu and logvar of 512 training crops, as the encoder gives them after 0, 100
+and 1,000 steps, in float16. The run is `bomkern train` at 32 px with seed 0 and one thread. It has 128 latents (96 of
+structure and 32 of appearance; the default is 48 and 16), because the benches have D = 128. A larger batch repeats the
+512 rows, and moves each repeated mu by a draw of its own posterior. A larger D repeats the columns with shifted rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.machine import DEVICE
+from bomkern.constraints import BARRIER, HARD, LINEAR, Constraint
+
+DATA = Path(__file__).parent / "data"
+STEPS, ROWS = (0, 100, 1000), 512  # of the run that is kept
+HALF = "half"
+CODES = (*(f"step {step}" for step in STEPS), "normal", "separated", "collapsed", "sharp", HALF)
+GOALS = ("near the ideal", "far beyond", "all tied", "one behind", "one hopeless", HALF)
+SIZES = [{"B": batch, "D": 128} for batch in (512, 4096, 65536)]
+if DEVICE == "cuda":
+    SIZES.append({"B": 1_048_576, "D": 128})
+CLUSTERS, PLACES = 64, 5  # clusters, and the places that their centres take in a dimension
+APART, SPREAD = 10.0, 2.0  # in deviations of a posterior: between places, and of the means within a cluster
+Inputs = tuple[Tensor, ...]
+
+
+def leaves(tensors: Sequence[Tensor], regime: str) -> Inputs:
+    """The tensors on `DEVICE`, in the dtype of the regime, as leaves that require gradients."""
+    dtype = torch.bfloat16 if regime == HALF else torch.float32
+    return tuple(x.to(DEVICE, dtype).requires_grad_() for x in tensors)
+
+
+def codes(regime: str, B: int, D: int) -> Inputs:
+    """z, mu and logvar, [B, D] each, the same each time."""
+    source = torch.Generator().manual_seed(0)
+    mu, logvar, noise = _posteriors(regime, B, D, source)
+    return leaves([mu + noise * torch.exp(logvar / 2), mu, logvar], regime)
+
+
+def views(regime: str, B: int, D: int, count: int) -> Inputs:
+    """So many views of a code, [B, D] each: draws of the same posterior, or a normal code with noise where usual."""
+    source = torch.Generator().manual_seed(0)
+    if regime == "noisy views":
+        mu, scale = torch.randn(B, D, generator=source), torch.tensor(0.3)
+    else:
+        mu, logvar, _ = _posteriors(regime, B, D, source)
+        scale = torch.exp(logvar / 2)
+    return leaves([mu + scale * torch.randn(B, D, generator=source) for _ in range(count)], regime)
+
+
+def _posteriors(regime: str, B: int, D: int, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """mu, logvar, and the noise of a sample."""
+    mu, logvar, noise = torch.randn(3, B, D, generator=source).unbind()
+    if regime == "busy and idle":
+        return mu * torch.logspace(-1.5, 0.3, D), 0.5 * logvar - 1, noise
+    if regime == "wide":
+        return 0.3 * mu, 0.2 * logvar - 0.3, noise
+    if regime.startswith("step") or regime == HALF:
+        return (*_of_a_run(f"step {STEPS[-1]}" if regime == HALF else regime, mu), noise)
+    if regime == "separated":
+        places = torch.randint(PLACES, (CLUSTERS, D), generator=source)
+        centres = places[torch.randint(CLUSTERS, (B,), generator=source)]
+        return math.exp(-1.5) * (APART * centres + SPREAD * mu), torch.full_like(mu, -3.0), noise
+    if regime == "collapsed":
+        return 0.03 * mu, 0.03 * logvar, noise
+    if regime == "sharp":
+        return mu, torch.full_like(mu, -8.0), noise
+    if regime == "normal":
+        return mu, 0.1 * logvar, noise
+    raise KeyError(regime)
+
+
+@functools.cache
+def _kept(regime: str) -> tuple[Tensor, Tensor]:
+    with np.load(DATA / f"{regime.replace(' ', '_')}.npz") as file:
+        return torch.from_numpy(file["mu"]).float(), torch.from_numpy(file["logvar"]).float()
+
+
+def _of_a_run(regime: str, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """mu and logvar like ``noise`` out of those kept, see the head of this file."""
+    kept = _kept(regime)
+    rows, columns = kept[0].shape
+    row, column = torch.arange(noise.shape[0])[:, None], torch.arange(noise.shape[1])
+    shifted = (row + 61 * (column // columns)) % rows
+    mu, logvar = (x[shifted, column % columns] for x in kept)
+    return mu + noise * torch.exp(logvar / 2) * (row >= rows), logvar
+
+
+def goals(regime: str, constraints: Sequence[Constraint], B: int) -> Inputs:
+    """Raw values of the goals, [B] each, the same each time.
+
+    Everywhere but in "uniform" the worst goals of a sample are tied exactly, or too far apart for rounding to decide.
+    """
+    source = torch.Generator().manual_seed(0)
+    count = len(constraints)
+    if regime == "uniform":
+        return leaves([torch.rand(B, generator=source) + 0.05 for _ in constraints], regime)
+    # Each goal has another of so many steps from 0 to 1 in a sample, and the worst goal changes from sample to sample.
+    order = (torch.arange(count)[:, None] + torch.randint(count, (B,), generator=source)) % count
+    steps = (order + 0.5 * torch.rand(count, B, generator=source, dtype=torch.float64)) / count
+    if regime == HALF:
+        deficits = 0.05 + steps
+    elif regime == "near the ideal":
+        deficits = 10 ** (4 * steps - 6)
+    elif regime == "far beyond":
+        deficits = 10 ** (2 * steps + 2)
+    elif regime == "all tied":
+        # Multiples of 1/64, which single precision holds; the other curves would round them.
+        linear = torch.tensor([constraint.curve == LINEAR for constraint in constraints])
+        deficits = torch.randint(1, 129, (B,), generator=source) / 64 * linear[:, None]
+    elif regime in ("one behind", "one hopeless"):
+        deficits = 0.05 * steps
+        far = torch.rand(B, generator=source)
+        deficits[count // 2] = 8 + 4 * far if regime == "one behind" else 50 * 20**far
+    else:
+        raise KeyError(regime)
+    return leaves([raw(c, d.double()) for c, d in zip(constraints, deficits, strict=True)], regime)
+
+
+def raw(constraint: Constraint, deficit: Tensor) -> Tensor:
+    """The raw value that has this deficit, above the centre where both sides have one.
+
+    A hard constraint gets at most 60: it takes 1e13 scales to get there, and more would overflow.
+    """
+    center, right, left, tail = constraint.ramp
+    ramp = deficit
+    if constraint.curve == HARD:
+        ramp = torch.expm1(deficit.clamp(max=60)).sqrt()
+    elif constraint.curve == BARRIER:
+        ramp = torch.where(
+            deficit <= -math.log(tail), -torch.expm1(-deficit), 1 - tail + tail * (deficit + math.log(tail))
+        )
+    return center + ramp / (right or left)
+
+
+def make() -> None:
+    """Train as `bomkern train` does, and keep what the encoder makes of the same crops at each of `STEPS`."""
+    from bomkern.train import loop
+    from bomkern.train.config import Config
+    from bomkern.train.data import load, to_float
+    from bomkern.train.step import Trainer
+
+    torch.set_num_threads(1)
+    config = Config(structure=96, appearance=32, device="cpu")
+    trainer = Trainer(config, loop.launch(config), load(None, config.image_size).train)
+    image = to_float(trainer.crops.batch(ROWS, np.random.default_rng(0)), trainer.device)
+    DATA.mkdir(exist_ok=True)
+    for step in STEPS:
+        while trainer.step < step:
+            trainer.advance()
+        with torch.no_grad():
+            mu, logvar = (x.numpy().astype(np.float16) for x in trainer.vae.encoder(image))
+        np.savez_compressed(DATA / f"step_{step}.npz", mu=mu, logvar=logvar)
+        print(f"step {step}: mu has deviation {mu.std():.3g}, logvar is {logvar.mean():.3g} on average", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--make", action="store_true", required=True, help="train, and write bench/data anew")
+    parser.parse_args()
+    make()
