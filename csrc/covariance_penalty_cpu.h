@@ -137,6 +137,9 @@ template <class S> class OnCpu {
       }
     });
     const double squares = stages_.join_second(data(parts), slices, dims_, static_cast<S>(scale), data(out), run_tasks);
+    // A NaN stays on the diagonal, where it may be all that shows of a column. Not of weights of both signs, whose squares
+    // may overflow to either infinity: their columns show in `product`.
+    for (int64_t d = 0; weight && d < dims_; ++d) data(out)[d * dims_ + d] = 0;
     return {out, squares};
   }
 

@@ -172,12 +172,6 @@ class TestKernels:
                 pull = (torch.ones_like(out), *(x.detach() for x in latents), joint, marginal, 50, True, first, want)
                 torch.library.opcheck(torch.ops.bomkern.total_correlation_triton_backward.default, pull)
 
-    def test_double_backward_raises(self) -> None:
-        latents = make(5, 2)
-        grads = torch.autograd.grad(bridge.total_correlation(*latents, None, False).sum(), latents, create_graph=True)
-        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-            sum(g.square().sum() for g in grads).backward()
-
 
 @needs_triton
 @pytest.mark.skipif(INTERPRET, reason="this is that process")
@@ -199,7 +193,7 @@ def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_compiles_for_sm_90_without_spills() -> None:
-    check_no_spills(__name__, 70)
+    check_no_spills(__name__, 50)
 
 
 # What follows runs as a script, see tests/test_min_goal_triton.py.
