@@ -9,11 +9,14 @@ LOCKED ?=
 # A CUDA build of torch to check the CUDA extension against; no GPU is needed.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
+# The Triton of the oldest torch that is supported.
+TRITON_OLD ?= triton==3.6.0
+TRITON_VENV ?= .venv-triton
 
 # A process to each core, up to 8: most tests are one thread of Python.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test fast fuzz trust lint tidy docs bench guard sanitize cuda-check gpu dist-check install-matrix lock audit clean
+.PHONY: demo test fast fuzz trust lint tidy docs bench guard sanitize cuda-check triton-check gpu dist-check install-matrix lock audit clean
 
 demo: $(VENV)/.ready
 	$(RUN)/bomkern train --out runs/demo --overwrite
@@ -57,7 +60,8 @@ bench: $(VENV)/.ready
 	$(RUN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
 	$(RUN)/python -m bench.report build/bench.json
 
-# Two minutes of it, compared with the report: fails where bomkern became slower against eager PyTorch.
+# Three minutes of it, compared with the report: fails where bomkern became slower against eager PyTorch, on the worst
+# kind of data, or where one kind takes much longer than another.
 guard: $(VENV)/.ready
 	$(RUN)/python -m bench.compare bench/results/cpu.json --run 3
 
@@ -75,6 +79,10 @@ cuda-check: $(CUDA_VENV)/.ready
 		| tar -xf - -C $(CUDA_VENV)/src
 	BOMKERN_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} $(CUDA_VENV)/bin/python -m pip install --no-deps --force-reinstall $(CUDA_VENV)/src
 	cd $(CUDA_VENV) && bin/python $(CURDIR)/tools/cuda_check.py
+
+# Every launch by Triton on a libcuda that runs nothing, and no spills, with TRITON_OLD beside what $(VENV) has.
+triton-check: $(TRITON_VENV)/.ready
+	$(TRITON_VENV)/bin/python -m pytest tests/test_triton_launch.py tests/test_*_triton.py $(PARALLEL) -rP -k "on_a_stub or spills"
 
 # On a machine with a GPU, in the Python that has its torch: build in place, test, sanitize, measure. PART= for a part.
 gpu:
@@ -127,6 +135,14 @@ $(VENV)/.docs: pyproject.toml
 $(CUDA_VENV)/.ready:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install --quiet $(CUDA_TORCH) numpy
+	touch $@
+
+# Its own site-packages come first, then those of $(VENV).
+$(TRITON_VENV)/.ready: $(VENV)/.ready
+	test -x $(TRITON_VENV)/bin/python || $(RUN)/python -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install --quiet --no-deps '$(TRITON_OLD)'
+	$(RUN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(TRITON_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
 	touch $@
 
 clean:

@@ -34,7 +34,7 @@ def forward(
         put(parts, 0, offset, squares, cols, dims)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "per", "batch"])
 def finish(
     parts, splits, per, batch, dims, columns, active, effective, threshold: tl.float64, temperature: tl.float64,
     LINE: tl.constexpr, CD: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,

@@ -122,7 +122,7 @@ def squares(
         tl.store(parts + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def total(
     parts, programs, square, dims, out, scale: tl.float64, DUAL: tl.constexpr, CD: tl.constexpr, LINE: tl.constexpr
 ):

@@ -51,7 +51,7 @@ def moments(
         _put_columns(z, strides, offset, squares, batch, dims, cols, columns, NORMALIZE, CD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "per", "batch"])
 def finish(
     z, strides, parts, splits, per, batch, dims, columns,
     NORMALIZE: tl.constexpr, CD: tl.constexpr, SPLITS: tl.constexpr, COLS: tl.constexpr,

@@ -30,10 +30,10 @@ MIN = tl.constexpr(3)
 
 
 @triton.jit
-def _judge(values, params, used, K: tl.constexpr, CURVES: tl.constexpr, CURVE: tl.constexpr, KP: tl.constexpr):
+def _judge(values, table, used, K: tl.constexpr, CURVES: tl.constexpr, CURVE: tl.constexpr, KP: tl.constexpr):
     """Deficits and slopes of a [BLOCK, KP] tile."""
     col = tl.arange(0, KP)
-    at = params + 4 * col
+    at = table + 4 * col
     center = tl.load(at, mask=used, other=0)[None, :]
     right = tl.load(at + 1, mask=used, other=0)[None, :]
     left = tl.load(at + 2, mask=used, other=0)[None, :]
@@ -85,7 +85,7 @@ def _put(value, at, record, parts, total, WHOLE: tl.constexpr, mask=None):
 
 @triton.jit
 def forward(
-    goals, strides, stride_k, params, temperature, multipliers, batch,
+    goals, strides, stride_k, table, temperature, multipliers, batch,
     loss, bottleneck, record, weight, parts, part_rows,
     K: tl.constexpr, G: tl.constexpr, CURVES: tl.constexpr, CURVE: tl.constexpr, LOADS: tl.constexpr,
     OWNERS: tl.constexpr, SIZES: tl.constexpr, REDUCTION: tl.constexpr, SAVE: tl.constexpr,
@@ -106,8 +106,15 @@ def forward(
     used = col < K
     cells = mask[:, None] & used[None, :]
     values = load_tile(goals, strides, stride_k, b, cells, K, LOADS, CD, KP, BLOCK)
-    d, slope = _judge(values, params, used, K, CURVES, CURVE, KP)
+    d, slope = _judge(values, table, used, K, CURVES, CURVE, KP)
     mean, owner, leads, inverse = _means(d, K, G, OWNERS, SIZES, CD, KP)
+
+    # Here, not at the end: whatever is needed no more leaves registers to what follows.
+    _put(tl.sum(tl.where(cells, exp_of(-mean), 0), 0), G + owner, record, parts, total, WHOLE, leads)
+    _put(tl.sum(tl.where(cells, mean, 0), 0), 2 * G + owner, record, parts, total, WHOLE, leads)
+    _put(tl.sum(tl.where(cells, values, 0), 0), 3 * G + col, record, parts, total, WHOLE, used)
+    seen = tl.where(cells & ((values - values) == 0), values, -INF)
+    _put(tl.max(seen, 0), 3 * G + K + col, record, parts, one, WHOLE, used)
 
     win = worst(tl.where(leads[None, :], mean, -INF), owner[None, :], KP, 1)
     mine = owner[None, :] == win[:, None]
@@ -123,7 +130,7 @@ def forward(
     per_sample = tl.where(soft, top + mu * tl.log(sums), top)
     given = share  # who gets the gradient; share is as the record counts it
     if multipliers is not None:
-        given = tl.load(multipliers + owner, mask=used, other=0)[None, :] + tl.zeros_like(mean)
+        given = tl.load(multipliers + owner, mask=used, other=0)[None, :]
         weighed = tl.where(leads[None, :] & (given != 0), mean * given, 0)  # 0 times an infinite deficit is not 0
         per_sample = tl.where(finite, tl.sum(weighed, 1), top)
         finite = (per_sample - per_sample) == 0
@@ -164,19 +171,14 @@ def forward(
     if SAVE:
         tl.store(weight + col[None, :] * rows + b[:, None], pull, mask=cells)
 
-    _put(tl.sum(tl.where(cells, exp_of(-mean), 0), 0), G + owner, record, parts, total, WHOLE, leads)
-    _put(tl.sum(tl.where(cells, mean, 0), 0), 2 * G + owner, record, parts, total, WHOLE, leads)
-    _put(tl.sum(tl.where(cells, values, 0), 0), 3 * G + col, record, parts, total, WHOLE, used)
-    seen = tl.where(cells & ((values - values) == 0), values, -INF)
-    _put(tl.max(seen, 0), 3 * G + K + col, record, parts, one, WHOLE, used)
     bad = tl.sum((mask & (finite == 0)).to(tl.int32), 0)
     if WHOLE:
         tl.store(record + 3 * G + 4 * K + 1, (bad == 0).to(CD))
     else:
         _put(bad.to(CD), 3 * G + 2 * K + 1, record, parts, one, WHOLE)
     if pid == 0:
-        tl.store(record + 3 * G + 2 * K + col, tl.load(params + 4 * col, mask=used), mask=used)
-        tl.store(record + 3 * G + 3 * K + col, tl.load(params + 4 * col + 1, mask=used), mask=used)
+        tl.store(record + 3 * G + 2 * K + col, tl.load(table + 4 * col, mask=used), mask=used)
+        tl.store(record + 3 * G + 3 * K + col, tl.load(table + 4 * col + 1, mask=used), mask=used)
 
 
 @triton.jit
@@ -218,7 +220,7 @@ def _worst_of(row, programs, BLOCK: tl.constexpr):
     return worst(most, program, LAST, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "batch"])
 def finish(
     parts, part_rows, programs, batch, loss, record, weight,
     K: tl.constexpr, G: tl.constexpr, REDUCTION: tl.constexpr, SAVE: tl.constexpr, CD: tl.constexpr, KP: tl.constexpr,

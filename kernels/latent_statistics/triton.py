@@ -95,7 +95,7 @@ def forward(
         put(parts, 1, z_mean, z_squares, cols, dims)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "per", "batch"])
 def finish(
     z, mu, strides, parts, row_parts, splits, per, across, batch, dims, out, columns,
     threshold: tl.float64, temperature: tl.float64,

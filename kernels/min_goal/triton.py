@@ -40,7 +40,7 @@ def _put(value, out, parts, row, total, WHOLE: tl.constexpr, mask=None):
 
 @triton.jit
 def forward(
-    goals, strides, stride_k, params, batch,
+    goals, strides, stride_k, table, batch,
     loss, winner, slope, bottleneck, share, level, finite, parts, part_flat,
     K: tl.constexpr, CURVES: tl.constexpr, CURVE: tl.constexpr, REDUCTION: tl.constexpr,
     GROUPS: tl.constexpr, STATS: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr,
@@ -53,7 +53,7 @@ def forward(
     total = tl.full((), batch, CD)
     cells = mask[:, None] & (tl.arange(0, KP) < K)[None, :]
     values = load_tile(goals, strides, stride_k, b, cells, K, GROUPS, CD, KP, BLOCK)
-    best, win, num, den, levels = scan(values, params, cells, K, CURVES, CURVE, CD, KP)
+    best, win, num, den, levels = scan(values, table, cells, K, CURVES, CURVE, CD, KP)
     feasible = best < INF  # False for NaN too
     rise = tl.where(feasible, div(num, den), 0)
 
@@ -120,7 +120,7 @@ def _sum_row(parts, row, programs, CD: tl.constexpr, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "batch"])
 def finish(
     parts, part_flat, programs, batch, loss, winner, slope, share, level, finite,
     K: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr, SAVE: tl.constexpr,
@@ -220,7 +220,7 @@ def backward_rows(
     tl.store(grads + b[:, None] * K + col[None, :], cast(own, grads.dtype.element_ty), mask=cells)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def finish_scalars(grads, parts, programs, COUNT: tl.constexpr, CD: tl.constexpr, BLOCK: tl.constexpr):
     """Gradients of the 0-dim goals from the parts `backward_columns` left; one program a goal."""
     pid = tl.program_id(0)

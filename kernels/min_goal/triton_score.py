@@ -142,7 +142,7 @@ def load_tile(
 
 @triton.jit
 def scan(
-    values, params, cells,
+    values, table, cells,
     K: tl.constexpr, CURVES: tl.constexpr, CURVE: tl.constexpr, CD: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Bottleneck of each row of a [BLOCK, KP] tile: deficit, winner, num, den [BLOCK], and the sum of scores [KP]."""
@@ -153,7 +153,7 @@ def scan(
         # Scores are compared as they are: of two that are close the logarithms may round to the same.
         rank = tl.where((values > 0) & (d < INF), -values, d)
     else:
-        at = params + 4 * col
+        at = table + 4 * col
         center = tl.load(at, mask=used, other=0)[None, :]
         right = tl.load(at + 1, mask=used, other=0)[None, :]
         left = tl.load(at + 2, mask=used, other=0)[None, :]
@@ -178,6 +178,6 @@ def scan(
             own_code = tl.sum(tl.where(mine, code[None, :], 0), 1)
         else:
             own_code = tl.full(own.shape, CURVE, tl.int32)
-        at = params + 4 * winner
+        at = table + 4 * winner
         best, _, num, den = judge(own, tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), own_code, False)
     return best, winner, num, den, levels

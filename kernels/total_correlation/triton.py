@@ -54,7 +54,7 @@ def _exact_marginal(
     return most, tl.sum(sums * tl.exp2(top - most[:, None]), 1)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "count", "batch"])
 def marginals(
     zt, mt, st, ct, out, first, count, batch, size, padded,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, COMPS: tl.constexpr, UNROLL: tl.constexpr,
@@ -91,7 +91,7 @@ def marginals(
     tl.store(at + tl.num_programs(1).to(tl.int64) * count, div(tl.full((ROWS,), 1, CD), total), mask=rows < count)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "batch"])
 def joint_parts(
     zt, mt, st, sums, tops, weights, first, batch, size, padded_rows, padded, lines, per,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, TALL: tl.constexpr, LINES: tl.constexpr,
@@ -117,7 +117,7 @@ def joint_parts(
     tl.store(weights + line + at, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "batch", "splits"])
 def finish(
     tops, weights, marginal, joint, out, count, batch, dims, size, padded_rows, splits,
     STRATIFIED: tl.constexpr, LINE: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
@@ -171,7 +171,7 @@ def finish(
     tl.store(out + rows[None, :], (nats * value + offset).to(CD), mask=mask[None, :])
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "count", "batch"])
 def joint_weights(
     zt, mt, st, sums, joint, by_row, by_comp, begin, width, first, count, batch, size, padded, lines,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, TALL: tl.constexpr, LINES: tl.constexpr,
@@ -191,7 +191,7 @@ def joint_weights(
         tl.store(by_comp + comps * width + local, p)
 
 
-@triton.jit(do_not_specialize=["padded", "first"])
+@triton.jit(do_not_specialize=["length", "first", "count", "batch", "padded"])
 def pull_rows(
     zt, mt, st, ct, marginal, p, grad, stride, out, begin, length, first, count, batch, dims, size, padded, per,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COMPS: tl.constexpr,
@@ -227,7 +227,7 @@ def pull_rows(
     tl.store(out, tl.sum(total, 2) * pull * -TWO_LN2, mask=(dim < dims) & (begin + local < count)[None, :])
 
 
-@triton.jit(do_not_specialize=["width", "first"])
+@triton.jit(do_not_specialize=["width", "first", "count", "batch"])
 def pull_components(
     zt, mt, st, ct, marginal, p, grad, stride, out_mu, out_logvar, begin, width, stop, first, count, batch, dims, size,
     padded,

@@ -23,7 +23,7 @@ PAD = 128  # B is padded to a multiple of this with components of no weight,
 LINES = 8  # and D to a multiple of this with dimensions where every distance is 0.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "batch"])
 def prepare(
     z, mu, logvar, low, high, strides, count, batch, dims, padded, zt, mt, st, ct,
     CD: tl.constexpr, LINES: tl.constexpr, COMPS: tl.constexpr,
