@@ -53,7 +53,9 @@ def spreads(news: list[Results]) -> dict[str, tuple[float, str]]:
 def compare(base: Results, news: list[Results]) -> tuple[list[str], bool]:
     """A line for each ratio that both have, the worst first, and for each spread; whether none is beyond its limit."""
     elsewhere = {name: new.machine[name] for new in news for name in DECIDES if new.machine[name] != base.machine[name]}
-    limit = FALL_ELSEWHERE if elsewhere else FALL
+    # The base may have been made before there were regimes, of the usual one alone.
+    usual = any("worst" in row for new in news for row in new.rows) and not any("worst" in row for row in base.rows)
+    limit = FALL_ELSEWHERE if elsewhere or usual else FALL
     before = ratios(base)
     after: dict[str, float] = {}
     for new in news:
@@ -63,6 +65,8 @@ def compare(base: Results, news: list[Results]) -> tuple[list[str], bool]:
     lines = [f"base: {base.title}"]
     if elsewhere:
         lines.append(f"another machine ({elsewhere}): only a fall by more than {limit:.0%} fails")
+    if usual:
+        lines.append(f"the base is of one kind of data, not of the worst: only a fall by more than {limit:.0%} fails")
     for change, group in both:
         told = f"{before[group]:7.2f}x -> {after[group]:7.2f}x  {change - 1:+5.0%}  {group}"
         lines.append(told + (f"   FELL by more than {limit:.0%}" if change < 1 - limit else ""))
