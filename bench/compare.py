@@ -7,7 +7,8 @@ The subset measures each case on the worst kind of data for it (bench/bench_guar
 slowest kind of data takes more than 1.3 times as long as its fastest.
 Files are those of ``--benchmark-json`` or of bench/results. Of several NEW files, runs of the same benches, each ratio
 counts at its best: what a busy neighbour takes away in one run is no fault of the code. Ratios of different processors
-say little of one another: between them only a fall by more than half fails.
+say little of one another: between them only a fall by more than half fails. So it is where BASE is older than the kinds
+of data, and of the usual one alone.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Python, see _triton/_library.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -20,16 +21,8 @@ def _min_goal(goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[i
     return reference.min_goal(goals, params, curves, reduction, False)[0]
 
 
-def _goal_set(
-    goals: Sequence[Tensor],
-    params: Tensor,
-    curves: Sequence[int],
-    groups: Sequence[int],
-    temperature: Tensor,
-    reduction: int,
-    multipliers: Tensor | None,
-) -> Tensor:
-    return reference.goal_set(goals, params, curves, groups, temperature, reduction, multipliers)[0]
+def _goal_set(*given: Any) -> Tensor:
+    return reference.goal_set(*given)[0]
 
 
 _REFERENCES = {

@@ -90,9 +90,8 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
 
 
 def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
-    grad, (z, mu, logvar) = grads[0], ctx.saved_tensors[:3]
-    if grad is None:
-        return [None] * 3
+    (grad, *_), (z, mu, logvar, *_) = grads, ctx.saved_tensors
+    assert grad is not None  # of the only result that has a gradient
     return reference.total_correlation_gradients(grad, z, mu, logvar, *ctx.settings)
 
 
