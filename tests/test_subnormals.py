@@ -122,3 +122,17 @@ def test_a_gradient_of_any_size_is_the_same_digits() -> None:
             want = a * 2.0**power
             normal_ones = want.abs() >= torch.finfo(want.dtype).tiny
             assert torch.equal(want[normal_ones], b[normal_ones])
+
+
+@COMPILED
+def test_float64_keeps_a_weight_as_long_as_it_is_a_normal_number() -> None:
+    """700 temperatures behind the worst a goal's weight is 1e-304, and its own gradient is right to the last digits."""
+    constraints = {"worst": Anchored(0.0, 1.0), "far": Anchored(0.0, 1.0)}
+    found = []
+    for impl in ("cpu", "reference"):
+        raw = {"worst": torch.tensor(0.75, dtype=torch.float64), "far": torch.tensor(0.05, dtype=torch.float64)}
+        raw["far"].requires_grad_()
+        goals = GoalSet(constraints, temperature=0.001, impl=impl).eval()
+        found.append(torch.autograd.grad(goals(raw).loss, raw["far"])[0])
+    assert 1e-306 < found[1].abs() < 1e-290
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=0.0)

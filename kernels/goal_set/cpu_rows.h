@@ -100,9 +100,9 @@ template <class S, class V> void compare(const Groups& groups, int g, Block<S>& 
   sums.deficit[g] = deficit;
 }
 
-// So far below the worst, in temperatures, a goal's weight is exactly 0: it adds nothing to the sum, and its products would
-// be subnormal numbers.
-template <class S> constexpr S least_apart = sizeof(S) == 4 ? -69 : -500;
+// So far below the worst, in temperatures, a goal's weight is exactly 0: it adds nothing to the sum, and in float32 its
+// products would be subnormal numbers. In float64 its own gradient is a normal number down to where its weight is one.
+template <class S> constexpr S least_apart = sizeof(S) == 4 ? -69 : -708;
 
 // How goals are weighed: the worst takes all, or each a part by its distance from the worst, or as multipliers say.
 enum class Rule { hard, soft, given };
