@@ -3,7 +3,8 @@
 The ladder: a C++ compiler gives the CPU kernels; an nvcc of torch's CUDA major gives the CUDA kernels too; no compiler
 gives a pure Python install, which says so when it is imported. ``BOMKERN_BUILD_CUDA``: unset builds what it can, 0
 never builds CUDA, 1 makes any shortfall fatal. ``BOMKERN_SANITIZE`` (``address,undefined`` or ``thread``): builds the
-CPU kernels with these sanitizers, for tools/sanitize.py.
+CPU kernels with these sanitizers, for tools/sanitize.py. ``BOMKERN_DEBUG=1``: keeps debug lines, which make the library
+ten times as large; a sanitized build always has them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 SANITIZE = os.environ.get("BOMKERN_SANITIZE", "")
 WISH = os.environ.get("BOMKERN_BUILD_CUDA", "0" if SANITIZE else "")
+DEBUG = os.environ.get("BOMKERN_DEBUG", "")
 
 
 def compiler() -> str | None:
@@ -119,6 +121,8 @@ def extension() -> dict[str, object]:
         raise SystemExit(f"BOMKERN_BUILD_CUDA must be 0, 1 or unset, got {WISH!r}.")
     if SANITIZE not in ("", "address,undefined", "thread"):
         raise SystemExit(f"BOMKERN_SANITIZE must be 'address,undefined', 'thread' or unset, got {SANITIZE!r}.")
+    if DEBUG not in ("", "0", "1"):
+        raise SystemExit(f"BOMKERN_DEBUG must be 0, 1 or unset, got {DEBUG!r}.")
     if compiler() is None:
         if WISH == "1":
             raise SystemExit("BOMKERN_BUILD_CUDA is 1 but there is no C++ compiler; install g++ or set CXX.")
@@ -140,7 +144,8 @@ def extension() -> dict[str, object]:
     os.environ.setdefault("MAX_JOBS", str(jobs()))
     # -fno-trapping-math lets comparisons be vectorised; it changes no result. torch chooses the C++ standard.
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
-    flags += sanitizer_flags()
+    # Python's own flags, which come before these, ask for debug lines.
+    flags += ["-g" if DEBUG == "1" else "-g0", *sanitizer_flags()]
     openmp = ["-fopenmp"] if platform.system() == "Linux" else []
     macros = {
         "BOMKERN_TORCH_VERSION": torch.__version__,

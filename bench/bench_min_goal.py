@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import (
+    BOTH,
     FORWARD,
     OURS,
     Case,
@@ -33,7 +34,7 @@ from bench.report import SHOWN
 from bomkern import Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
 
 K = 9
-SIZES = [{"K": K, "B": batch} for batch in (64, 512, 8192, 1_048_576)]
+SIZES = [{"K": K, "B": batch} for batch in (64, 512, 8192, *((65536,) if DEVICE == "cuda" else ()), 1_048_576)]
 
 # Numbers of few bits, so that goals can tie exactly.
 ANCHORED = tuple(Minimize(scale=2.0 ** (k % 4 - 3), ideal=k / 128) for k in range(K))
@@ -90,6 +91,22 @@ def case(label: str, constraints: Sequence[Constraint]) -> Case:
 CASES = {"anchored": case("anchored", ANCHORED), "all six constraints": case("all six constraints", MIXED)}
 
 
+def one_of_the_batch(regime: str, K: int, B: int) -> Inputs:
+    """The first goal has one value for all samples, whose gradient is a sum over them."""
+    first, *others = goals(regime, ANCHORED[:K], B)
+    return first.detach()[0].clone().requires_grad_(), *others
+
+
+def plain_of_the_batch(first: Tensor, *others: Tensor) -> Tensor:
+    return plain(ANCHORED)(first.expand_as(others[0]), *others)
+
+
+BATCH_LEVEL = Case(
+    "min_goal", one_of_the_batch, ours(ANCHORED), plain_of_the_batch, torch.Tensor.mean, TRAFFIC,
+    label="a batch-level goal",
+)  # fmt: skip
+
+
 @sizes_and(SIZES, regimes=GOALS, at=SHOWN["min_goal anchored"])
 @pytest.mark.parametrize("kind", CASES)
 def test_peers(benchmark: Any, kind: str, size: Size, regime: str, direction: str, name: str) -> None:
@@ -100,6 +117,11 @@ def test_peers(benchmark: Any, kind: str, size: Size, regime: str, direction: st
 @pytest.mark.parametrize("kind", CASES)
 def test_regimes_in_turn(benchmark: Any, kind: str, size: Size) -> None:
     in_turn(benchmark, CASES[kind], size)
+
+
+@sizes_and(SIZES[2:], OURS, "eager", directions=(BOTH, FORWARD))
+def test_a_batch_level_goal(benchmark: Any, size: Size, regime: str, direction: str, name: str) -> None:
+    measure(benchmark, BATCH_LEVEL, name, size, direction, regime)
 
 
 @pytest.mark.parametrize("name", [OURS, "torch.exp"])

@@ -17,10 +17,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import machine, step
+from bench import machine
 from bench.harness import about, timed
 from bench.machine import DEVICE
 from bench.page import PARTS
+
+try:
+    from bench import step
+    from bomkern.train.data import DataError
+except ModuleNotFoundError as why:  # something of the trainer's
+    pytest.skip(f"the trainer needs {why.name}: pip install 'bomkern[train]'", allow_module_level=True)
 
 BATCHES = (64, 512, 2048)
 # At each: rounds, and steps in parts, of which the first is a warm-up where there are more.
@@ -82,6 +88,10 @@ def test_step(benchmark: Any, batch: int, name: str) -> None:
     if name in WALKS_MANY:
         pytest.importorskip("torchjd", reason="TorchJD is not installed; pip install 'bomkern[bench]'")
     room(batch, name)
+    try:
+        step.data()
+    except DataError as why:
+        pytest.skip(str(why))
     try:
         run = step.Run(name, batch, step.started())
         check(run)

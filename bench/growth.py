@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from bench.results import Results, Row, usual
 
@@ -28,14 +27,25 @@ class Line(NamedTuple):
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
-    """Exponent p of ``y ~ x^p`` and its standard error; None where there are too few points."""
+    """Exponent p of ``y ~ x^p`` and its standard error; None where there are too few points, or all at one x."""
     if len(points) < LEAST:
         return None
-    x, y = np.log(np.array(points, float)).T
-    x, y = x - x.mean(), y - y.mean()
-    p = float(x @ y / (x @ x))
-    off = y - p * x
-    return p, float(np.sqrt(off @ off / (len(points) - 2) / (x @ x)))
+    x, y = (_centred([math.log(point[i]) for point in points]) for i in (0, 1))
+    square = _product(x, x)
+    if not square:
+        return None
+    p = _product(x, y) / square
+    off = [b - p * a for a, b in zip(x, y, strict=True)]
+    return p, math.sqrt(_product(off, off) / (len(points) - 2) / square)
+
+
+def _centred(x: Sequence[float]) -> list[float]:
+    mean = math.fsum(x) / len(x)
+    return [a - mean for a in x]
+
+
+def _product(x: Sequence[float], y: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(x, y, strict=True))
 
 
 def exponents(results: Results) -> Iterator[Line]:

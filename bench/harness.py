@@ -13,6 +13,8 @@ its ``extra_info``, which `bench.report` reads:
 
 Outside of its usual regime a bench is brief and takes times alone. A peer whose result is wrong there is not timed, but
 noted in `WRONG`, which goes into the file of the run.
+
+With ``--keep FILE`` all of it is in FILE as soon as a bench ends (`bench.keep`).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ Size = Mapping[str, int]
 Key = tuple[tuple[str, int], ...]  # of a size
 Function = Callable[..., Any]
 WRONG: list[dict[str, Any]] = []  # peers that gave a wrong result in a regime, and by how much
-SECONDS: dict[tuple[str, Key], dict[str, float]] = {}  # of our calls, by regime, as `in_turn` found them
+SLOWEST: dict[tuple[str, Key], str] = {}  # the regime in which `in_turn` found our call slowest
 
 
 class Wrong(AssertionError):
@@ -259,16 +261,21 @@ def in_turn(benchmark: Any, case: Case, size: Size) -> None:
         regime: once(case, peer(case, OURS, key), inputs(case, key, regime), True)
         for regime in (case.usual, *case.regimes)
     }
-    SECONDS[case.name, key] = times = looked_at(found)
     about(benchmark, case.op, case.name, TURNS, OURS, size)
-    benchmark.extra_info.update(as_info(times))
+    benchmark.extra_info.update(as_info(looked_at(found)))
+    note_slowest(benchmark.extra_info)
     benchmark.pedantic(found[case.usual], rounds=1)  # or it would not be in the file
+
+
+def note_slowest(info: Mapping[str, Any]) -> None:
+    """Note what `in_turn` found, or had found in the run that this one goes on from."""
+    if info["direction"] == TURNS and "slowest" in info:
+        SLOWEST[info["case"], tuple(info["size"].items())] = info["slowest"]
 
 
 def slowest(case: Case, size: Size) -> str:
     """The regime in which this run found our call slowest; halves aside, which not every peer takes."""
-    found = SECONDS.get((case.name, tuple(size.items())), {})
-    return max((name for name in found if name != HALF), key=lambda name: found[name], default=case.usual)
+    return SLOWEST.get((case.name, tuple(size.items())), case.usual)
 
 
 def about(benchmark: Any, op: str, case: str, direction: str, name: str, size: Size) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import platform
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COPY_BYTES = 2**30 if DEVICE == "cuda" else 2**28
 UNITS = ("bytes", "exponentials", "flops")
 SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")  # each makes the host wait for a GPU
-NO_WORK = ("empty", "empty_strided", "empty_like", "detach", "_local_scalar_dense", "alias")
+NO_WORK = ("empty", "empty_strided", "empty_like", "detach", "_local_scalar_dense", "alias", "promote_types")
 Step = Callable[[], object]
+CEILINGS: dict[str, float | None] = {}  # by unit, those that this run has measured
 
 
 def synchronize() -> None:
@@ -82,10 +83,19 @@ def _nvidia_smi(field: str) -> str:
         return "unknown"
 
 
-@functools.cache
 def ceiling(unit: str) -> float | None:
-    """The most of it that this machine does in a second, measured once a run; None where there is no way to."""
-    return {"bytes": _copy, "exponentials": _exponentials, "flops": _products}[unit]()
+    """The most of it that this machine does in a second, measured once a run; None where there is no way to.
+
+    A measurement that fails is a warning: what was timed before it is worth keeping without its share of a ceiling.
+    """
+    measure = {"bytes": _copy, "exponentials": _exponentials, "flops": _products}[unit]
+    if unit not in CEILINGS:
+        try:
+            CEILINGS[unit] = measure()
+        except Exception as why:  # of a compiler, or of whatever a GPU's driver says
+            warnings.warn(f"the ceiling of {unit} could not be measured: {why}", stacklevel=2)
+            CEILINGS[unit] = None
+    return CEILINGS[unit]
 
 
 def _copy() -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench import growth, worst
-from bench.results import HERE, Results, Row, Size
+from bench.results import HERE, PREDICTIONS, Results, Row, Size
 from bench.tables import Lines, by_size, megabytes, memory, named, ratio, table, text, time
 
 BOTH, FORWARD = "forward+backward", "forward"
@@ -27,6 +28,7 @@ CASES = {
     "covariance_penalty of the batch": '`covariance_penalty(reduction="batch")`',
 }
 PARTS = ("networks", "statistics", "loss", "updates")
+MISS = 1.5  # how far a prediction may be off
 STEPS = {
     "bomkern lazy": "hard minimum, graphs for owned rows alone (`lazy`)",
     "bomkern routed": "hard minimum, branches without a share passed by",
@@ -67,8 +69,7 @@ def times(results: Results) -> Lines:
     )
     for case, words in CASES.items():
         for direction in DIRECTIONS:
-            if results.of(case, direction):
-                made = worst.by_size(results, case, direction)
+            if made := worst.by_size(results, case, direction):
                 lines += [f"{words}, {direction.replace('+', ' and ')}:", "", *made]
     return lines
 
@@ -87,7 +88,7 @@ def memories(results: Results) -> Lines:
     for case, words in CASES.items():
         sizes = results.of(case, BOTH)
         if any(row.get("peak_bytes", 0) >= 1e6 for peers in sizes.values() for row in peers.values()):
-            lines += [f"{words}:", "", *by_size(sizes, lambda row, _: memory(row))]
+            lines += [f"{words}:", "", *by_size(sizes, memory)]
     for size, peers in results.of("total_correlation", "peak memory").items():
         found, sized = peers["bomkern"]["peak_bytes"], dict(size)
         temporary = 4.0 * sized["B"] ** 2 * sized["D"]
@@ -100,10 +101,15 @@ def memories(results: Results) -> Lines:
 
 def ceilings(results: Results) -> Lines:
     most = results.machine["ceilings"]
-    words = [f"a copy moved {most['bytes'] / 1e9:.1f} GB/s (bytes read and written)"]
+    words = []
+    if most["bytes"]:
+        words.append(f"a copy moved {most['bytes'] / 1e9:.1f} GB/s (bytes read and written)")
     if most["exponentials"]:
         words.append(f"an `exp2` in registers and nothing else gave {most['exponentials'] / 1e9:.1f} billion a second")
-    words.append(f"the library's float32 matrix product {most['flops'] / 1e9:,.0f} GFLOP/s")
+    if most["flops"]:
+        words.append(f"the library's float32 matrix product {most['flops'] / 1e9:,.0f} GFLOP/s")
+    if not words:
+        return []
     lines = ["## How far from what the machine can do", ""]
     lines += text(
         f"In this run {', '.join(words)}: the ceilings. Below, forward and backward at the largest size, by count of "
@@ -168,7 +174,7 @@ def steps(results: Results) -> Lines:
     for size, peers in sizes.items():
         rows = []
         for name, row in peers.items():
-            faster = ratio(plain_step(peers)["seconds"] / row["seconds"])
+            faster = ratio(plain["seconds"] / row["seconds"]) if (plain := plain_step(peers)) else ""
             rows.append([f"{name}: {STEPS[name]}", time(row["seconds"]), faster, *_parts(row, PARTS), memory(row)])
         lines += [f"{named(size)}:", "", *table(["", "a step", "plain / this", *PARTS, "memory"], rows)]
         if found := compiled_step(peers):
@@ -186,9 +192,9 @@ def compiled_step(peers: dict[str, Row]) -> tuple[Row, Row] | None:
     return (eager, made) if eager and made else None
 
 
-def plain_step(peers: dict[str, Row]) -> Row:
+def plain_step(peers: dict[str, Row]) -> Row | None:
     """The step in plain PyTorch; where its B x B x D temporaries did not fit, the one that makes them in blocks."""
-    return peers.get("plain") or peers["plain in blocks"]
+    return peers.get("plain") or peers.get("plain in blocks")
 
 
 def _parts(row: Row, parts: Sequence[str]) -> Lines:
@@ -251,7 +257,7 @@ def launches(results: Results) -> Lines:
 
 def kernels(results: Results) -> Lines:
     """What Nsight Compute saw of each launch (bench/kernels.py)."""
-    path = HERE / f"{results.stem}_kernels.json"
+    path = results.folder / f"{results.stem}_kernels.json"
     if not path.exists():
         return []
     found = json.loads(path.read_text())
@@ -264,6 +270,51 @@ def kernels(results: Results) -> Lines:
     names = ("us", "sm", "dram", "occupancy")
     rows = [[f"`{launch['kernel']}`", *(f"{launch.get(name, 0):.1f}" for name in names)] for launch in found]
     return lines + table(["", "us", "SM %", "DRAM %", "occupancy %"], rows)
+
+
+def predicted(results: Results) -> Lines:
+    """What was predicted of this GPU before one was there, beside what it took; nothing of another."""
+    if results.machine["device"] != "cuda" or not PREDICTIONS.exists():
+        return []
+    told = json.loads(PREDICTIONS.read_text())
+    if told["gpu"] not in results.machine["name"]:
+        return []
+    rows, missed, out = [], 0, 0
+    for entry in told["entries"]:
+        size, found = tuple(entry["size"].items()), device_us(results, entry)
+        if found is None:
+            out += 1
+            continue
+        off = found / entry["predicted_us"]
+        miss = not 1 / MISS <= off <= MISS
+        missed += miss
+        what = f"{entry['case']}, {entry['direction'].replace('+', ' and ')}"
+        figures = [f"{us:.3g}" for us in (entry["floor_us"], entry["predicted_us"], found)]
+        rows.append([what, named(size), *figures, f"**{off:.2f}x**" if miss else f"{off:.2f}x"])
+        rows[-1].append(entry["because"] if miss else "")
+    if not rows:
+        return []
+    lines = ["## Predicted, and measured", ""]
+    lines += text(
+        f"Microseconds of our CUDA kernels. The floor is a count; the prediction was written on {told['made']}, before "
+        f"one had run, with its reason (`{told['command']}`, bench/results/predictions.json). Measured: between two "
+        "events when a graph of the calls is replayed; backward is both directions less forward, the bench's loss "
+        f"included. In bold: more than {MISS}x off, {missed} of {len(rows)}, each a finding. {out} were not measured."
+    )
+    return lines + table(["", "", "floor", "predicted", "measured", "measured / predicted", "it was to be"], rows)
+
+
+def device_us(results: Results, entry: Row) -> float | None:
+    """What the CUDA implementation took on the device, where that was measured in the usual regime."""
+
+    def took(direction: str) -> float | None:
+        row = results.of(entry["case"], direction).get(tuple(entry["size"].items()), {}).get("bomkern", {})
+        return (row.get("graph_us") or row.get("event_us")) if row.get("impl") == "cuda" else None
+
+    if entry["direction"] != "backward":
+        return took(entry["direction"])
+    both, forward = took(BOTH), took(FORWARD)
+    return both - forward if both and forward and both > forward else None
 
 
 def first_calls(results: Results) -> Lines:
@@ -283,17 +334,25 @@ def first_calls(results: Results) -> Lines:
 
 
 COMPILERS = ("bomkern", "torch.compile")
-SECTIONS = (head, times, regimes, memories, ceilings, grown, steps, section, small, launches, kernels, first_calls)
+SECTIONS = (
+    *(head, times, regimes, memories, ceilings, grown, steps, section, small, launches, predicted, kernels),
+    first_calls,
+)
 
 
-def page(all_results: Sequence[Results]) -> str:
+OTHERS = {"policies.md": "rules compared", "route.md": "backward, routed"}
+
+
+def page(all_results: Sequence[Results], folder: Path = HERE) -> str:
+    """All of it, for a page in ``folder``."""
     lines = ["# What the benches measured", ""]
     lines += text(
         "Written by `python -m bench.report`; every figure is from the `.json` beside it. Medians over rounds, peers "
         "side by side in one run on one machine, each result checked against the reference in float64 before it is "
         "timed. On a shared machine a ratio moves by a fifth from run to run.",
-        "Other pages: [rules compared](policies.md), [backward, routed](route.md).",
     )
+    if others := [f"[{words}]({name})" for name, words in OTHERS.items() if (folder / name).exists()]:
+        lines += text(f"Other pages: {', '.join(others)}.")
     if not any(results.machine["device"] == "cuda" for results in all_results):
         lines += text("Not measured on a GPU yet: `make gpu` adds its part to this page.")
     for results in all_results:

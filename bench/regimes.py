@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,8 +86,14 @@ def _posteriors(regime: str, B: int, D: int, source: torch.Generator) -> tuple[T
 
 @functools.cache
 def _kept(regime: str) -> tuple[Tensor, Tensor]:
-    with np.load(DATA / f"{regime.replace(' ', '_')}.npz") as file:
-        return torch.from_numpy(file["mu"]).float(), torch.from_numpy(file["logvar"]).float()
+    with zipfile.ZipFile(DATA / f"{regime.replace(' ', '_')}.npz") as file:
+        return _halves(file.read("mu.npy")), _halves(file.read("logvar.npy"))
+
+
+def _halves(npy: bytes) -> Tensor:
+    """[ROWS, D] of float16 as numpy saves it; read without numpy, which torch does without and a GPU machine may."""
+    begin = 10 + int.from_bytes(npy[8:10], "little")
+    return torch.frombuffer(bytearray(npy[begin:]), dtype=torch.float16).view(ROWS, -1).float()
 
 
 def _of_a_run(regime: str, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +155,8 @@ def raw(constraint: Constraint, deficit: Tensor) -> Tensor:
 
 def make() -> None:
     """Train as `bomkern train` does, and keep what the encoder makes of the same crops at each of `STEPS`."""
+    import numpy as np
+
     from bomkern.train import loop
     from bomkern.train.config import Config
     from bomkern.train.data import load, to_float

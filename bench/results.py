@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent / "results"
+HERE = Path(__file__).resolve().parent / "results"
 KIND = "bench"  # what tells these files from others in the folder
+KEPT = "kept benches"  # and those of --keep, see bench.keep
+PREDICTED, PREDICTIONS = "predictions", HERE / "predictions.json"  # and what bench.predictions writes
 # The regime of each op in which everything is measured, all sizes and both directions; the others are for some sizes.
 # What was kept before there were regimes is of this one.
 USUAL = {
@@ -39,23 +41,32 @@ def named(size: Mapping[str, int]) -> str:
     return " ".join(f"{letter}={n}" for letter, n in size.items())
 
 
+def stem_of(gpu: str) -> str:
+    """What the files of a GPU are called."""
+    return re.sub(r"\W+", "-", gpu).strip("-")
+
+
 class Results:
     """The benches of one machine.
 
     Attributes:
         machine: what it is, and its ceilings. date: ISO. command: that which made it. rows: a dict for each bench;
             that of a peer which was wrong in a regime says so under "wrong" and has no "seconds".
+        folder: where a profile of the same machine may lie.
     """
 
-    def __init__(self, machine: dict[str, Any], date: str, command: str, rows: Sequence[Row]) -> None:
+    def __init__(
+        self, machine: dict[str, Any], date: str, command: str, rows: Sequence[Row], folder: Path = HERE
+    ) -> None:
         self.machine, self.date, self.command, self.rows = machine, date, command, list(rows)
+        self.folder = folder
 
     @property
     def stem(self) -> str:
         """What its file and its pictures are called: the GPU, or "cpu"."""
         if self.machine["device"] == "cpu":
             return "cpu"
-        return re.sub(r"\W+", "-", self.machine["name"]).strip("-")
+        return stem_of(self.machine["name"])
 
     @property
     def title(self) -> str:
@@ -98,59 +109,87 @@ class Results:
 
 
 def read(paths: Iterable[Path]) -> Results:
-    """Of files of pytest-benchmark, or of one written by `Results.save`.
+    """Of files of pytest-benchmark, of ``--keep``, or of one written by `Results.save`.
 
     Raises:
         ValueError: they were not made by these benches, or on different machines.
     """
     found: list[Results] = []
     for path in paths:
-        raw = json.loads(path.read_text())
         try:
-            found.append(_kept(raw) if raw.get("kind") == KIND else _made(raw))
-        except KeyError as why:
-            raise ValueError(f"{path} is not of pytest bench/ --benchmark-only: it has no {why}") from why
+            found.append(_of_file(path))
+        except (KeyError, json.JSONDecodeError) as why:
+            what = f"it has no {why}" if isinstance(why, KeyError) else str(why)
+            raise ValueError(f"{path} is not of pytest bench/ --benchmark-only: {what}") from why
     if not found:
         raise ValueError("no benchmark files were given")
     first = found[0]
     for other in found[1:]:
-        if _apart(first.machine) != _apart(other.machine):
-            raise ValueError(f"files of different machines: {_apart(first.machine)} and {_apart(other.machine)}")
+        if apart(first.machine) != apart(other.machine):
+            raise ValueError(f"files of different machines: {apart(first.machine)} and {apart(other.machine)}")
     ceilings = [one.machine["ceilings"] for one in found]
     machine = {**first.machine, "ceilings": {u: max((c[u] or 0.0) for c in ceilings) or None for u in ceilings[0]}}
     rows = [row for one in found for row in one.rows]
     return Results(machine, min(one.date for one in found), first.command, rows)
 
 
-def committed() -> list[Results]:
-    """All that are kept, the CPU's first."""
-    files = [p for p in sorted(HERE.glob("*.json")) if f'"kind": "{KIND}"' in p.read_text()[:200]]
-    return sorted((read([p]) for p in files), key=lambda r: (r.stem != "cpu", r.stem))
+def committed(folder: Path = HERE) -> list[Results]:
+    """All that are kept in a folder, the CPU's first."""
+    found = [read([p]) for p in sorted(folder.glob("*.json")) if f'"kind": "{KIND}"' in p.read_text()[:200]]
+    for results in found:
+        results.folder = folder
+    return sorted(found, key=lambda r: (r.stem != "cpu", r.stem))
 
 
-def _apart(machine: dict[str, Any]) -> dict[str, Any]:
+def kept_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of ``--keep``, and how many bytes they are.
+
+    A last line without its end is left out: the run was killed while it was written.
+    """
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], len(whole)
+
+
+def row_of(bench: dict[str, Any]) -> Row:
+    """What is kept of a bench, out of what pytest-benchmark knows of it."""
+    info, stats = bench["extra_info"], bench["stats"]
+    row = {name: info[name] for name in ("op", "case", "direction", "peer", "size")}
+    row |= {"seconds": rounded(stats["median"]), "iqr": rounded(stats["iqr"]), "rounds": stats["rounds"]}
+    return row | {name: rounded(info[name]) for name in KEEP if info.get(name) is not None}
+
+
+def apart(machine: dict[str, Any]) -> dict[str, Any]:
+    """What tells a machine from others: all but its ceilings, which are measured."""
     return {name: value for name, value in machine.items() if name != "ceilings"}
 
 
-def _kept(raw: dict[str, Any]) -> Results:
-    return Results(raw["machine"], raw["date"], raw["command"], raw["rows"])
-
-
-def _made(raw: dict[str, Any]) -> Results:
-    rows = []
-    for bench in raw["benchmarks"]:
-        info, stats = bench["extra_info"], bench["stats"]
-        row = {name: info[name] for name in ("op", "case", "direction", "peer", "size")}
-        row |= {"seconds": _round(stats["median"]), "iqr": _round(stats["iqr"]), "rounds": stats["rounds"]}
-        rows.append(row | {name: _round(info[name]) for name in KEEP if info.get(name) is not None})
-    rows += raw.get("wrong", [])
+def _of_file(path: Path) -> Results:
+    with path.open() as file:
+        first = file.readline()
+    if f'"kind": "{KEPT}"' in first and first.endswith("\n"):
+        return _of_lines(*kept_lines(path)[0])
+    raw = json.loads(path.read_text())
+    if raw.get("kind") == KIND:
+        return Results(raw["machine"], raw["date"], raw["command"], raw["rows"])
     machine = raw["machine_info"]
-    machine["ceilings"] = {unit: _round(most) for unit, most in machine["ceilings"].items()}
+    machine["ceilings"] = {unit: rounded(most) for unit, most in machine["ceilings"].items()}
+    rows = [row_of(bench) for bench in raw["benchmarks"]] + raw.get("wrong", [])
     return Results(machine, raw["datetime"], "pytest bench/ --benchmark-only", rows)
 
 
-def _round(x: Any) -> Any:
+def _of_lines(head: dict[str, Any], *lines: dict[str, Any]) -> Results:
+    """Of a file of ``--keep``: of ceilings that several runs measured the highest."""
+    most = dict(head["machine"]["ceilings"])
+    for line in lines:
+        for unit, rate in line.get("ceilings", {}).items():
+            most[unit] = max(rate or 0.0, most.get(unit) or 0.0) or None
+    rows = [line["row"] for line in lines if "row" in line]
+    return Results({**head["machine"], "ceilings": most}, head["date"], head["command"], rows)
+
+
+def rounded(x: Any) -> Any:
     """Four digits: more would be noise."""
     if isinstance(x, dict):
-        return {name: _round(value) for name, value in x.items()}
+        return {name: rounded(value) for name, value in x.items()}
     return float(f"{x:.4g}") if isinstance(x, float) else x

@@ -1,7 +1,11 @@
-"""What routed backward saves on the trainer's nine-goal step, on this machine's CPU, in one run.
+"""What routed backward saves on the trainer's nine-goal step, on this machine's CPU or its GPU, in one run.
 
-python -m bench.route            # about 20 minutes on 2 cores; writes bench/results/route.json, route.md, route.png
-python -m bench.route --report   # the page and the picture again, from route.json
+python -m bench.route                  # about 20 minutes on 2 cores; writes route.json, route.md, route.png
+python -m bench.route --device cuda    # the same on the GPU, and what it waits for the shares; NAME_route.json, ...
+python -m bench.route --report         # the page and the picture again, from the .json
+python -m bench.route --quick          # few rounds of the smallest batch: a dry run
+
+They are written to bench/results, or to the folder of ``--results``.
 """
 
 from __future__ import annotations
@@ -9,68 +13,114 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from bench.routing import measure, picture, report
-from bench.routing.variants import VARIANTS, build
-from bomkern.train.goals import GOALS
-from bomkern.train.record import versions
+from bench.results import HERE, stem_of
 
-RESULTS = Path(__file__).parent / "results"
-BATCHES, REDUCTIONS = (32, 128), ("mean", "min")
-ROUNDS = {32: 16, 128: 6}
-REPEATS = 5
+WAITS = (64, 512, 8192, 65536)  # batches at which a GPU is asked what it waits for the shares
 
 
-def run() -> dict[str, Any]:
+class Plan(NamedTuple):
+    """How much is measured. ``rounds``: of whole steps, by batch. ``warm``: steps before anything is timed."""
+
+    rounds: Mapping[int, int] = MappingProxyType({32: 16, 128: 6})
+    reductions: tuple[str, ...] = ("mean", "min")
+    warm: int = 40
+    compared: int = 50
+    repeats: int = 5
+    alone: int = 60
+
+
+QUICK = Plan({8: 1}, ("mean",), 1, 2, 1, 1)
+
+
+def run(plan: Plan, device: str) -> dict[str, Any]:
     """Everything, as one goes into route.json."""
-    combinations = [(batch, reduction) for batch in BATCHES for reduction in REDUCTIONS]
-    total = measure.WARM + len(REDUCTIONS) * measure.STEPS + len(GOALS) * 2 * REPEATS + 60
-    total += sum((ROUNDS[batch] + 2) * len(VARIANTS) for batch, _ in combinations) + len(combinations) * len(VARIANTS)
+    from tqdm import tqdm
+
+    from bench.routing import measure
+    from bench.routing.variants import VARIANTS, build
+    from bomkern.train.goals import GOALS
+    from bomkern.train.record import versions
+
+    batches, small = list(plan.rounds), min(plan.rounds)
+    combinations = [(batch, reduction) for batch in batches for reduction in plan.reductions]
+    waits = WAITS if device != "cpu" else ()
+    total = plan.warm + len(plan.reductions) * plan.compared + len(GOALS) * 2 * plan.repeats
+    total += plan.alone * (1 + len(waits)) + len(combinations) * len(VARIANTS)
+    total += sum((plan.rounds[batch] + 2) * len(VARIANTS) for batch, _ in combinations)
     found: dict[str, Any] = {
-        "command": "python -m bench.route", "versions": versions(), "threads": torch.get_num_threads(),
-        "gradients": [], "times": [], "memory": [],
+        "command": "python -m bench.route" + (f" --device {device}" if waits else ""), "versions": versions(),
+        "threads": torch.get_num_threads(), "gradients": [], "times": [], "memory": [],
     }  # fmt: skip
+    if waits:
+        found["gpu"] = torch.cuda.get_device_name()
     with tqdm(total=total, dynamic_ncols=True) as bar:
-        start = build("rows", 32, "mean")
-        for _ in range(measure.WARM):
+        start = build("rows", small, "mean", device)
+        for _ in range(plan.warm):
             start.advance()
             bar.update()
-        for reduction in REDUCTIONS:
-            found["gradients"].append(measure.compare(32, reduction, bar))
+        for reduction in plan.reductions:
+            found["gradients"].append(measure.compare(small, reduction, plan.compared, device, bar))
         for batch, reduction in combinations:
-            found["times"].append(measure.times(batch, reduction, ROUNDS[batch], start, bar))
+            found["times"].append(measure.times(batch, reduction, plan.rounds[batch], start, bar))
         for batch, reduction in combinations:
             for variant in VARIANTS:
-                held = measure.memory(variant, batch, reduction)
+                held = measure.memory(variant, batch, reduction, device)
                 found["memory"].append({"batch": batch, "reduction": reduction, "variant": variant, **held})
                 bar.update()
-        found["by_goal"] = measure.by_goal(32, REPEATS, start, bar)
-        found["for_nothing"] = measure.for_nothing(32, start, bar)
+        found["by_goal"] = measure.by_goal(small, plan.repeats, start, bar)
+        found["for_nothing"] = measure.for_nothing(small, plan.alone, start, bar)
+        if waits:
+            found["waits"] = {batch: measure.added(batch, device, plan.alone, bar) for batch in waits}
     return found
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="write the page and the picture from route.json alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="few rounds of the smallest batch")
+    parser.add_argument("--results", type=Path, default=HERE, metavar="FOLDER", help="default: bench/results")
+    parser.add_argument("--report", action="store_true", help="write the page and the picture from the .json alone")
     parser.add_argument("--memory", nargs=3, metavar=("VARIANT", "BATCH", "REDUCTION"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parser.parse_args(given)
+    if asked.quick and asked.results.resolve() == HERE:
+        parser.error("--quick is a dry run, and no result: give it --results FOLDER")
+    try:
+        from bench.routing import measure, report
+    except ModuleNotFoundError as why:
+        print(f"bench.route trains, which needs {why.name}: pip install 'bomkern[train]'", file=sys.stderr)
+        return 2
     if asked.memory:
         variant, batch, reduction = asked.memory
         print(json.dumps(measure.memory_here(variant, int(batch), reduction)))
-        return
-    path = RESULTS / "route.json"
+        return 0
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        print("bench.route --device cuda needs a GPU that torch can use", file=sys.stderr)
+        return 2
+    stem = "route" if asked.device == "cpu" else f"{stem_of(torch.cuda.get_device_name())}_route"
+    path = asked.results / f"{stem}.json"
     if not asked.report:
-        path.write_text(json.dumps(run(), indent=1) + "\n")
+        found = run(QUICK if asked.quick else Plan(), asked.device)
+        asked.results.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
     found = json.loads(path.read_text())
-    (RESULTS / "route.md").write_text(report.page(found))
-    picture.draw(found, RESULTS / "route.png")
-    print(report.page(found), file=sys.stdout)
+    text = report.page(found, f"{stem}.png")
+    path.with_suffix(".md").write_text(text)
+    print(text, file=sys.stdout)
+    try:
+        from bench.routing import picture
+    except ModuleNotFoundError as why:
+        print(f"bench.route: no picture, for there is no {why.name}", file=sys.stderr)
+    else:
+        picture.draw(found, path.with_suffix(".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

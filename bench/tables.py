@@ -54,11 +54,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def by_size(sizes: dict[Size, dict[str, Row]], cell: Callable[[Row, Row], str]) -> Lines:
-    """A row for each peer, a column for each size; ``cell`` is given the peer's bench and the first peer's."""
+def by_size(sizes: dict[Size, dict[str, Row]], cell: Callable[[Row], str]) -> Lines:
+    """A row for each peer, a column for each size; ``cell`` is given the peer's bench."""
     peers = list(dict.fromkeys(peer for found in sizes.values() for peer in found))
-    rows = [
-        [peer, *(cell(found[peer], found[peers[0]]) if peer in found else "" for found in sizes.values())]
-        for peer in peers
-    ]
+    rows = [[peer, *(cell(found[peer]) if peer in found else "" for found in sizes.values())] for peer in peers]
     return table(["", *map(named, sizes)], rows)

@@ -105,8 +105,13 @@ def told(apart: float | None) -> str:
 
 
 def by_size(results: Results, case: str, direction: str) -> Lines:
-    """A row for each peer, a column for each size: the worst over the regimes, and which they are."""
+    """A row for each peer, a column for each size: the worst over the regimes, and which they are.
+
+    Nothing where bomkern was not measured.
+    """
     sizes, found = results.regimes(case, direction), by_case(results, case, direction)
+    if not found:
+        return []
     peers = list(dict.fromkeys(peer for regimes in sizes.values() for rows in regimes.values() for peer in rows))
     lines = [[OURS, *(time(seen.slowest["seconds"]) for seen in found.values())]]
     for peer in peers:

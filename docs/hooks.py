@@ -77,7 +77,7 @@ def bench(case: str) -> Lines:
             lines += everywhere
         if any(row.get("peak_bytes", 0) >= 1e6 for peers in both.values() for row in peers.values()):
             lines += text("Memory: by how much it peaks above the inputs, gradients included.")
-            lines += by_size(both, lambda row, _: memory(row))
+            lines += by_size(both, memory)
     if not lines:
         raise Missing(f"bench/results has nothing of {case!r}: run `make bench` and keep what it writes")
     return lines

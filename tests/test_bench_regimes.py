@@ -305,7 +305,7 @@ class Fixture:
 
 
 def test_regimes_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "SECONDS", {})
+    monkeypatch.setattr(harness, "SLOWEST", {})
     times = dict.fromkeys(["uniform", *regimes.GOALS], 2.0) | {"one behind": 3.0, "half": 1.0}
 
     def look(steps: dict[str, Any]) -> dict[str, float]:
@@ -322,9 +322,10 @@ def test_regimes_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keops_is_asked_where_we_are_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
     case, size = bench_total_correlation.CASE, {"B": 8, "D": 4}
-    monkeypatch.setattr(harness, "SECONDS", {})
+    monkeypatch.setattr(harness, "SLOWEST", {})
     assert harness.slowest(case, size) == "wide"
-    harness.SECONDS["total_correlation", tuple(size.items())] = {"wide": 1.0, "sharp": 1.1, "half": 1.2}
+    info = {"direction": worst.TURNS, "case": "total_correlation", "size": size}
+    harness.note_slowest(info | worst.as_info({"wide": 1.0, "sharp": 1.1, "half": 1.2}))
     assert harness.slowest(case, size) == "sharp"
 
 

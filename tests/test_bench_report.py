@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +139,55 @@ def test_compare_runs_again_only_where_one_fell(tmp_path: Path, monkeypatch: pyt
     assert compare.main([str(base), "--run", "2"]) == 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_a_run_that_was_cut_short_left_makes_a_page(tmp_path: Path, seed: int) -> None:
+    """Any benches of a GPU, however few, and any ceilings."""
+    chance = random.Random(seed)
+    whole = results(GPU)
+    whole.rows.append({**row("total_correlation", "bomkern", 1.0, "peak memory", B=64, D=128)})
+    whole.rows.append(row("host time of min_goal_loss", "torch.exp", 1e-6, "forward", B=64))
+    for count in (0, 1, 2, 5, 40, len(whole.rows) - 1):
+        rows = chance.sample(whole.rows, count)
+        ceilings = {unit: chance.choice([None, 1e9]) for unit in MACHINE["ceilings"]}
+        found = Results({**GPU, "ceilings": ceilings}, whole.date, whole.command, rows, tmp_path)
+        assert page.page([found], tmp_path).startswith("# What the benches measured")
+        report.readme_table(found)
+    figures.draw(found, tmp_path)
+
+
+def test_another_folder_leaves_the_kept_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def kept() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (report.README, *HERE.rglob("*")) if path.is_file()}
+
+    before, folder, run = kept(), tmp_path / "not" / "there", made(tmp_path / "run.json", results(GPU), GPU)
+    assert report.main([str(run), "--results", str(folder)]) == 0 and kept() == before
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"NVIDIA-H200.json", "README.md", "NVIDIA-H200_time.png"}
+    text = (folder / "README.md").read_text()
+    assert "# NVIDIA H200" in text and "Xeon" not in text and "policies.md" not in text
+    launch = {"kernel": "min_goal_forward", "us": 9.5, "sm": 20.0, "dram": 81.0, "occupancy": 60.0}
+    (folder / "NVIDIA-H200_kernels.json").write_text(json.dumps([launch]))
+    assert report.main(["--check", "--results", str(folder)]) == 1  # the page does not show the profile
+    assert report.main(["--results", str(folder)]) == 0 and "min_goal_forward" in (folder / "README.md").read_text()
+    assert report.main(["--check", "--results", str(folder)]) == 0 and kept() == before
+
+
+def test_without_matplotlib_there_are_pages_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "bench.figures")
+    monkeypatch.delattr("bench.figures")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.main([str(made(tmp_path / "run.json", results())), "--results", str(tmp_path)]) == 0
+    assert "no pictures, for there is no matplotlib" in capsys.readouterr().err
+    assert (tmp_path / "README.md").exists() and not list(tmp_path.glob("*.png"))
+
+
 @pytest.mark.parametrize("machine", [MACHINE, GPU], ids=["cpu", "gpu"])
-def test_the_page_and_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any]) -> None:
+def test_the_page_and_its_pictures(tmp_path: Path, machine: dict[str, Any]) -> None:
     found = results(machine)
     if machine is GPU:
-        monkeypatch.setattr(page, "HERE", tmp_path)
+        found.folder = tmp_path
         launch = {"kernel": "min_goal_forward", "us": 9.5, "sm": 20.0, "dram": 81.0, "occupancy": 60.0}
         (tmp_path / "NVIDIA-H200_kernels.json").write_text(json.dumps([launch]))
         for one in found.rows:
@@ -161,8 +207,10 @@ def test_a_profile_becomes_a_table(tmp_path: Path) -> None:
     name = "void bomkern::tc::forward<(int)4, float>(bomkern::Args)"
     metrics = zip(kernels.METRICS, ("ns", "%", "%", "%"), ("12,500", "81.25", "3.5", "60"), strict=True)
     lines = [f'"0","python","box","{name}","{metric}","{unit}","{value}"' for metric, unit, value in metrics]
+    lines.append(lines[1].replace("81.25", "n/a").replace('"0"', '"1"'))  # what this GPU does not count
     (tmp_path / "ncu.csv").write_text("\n".join(["==PROF== Connected", head, *lines, "==PROF== Disconnected"]))
-    (found,) = kernels.read(tmp_path / "ncu.csv")
+    found, less = kernels.read(tmp_path / "ncu.csv")
+    assert less == {"kernel": "bomkern::tc::forward"}
     assert found == {"kernel": "bomkern::tc::forward", "us": 12.5, "sm": 81.25, "dram": 3.5, "occupancy": 60.0}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +58,38 @@ def test_a_wish_that_is_neither_is_refused(wish: str) -> None:
 def test_a_sanitizer_that_is_none_is_refused() -> None:
     done = setup_py(BOMKERN_SANITIZE="memory")
     assert done.returncode != 0 and "BOMKERN_SANITIZE must be 'address,undefined', 'thread' or unset" in done.stderr
+
+
+def test_a_wish_for_debug_lines_that_is_neither_is_refused() -> None:
+    done = setup_py(BOMKERN_DEBUG="yes")
+    assert done.returncode != 0 and "BOMKERN_DEBUG must be 0, 1 or unset" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize(
+    ("env", "lines"), [({}, False), ({"BOMKERN_DEBUG": "1"}, True), ({"BOMKERN_SANITIZE": "thread"}, True)]
+)
+def test_debug_lines_are_in_the_library_only_where_asked_for(env: dict[str, str], lines: bool, tmp_path: Path) -> None:
+    """By a compiler that is given the flags of setup.py behind Python's own, which ask for them."""
+    code = (
+        "import json, runpy, setuptools\n"
+        "setuptools.setup = lambda **given: print(json.dumps(given['ext_modules'][0].extra_compile_args['cxx']))\n"
+        "runpy.run_path('setup.py')"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("BOMKERN_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**clean, "BOMKERN_BUILD_CUDA": "0", **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    flags = json.loads(done.stdout.splitlines()[-1])
+    source, to = tmp_path / "one.cpp", tmp_path / "one.o"
+    source.write_text("int one() { return 1; }")
+    subprocess.run(["g++", "-g", *flags, "-c", str(source), "-o", str(to)], check=True)
+    assert (b".debug_info" in to.read_bytes()) == lines
 
 
 def ask_backend(purelib: Path, setuptools_only: Path, kind: str = "editable") -> str:

@@ -7,21 +7,25 @@ from typing import Any
 from .variants import SIZE, VARIANTS, WORDS
 
 
-def page(found: dict[str, Any]) -> str:
+def page(found: dict[str, Any], picture: str) -> str:
+    """The page, with the picture's name."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    where = found.get("gpu", f"{found['threads']} threads")
+    held = "memory that torch allocated" if "gpu" in found else "process's resident memory"
     return "\n".join([
         "# Routed backward", "",
         f"`{found['command']}` makes this page and the picture: the trainer's networks and nine goals at {SIZE} px,",
-        f"hard minimum, {found['threads']} threads ({versions}). Medians over steps of all variants in turn, from the",
+        f"hard minimum, {where} ({versions}). Medians over steps of all variants in turn, from the",
         "same weights, each checked to give the same gradient first.", "",
-        "![the graphs that backward walks](route.png)", "",
+        f"![the graphs that backward walks]({picture})", "",
         "## The whole step", "", *_times(found), "",
         "## Memory", "",
         "*held*: bytes that the graph of the VAE's step keeps for backward. *peak*: by how much three steps raise the",
-        "process's resident memory above what it had before them.", "", *_memory(found), "",
+        f"{held} above what it had before them.", "", *_memory(found), "",
         "## Gradients", "", *_gradients(found), "",
         "## Backward by bottleneck goal", "",
-        "Separate decodes, B = 32, one goal the bottleneck of every sample: milliseconds of backward.", "",
+        f"Separate decodes, B = {_small(found)}, one goal the bottleneck of every sample: milliseconds of backward.",
+        "",
         *_by_goal(found), "",
         "## Where it saves nothing", "", *_for_nothing(found), "",
     ])  # fmt: skip
@@ -102,6 +106,23 @@ def _by_goal(found: dict[str, Any]) -> list[str]:
 def _for_nothing(found: dict[str, Any]) -> list[str]:
     cost = found["for_nothing"]
     return [
-        f"Every goal owns rows, B = 32: routing adds {cost['added_us']:.1f} us to loss and backward of nine values: "
-        f"{cost['added_us'] / cost['step_us']:.4%} of the step's {cost['step_us'] / 1e3:.0f} ms."
+        f"Every goal owns rows, B = {_small(found)}: routing adds {cost['added_us']:.1f} us to loss and backward of "
+        f"nine values: {cost['added_us'] / cost['step_us']:.4%} of the step's {cost['step_us'] / 1e3:.0f} ms.",
+        *_waits(found.get("waits", {})),
+    ]
+
+
+def _small(found: dict[str, Any]) -> int:
+    """The smallest batch: what is measured at one is measured there."""
+    return int(min(t["batch"] for t in found["times"]))
+
+
+def _waits(waits: dict[str, float]) -> list[str]:
+    if not waits:
+        return []
+    told = ", ".join(f"{us:.1f} us at B = {int(batch):,}" for batch, us in waits.items())
+    return [
+        "",
+        f"Most of it is that the host waits until it knows the shares: {told}. Routing pays where the branches that "
+        "are passed by take longer than that.",
     ]

@@ -34,15 +34,15 @@ def data() -> Data:
     return load(None, SIZE)
 
 
-def config(batch: int, reduction: str) -> Config:
-    return Config(image_size=SIZE, batch_size=batch, reduction=reduction, spill=0.0, device="cpu")
+def config(batch: int, reduction: str, device: str) -> Config:
+    return Config(image_size=SIZE, batch_size=batch, reduction=reduction, spill=0.0, device=device)
 
 
 class Routed(Trainer):
     """bomkern's trainer. Only "rows" leaves the goals lazy; only "walked" walks all of their graphs."""
 
-    def __init__(self, variant: str, batch: int, reduction: str) -> None:
-        chosen = config(batch, reduction)
+    def __init__(self, variant: str, batch: int, reduction: str, device: str) -> None:
+        chosen = config(batch, reduction, device)
         super().__init__(chosen, loop.launch(chosen), data().train)
         self.lazy = variant == "rows"
         self.goals.route = "never" if variant == "walked" else "always"
@@ -74,8 +74,8 @@ class Routed(Trainer):
 class Plain(Trainer):
     """The same step by hand: each decode and each feature by its own call, scores, stack, min, log, checks, logs."""
 
-    def __init__(self, batch: int, reduction: str) -> None:
-        chosen = config(batch, reduction)
+    def __init__(self, batch: int, reduction: str, device: str) -> None:
+        chosen = config(batch, reduction, device)
         super().__init__(chosen, loop.launch(chosen), data().train)
         self.optimizers = [
             torch.optim.AdamW(self.vae.parameters(), lr=chosen.lr),
@@ -141,9 +141,9 @@ class Plain(Trainer):
         self.step += 1
 
 
-def build(variant: str, batch: int, reduction: str, start: Sequence[Trainer] = ()) -> Any:
+def build(variant: str, batch: int, reduction: str, device: str, start: Sequence[Trainer] = ()) -> Any:
     """A trainer of this variant; with ``start``, in the state of that one."""
-    run = Plain(batch, reduction) if variant == "plain" else Routed(variant, batch, reduction)
+    run = Plain(batch, reduction, device) if variant == "plain" else Routed(variant, batch, reduction, device)
     for other in start:
         run.vae.load_state_dict(other.vae.state_dict())
         run.average.load_state_dict(other.average.state_dict())
