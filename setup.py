@@ -4,7 +4,7 @@ The ladder: a C++ compiler gives the CPU kernels; an nvcc of torch's CUDA major 
 gives a pure Python install, which says so when it is imported. ``BOMKERN_BUILD_CUDA``: unset builds what it can, 0
 never builds CUDA, 1 makes any shortfall fatal. ``BOMKERN_SANITIZE`` (``address,undefined`` or ``thread``): builds the
 CPU kernels with these sanitizers, for tools/sanitize.py. ``BOMKERN_DEBUG=1``: keeps debug lines, which make the library
-ten times as large; a sanitized build always has them.
+fifteen times as large; a sanitized build always has them.
 """
 
 from __future__ import annotations
