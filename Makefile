@@ -84,9 +84,12 @@ cuda-check: $(CUDA_VENV)/.ready
 triton-check: $(TRITON_VENV)/.ready
 	$(TRITON_VENV)/bin/python -m pytest tests/test_triton_launch.py tests/test_*_triton.py $(PARALLEL) -rP -k "on_a_stub or spills"
 
-# On a machine with a GPU, in the Python that has its torch: build in place, test, sanitize, measure. PART= for a part.
+# On a machine with a GPU, in the Python that has its torch: three calls of under ten minutes, each of which ends with an
+# archive of what it found (tools/gpu.py). BEFORE= archives of the calls before, ONLY= some stages, DRY=1 without a GPU.
+CALL ?= 1
 gpu:
-	PART="$(PART)" bash tools/gpu.sh
+	$(if $(DRY),$(RUN)/python,$(PYTHON)) tools/gpu.py --call $(CALL) $(if $(DRY),--dry) $(if $(ARCHIVE),--archive $(ARCHIVE)) \
+		$(if $(BEFORE),--before $(BEFORE)) $(if $(ONLY),--only $(ONLY))
 
 # Builds the sdist and the wheel twice, compares them and what they hold, and runs the quick tests on the wheel alone.
 dist-check: $(VENV)/.ready

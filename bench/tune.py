@@ -1,0 +1,337 @@
+"""Times the constants by which launches are planned, each at several values, and says which to commit.
+
+python -m bench.tune                       # every knob that serves here, then where routing a backward pays
+python -m bench.tune min_goal route        # some: an op's name, "triton", "cuda", "route"
+python -m bench.tune --json tuned.json --stop-at 1767225600   # what was found so far stays in the file
+
+A value is timed only where its result is that of the reference. Values go in turn, so that a busy neighbour meets all.
+On a CPU nothing here decides anything: ``--device cpu --quick`` runs what can run there, to see that it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import (
+    bench_active_units,
+    bench_consistency_variance,
+    bench_covariance_penalty,
+    bench_gaussian_kl,
+    bench_goal_set,
+    bench_latent_statistics,
+    bench_min_goal,
+    bench_total_correlation,
+    machine,
+)
+from bench.harness import Case, Size, check, inputs, once
+from bench.rounds import looked_at
+from bomkern import Anchored, GoalSet, _impl
+
+WORTH = 1.03  # times faster, from which on another value is worth a change
+SMALL = {"B": 48, "D": 8}  # of a dry run
+WIDE = ({"B": 4096, "D": 128}, {"B": 65536, "D": 128}, {"B": 262_144, "D": 32})
+CODES = ({"B": 1024, "D": 128}, {"B": 4096, "D": 64})
+GOALS = tuple({"K": 9, "B": batch} for batch in (2048, 8192, 16384, 65536, 1_048_576))
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A constant of a module, or of the CUDA kernels where ``module`` is "", and the values to try.
+
+    Attributes:
+        name: of the constant. values: to try, beside what it is. cases: what is timed, in float32.
+    """
+
+    module: str
+    name: str
+    values: tuple[int, ...]
+    cases: tuple[Case, ...]
+    sizes: tuple[Size, ...]
+
+    @property
+    def impl(self) -> str:
+        return "triton" if self.module else "cuda"
+
+    @property
+    def title(self) -> str:
+        return f"{self.module or 'cuda'} {self.name}"
+
+    def get(self) -> int:
+        return int(getattr(importlib.import_module(self.module), self.name)) if self.module else _cuda(self.name)
+
+    def put(self, value: int) -> None:
+        if self.module:
+            setattr(importlib.import_module(self.module), self.name, value)
+        else:
+            _cuda(self.name, value)
+
+    @contextmanager
+    def at(self, value: int) -> Iterator[None]:
+        before = self.get()
+        self.put(value)
+        try:
+            yield
+        finally:
+            self.put(before)
+
+
+def _cuda(name: str, value: int = -1) -> int:
+    """What a constant of the CUDA kernels is; with a value that is no less than 0, after it is set to that."""
+    return int(torch.ops.bomkern._tune(name, value))
+
+
+TRITON = "bomkern.kernels"
+MOMENTS = (bench_active_units.CASE, bench_latent_statistics.CASE)
+MIN_GOALS = tuple(bench_min_goal.CASES.values())
+COVARIANCE, CORRELATION = (bench_covariance_penalty.BY_SAMPLE,), (bench_total_correlation.CASE,)
+KNOBS = (
+    Knob("", "min_goal.one_block", (256, 512, 2048, 4096), MIN_GOALS, GOALS[:3]),
+    Knob("", "min_goal.one_cluster", (4096, 8192, 16384, 32768, 65536), MIN_GOALS, GOALS[1:4]),
+    Knob("", "min_goal.grid_threads", (64, 128, 256), MIN_GOALS, GOALS[2:]),
+    Knob(f"{TRITON}.active_units.triton_moments", "PROGRAMS", (128, 256, 512, 1024), MOMENTS, WIDE),
+    Knob(f"{TRITON}.active_units.triton_moments", "WHOLE", (4096, 16384, 65536), MOMENTS, ({"B": 512, "D": 32},)),
+    Knob(f"{TRITON}.covariance_penalty.triton_columns", "PROGRAMS", (128, 256, 512), COVARIANCE, WIDE),
+    Knob(f"{TRITON}.gaussian_kl.triton", "CELLS", (512, 1024, 2048, 4096), (bench_gaussian_kl.CASE,), WIDE),
+    Knob(f"{TRITON}.total_correlation.triton", "PROGRAMS", (2048, 4096, 8192), CORRELATION, CODES),
+    Knob(f"{TRITON}.total_correlation.triton", "LEAST", (8, 16, 32), CORRELATION, CODES),
+)
+PLANNED = "as planned"
+# Where the warps of a program are tried.
+WARPS: dict[str, tuple[tuple[Case, ...], tuple[Size, ...]]] = {
+    "min_goal": (MIN_GOALS[-1:], GOALS[3:]),
+    "goal_set": ((bench_goal_set.CASES["spill"],), GOALS[3:]),
+    "total_correlation": ((bench_total_correlation.CASE,), ({"B": 1024, "D": 128},)),
+    "gaussian_kl": ((bench_gaussian_kl.CASE,), WIDE[1:2]),
+    "consistency_variance": ((bench_consistency_variance.CASE,), WIDE[1:2]),
+    "active_units": ((bench_active_units.CASE,), WIDE[1:2]),
+    "latent_statistics": ((bench_latent_statistics.CASE,), WIDE[1:2]),
+    "covariance_penalty": ((bench_covariance_penalty.BY_SAMPLE,), WIDE[1:2]),
+}
+BRANCHES = (1, 2, 4, 8, 16, 32)  # layers behind each goal
+WIDTH = 512
+
+
+class Late(Exception):
+    """The time is over."""
+
+
+@dataclass
+class Clock:
+    stop_at: float = math.inf
+
+    def look(self) -> None:
+        if time.time() >= self.stop_at:
+            raise Late
+
+
+def small(size: Size) -> Size:
+    return {letter: min(n, SMALL.get(letter, n)) for letter, n in size.items()}
+
+
+def timed(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Microseconds of a call of each, in turn."""
+    return {name: round(1e6 * seconds, 3) for name, seconds in looked_at(steps).items()}
+
+
+Rows = Iterator[dict[str, Any]]
+Settings = Mapping[str, Callable[[], AbstractContextManager[None]]]
+
+
+def compare(
+    title: str, now: str, settings: Settings, impl: str, cases: Sequence[Case], sizes: Sequence[Size], clock: Clock,
+    quick: bool,
+) -> Rows:  # fmt: skip
+    """The times under each setting, a dict for each case and size; one with a wrong result says so instead."""
+    for case in cases:
+        for size in sizes:
+            clock.look()
+            size = small(size) if quick else size
+            key, steps, wrong = tuple(size.items()), {}, {}
+            ours = functools.partial(case.ours, impl=impl)
+            for name, setting in settings.items():
+                try:
+                    with setting():
+                        check(case, ours, key, True)
+                except Exception as why:  # a tile too large, a launch refused
+                    wrong[name] = str(why).splitlines()[0][:120]
+                    continue
+                steps[name] = functools.partial(_within, setting, once(case, ours, inputs(case, key), True))
+            yield {
+                "knob": title, "now": now, "case": case.name, "size": dict(size), "us": timed(steps), "wrong": wrong,
+            }  # fmt: skip
+
+
+def _within(setting: Callable[[], AbstractContextManager[None]], step: Callable[[], object]) -> None:
+    with setting():
+        step()
+
+
+def tune(knob: Knob, clock: Clock, quick: bool) -> Rows:
+    now = knob.get()
+    settings = {str(value): functools.partial(knob.at, value) for value in sorted({now, *knob.values})}
+    return compare(knob.title, str(now), settings, knob.impl, knob.cases, knob.sizes, clock, quick)
+
+
+@contextmanager
+def warps(count: int) -> Iterator[None]:
+    """Every kernel of Triton with so many warps, whatever its launch says; 0 leaves them."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def other(self: Any, *args: Any, **options: Any) -> Any:
+        return run(self, *args, **{**options, "num_warps": count})
+
+    JITFunction.run = other if count else run
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def tune_warps(op: str, clock: Clock, quick: bool) -> Rows:
+    """Of every kernel of an op at once."""
+    counts = (0, 4) if quick else (0, 2, 4, 8, 16)
+    settings = {str(count or PLANNED): functools.partial(warps, count) for count in counts}
+    return compare(f"triton {op} num_warps", PLANNED, settings, "triton", *WARPS[op], clock, quick)
+
+
+def route(clock: Clock, quick: bool) -> Rows:
+    """A step of nine goals with so many layers behind each, one of which owns all: every branch walked, or its own.
+
+    ``wait_us`` is how long the host waits, at the start of a backward, for shares that the device has only just got to
+    compute. Routing pays where ``always`` takes less than ``never``; ``auto`` should change over there.
+    """
+    width, batch = (32, 16) if quick else (WIDTH, 4096)
+    for layers in BRANCHES[:2] if quick else BRANCHES:
+        clock.look()
+        torch.manual_seed(0)
+        branches = torch.nn.ModuleList(
+            torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(layers)]) for _ in range(9)
+        ).to(machine.DEVICE)
+        x = torch.rand(batch, width, device=machine.DEVICE)
+        steps = {}
+        for how in ("never", "always"):
+            goals = GoalSet({f"goal{k}": Anchored(0.0, 1.0) for k in range(9)}, route=how).to(machine.DEVICE)
+
+            def step(goals: GoalSet = goals, branches: Any = branches, x: Any = x) -> None:
+                raw = {f"goal{k}": b(x).square().mean(1) + 5.0 * (k == 0) for k, b in enumerate(branches)}
+                goals(raw).loss.backward()
+
+            steps[how] = step
+        found = timed(steps)
+        yield {"knob": "route", "layers": layers, "width": width, "B": batch, "us": found, "wait_us": _wait(x)}
+
+
+def _wait(x: torch.Tensor) -> float | None:
+    """Microseconds between the host's question for a small result and its answer, the GPU idle; None without one."""
+    if machine.DEVICE != "cuda":
+        return None
+    from bomkern._host import HostCopy
+
+    spent = []
+    for _ in range(50):
+        machine.synchronize()
+        begun = time.perf_counter()
+        HostCopy(x[0, :9].clone()).wait()
+        spent.append(time.perf_counter() - begun)
+    return round(1e6 * sorted(spent)[25], 3)
+
+
+def advice(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What to commit: of each knob the value that is best over all its rows, where it is worth a change."""
+    lines = []
+    for title in dict.fromkeys(row["knob"] for row in rows if "now" in row):
+        mine = [row for row in rows if row["knob"] == title and row["us"]]
+        shared = set.intersection(*(set(row["us"]) for row in mine)) if mine else set()
+        now = str(mine[0]["now"]) if mine else ""
+        if now not in shared:
+            lines.append(f"{title}: what it is now gave no right result")
+            continue
+        score = {v: math.prod(row["us"][now] / row["us"][v] for row in mine) ** (1 / len(mine)) for v in shared}
+        best = max(score, key=lambda v: score[v])
+        better = f"{best} is {score[best]:.2f} times as fast as {now}: commit it"
+        lines.append(f"{title}: {better if score[best] > WORTH else f'{now} stays'}")
+    routes = [row for row in rows if row["knob"] == "route"]
+    if routes:
+        pays = [row["layers"] for row in routes if row["us"]["always"] < row["us"]["never"]]
+        lines.append(f"route: always is faster with {', '.join(map(str, pays)) or 'no number of'} layers behind a goal")
+    return lines
+
+
+def jobs(wanted: Sequence[str], clock: Clock, quick: bool) -> Iterator[tuple[str, Callable[[], Rows]]]:
+    """What there is to time, by name, nothing of it begun."""
+    everything = not wanted or "all" in wanted
+    for knob in KNOBS:
+        if everything or knob.impl in wanted or knob.cases[0].op in wanted:
+            yield knob.title, functools.partial(tune, knob, clock, quick)
+    for op in WARPS:
+        if everything or "triton" in wanted or op in wanted:
+            yield f"triton {op} num_warps", functools.partial(tune_warps, op, clock, quick)
+    if everything or "route" in wanted:
+        yield "route", functools.partial(route, clock, quick)
+
+
+def why_not(title: str) -> str | None:
+    """What keeps a knob from being turned here."""
+    if title == "route":
+        return None
+    impl = "cuda" if title.startswith("cuda") else "triton"
+    if impl == "cuda" and not hasattr(torch.ops.bomkern, "_tune"):
+        return "this build has no CUDA kernels"
+    return _impl.why_not("min_goal", impl, machine.DEVICE)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", metavar="KNOB", help="ops, triton, cuda, route or all (all)")
+    parser.add_argument("--json", type=Path, help="keeps what was found, after each row")
+    parser.add_argument(
+        "--stop-at", type=float, default=math.inf, help="seconds since 1970; nothing is begun after them"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
+    asked = parser.parse_args(given)
+    known = {"all", "triton", "cuda", "route", *WARPS}
+    if unknown := set(asked.what) - known:
+        parser.error(f"no knob of {', '.join(sorted(unknown))}: {' '.join(sorted(known))}")
+    if asked.device != machine.DEVICE:
+        print(f"bench.tune: this machine's device is {machine.DEVICE}; say --device {machine.DEVICE}", file=sys.stderr)
+        return 2
+    rows: list[dict[str, Any]] = []
+    status, clock = 0, Clock(asked.stop_at)
+    for title, found in jobs(asked.what, clock, asked.quick):
+        if reason := why_not(title):
+            print(f"{title}: not turned: {reason}")
+            continue
+        try:
+            for row in found():
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                if asked.json:
+                    asked.json.write_text(json.dumps({"machine": machine.described(), "rows": rows}, indent=1) + "\n")
+        except Late:
+            print(f"{title}: not begun or not ended: the time was over")
+            break
+        except Exception as why:  # one knob does not lose the others
+            print(f"{title}: FAILED: {type(why).__name__}: {why}")
+            status = 1
+    print("\n".join(advice(rows)))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
