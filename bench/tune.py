@@ -11,6 +11,7 @@ On a CPU nothing here decides anything: ``--device cpu --quick`` runs what can r
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import importlib
 import json
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+import bomkern
 from bench import (
     bench_active_units,
     bench_consistency_variance,
@@ -88,19 +90,33 @@ class Knob:
             self.put(before)
 
 
-def _cuda(name: str, value: int = -1) -> int:
-    """What a constant of the CUDA kernels is; with a value that is no less than 0, after it is set to that."""
-    return int(torch.ops.bomkern._tune(name, value))
+def _cuda(name: str, value: int = 0) -> int:
+    """What a threshold of the CUDA kernels is, "op.threshold"; then it becomes ``value``, if that is above 0.
+
+    See kernels/common/cuda_tune.h, of which nothing else in Python knows.
+    """
+    op, _, threshold = name.partition(".")
+    found = getattr(ctypes.CDLL(bomkern._C.__file__), f"bomkern_tune_{op}")
+    found.argtypes, found.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int64
+    before = int(found(threshold.encode(), value))
+    if before < 0:
+        raise ValueError(f"{op} has no threshold {threshold}")
+    return before
 
 
 TRITON = "bomkern.kernels"
 MOMENTS = (bench_active_units.CASE, bench_latent_statistics.CASE)
 MIN_GOALS = tuple(bench_min_goal.CASES.values())
+SPILL = (bench_goal_set.CASES["spill"],)
 COVARIANCE, CORRELATION = (bench_covariance_penalty.BY_SAMPLE,), (bench_total_correlation.CASE,)
 KNOBS = (
     Knob("", "min_goal.one_block", (256, 512, 2048, 4096), MIN_GOALS, GOALS[:3]),
     Knob("", "min_goal.one_cluster", (4096, 8192, 16384, 32768, 65536), MIN_GOALS, GOALS[1:4]),
-    Knob("", "min_goal.grid_threads", (64, 128, 256), MIN_GOALS, GOALS[2:]),
+    Knob("", "min_goal.least_grid_threads", (32, 64, 128, 256), MIN_GOALS, GOALS[2:]),
+    Knob("", "min_goal.most_grid_threads", (64, 128, 256), MIN_GOALS, GOALS[2:]),
+    Knob("", "goal_set.one_block", (256, 512, 2048, 4096), SPILL, GOALS[:3]),
+    Knob("", "goal_set.least_grid_threads", (32, 64, 128, 256), SPILL, GOALS[1:4]),
+    Knob("", "goal_set.most_grid_threads", (64, 128, 256), SPILL, GOALS[2:]),
     Knob(f"{TRITON}.active_units.triton_moments", "PROGRAMS", (128, 256, 512, 1024), MOMENTS, WIDE),
     Knob(f"{TRITON}.active_units.triton_moments", "WHOLE", (4096, 16384, 65536), MOMENTS, ({"B": 512, "D": 32},)),
     Knob(f"{TRITON}.covariance_penalty.triton_columns", "PROGRAMS", (128, 256, 512), COVARIANCE, WIDE),
@@ -112,7 +128,7 @@ PLANNED = "as planned"
 # Where the warps of a program are tried.
 WARPS: dict[str, tuple[tuple[Case, ...], tuple[Size, ...]]] = {
     "min_goal": (MIN_GOALS[-1:], GOALS[3:]),
-    "goal_set": ((bench_goal_set.CASES["spill"],), GOALS[3:]),
+    "goal_set": (SPILL, GOALS[3:]),
     "total_correlation": ((bench_total_correlation.CASE,), ({"B": 1024, "D": 128},)),
     "gaussian_kl": ((bench_gaussian_kl.CASE,), WIDE[1:2]),
     "consistency_variance": ((bench_consistency_variance.CASE,), WIDE[1:2]),
@@ -290,8 +306,6 @@ def why_not(title: str) -> str | None:
     if title == "route":
         return None
     impl = "cuda" if title.startswith("cuda") else "triton"
-    if impl == "cuda" and not hasattr(torch.ops.bomkern, "_tune"):
-        return "this build has no CUDA kernels"
     return _impl.why_not("min_goal", impl, machine.DEVICE)
 
 

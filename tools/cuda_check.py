@@ -7,6 +7,7 @@ indexed at run time). Run it in an environment whose torch is a CUDA build.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 # The namespaces that hold kernels, as they are mangled; a torch header's kernels would not be ours to judge.
 OURS = re.compile(r"^_Z.*7bomkern")
+TUNER = Path(__file__).resolve().parents[1] / "bench" / "tune.py"
 USAGE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 
@@ -94,6 +96,17 @@ def ops_without_cuda() -> tuple[int, list[str]]:
     return len(names), sorted(n for n in names if not has(n, "CUDA"))
 
 
+def thresholds_without_setter(package: Path) -> list[str]:
+    """Of the thresholds that bench/tune.py turns, those that the built library does not have."""
+    library = ctypes.CDLL(str(next(package.glob("_C*.so"))))
+    missing = []
+    for op, threshold in re.findall(r'Knob\("", "(\w+)\.(\w+)"', TUNER.read_text()):
+        setter = getattr(library, f"bomkern_tune_{op}", None)
+        if setter is None or setter(threshold.encode(), ctypes.c_int64(0)) < 1:
+            missing.append(f"{op}.{threshold}")
+    return missing
+
+
 def check(arch: str) -> str | None:
     """What is wrong, in one sentence, or None."""
     import torch
@@ -112,6 +125,8 @@ def check(arch: str) -> str | None:
     if missing:
         return f"{len(missing)} of {count} ops have a CPU kernel but none for CUDA: {', '.join(missing)}"
     print(f"{count} ops have a kernel for CPU and one for CUDA")
+    if missing := thresholds_without_setter(package):
+        return f"bench/tune.py turns what the library does not have: {', '.join(missing)}"
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         return "no cuobjdump: install the CUDA toolkit, or the triton package, which carries one"
