@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ class _Traced:
 
 
 _traced = _Traced()
-_names: dict[tuple[Any, ...], str] = {}
 
 
 def on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -45,16 +45,17 @@ def on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device)
 
 @constant
 def _name(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> str:
-    """The attribute of `_traced` that holds them, for good: a graph that has been compiled looks it up."""
+    """The attribute of `_traced` that holds them, for good: a graph that has been compiled looks it up.
+
+    It is named by what it holds, should a graph ever be looked up in another process.
+    """
     key = values, dtype, device
-    if key not in _names:
+    name = f"table_{sha256(repr(key).encode()).hexdigest()[:16]}"
+    if not hasattr(_traced, name):
         table = _made(*key)
-        # To CUDA graphs of a compiled graph, an input that stays where it is.
-        torch._dynamo.mark_static_address(table)
-        name = f"table{len(_names)}"
+        torch._dynamo.mark_static_address(table)  # CUDA graphs of a compiled graph then read it where it is
         setattr(_traced, name, table)
-        _names[key] = name
-    return _names[key]
+    return name
 
 
 @lru_cache(maxsize=512)

@@ -43,7 +43,7 @@ FROM_THE_HOST = (*MADE, "lift_fresh_copy", "lift_fresh", "device_put")
 
 def forget() -> None:
     _constants._made.cache_clear()
-    for kept in (_constants._names, _constants._captured, min_goal._recent):
+    for kept in (vars(_constants._traced), _constants._captured, min_goal._recent):
         kept.clear()
 
 
