@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._ranks import Ranks
-from .constraints import Constraint
+from .constraints import Constraint, write_ramp
 from .history import Handled
 from .policies import SMALLEST, Anchored, Policy
 
@@ -114,7 +114,7 @@ class Columns(Handled):
                 raise ValueError(f"{column} is not a goal with Anchored(moving=True)")
             k = list(self.policies).index(column)
             now = self.params[k]
-            ideal, nadir = (torch.as_tensor(x, dtype=now.dtype, device=now.device).mean() for x in pair)
+            ideal, nadir = (x.to(now).mean() if isinstance(x, Tensor) else now.new_full((), x) for x in pair)
             scale = torch.exp(-self.log_nudge[k]) / now[1]
             old = torch.stack([now[0], now[0] + scale])
             new = self._ranks.gather(torch.stack([ideal, nadir])).mean(0)
@@ -144,7 +144,7 @@ class Columns(Handled):
             raise TypeError(f"{column} must be a constraint, got {type(constraint).__name__}")
         if constraint.curve != self.curves[k]:
             raise ValueError(f"{column} cannot become {constraint!r}: its curve is fixed; make a new GoalSet")
-        self.params[k].copy_(torch.tensor(constraint.ramp, dtype=self.params.dtype), non_blocking=True)
+        write_ramp(self.params[k], constraint)
         self.log_nudge[k] = 0  # which is part of the scale
 
     def anchors(self) -> dict[str, tuple[float, float]]:

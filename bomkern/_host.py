@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured there: then the host can neither wait nor send what is not pinned."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class HostCopy:
     """The values that a tensor has now: from a GPU into pinned memory behind an event, else a plain copy."""
 

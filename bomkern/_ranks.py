@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ._host import capturing
+
 # The names of torch 2.13, and before; neither where torch was built without distributed.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
@@ -117,17 +119,17 @@ class Ranks:
 
     def shared(self, own: Tensor, known: Tensor, weight: float | Tensor) -> Tensor:
         """``known``, the same on all ranks, with ``weight`` times the gradient of ``own``; no communication."""
-        weight = torch.as_tensor(weight, dtype=own.dtype, device=own.device)
-        shared: Tensor = _Shared.apply(own, known.detach(), weight)
+        given = weight.to(own) if isinstance(weight, Tensor) else own.new_full((), weight)
+        shared: Tensor = _Shared.apply(own, known.detach(), given)
         return shared
 
     def check_shape(self, name: str, x: Tensor) -> None:
-        """That x has one shape on all ranks. Asked once for each shape: it waits for the device.
+        """That x has one shape on all ranks. Asked once for each shape: it waits for the device, so in no capture.
 
         Raises:
             ValueError: it has not; on every rank that asks.
         """
-        if self.group is None or torch.compiler.is_compiling() or tuple(x.shape) in self._seen:
+        if self.group is None or torch.compiler.is_compiling() or tuple(x.shape) in self._seen or capturing(x.device):
             return
         shapes = self.gather(torch.tensor(x.shape, dtype=torch.int64, device=x.device)).tolist()
         if any(shape != shapes[0] for shape in shapes):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._check import check_goals
 from ._func import under_transform
-from ._host import HostCopy
+from ._host import HostCopy, capturing
 
 ROUTES = ("auto", "always", "never")
 
@@ -34,7 +34,7 @@ def routes(route: str, device: torch.device) -> bool:
         return False  # the shares inside torch.func have no values that the host could read
     if device.type == "cuda":
         # What auto should do where the host waits for a GPU's answer has not been measured yet.
-        return route == "always" and not torch.cuda.is_current_stream_capturing()
+        return route == "always" and not capturing(device)
     return route == "always" or not several_ranks()
 
 

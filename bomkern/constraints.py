@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-LINEAR, HARD, BARRIER = 0, 1, 2
+from ._constants import on_device
+
+LINEAR, HARD, BARRIER = CURVES = 0, 1, 2
 MAX_GOALS = 64
 
 
@@ -65,14 +66,17 @@ class Constraint:
     """
 
     curve: ClassVar[int]
-    __slots__ = ("_arguments", "_hash", "ramp")
+    __slots__ = ("_arguments", "_hash", "_text", "ramp")
 
     ramp: tuple[float, float, float, float]
     _arguments: dict[str, float]
     _hash: int
+    _text: str  # the ramp: a compiled graph takes text for constant, but a number for one that may change
 
     def _freeze(self, ramp: tuple[float, float, float, float], **arguments: float) -> None:
-        for slot, value in (("ramp", ramp), ("_arguments", arguments), ("_hash", hash((type(self), ramp)))):
+        text = " ".join(map(repr, ramp))
+        slots = {"ramp": ramp, "_arguments": arguments, "_hash": hash((type(self), ramp)), "_text": text}
+        for slot, value in slots.items():
             object.__setattr__(self, slot, value)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -262,14 +266,22 @@ class ConstraintTable:
             raise TypeError(f"table[{index}] must be a constraint, got {type(constraint).__name__}")
         if constraint.curve != self.curves[index]:
             raise ValueError(f"table[{index}] cannot become {constraint!r}: its curve is fixed; make a new table")
-        row = torch.tensor(constraint.ramp, dtype=self.params.dtype)
-        self.params[index].copy_(row, non_blocking=True)
+        write_ramp(self.params[index], constraint)
 
     def __repr__(self) -> str:
         return f"ConstraintTable({len(self)} goals, {self.params.dtype}, {self.params.device})"
 
 
-@lru_cache(maxsize=256)
-def pack(constraints: tuple[Constraint, ...], device: torch.device, dtype: torch.dtype) -> ConstraintTable:
-    """The table of these constraints on this device; one copy to the device per set of values, kept."""
-    return ConstraintTable(constraints, device, dtype)
+def write_ramp(row: Tensor, constraint: Constraint) -> None:
+    """Write a constraint's parameters into a row of a table, [4]; not by a copy from the host, which would wait."""
+    for place, value in zip(row.unbind(), constraint.ramp, strict=True):
+        place.fill_(value)
+
+
+def pack(constraints: Sequence[Constraint], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    """``params`` and ``curves`` of a table of these constraints; the tensor is shared, see `on_device`."""
+    if torch.compiler.is_dynamo_compiling():
+        ramps: tuple[Any, ...] = tuple(tuple(float(x) for x in c._text.split()) for c in constraints)
+    else:
+        ramps = tuple(c.ramp for c in constraints)
+    return on_device(ramps, dtype, device), [c.curve for c in constraints]

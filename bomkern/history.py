@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from ._host import HostCopy
+from ._host import HostCopy, capturing
 from ._impl import keeper
 from ._load import load_plain
 from ._ops import _library, record_size
@@ -309,7 +309,7 @@ class Monitor(Handled):
         keep = keeper(ring.device.type, self.impl)
         if torch.compiler.is_compiling():
             torch.ops.bomkern.goal_set_notice(place, self._handle)  # which is called when the rest runs
-        elif not _capturing(ring):  # what is captured does not happen yet, and its replays are counted on the device
+        elif not capturing(ring.device):  # what is captured has not happened yet; its replays are counted on the device
             self.notice()
         keep(record, ring, place, deficit, by_rank, rate, spill)
 
@@ -324,7 +324,7 @@ class Monitor(Handled):
     def reject(self, ok: Tensor) -> None:
         """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
         count = self._count
-        if count.known > count.sent or _capturing(self.ring):
+        if count.known > count.sent or capturing(self.ring.device):
             last = (self.place - 1) % len(self.ring)
             finite = self.ring[:, -1]
             finite.index_copy_(0, last, finite.index_select(0, last) * ok)
@@ -386,14 +386,10 @@ class Monitor(Handled):
         self._fresh = _Pile(state["fresh"].clone())
 
 
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 @torch.library.impl(_library, "goal_set_notice", "CompositeExplicitAutograd")
 def _notice(place: Tensor, handle: int) -> None:
-    """Runs where a compiled graph runs, not where it is traced."""
-    if (monitor := handled(handle)) is not None:
+    """Runs where a compiled graph runs, not where it is traced; in a capture, for nothing, as in `Monitor.add`."""
+    if not capturing(place.device) and (monitor := handled(handle)) is not None:
         monitor.notice()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._func import under_transform
+from ._host import capturing
 from ._lazies import Lazy
 
 
@@ -33,9 +34,9 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
     numbers that ``fn`` draws are the same both times, autocast is as it was when ``lazy`` was called, and ``fn`` may
     use `torch.autograd.grad` inside. Where the rows that get gradient are most of them, two evaluations cost more than
     one: forward and backward are timed, and ``route="auto"`` then evaluates once, with a graph. It does so too under
-    torch.compile, inside torch.func and with several processes, where ranks must walk the same graph. Which way it goes
-    can change the last bits of a gradient; "always" and "never" do not depend on times. On a GPU the host waits, once a
-    loss, to learn which rows are owned.
+    torch.compile, inside torch.func, while a CUDA graph is captured, and with several processes, where ranks must walk
+    the same graph. Which way it goes can change the last bits of a gradient; "always" and "never" do not depend on
+    times. On a GPU the host waits, once a loss, to learn which rows are owned.
 
     ``fn`` is called when the loss is computed, more than once, and four times on first use: what else it does (count,
     move an average, call hooks) it does as often, and what it draws must come from PyTorch's own generator. It must not
@@ -50,6 +51,10 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
         >>> raw = {"pixels": bomkern.lazy(error, recon, image), "swap": bomkern.lazy(error, swap, other), "kl": kl}
         >>> loss = goals(raw).loss
     """
-    if torch.compiler.is_compiling() or under_transform():
+    if torch.compiler.is_compiling() or under_transform() or _in_capture(args):
         return fn(*args)  # type: ignore[return-value]
     return Lazy(fn, args)
+
+
+def _in_capture(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, Tensor) and capturing(a.device) for a in args)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _impl
 from ._check import check_goals
-from ._func import under_transform
+from ._constants import keep_for_graph
 from ._lazies import Lazy
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
@@ -131,7 +131,8 @@ def min_goal_loss(
     Raises:
         ValueError: a shape, device, count or name that cannot serve, named in the message.
         TypeError: an argument of the wrong type or dtype, named in the message.
-        RuntimeError: ``impl`` cannot serve here; the message says why.
+        RuntimeError: ``impl`` cannot serve here; the message says why. Or a CUDA graph is being captured, and no call
+            before has brought these constraints to the device.
 
     Example:
         >>> loss = min_goal_loss([recon, kl], [Minimize(0.1), Upper(30.0, margin=10.0)])
@@ -168,40 +169,43 @@ def min_goal_loss(
     if constraints is None:
         out = serve(tensors, None, [], code, return_stats, may)
     else:
-        table = _table(constraints, count, tensors, device)
-        out = serve(tensors, table.params, table.curves, code, return_stats, may)
+        params, curves = _packed(constraints, count, tensors, device)
+        out = serve(tensors, params, curves, code, return_stats, may)
     loss = out[0] if settled is None else settled.attach(out[0])
     return (loss, MinGoalStats(*out[-4:])) if return_stats else loss
 
 
-# The tables of the tuples seen last, by identity: a tuple of immutable constraints cannot change, and hashing each of
-# them is what a small call would otherwise spend its time on.
-_recent: dict[tuple[int, torch.device, bool], tuple[object, ConstraintTable]] = {}
+# The parameters and curves of the tuples seen last, by identity: a tuple of immutable constraints cannot change, and
+# hashing its numbers is what a small call would otherwise spend its time on.
+_recent: dict[tuple[int, torch.device, torch.dtype], tuple[object, tuple[Tensor, list[int]]]] = {}
 
 
-def _table(
+def _packed(
     constraints: Constraint | Sequence[Constraint] | ConstraintTable,
     count: int,
     tensors: list[Tensor],
     device: torch.device,
-) -> ConstraintTable:
-    """The constraints as a table on the goals' device, in the dtype they are computed in."""
+) -> tuple[Tensor, list[int]]:
+    """The constraints' parameters on the goals' device, in the dtype they are computed in, and their curves."""
     if isinstance(constraints, ConstraintTable):
-        return constraints
-    wide = False
+        return constraints.params, constraints.curves
+    dtype = torch.float32
     for t in tensors:
-        wide = wide or getattr(t, "dtype", None) is torch.float64
-    if torch.compiler.is_compiling() or under_transform():  # which wraps what is made inside, and must not outlive it
-        return ConstraintTable(_all(constraints, count), device, torch.float64 if wide else torch.float32)
-    key = (id(constraints), device, wide)
-    held, table = _recent.get(key, (None, None))
-    if table is None or held is not constraints or len(table) != count:
-        table = pack(_all(constraints, count), device, torch.float64 if wide else torch.float32)
+        if getattr(t, "dtype", None) is torch.float64:
+            dtype = torch.float64
+    # Compiled code sees no table of Python's change; a dispatch mode may want a tensor of its own.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return pack(_all(constraints, count), device, dtype)
+    key = (id(constraints), device, dtype)
+    held, found = _recent.get(key, (None, None))
+    if found is None or held is not constraints or len(found[1]) != count:
+        found = pack(_all(constraints, count), device, dtype)
         if isinstance(constraints, (tuple, Constraint)):
             if len(_recent) >= 64:
                 _recent.clear()
-            _recent[key] = (constraints, table)
-    return table
+            _recent[key] = (constraints, found)
+    keep_for_graph(found[0])
+    return found
 
 
 def _all(constraints: Constraint | Sequence[Constraint], count: int) -> tuple[Constraint, ...]:

@@ -9,6 +9,7 @@ from torch import distributed as dist
 from . import _impl
 from ._autocast import exactly
 from ._check import FLOATS, check_latents
+from ._products import loses_digits
 from ._ranks import ranks_of
 
 ESTIMATORS = {"mws": False, "mss": True}
@@ -113,7 +114,8 @@ def gaussian_total_correlation(z: Tensor, *, process_group: dist.ProcessGroup | 
         several = f" of {ranks.size} ranks" if ranks.size > 1 else ""
         raise ValueError(f"z must have shape [B, D] with more samples than dimensions, got {list(z.shape)}{several}")
     ranks.check_shape("z", z)
-    x = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    x = z.to(torch.float64 if loses_digits(z.device.type) else dtype)  # its factor's gradient has products too
     low, high, mean = ranks.gather(torch.stack([-x.detach().amin(0), x.detach().amax(0), x.mean(0)])).unbind(1)
     lowest, highest, mean = -low.detach().amax(0), high.detach().amax(0), mean.mean(0)
     constant = highest == lowest  # asked before the mean, whose rounding can leave a spread
@@ -127,8 +129,8 @@ def gaussian_total_correlation(z: Tensor, *, process_group: dist.ProcessGroup | 
         factor, failed = torch.linalg.cholesky_ex(correlation)
         # What is left of a copied column's variance, 1, is the rounding of the product.
         left = factor.diagonal().square()
-        singular = (failed != 0) | constant.any() | (left < 32 * torch.finfo(x.dtype).eps).any()
+        singular = (failed != 0) | constant.any() | (left < 32 * torch.finfo(dtype).eps).any()
         worst = torch.where(correlation.isfinite().all(), torch.inf, torch.nan).to(x.dtype)
     identity = torch.eye(len(left), dtype=x.dtype, device=x.device)
     regular = torch.where(singular, identity, correlation)  # or backward would divide by zero
-    return torch.where(singular, worst, -torch.linalg.cholesky_ex(regular)[0].diagonal().log().sum())
+    return torch.where(singular, worst, -torch.linalg.cholesky_ex(regular)[0].diagonal().log().sum()).to(dtype)

@@ -5,6 +5,7 @@
 #pragma once
 #include "../kernels/covariance_penalty/covariance_penalty.h"
 #include "launch.h"
+#include "products.h"
 
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
@@ -57,6 +58,7 @@ template <class S> class OnCpu {
     // Rows of a task: x of them stays in L2, and a product of so many is worth a call.
     chunk_ = gram() ? std::clamp<int64_t>((batch_ + 7) / 8, 16, 256) : std::max<int64_t>(128, 32768 / dims_);
     chunks_ = (batch_ + chunk_ - 1) / chunk_;
+    in_doubles_ = std::is_same_v<S, float> && loses_digits(at::Float32Backend::MKLDNN);
   }
 
   Result forward(bool normalize, bool per_sample, bool save) const {
@@ -78,6 +80,7 @@ template <class S> class OnCpu {
   int64_t batch_, dims_, chunk_, chunks_;
   double share_, alpha_;  // 1 / (B - 1); 2 B / (B - 1) / D
   Columns<S> columns_;
+  bool in_doubles_;  // whether products are made of doubles, as torch would make them of halves
 
   bool all_equal(RowGrad<S> weight) const {
     for (int64_t b = 1; b < batch_; ++b) {
@@ -112,10 +115,22 @@ template <class S> class OnCpu {
     });
   }
 
+  // out = a b, or out += a b.
+  void product(Tensor& out, const Tensor& a, const Tensor& b, bool add = false) const {
+    if (!in_doubles_) {
+      add ? at::cpu::addmm_out(out, out, a, b) : at::cpu::mm_out(out, a, b);
+      return;
+    }
+    const at::AutoDispatchBelowADInplaceOrView below;
+    Tensor wide = fresh<false>(out.sizes(), out.options().dtype(at::kDouble));
+    at::cpu::mm_out(wide, a.to(at::kDouble), b.to(at::kDouble));
+    add ? out.add_(wide) : out.copy_(wide);
+  }
+
   // out [m, n] = a [m, k] b.
   void multiply(S* a, int64_t m, int64_t k, const Tensor& b, S* out) const {
     Tensor to = matrix(out, m, b.size(1), b.size(1));
-    at::cpu::mm_out(to, matrix(a, m, k, k), b);
+    product(to, matrix(a, m, k, k), b);
   }
 
   // offdiag(x'x) scale, or offdiag(x' diag(weight) x) scale, and its sum of squares.
@@ -133,7 +148,7 @@ template <class S> class OnCpu {
         stages_.center(columns_, begin, begin + rows, x, weight ? *weight : RowGrad<S>{}, weighted);
         const Tensor a = matrix(x + from, rows, wide, dims_).t();
         const Tensor b = matrix((weight ? weighted : x) + from, rows, dims_ - from, dims_);
-        c == slice ? at::cpu::mm_out(sum, a, b) : at::cpu::addmm_out(sum, sum, a, b);
+        product(sum, a, b, c != slice);
       }
     });
     const double squares = stages_.join_second(data(parts), slices, dims_, static_cast<S>(scale), data(out), run_tasks);

@@ -2,6 +2,7 @@
 #pragma once
 #include "../kernels/covariance_penalty/cuda_steps.h"
 #include "launch.h"
+#include "products.h"
 
 #include <ATen/ops/mm_cuda_dispatch.h>
 #include <ATen/ops/t.h>
@@ -22,8 +23,17 @@ template <class S> struct TorchLibrary {
   Tensor transposed(const Tensor& x) const { return x.t(); }
   // Straight to the CUDA backend: through the dispatcher, autocast might make halves of it.
   Tensor product(const Tensor& a, const Tensor& b) const {
+    const at::NoTF32Guard digits;  // this thread's; of torch's two libraries cuBLAS heeds it, cuBLASLt does not
+    const at::AutoDispatchBelowADInplaceOrView below;
     Tensor out = empty(a.size(0), b.size(1));
-    at::cuda::mm_out(out, a, b);
+    if (std::is_same_v<S, float> && at::globalContext().blasPreferredBackend() != at::BlasBackend::Cublas &&
+        loses_digits(at::Float32Backend::CUDA)) {
+      Tensor wide = fresh<true>(out.sizes(), out.options().dtype(at::kDouble));
+      at::cuda::mm_out(wide, a.to(at::kDouble), b.to(at::kDouble));
+      out.copy_(wide);
+    } else {
+      at::cuda::mm_out(out, a, b);
+    }
     return out;
   }
   template <class Stage> void run(const Stage& a) const { launch<true>("covariance_penalty", 0, a, z); }

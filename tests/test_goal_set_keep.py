@@ -174,7 +174,7 @@ def test_what_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> N
     goals(values(1.0))
     ring, place = goals.monitor.ring.clone(), goals.monitor.place.clone()
     with monkeypatch.context() as patch:
-        patch.setattr(history, "_capturing", lambda x: True)
+        patch.setattr(history, "capturing", lambda device: True)
         for _ in range(3):
             goals(values(2.0))
             with CountSyncs() as counter:
@@ -184,6 +184,20 @@ def test_what_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> N
     assert goals.steps == 1 and goals.history["raw"][:, 0].tolist() == [1]
     goals(values(3.0))
     assert goals.history["raw"][:, 0].tolist() == [1, 3]
+
+
+def test_a_compiled_step_that_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiled graph calls in place of the host asks as `Monitor.add` does."""
+    monkeypatch.setattr(history, "ROWS", 2)
+    goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0))
+    step = torch.compile(lambda raw: goals(raw).loss, backend="aot_eager")
+    step(values(1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "capturing", lambda device: True)
+        patch.setattr(history, "HostCopy", None)  # nothing is sent to the host
+        for _ in range(5):
+            step(values(2.0))
+    assert goals.monitor._count.known == 1
 
 
 @pytest.mark.parametrize("read_at", [(), (1, 7), (8,), (3, 8, 9, 17)])

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from .._autocast import exactly
 from .._check import check_goals, check_groups, check_multipliers, check_params, check_temperature
-from .goals import MIN, deficit, matrix_of, reduced, worst_of
+from .._constants import on_device
+from .goals import MIN, codes_of, deficit, matrix_of, reduced, worst_of
 
 
 def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
     """[K, G]: 1 / members where a column belongs to a goal, else 0."""
     sizes = [list(groups).count(g) for g in range(groups[-1] + 1)]
-    return like.new_tensor([[(owner == g) / size for g, size in enumerate(sizes)] for owner in groups])
+    rows = tuple(tuple((owner == g) / size for g, size in enumerate(sizes)) for owner in groups)
+    return on_device(rows, like.dtype, like.device)
 
 
 @exactly
@@ -41,7 +43,8 @@ def goal_set(
     check_temperature(temperature, params)
     check_multipliers(multipliers, groups, params)
     x = matrix_of(goals, batch, dtype)
-    codes, member = torch.tensor(list(curves), device=x.device), groups_of(groups, params)  # [K], [K, G]
+    codes, member = codes_of(curves, x.device), groups_of(groups, params)  # [K], [K, G]
+    owner = on_device(tuple(groups), torch.int64, x.device)
 
     single = deficit(x.detach(), params, codes)  # [B, K]
     every = mean_of_members(single, member)  # [B, G]
@@ -74,8 +77,9 @@ def goal_set(
     record = torch.cat([taken.mean(0), level, every.mean(0), raw, highest, params[:, 0], params[:, 1], summary])
 
     # The gradient: each deficit's own, weighed. Where a sample's loss is not finite there is none.
-    own = torch.where(finite[:, None] & (weight @ member.T > 0), x, params[:, 0])
-    share = torch.where(finite[:, None], weight, 0) @ member.T  # [B, K]
+    each = weight.index_select(1, owner) * member.amax(1)  # [B, K]: a member's part of its goal's
+    own = torch.where(finite[:, None] & (each > 0), x, params[:, 0])
+    share = torch.where(finite[:, None], each, 0)
     live = deficit(own, params, codes)
     pull = torch.where(share > 0, share * live, 0).sum(1)  # its gradient is the loss's
     if multipliers is None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._check import check_goals, check_params
-from ..constraints import BARRIER, HARD
+from .._constants import on_device
+from ..constraints import BARRIER, CURVES, HARD
 
 NONE, MEAN, SUM, MIN = 0, 1, 2, 3
 
@@ -48,6 +49,12 @@ def deficit(x: Tensor, params: Tensor | None, curves: Tensor | None) -> Tensor:
     return torch.where(d == -torch.inf, torch.inf, d)
 
 
+def codes_of(curves: Sequence[int], device: torch.device) -> Tensor:
+    """[K] int64, the curve codes."""
+    # Looked up, as a code of 2 may be a symbol where a graph is traced.
+    return on_device(tuple(CURVES[code] for code in curves), torch.int64, device)
+
+
 def worst_of(d: Tensor, dim: int) -> Tensor:
     """Lowest index of the largest deficit along ``dim``; a NaN is worse than all."""
     rank = torch.where(d.isnan().any(dim, keepdim=True), d.isnan(), d == d.amax(dim, keepdim=True))
@@ -80,7 +87,7 @@ def min_goal(
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
     x = matrix_of(goals, batch, dtype)
-    codes = None if params is None else torch.tensor(list(curves), device=x.device)
+    codes = None if params is None else codes_of(curves, x.device)
 
     every = deficit(x.detach(), params, codes)  # [B, K]
     # Scores are compared as they are: of two that are close the logarithms may round to the same.

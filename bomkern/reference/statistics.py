@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .._autocast import exactly
 from .._check import check_estimator, check_latents, check_matrices, check_prior, check_rows, check_units, check_views
 from .._func import under_transform
+from .._products import matmul
 from .._ranks import ALONE, Ranks
 
 
@@ -231,7 +232,7 @@ def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool, ranks: Rank
     rows, dims, dtype = check_matrices(2, z=z)
     batch = rows * ranks.size
     x, mean = centered(z.to(dtype), ranks)
-    c = ranks.total(x.T @ x) / (batch - 1)
+    c = ranks.total(matmul(x.T, x)) / (batch - 1)
     if normalize:
         variance = c.diagonal()
         constant = variance.detach().sqrt() <= torch.finfo(dtype).eps * mean.abs()
@@ -241,4 +242,4 @@ def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool, ranks: Rank
     off = torch.where(own, 0, c)
     if not per_sample:
         return off.square().sum() / dims
-    return ((x @ off) * x).sum(1) * (batch / (batch - 1) / dims)
+    return (matmul(x, off) * x).sum(1) * (batch / (batch - 1) / dims)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._products import matmul
 from ..active_units.triton_moments import first_of
 from ..common.triton_matrix import cast, div, load, options, tile
 from .triton_columns import Columns, added, measure, pulled, stride_of
@@ -149,9 +150,9 @@ def weigh(k, grad, stride, out, side, CD: tl.constexpr, ROWS: tl.constexpr, COLS
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """In their own dtype, whatever autocast would make of it."""
+    """In their own dtype and to its digits, whatever autocast or TF32 would make of it."""
     with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b)
+        return matmul(a, b)
 
 
 def _grid(rows: int, cols: int, size: dict[str, int]) -> tuple[int, int]:

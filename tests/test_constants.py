@@ -1,0 +1,284 @@
+"""Tables of numbers are on the device before they are needed: no call copies them there, nor does a compiled graph."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bomkern import (
+    Anchored,
+    Box,
+    ConstraintTable,
+    GoalSet,
+    Group,
+    Lazy,
+    Minimize,
+    MinimizeHard,
+    Upper,
+    _constants,
+    _host,
+    lazy,
+    min_goal,
+    min_goal_loss,
+)
+from bomkern._constants import on_device
+from bomkern._ranks import ALONE
+
+CONSTRAINTS = (Minimize(0.5), Upper(0.25, 2.0), Box(0.0, 1.0))
+DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
+MADE = ("tensor", "as_tensor", "new_tensor", "from_numpy", "asarray")
+FROM_THE_HOST = (*MADE, "lift_fresh_copy", "lift_fresh", "device_put")
+
+
+def forget() -> None:
+    _constants._made.cache_clear()
+    for kept in (vars(_constants._traced), _constants._captured, min_goal._recent):
+        kept.clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    forget()
+    yield
+    forget()
+
+
+def goals_of(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.rand(8, device=device, dtype=dtype, requires_grad=True) for _ in CONSTRAINTS]
+
+
+def values_of(node: Any) -> Any:
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+class Graphs:
+    """A backend that keeps the graphs it is given, as Dynamo or as AOTAutograd made them, and runs them as they are."""
+
+    def __init__(self, aot: bool) -> None:
+        self.seen: list[Any] = []
+        self.aot = aot
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        if not self.aot:
+            return self._keep(graph, inputs)
+        from torch._dynamo.backends.common import aot_autograd
+
+        return aot_autograd(fw_compiler=self._keep)(graph, inputs)
+
+    def _keep(self, graph: Any, inputs: Any) -> Any:
+        self.seen.append(graph)
+        return graph.forward
+
+    def from_the_host(self, device: str) -> set[str]:
+        """What makes tensors of numbers, or has a tensor that is not on this device."""
+        assert self.seen
+        return {
+            str(node)
+            for graph in self.seen
+            for node in graph.graph.nodes
+            if getattr(getattr(node.target, "overloadpacket", node.target), "__name__", node.target) in FROM_THE_HOST
+            or any(x.device.type != device for x in tree_leaves(values_of(node)) if isinstance(x, Tensor))
+        }
+
+
+@DEVICES
+@pytest.mark.parametrize("aot", [False, True], ids=["dynamo", "aot"])
+@pytest.mark.parametrize("given", [CONSTRAINTS, list(CONSTRAINTS), Minimize(0.5)], ids=["tuple", "list", "one"])
+def test_a_compiled_call_builds_no_table(device: str, aot: bool, given: Any) -> None:
+    backend = Graphs(aot)
+    goals = goals_of(device)
+    compiled = torch.compile(lambda *g: min_goal_loss(g, given), fullgraph=True, backend=backend)
+    got, want = compiled(*goals), min_goal_loss(goals, given)
+    assert not backend.from_the_host(device)
+    if device == "cpu":
+        torch.testing.assert_close(got, want)
+        table = min_goal._packed(given, 3, goals, goals[0].device)[0]
+        table[:, 1:3] *= 2  # the graph reads the tensor that eager calls read
+        torch.testing.assert_close(compiled(*goals), min_goal_loss(goals, given))
+        assert not torch.allclose(compiled(*goals), want)
+
+
+@DEVICES
+def test_a_compiled_goal_set_builds_no_table(device: str) -> None:
+    backend = Graphs(aot=True)
+    goals = GoalSet(a=Anchored(0.0, 1.0), b=Group(x=Upper(0.1, 1.0), y=MinimizeHard(1.0)), spill=0.5).to(device)
+    x, y, z = goals_of(device)
+    for reader in (goals, goals.eval()):
+        reader = torch.compile(reader, fullgraph=True, backend=backend)
+        reader({"a": x, "b": {"x": y, "y": z.mean()}})
+    assert not backend.from_the_host(device)
+
+
+def test_compiled_calls_see_other_constraints() -> None:
+    """Given as arguments, and written into a list: the graph's table is the right one's."""
+    compiled = torch.compile(lambda x, given: min_goal_loss([x], given), fullgraph=True, backend="aot_eager")
+    x, some = torch.full((4,), 3.0), [Minimize(1.0)]
+    assert compiled(x, (Minimize(1.0),)) == 3 and compiled(x, (Minimize(2.0),)) == 1.5 and compiled(x, some) == 3
+    some[0] = Minimize(4.0)
+    assert compiled(x, some) == 0.75 and compiled(x.double(), some) == 0.75
+
+
+@pytest.mark.parametrize("kind", [tuple, list, ConstraintTable])
+@pytest.mark.parametrize("impl", ["reference", None])
+def test_compiled_calls_see_other_curves(impl: str | None, kind: Any) -> None:
+    compiled = torch.compile(
+        lambda x, given: min_goal_loss([x, x], given, impl=impl), fullgraph=True, backend="aot_eager"
+    )
+    x, pair = torch.rand(4), (Minimize(0.5), MinimizeHard(2.0), Box(0.0, 2.0), Upper(0.1, 1.0))
+    for k in range(4):
+        given = kind((pair[k], pair[k - 1]))
+        torch.testing.assert_close(compiled(x, given), min_goal_loss([x, x], given, impl=impl))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    class Loss(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+            return min_goal_loss([x, y, z], CONSTRAINTS)
+
+    goals = [x.detach() for x in goals_of()]
+    exported = torch.export.export(Loss(), tuple(goals), strict=strict)
+    kept = io.BytesIO()
+    torch.export.save(exported, kept)
+    kept.seek(0)
+    for program in (exported, torch.export.load(kept)):
+        torch.testing.assert_close(program.module()(*goals), min_goal_loss(goals, CONSTRAINTS))
+        torch.testing.assert_close(copy.deepcopy(program.module())(*goals), min_goal_loss(goals, CONSTRAINTS))
+
+
+class NoTables(TorchFunctionMode):
+    """Refuses what makes a tensor of the host's numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert getattr(func, "__name__", "") not in MADE, func
+        return func(*args, **(kwargs or {}))
+
+
+@DEVICES
+@pytest.mark.parametrize("impl", ["reference", None])
+def test_an_eager_call_makes_no_table_again(device: str, impl: str | None) -> None:
+    goals, ok = goals_of(device), torch.ones((), dtype=torch.bool, device=device)
+    named = GoalSet(
+        a=Anchored(0.0, 1.0, moving=True), b=Group(x=Upper(0.1, 1.0), y=Minimize(1.0)), spill=0.5, impl=impl
+    )
+    named.to(device)
+    table = ConstraintTable(CONSTRAINTS, device)
+
+    def step() -> None:
+        for given in (CONSTRAINTS, list(CONSTRAINTS), table):
+            min_goal_loss(goals, given, impl=impl).backward()
+        out = named({"a": goals[0], "b": {"x": goals[1], "y": goals[2].mean()}})
+        out.loss.backward()
+        named.accept(ok & out.finite)
+        named.remeasure({"a": (0.25, goals[0].detach())})
+        named["b.y"] = Minimize(2.0)
+        table[0] = Minimize(2.0)
+        ALONE.shared(out.loss, out.loss, 0.5)
+
+    step()
+    with NoTables():
+        step()
+
+
+def test_what_is_written_into_a_table() -> None:
+    table, goals = ConstraintTable(CONSTRAINTS, dtype=torch.float64), GoalSet(a=Box(0.0, 1.0), b=Minimize(1.0))
+    table[2], goals["a"] = Box(-3.0, 0.1, tail=0.3), Box(-3.0, 0.1, tail=0.3)
+    assert tuple(table.params[2].tolist()) == Box(-3.0, 0.1, tail=0.3).ramp
+    torch.testing.assert_close(goals.params[0], table.params[2].float())
+
+
+class Idle(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def in_grad(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.func.grad(lambda y: call(y).sum())(x)
+
+
+def in_vmap(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.func.vmap(call)(x.expand(2, -1))
+
+
+def in_compiled_grad(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.compile(torch.func.grad(lambda y: call(y).sum()), backend="aot_eager")(x)
+
+
+def in_mode(mode: Callable[[], Any]) -> Callable[..., None]:
+    def run(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        with mode():
+            call(torch.empty(x.shape, dtype=x.dtype))
+
+    return run
+
+
+FIRST: dict[str, Callable[..., None]] = {
+    "grad": in_grad,
+    "vmap": in_vmap,
+    "compiled grad": in_compiled_grad,
+    "inference": in_mode(torch.inference_mode),
+    "fake": in_mode(FakeTensorMode),
+    "dispatch mode": in_mode(Idle),
+    "meta": in_mode(lambda: torch.device("meta")),
+    "make_fx": lambda call, x: torch.fx.experimental.proxy_tensor.make_fx(call)(x),
+    "make_fx, symbolic": lambda call, x: torch.fx.experimental.proxy_tensor.make_fx(call, tracing_mode="symbolic")(x),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", None])
+@pytest.mark.parametrize("first", FIRST)
+def test_whoever_calls_first_leaves_a_plain_table(first: str, impl: str | None) -> None:
+    """Then an ordinary call has its gradient, first and second, and so have the others."""
+
+    def call(x: Tensor) -> Tensor:
+        return min_goal_loss([x, 2 * x], (Minimize(0.5), MinimizeHard(0.25)), impl=impl)
+
+    x = torch.rand(6, dtype=torch.float64)
+    FIRST[first](call, x)
+    table = on_device((Minimize(0.5).ramp, MinimizeHard(0.25).ramp), x.dtype, x.device)
+    assert type(table) is Tensor and not table.is_inference()
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
+    given = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(call(given), given, create_graph=True)
+    grad.sum().backward()
+    for other in FIRST.values():
+        other(call, x)
+
+
+def test_a_graph_that_is_captured_needs_its_tables_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps them: of what a CUDA graph reads nothing may be freed while it can be replayed."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    gpu = torch.device("cuda", 0)
+    assert _host.capturing(gpu) and not _host.capturing(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"are not on cuda:0 yet.*before the capture"):
+        on_device((1.0, 2.0), torch.float32, gpu)
+    goals = goals_of()
+    min_goal_loss(goals, CONSTRAINTS)
+    monkeypatch.setattr(_constants, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="before the capture"):
+        min_goal_loss(goals, (Minimize(0.125),) * 3)
+    for _ in range(2):
+        min_goal_loss(goals, CONSTRAINTS)  # found by identity
+        min_goal_loss(goals, list(CONSTRAINTS))  # found by value
+    table = min_goal._packed(CONSTRAINTS, 3, goals, goals[0].device)[0]
+    assert [x is table for x in _constants._captured.values()] == [True]
+
+
+def test_lazy_goals_are_plain_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rows they are the host could not be told."""
+    x = torch.rand(6)
+    assert isinstance(lazy(torch.square, x), Lazy)
+    monkeypatch.setattr(sys.modules["bomkern.lazy"], "capturing", lambda device: True)
+    assert isinstance(lazy(torch.square, x), Tensor)
