@@ -122,7 +122,7 @@ def min_goal_backward(size: Size) -> Part:
 
 
 def batch_level_backward(size: Size) -> Part:
-    """Measured by counting loads in flight: one block of 512 threads of four samples."""
+    """One block of 512 threads, each of four samples a turn; a turn takes about as long as a load from memory."""
     turns = size["B"] / (512 * 4)
     return Part(
         1, turns * 0.55, "one block sums the whole batch: 512 threads, half a microsecond for each of its turns"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -76,8 +77,9 @@ def of_a_gpu(steps: Sequence[machine.Step], calls: int, graph: bool = True, roun
         captured.replay()
         found["graph_us"] = median(_host_and_device(captured.replay)[1] for _ in range(rounds))
     except RuntimeError as why:  # what reads a value on the host cannot be captured
-        found["no_graph_because"] = str(why).splitlines()[0]
-        machine.synchronize()
+        found["no_graph_because"] = (str(why).splitlines() or [type(why).__name__])[0]
+        with contextlib.suppress(RuntimeError):  # the driver may tell of the capture once more
+            machine.synchronize()
     return found
 
 

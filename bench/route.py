@@ -2,8 +2,8 @@
 
 python -m bench.route                  # about 20 minutes on 2 cores; writes route.json, route.md, route.png
 python -m bench.route --device cuda    # the same on the GPU, and what it waits for the shares; NAME_route.json, ...
-python -m bench.route --report         # the page and the picture again, from the .json
-python -m bench.route --quick          # few rounds of the smallest batch: a dry run
+python -m bench.route --report         # the pages and the pictures again, from every .json of these
+python -m bench.route --quick --results FOLDER    # few rounds of a small batch: a dry run
 
 They are written to bench/results, or to the folder of ``--results``.
 """
@@ -86,7 +86,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="few rounds of the smallest batch")
     parser.add_argument("--results", type=Path, default=HERE, metavar="FOLDER", help="default: bench/results")
-    parser.add_argument("--report", action="store_true", help="write the page and the picture from the .json alone")
+    parser.add_argument("--report", action="store_true", help="write the pages and the pictures from what is kept")
     parser.add_argument("--memory", nargs=3, metavar=("VARIANT", "BATCH", "REDUCTION"), help=argparse.SUPPRESS)
     asked = parser.parse_args(given)
     if asked.quick and asked.results.resolve() == HERE:
@@ -100,26 +100,34 @@ def main(given: list[str] | None = None) -> int:
         variant, batch, reduction = asked.memory
         print(json.dumps(measure.memory_here(variant, int(batch), reduction)))
         return 0
-    if asked.device == "cuda" and not torch.cuda.is_available():
+    if asked.report:
+        paths = sorted(asked.results.glob("*route.json"))
+    elif asked.device == "cuda" and not torch.cuda.is_available():
         print("bench.route --device cuda needs a GPU that torch can use", file=sys.stderr)
         return 2
-    stem = "route" if asked.device == "cpu" else f"{stem_of(torch.cuda.get_device_name())}_route"
-    path = asked.results / f"{stem}.json"
-    if not asked.report:
+    else:
+        stem = "route" if asked.device == "cpu" else f"{stem_of(torch.cuda.get_device_name())}_route"
         found = run(QUICK if asked.quick else Plan(), asked.device)
         asked.results.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    found = json.loads(path.read_text())
-    text = report.page(found, f"{stem}.png")
-    path.with_suffix(".md").write_text(text)
-    print(text, file=sys.stdout)
+        paths = [asked.results / f"{stem}.json"]
+        paths[0].write_text(json.dumps(found, indent=1) + "\n")
+    for path in paths:
+        found = json.loads(path.read_text())
+        text = report.page(found, f"{path.stem}.png")
+        path.with_suffix(".md").write_text(text)
+        print(text)
+        draw(found, path.with_suffix(".png"))
+    return 0
+
+
+def draw(found: dict[str, Any], to: Path) -> None:
+    """The picture, where there is matplotlib."""
     try:
         from bench.routing import picture
     except ModuleNotFoundError as why:
         print(f"bench.route: no picture, for there is no {why.name}", file=sys.stderr)
     else:
-        picture.draw(found, path.with_suffix(".png"))
-    return 0
+        picture.draw(found, to)
 
 
 if __name__ == "__main__":

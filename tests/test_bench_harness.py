@@ -116,7 +116,7 @@ class FakeEvent:
 @pytest.mark.parametrize("captures", [True, False])
 def test_a_gpu_is_timed_three_ways(monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
     """The path of a GPU with everything of CUDA replaced: host, events, and the replay of a graph."""
-    replays = []
+    replays, capturing = [], []
 
     class Graph:
         def replay(self) -> None:
@@ -124,6 +124,7 @@ def test_a_gpu_is_timed_three_ways(monkeypatch: pytest.MonkeyPatch, captures: bo
 
     @contextmanager
     def capture(graph: Any) -> Iterator[None]:
+        capturing.append(1)
         if not captures:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
@@ -131,13 +132,19 @@ def test_a_gpu_is_timed_three_ways(monkeypatch: pytest.MonkeyPatch, captures: bo
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(machine, "synchronize", lambda: None)
+    once_more = [] if captures else [RuntimeError("previous error during capture")]
+
+    def synchronize() -> None:
+        if once_more and capturing:
+            raise once_more.pop()
+
+    monkeypatch.setattr(machine, "synchronize", synchronize)
     found = rounds.of_a_gpu([lambda: None, lambda: None], 4)
     assert found["event_us"] == pytest.approx(500) and 0 < found["host_us"] < 500
     if captures:
         assert found["graph_us"] == pytest.approx(500) and len(replays) == 11
     else:
-        assert found["graph_us"] is None and found["no_graph_because"].endswith("capturing")
+        assert found["graph_us"] is None and found["no_graph_because"].endswith("capturing") and not once_more
 
 
 def test_inputs_rotate_past_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,14 @@ def test_a_gpu_has_its_name_and_its_waits_on_the_page() -> None:
     assert "12.0 us at B = 64, 20.0 us at B = 8,192" in page
 
 
+def test_what_a_gpu_left_is_drawn_elsewhere(tmp_path: Path) -> None:
+    found = json.loads((HERE / "route.json").read_text())
+    (tmp_path / "Some-GPU_route.json").write_text(json.dumps({**found, "gpu": "Some GPU", "waits": {"64": 12.0}}))
+    assert route.main(["--report", "--results", str(tmp_path)]) == 0
+    assert "](Some-GPU_route.png)" in (tmp_path / "Some-GPU_route.md").read_text()
+    assert (tmp_path / "Some-GPU_route.png").stat().st_size > 10_000
+
+
 def test_a_dry_run_does_not_go_where_results_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         route.main(["--quick"])
