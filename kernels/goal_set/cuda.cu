@@ -12,7 +12,7 @@ namespace {
 
 // Up to `one_block` samples, a grid that waits for itself would cost more than it saves.
 constexpr int64_t one_block = 1024;
-constexpr int grid_threads = 128;
+constexpr int least_grid_threads = 64, most_grid_threads = 128;
 constexpr size_t shared_limit = 49152;  // what any block may have unasked
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -38,7 +38,7 @@ template <class S> bool valid(const Forward<S>& a) {
 template <class S> struct ForwardPlan {
   ForwardLaunch<S> l{};
   int64_t blocks = 1;
-  int threads = grid_threads;
+  int threads;
   size_t shared, bytes = 0;
 
   ForwardPlan(const Forward<S>& a, void* base) {
@@ -50,8 +50,10 @@ template <class S> struct ForwardPlan {
       threads = int(ceil_div(batch, warp_rows)) * 32;
     } else {
       static std::atomic<int> known[16];
-      blocks = least(ceil_div(batch, grid_threads * rows),
-                     resident_blocks(forward_kernel<S>, grid_threads, shared_limit, known));
+      const int64_t resident = resident_blocks(forward_kernel<S>, most_grid_threads, shared_limit, known);
+      // Small blocks reach more multiprocessors, until they would be half of all that can be resident.
+      threads = ceil_div(batch, least_grid_threads * rows) * 2 <= resident ? least_grid_threads : most_grid_threads;
+      blocks = least(ceil_div(batch, threads * rows), resident);
       Memory memory(base);
       l.parts.total = memory.take<Total>(blocks);
       l.parts.sums = memory.take<double>(blocks * RecordAt(goals, columns).highest);

@@ -9,10 +9,12 @@ namespace bomkern {
 namespace BOMKERN_ISA {
 namespace {
 
-// Up to `one_block` samples, spreading the work would cost more than it saves; without clusters, up to where a second
-// launch is cheaper than one multiprocessor doing all. Eight blocks is the largest cluster that every GPU grants.
-constexpr int64_t one_block = 1024, one_block_without_clusters = 8192, one_cluster = 65536;
-constexpr int cluster_blocks = 8;
+// Up to `one_block` samples, spreading the work would cost more than it saves. Up to one turn of all threads of a cluster,
+// or of a block where there are no clusters, a second launch would, by count: a turn of 16 warps issues some 6,000
+// instructions a scheduler, 3 to 4 us. A grid's warps, almost alone, take half of that, and the launch some 2.5 us.
+// Eight blocks is the largest cluster that every GPU grants.
+constexpr int64_t one_block = 1024, one_block_without_clusters = 2048, one_cluster = 16384;
+constexpr int cluster_blocks = 8, least_grid_threads = 64, most_grid_threads = 256;
 
 struct Device {
   int code;  // the architecture this file's code was compiled for, as in __CUDA_ARCH__ / 10
@@ -52,6 +54,13 @@ int threads_for(int64_t samples) {
   return int(min(ceil_div(samples, warp_rows), int64_t(max_threads / 32))) * 32;
 }
 
+// Of a grid's blocks: small ones, so that every multiprocessor has some, until there are four for each.
+int grid_threads_for(int64_t batch, int multiprocessors) {
+  int threads = least_grid_threads;
+  while (threads < most_grid_threads && ceil_div(batch, threads * rows) > int64_t(multiprocessors) * 4) threads *= 2;
+  return threads;
+}
+
 template <class S> Plan plan_of(const Device& device, int64_t batch, Reduction reduction, bool stats) {
   const bool clusters = device.code >= 90;
   if (reduction == Reduction::none && !stats) {
@@ -61,8 +70,9 @@ template <class S> Plan plan_of(const Device& device, int64_t batch, Reduction r
   if (clusters && batch <= one_cluster) {
     return {cluster_blocks, threads_for(ceil_div(batch, cluster_blocks)), true, false};
   }
-  const int together = sizeof(S) == 4 ? 3 : 2;  // blocks that a multiprocessor has registers for
-  return {min(ceil_div(batch, 256 * rows), int64_t(device.multiprocessors) * together), 256, false, true};
+  const int threads = grid_threads_for(batch, device.multiprocessors);
+  const int together = (sizeof(S) == 4 ? 3 : 2) * most_grid_threads / threads;  // what a multiprocessor has registers for
+  return {min(ceil_div(batch, threads * rows), int64_t(device.multiprocessors) * together), threads, false, true};
 }
 
 size_t workspace_bytes(const Plan& plan, int goals, bool stats) {

@@ -234,6 +234,7 @@ template <class S> void check_backward(const Case<S>& c, const std::vector<doubl
 template <class S> void check(const Setting& s) {
   begin("float%d B=%lld K=%d reduction=%d mu=%g layout=%d save=%d grouped=%d special=%d given=%d", int(sizeof(S)) * 8,
         (long long)s.batch, s.count, int(s.reduction), s.mu, int(s.lay), s.save, s.grouped, s.special, s.given);
+  emu::machine.multiprocessors = chance(0.5) ? 3 : 16;
   Case<S> c(s);
   const bool each = s.reduction == Reduction::none, global = s.reduction == Reduction::min;
   Buffer<S> loss(each ? s.batch : 1), record(RecordAt(c.G(), s.count).finite + 1), weight(s.save ? s.batch * s.count : 0);

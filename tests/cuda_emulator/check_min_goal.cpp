@@ -285,6 +285,7 @@ template <class S> void check(const Setting& s) {
   static int number = 0;
   emu::machine.order = emu::Order(++number % 3);
   emu::machine.architecture = chance(0.75) ? 90 : 80;
+  emu::machine.multiprocessors = chance(0.5) ? 3 : 20;
   snprintf(current, sizeof current, "case %d: float%d B=%lld K=%d reduction=%d scores=%d stats=%d layout=%d sm_%d",
            number, int(sizeof(S)) * 8, (long long)s.batch, s.count, int(s.reduction), s.scores, s.stats, int(s.layout),
            emu::machine.architecture);
@@ -298,7 +299,7 @@ template <class S> void check(const Setting& s) {
   const int launches = bytes ? 2 : 1, launched = emu::machine.launches;
   expect(error == cudaSuccess && launched == launches, "forward launches", 0, launched, launches);
   const bool plain = s.reduction == Reduction::none && !s.stats;
-  const int64_t one_launch = emu::machine.architecture >= 90 ? 65536 : 8192;
+  const int64_t one_launch = emu::machine.architecture >= 90 ? 16384 : 2048;
   expect((bytes == 0) == (plain || s.batch <= one_launch), "workspace", 0, double(bytes), 0);
   workspace.check_guards("workspace");
   check_forward(p, cpu, gpu);
@@ -320,7 +321,7 @@ int main() {
   }
   check_modes<float>(300, 64);
   check_modes<double>(1100, 64);
-  for (const int64_t batch : {9001, 65536, 65541}) {
+  for (const int64_t batch : {9001, 16384, 16385, 65541}) {
     check<float>({batch, 3, Reduction::mean, false, true, Layout::columns});
     check<float>({batch, 2, Reduction::min, true, true, Layout::mixed});
     check<double>({batch, 3, Reduction::none, false, false, Layout::matrix});
