@@ -31,8 +31,8 @@ COMPANIONS = {
     "covariance_penalty": [],
 }
 COUNTS = {
-    "min_goal": 14,
-    "goal_set": 14,
+    "min_goal": 16,
+    "goal_set": 16,
     "total_correlation": 20,
     "gaussian_kl": 20,
     "consistency_variance": 10,

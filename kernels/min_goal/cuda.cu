@@ -148,21 +148,42 @@ template <class S> cudaError_t forward(const Forward<S>& a, void* workspace, cud
                 l, int(plan.blocks));
 }
 
-template <class S> cudaError_t backward(const Backward<S>& a, cudaStream_t stream) {
-  if (a.outputs == 0) return cudaSuccess;
-  if (a.batch < 1 || a.outputs < 0 || a.outputs > max_goals) return cudaErrorInvalidValue;
+// Where there are sums: one block up to a turn of max_threads, else small blocks, which reach more multiprocessors.
+template <class S> struct BackwardPlan {
   BackwardLaunch<S> l{};
-  l.a = a;
-  l.adjacent = a.worst == nullptr && aligned(a.slope, 16) && aligned(a.winner, 4) &&
-               (a.grad_stride == 0 || (a.grad_stride == 1 && aligned(a.grad, 16)));
-  int sums = 0;
-  for (int o = 0; o < a.outputs; ++o) {
-    if (a.out[o].batch_level) l.batch_level[sums++] = uint8_t(o);
+  int threads;
+  int64_t blocks;
+  bool partials, matrix = false;
+
+  explicit BackwardPlan(const Backward<S>& a) {
+    l.a = a;
+    for (int o = 0; o < a.outputs; ++o) {
+      if (a.out[o].batch_level) l.batch_level[l.sums++] = uint8_t(o);
+      matrix |= a.out[o].goal < 0;
+    }
+    const bool whole = l.sums > 0 && a.worst == nullptr && a.batch <= max_threads * rows;
+    threads = whole ? threads_for(a.batch) : min(128, threads_for(a.batch));
+    blocks = a.worst && l.sums == a.outputs ? 1 : ceil_div(a.batch, threads * rows);
+    partials = l.sums > 0 && a.worst == nullptr && blocks > 1;
   }
-  // A block that adds up a whole batch wants many threads; otherwise small blocks reach more multiprocessors.
-  const int threads = sums ? threads_for(a.batch) : min(128, threads_for(a.batch));
-  l.tiles = sums == a.outputs ? 0 : ceil_div(a.batch, threads * rows);
-  return launch(backward_kernel<S>, l.tiles + sums, threads, sizeof(BackwardShared<S>), false, stream, l);
+  size_t bytes() const { return partials ? l.sums * blocks * sizeof(double) : 0; }
+};
+
+template <class S> bool valid(const Backward<S>& a) { return a.batch >= 1 && a.outputs >= 0 && a.outputs <= max_goals; }
+
+template <class S> cudaError_t backward(const Backward<S>& a, void* workspace, cudaStream_t stream) {
+  if (!valid(a)) return cudaErrorInvalidValue;
+  if (a.outputs == 0) return cudaSuccess;
+  BackwardPlan<S> plan(a);
+  if (plan.partials && workspace == nullptr) return cudaErrorInvalidValue;
+  plan.l.partials = plan.partials ? static_cast<double*>(workspace) : nullptr;
+  plan.l.adjacent = a.worst == nullptr && aligned(a.slope, 16) && aligned(a.winner, 4) &&
+                    (a.grad_stride == 0 || (a.grad_stride == 1 && aligned(a.grad, 16)));
+  const size_t shared = BackwardShared<S>::bytes(plan.threads, plan.l.sums, plan.matrix);
+  const cudaError_t first = launch(backward_kernel<S>, plan.blocks, plan.threads, shared, false, stream, plan.l);
+  if (first != cudaSuccess || !plan.partials) return first;
+  return launch(sum_kernel<S>, plan.l.sums, sum_threads, sum_threads / 32 * sizeof(double), false, stream, plan.l,
+                plan.blocks);
 }
 
 }  // namespace
@@ -181,16 +202,22 @@ template <class S> cudaError_t cuda_forward(const Forward<S>& a, void* workspace
   return cuda::forward(a, workspace, stream);
 }
 
-template <class S> cudaError_t cuda_backward(const Backward<S>& a, cudaStream_t stream) {
-  return cuda::backward(a, stream);
+template <class S> size_t cuda_backward_workspace(const Backward<S>& a) {
+  return cuda::valid(a) ? cuda::BackwardPlan<S>(a).bytes() : 0;
+}
+
+template <class S> cudaError_t cuda_backward(const Backward<S>& a, void* workspace, cudaStream_t stream) {
+  return cuda::backward(a, workspace, stream);
 }
 
 template size_t cuda_forward_workspace<float>(const Forward<float>&);
 template size_t cuda_forward_workspace<double>(const Forward<double>&);
 template cudaError_t cuda_forward<float>(const Forward<float>&, void*, cudaStream_t);
 template cudaError_t cuda_forward<double>(const Forward<double>&, void*, cudaStream_t);
-template cudaError_t cuda_backward<float>(const Backward<float>&, cudaStream_t);
-template cudaError_t cuda_backward<double>(const Backward<double>&, cudaStream_t);
+template size_t cuda_backward_workspace<float>(const Backward<float>&);
+template size_t cuda_backward_workspace<double>(const Backward<double>&);
+template cudaError_t cuda_backward<float>(const Backward<float>&, void*, cudaStream_t);
+template cudaError_t cuda_backward<double>(const Backward<double>&, void*, cudaStream_t);
 
 }  // namespace min_goal
 }  // namespace bomkern

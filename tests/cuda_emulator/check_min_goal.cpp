@@ -264,10 +264,18 @@ template <class S> void check_backward(const Problem<S>& p, const Output<S>& for
   } else {
     baseline::kernels.backward_f64(a, 0, s.batch, sums);
   }
-  emu::machine.launches = 0;
-  const cudaError_t error = cuda_backward(on_gpu, nullptr);
-  const int launched = emu::machine.launches;
-  expect(error == cudaSuccess && launched == (a.outputs > 0), "backward launches", 0, launched, 1);
+  const int sum_outputs = int(std::count_if(a.out, a.out + a.outputs, [](const Gradient& g) { return g.batch_level; }));
+  const int launches = (a.outputs > 0) + (sum_outputs > 0 && !global && s.batch > 2048);
+  const auto run = [&] {
+    Buffer<unsigned char> workspace(cuda_backward_workspace(on_gpu));
+    emu::machine.launches = 0;
+    const cudaError_t error = cuda_backward(on_gpu, workspace.n ? workspace.data : nullptr, nullptr);
+    const int launched = emu::machine.launches;
+    expect(error == cudaSuccess && launched == launches, "backward launches", 0, launched, launches);
+    expect((workspace.n > 0) == (launches == 2), "backward workspace", 0, double(workspace.n), launches);
+    workspace.check_guards("backward workspace");
+  };
+  run();
   for (int o = 0; o < a.outputs; ++o) {
     const DType dtype = a.out[o].dtype;
     if (a.out[o].batch_level) put(cpu[o].data, dtype, sums[o]);
@@ -279,6 +287,14 @@ template <class S> void check_backward(const Problem<S>& p, const Output<S>& for
     }
     gpu[o].check_guards("gradient");
   }
+  // The same bits on a device of another size, in another order of turns.
+  std::vector<std::vector<unsigned char>> first;
+  for (const auto& out : gpu) first.emplace_back(out.data, out.data + out.n), memset(out.data, 0xff, out.n);
+  emu::machine.order = emu::Order((int(emu::machine.order) + 1) % 3);
+  emu::machine.multiprocessors = 23 - emu::machine.multiprocessors;
+  run();
+  for (int o = 0; o < a.outputs; ++o)
+    expect(memcmp(first[o].data(), gpu[o].data, gpu[o].n) == 0, "bits of a second gradient", o, 1, 0);
 }
 
 template <class S> void check(const Setting& s) {
