@@ -1,6 +1,7 @@
 // Runs min_goal's CUDA kernels under the emulator against the CPU implementation, over random inputs and every mode.
 #include "emulator.h"
 
+#include "../../kernels/common/cuda_math.h"
 #include "../../kernels/min_goal/cuda.h"
 
 namespace bomkern {
@@ -322,6 +323,22 @@ template <class S> void check(const Setting& s) {
   check_backward(p, cpu);
 }
 
+// Every 1013th float from -1 on, and what is beside them.
+void check_log1p() {
+  snprintf(current, sizeof current, "log1p");
+  const auto one = [](uint32_t word) {
+    float y;
+    memcpy(&y, &word, sizeof y);
+    const float got = bomkern::cuda::log1p_of(y), want = float(log1p(double(y)));
+    const bool good = want == want && !std::isinf(want) ? fabs(got - log1p(double(y))) <= nextafterf(fabsf(want), INFINITY) - fabsf(want)
+                                                       : memcmp(&got, &want, sizeof got) == 0 || (got != got && want != want);
+    expect(good, "log1p", word, got, want);
+  };
+  for (uint32_t word = 0; word < 0x7f800000u; word += 1013) one(word);
+  for (uint32_t word = 0x80000000u; word < 0xbf800000u; word += 1013) one(word);
+  for (const uint32_t word : {0x7f800000u, 0x7fc00000u, 0xffc00000u, 0xbf800000u, 0xbf7fffffu, 0x7f7fffffu, 1u, 0x80000001u}) one(word);
+}
+
 template <class S> void check_modes(int64_t batch, int count) {
   for (int mode = 0; mode < 16; ++mode) {
     check<S>({batch, count, Reduction(mode % 4), mode / 4 % 2 == 1, mode / 8 == 1, Layout(below(4))});
@@ -331,6 +348,7 @@ template <class S> void check_modes(int64_t batch, int count) {
 }  // namespace
 
 int main() {
+  check_log1p();
   for (const int batch : {1, 2, 31, 64, 127, 129, 512, 1000, 1025, 2047, 4099}) {
     check_modes<float>(batch, 1 + below(12));
     check_modes<double>(batch, 1 + below(12));
