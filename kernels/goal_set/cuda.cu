@@ -1,6 +1,7 @@
 // goal_set on the GPU: which kernel, how many blocks, how shared memory and the workspace are laid out.
 #include "cuda.h"
 
+#include "../common/cuda_tune.h"
 #include "cuda_backward.h"
 #include "cuda_forward.h"
 #include "cuda_keep.h"
@@ -11,8 +12,8 @@ namespace cuda {
 namespace {
 
 // Up to `one_block` samples, a grid that waits for itself would cost more than it saves.
-constexpr int64_t one_block = 1024;
-constexpr int least_grid_threads = 64, most_grid_threads = 128;
+int64_t one_block = 1024;
+int64_t least_grid_threads = 64, most_grid_threads = 128;
 constexpr size_t shared_limit = 49152;  // what any block may have unasked
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -164,3 +165,12 @@ template cudaError_t cuda_run(const Keep<double, double>&, cudaStream_t);
 
 }  // namespace goal_set
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT int64_t bomkern_tune_goal_set(const char* name, int64_t value) {
+  using namespace bomkern::goal_set::cuda;
+  return bomkern::cuda::tune({{"one_block", &one_block},
+                              {"least_grid_threads", &least_grid_threads},
+                              {"most_grid_threads", &most_grid_threads}},
+                             name, value);
+}

@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "../common/cuda_tune.h"
 #include "cuda_backward.h"
 
 namespace bomkern {
@@ -13,8 +14,9 @@ namespace {
 // or of a block where there are no clusters, a second launch would, by count: a turn of 16 warps issues some 6,000
 // instructions a scheduler, 3 to 4 us. A grid's warps, almost alone, take half of that, and the launch some 2.5 us.
 // Eight blocks is the largest cluster that every GPU grants.
-constexpr int64_t one_block = 1024, one_block_without_clusters = 2048, one_cluster = 16384;
-constexpr int cluster_blocks = 8, least_grid_threads = 64, most_grid_threads = 256;
+int64_t one_block = 1024, one_block_without_clusters = 2048, one_cluster = 16384;
+int64_t least_grid_threads = 64, most_grid_threads = 256;
+constexpr int cluster_blocks = 8;
 
 struct Device {
   int code;  // the architecture this file's code was compiled for, as in __CUDA_ARCH__ / 10
@@ -56,7 +58,7 @@ int threads_for(int64_t samples) {
 
 // Of a grid's blocks: small ones, so that every multiprocessor has some, until there are four for each.
 int grid_threads_for(int64_t batch, int multiprocessors) {
-  int threads = least_grid_threads;
+  int threads = int(least_grid_threads);
   while (threads < most_grid_threads && ceil_div(batch, threads * rows) > int64_t(multiprocessors) * 4) threads *= 2;
   return threads;
 }
@@ -71,7 +73,7 @@ template <class S> Plan plan_of(const Device& device, int64_t batch, Reduction r
     return {cluster_blocks, threads_for(ceil_div(batch, cluster_blocks)), true, false};
   }
   const int threads = grid_threads_for(batch, device.multiprocessors);
-  const int together = (sizeof(S) == 4 ? 3 : 2) * most_grid_threads / threads;  // what a multiprocessor has registers for
+  const int together = (sizeof(S) == 4 ? 768 : 512) / threads;  // blocks that a multiprocessor has registers for
   return {min(ceil_div(batch, threads * rows), int64_t(device.multiprocessors) * together), threads, false, true};
 }
 
@@ -221,3 +223,14 @@ template cudaError_t cuda_backward<double>(const Backward<double>&, void*, cudaS
 
 }  // namespace min_goal
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT int64_t bomkern_tune_min_goal(const char* name, int64_t value) {
+  using namespace bomkern::cuda;
+  return tune({{"one_block", &one_block},
+               {"one_block_without_clusters", &one_block_without_clusters},
+               {"one_cluster", &one_cluster},
+               {"least_grid_threads", &least_grid_threads},
+               {"most_grid_threads", &most_grid_threads}},
+              name, value);
+}

@@ -3,6 +3,8 @@
 
 #include "../../kernels/goal_set/cuda.h"
 
+extern "C" int64_t bomkern_tune_goal_set(const char* name, int64_t value);
+
 using namespace bomkern;
 using namespace bomkern::goal_set;
 using namespace checking;
@@ -359,6 +361,9 @@ int main() {
     check<double>({batch, 3, Reduction::none, 0.3, Lay::matrix});
     check<float>({batch, 2, Reduction::sum, 0, Lay::columns, false, false, true});
   }
+  // Thresholds that a bench sets: grids of batches that are else one block's.
+  expect(bomkern_tune_goal_set("one_block", 300) == 1024, "one_block", 0, 0, 1024);
+  check_modes<float>(700, 5);
   check_keeps<float, float>(), check_keeps<float, double>(), check_keeps<double, float>(), check_keeps<double, double>();
   return done("goal_set");
 }

@@ -12,6 +12,8 @@ extern const CpuKernels kernels;
 }  // namespace min_goal
 }  // namespace bomkern
 
+extern "C" int64_t bomkern_tune_min_goal(const char* name, int64_t value);
+
 using namespace bomkern;
 using namespace bomkern::min_goal;
 
@@ -316,7 +318,8 @@ template <class S> void check(const Setting& s) {
   const int launches = bytes ? 2 : 1, launched = emu::machine.launches;
   expect(error == cudaSuccess && launched == launches, "forward launches", 0, launched, launches);
   const bool plain = s.reduction == Reduction::none && !s.stats;
-  const int64_t one_launch = emu::machine.architecture >= 90 ? 16384 : 2048;
+  const char* const threshold = emu::machine.architecture >= 90 ? "one_cluster" : "one_block_without_clusters";
+  const int64_t one_launch = bomkern_tune_min_goal(threshold, 0);
   expect((bytes == 0) == (plain || s.batch <= one_launch), "workspace", 0, double(bytes), 0);
   workspace.check_guards("workspace");
   check_forward(p, cpu, gpu);
@@ -361,6 +364,11 @@ int main() {
     check<double>({batch, 3, Reduction::none, false, false, Layout::matrix});
     check<float>({batch, 2, Reduction::sum, true, false, Layout::columns});
   }
+  // Thresholds that a bench sets: grids of batches that are else one cluster's.
+  expect(bomkern_tune_min_goal("one_cluster", 1100) == 16384, "one_cluster", 0, 0, 16384);
+  expect(bomkern_tune_min_goal("most_grid_threads", 128) == 256, "most_grid_threads", 0, 0, 256);
+  expect(bomkern_tune_min_goal("no such", 1) == -1, "no such threshold", 0, 0, -1);
+  check_modes<float>(3000, 5);
   if (failures) return fprintf(stderr, "%d failures\n", failures), 1;
   return puts("min_goal: the emulated CUDA kernels agree with the CPU implementation"), 0;
 }
