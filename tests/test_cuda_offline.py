@@ -223,7 +223,7 @@ def test_sass_count_compares_two_commits() -> None:
     before = {"op old<float>": kernel(30, "42/42"), "op same<float>": kernel(30, ""), "op k<float>": kernel(40, "5/5")}
     after = {"op k<float>": kernel(32, "42/21"), "op same<float>": kernel(30, "")}
     page = sass_count.page(before, after, "python tools/sass_count.py", "sm_90")
-    assert "| `op k<float>` | 40 to 32 | 100 to 100 | 42 to 42 | 5/5 | 42/21 |" in page
-    assert "| `op old<float>` | 30 to none | 100 to none | 42 to none | 42/42 | none |" in page
+    assert "| `op k<float>` | 40 to 32 | 100 to 100 | 42 to 42 | `5/5` | `42/21` |" in page
+    assert "| `op old<float>` | 30 to none | 100 to none | 42 to none | `42/42` | none |" in page
     assert "op same" not in page
     assert "1 other kernels are as they were. Kernels that spill: none." in page

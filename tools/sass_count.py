@@ -329,7 +329,8 @@ def page(before: dict[str, Kernel], after: dict[str, Kernel], command: str, arch
             " to ".join("none" if k is None else str(value(k)) for k in pair)
             for value in (lambda k: k.registers, lambda k: k.instructions, lambda k: k.looped.total())
         ]
-        lines.append("| " + " | ".join([f"`{name}`", *cells, *("none" if k is None else k.loops for k in pair)]) + " |")
+        nests = ["none" if k is None else f"`{k.loops}`" if k.loops else "" for k in pair]
+        lines.append(f"| `{name}` | {' | '.join([*cells, *nests])} |")
     spilled = [n for n, k in after.items() if k.stack]
     same = len(after.keys() & before.keys()) - sum(n in before and n in after for n in names)
     lines += ["", f"{same} other kernels are as they were. Kernels that spill: {', '.join(spilled) or 'none'}.", ""]
