@@ -77,18 +77,23 @@ template <class S, bool Cuda> struct Call {
 };
 
 #ifdef BOMKERN_CUDA
+Tensor workspace_of(size_t bytes, const Tensor& like) {
+  return bytes ? at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte)) : Tensor();
+}
+
 template <class S> void run_cuda(const Forward<S>& a, const Tensor& like) {
   const c10::cuda::CUDAGuard guard(like.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const auto bytes = static_cast<int64_t>(cuda_forward_workspace(a));
-  const Tensor workspace = bytes ? at::empty({bytes}, like.options().dtype(at::kByte)) : Tensor();
-  const auto error = cuda_forward(a, bytes ? workspace.mutable_data_ptr() : nullptr, stream.stream());
+  const Tensor workspace = workspace_of(cuda_forward_workspace(a), like);
+  const auto error = cuda_forward(a, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream.stream());
   TORCH_CHECK(error == cudaSuccess, "min_goal: the CUDA launch failed: ", cudaGetErrorString(error));
 }
 
 template <class S> void run_cuda(const Backward<S>& a, const Tensor& like) {
   const c10::cuda::CUDAGuard guard(like.device());
-  const auto error = cuda_backward(a, c10::cuda::getCurrentCUDAStream().stream());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor workspace = workspace_of(cuda_backward_workspace(a), like);
+  const auto error = cuda_backward(a, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream.stream());
   TORCH_CHECK(error == cudaSuccess, "min_goal_backward: the CUDA launch failed: ", cudaGetErrorString(error));
 }
 #endif

@@ -23,6 +23,44 @@ BOMKERN_HD float exp_of(float x) { return expf(x); }
 BOMKERN_HD double log_of(double x) { return log(x); }
 BOMKERN_HD double exp_of(double x) { return exp(x); }
 
+// What score.h says in a longer way, for one float. No branch for rare operands, so that a thread's samples, and lanes
+// that differ, go through the same instructions.
+
+// log(1 + y) for y >= -1, 1 ulp. With 3/4 <= (1 + y) / 2^e < 3/2 it is e log 2 + log(1 + m), m = (1 + y) / 2^e - 1, where
+// y / 2^e and 1 / 2^e - 1 are exact, so that a small y keeps its digits.
+BOMKERN_HD float log1p_of(float y) {
+  const uint32_t octave = (__float_as_uint(y + 1.0f) - 0x3f400000u) & 0xff800000u;  // e, where the exponent stands
+  const float rest = fmaf(0.25f, __uint_as_float(0x40800000u - octave), -1.0f);
+  const float m = __uint_as_float(__float_as_uint(y) - octave) + rest;
+  float p = -0x1.6c1ba6p-5f;  // the minimax polynomial of (log(1 + m) - m) / m^2
+  p = fmaf(p, m, 0x1.aa0f50p-4f);
+  p = fmaf(p, m, -0x1.0d6840p-3f);
+  p = fmaf(p, m, 0x1.28ad52p-3f);
+  p = fmaf(p, m, -0x1.54f68cp-3f);
+  p = fmaf(p, m, 0x1.9967bap-3f);
+  p = fmaf(p, m, -0x1.000026p-2f);
+  p = fmaf(p, m, 0x1.5555a8p-2f);
+  p = fmaf(p, m, -0.5f);
+  const float e = float(int32_t(octave)) * 0x1p-23f, log = fmaf(e, 0x1.62e430p-1f, fmaf(p * m, m, m));
+  return (y > -1) & (y < __builtin_inff()) ? log : y * __builtin_inff();
+}
+BOMKERN_HD float log1p_of_square(float size) {
+  const bool far = size > 1e8f;
+  const float d = log1p_of(far ? size : size * size);
+  return far ? d * 2 : d;
+}
+// 2 ulp; a divisor below 2^-126 counts as 0, one above 2^126 as infinite.
+BOMKERN_HD float quotient_of(float a, float b) {
+#if defined(__CUDACC__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+#else
+  return a / b;
+#endif
+}
+BOMKERN_HD bool worse(float d, float than) { return !(d <= than) & (than == than); }
+
 // 2^x by the hardware, 2 ulp; what is below 2^-126 becomes 0.
 BOMKERN_HD float ex2(float x) {
 #if defined(__CUDACC__)

@@ -1,6 +1,7 @@
 // goal_set on the GPU: which kernel, how many blocks, how shared memory and the workspace are laid out.
 #include "cuda.h"
 
+#include "../common/cuda_tune.h"
 #include "cuda_backward.h"
 #include "cuda_forward.h"
 #include "cuda_keep.h"
@@ -11,8 +12,8 @@ namespace cuda {
 namespace {
 
 // Up to `one_block` samples, a grid that waits for itself would cost more than it saves.
-constexpr int64_t one_block = 1024;
-constexpr int grid_threads = 128;
+int64_t one_block = 1024;
+int64_t least_grid_threads = 64, most_grid_threads = 128;
 constexpr size_t shared_limit = 49152;  // what any block may have unasked
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -38,7 +39,7 @@ template <class S> bool valid(const Forward<S>& a) {
 template <class S> struct ForwardPlan {
   ForwardLaunch<S> l{};
   int64_t blocks = 1;
-  int threads = grid_threads;
+  int threads;
   size_t shared, bytes = 0;
 
   ForwardPlan(const Forward<S>& a, void* base) {
@@ -50,8 +51,10 @@ template <class S> struct ForwardPlan {
       threads = int(ceil_div(batch, warp_rows)) * 32;
     } else {
       static std::atomic<int> known[16];
-      blocks = least(ceil_div(batch, grid_threads * rows),
-                     resident_blocks(forward_kernel<S>, grid_threads, shared_limit, known));
+      const int64_t resident = resident_blocks(forward_kernel<S>, most_grid_threads, shared_limit, known);
+      // Small blocks reach more multiprocessors, until they would be half of all that can be resident.
+      threads = ceil_div(batch, least_grid_threads * rows) * 2 <= resident ? least_grid_threads : most_grid_threads;
+      blocks = least(ceil_div(batch, threads * rows), resident);
       Memory memory(base);
       l.parts.total = memory.take<Total>(blocks);
       l.parts.sums = memory.take<double>(blocks * RecordAt(goals, columns).highest);
@@ -73,9 +76,22 @@ template <class S> cudaError_t run(const Forward<S>& a, void* base, cudaStream_t
   return start(forward_kernel<S>, plan.blocks, plan.threads, plan.shared, plan.blocks > 1, stream, plan.l);
 }
 
-template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
+template <class S> bool valid(const Backward<S>& a) {
+  return a.batch >= 1 && a.outputs >= 0 && a.outputs <= max_goals && a.columns <= max_goals;
+}
+
+// Partial sums of goals without a batch dimension.
+template <class S> size_t workspace(const Backward<S>& a) {
+  const int64_t parts = ceil_div(a.batch, sum_chunk);
+  if (!valid(a) || parts == 1) return 0;
+  int sums = 0;
+  for (int o = 0; o < a.outputs; ++o) sums += a.out[o].batch_level;
+  return sums * parts * sizeof(double);
+}
+
+template <class S> cudaError_t run(const Backward<S>& a, void* base, cudaStream_t stream) {
+  if (!valid(a)) return cudaErrorInvalidValue;
   if (a.outputs == 0) return cudaSuccess;
-  if (a.batch < 1 || a.outputs < 0 || a.outputs > max_goals || a.columns > max_goals) return cudaErrorInvalidValue;
   if (a.out[0].column < 0) {
     if (a.outputs > 1) return cudaErrorInvalidValue;
     const int width = width_of<S>(1, a.batch * a.columns, {contiguous(a.out[0].data, a.out[0].dtype, 1),
@@ -86,7 +102,12 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
                    stream, a);
     });
   }
-  BackwardLaunch<S> l{a, 0, 0, {}};
+  const bool partials = workspace(a) > 0;
+  if (partials && base == nullptr) return cudaErrorInvalidValue;
+  BackwardLaunch<S> l{};
+  l.a = a;
+  l.partials = partials ? static_cast<double*>(base) : nullptr;
+  l.sum_blocks = ceil_div(a.batch, sum_chunk);
   Matrix matrices[max_goals + 1] = {contiguous(const_cast<S*>(a.weight), dtype_of_number<S>, a.batch)};
   int sums = 0;
   for (int o = 0; o < a.outputs; ++o) {
@@ -98,12 +119,15 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
     }
   }
   const int width = width_of<S>(1, a.batch, matrices, size_t(l.dense + 1));
-  return with_width<S, false>(width, [&](auto w) {
+  const size_t shared = backward_threads / 32 * sizeof(double);
+  const cudaError_t first = with_width<S, false>(width, [&](auto w) {
     constexpr int W = decltype(w)::value;
     l.blocks_each = ceil_div(a.batch, backward_threads * W);
-    return start(backward_kernel<S, W>, l.dense * l.blocks_each + sums, backward_threads,
-                 backward_threads / 32 * sizeof(double), false, stream, l);
+    const int64_t blocks = l.dense * l.blocks_each + sums * l.sum_blocks;
+    return start(backward_kernel<S, W>, blocks, backward_threads, shared, false, stream, l);
   });
+  if (first != cudaSuccess || !partials) return first;
+  return start(sum_kernel<S>, sums, backward_threads, shared, false, stream, l);
 }
 
 template <class S, class T> cudaError_t run(const Keep<S, T>& a, cudaStream_t stream) {
@@ -115,12 +139,14 @@ template <class S, class T> cudaError_t run(const Keep<S, T>& a, cudaStream_t st
 }  // namespace cuda
 
 template <class S> size_t cuda_workspace(const Forward<S>& a) { return cuda::workspace(a); }
-template <class S> size_t cuda_workspace(const Backward<S>&) { return 0; }
+template <class S> size_t cuda_workspace(const Backward<S>& a) { return cuda::workspace(a); }
 
 template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream) {
   return cuda::run(a, workspace, stream);
 }
-template <class S> cudaError_t cuda_run(const Backward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
+template <class S> cudaError_t cuda_run(const Backward<S>& a, void* workspace, cudaStream_t stream) {
+  return cuda::run(a, workspace, stream);
+}
 
 template <class S, class T> cudaError_t cuda_run(const Keep<S, T>& a, cudaStream_t stream) { return cuda::run(a, stream); }
 
@@ -139,3 +165,12 @@ template cudaError_t cuda_run(const Keep<double, double>&, cudaStream_t);
 
 }  // namespace goal_set
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT int64_t bomkern_tune_goal_set(const char* name, int64_t value) {
+  using namespace bomkern::goal_set::cuda;
+  return bomkern::cuda::tune({{"one_block", &one_block},
+                              {"least_grid_threads", &least_grid_threads},
+                              {"most_grid_threads", &most_grid_threads}},
+                             name, value);
+}

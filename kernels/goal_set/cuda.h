@@ -13,13 +13,13 @@
 namespace bomkern {
 namespace goal_set {
 
-// Bytes needed at `workspace`, aligned to 16, on the current device; 0 where one block has all samples.
+// Bytes needed at `workspace`, aligned to 16, on the current device; 0 where one block has all samples, or all of a sum.
 template <class S> size_t cuda_workspace(const Forward<S>& a);
 template <class S> size_t cuda_workspace(const Backward<S>& a);
 
 // One launch.
 template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream);
-// One launch, or none where there are no outputs.
+// One launch, two where cuda_workspace() is not 0, none where there are no outputs.
 template <class S> cudaError_t cuda_run(const Backward<S>& a, void* workspace, cudaStream_t stream);
 
 // One launch.

@@ -3,15 +3,19 @@
 
 #include <atomic>
 
+#include "../common/cuda_tune.h"
 #include "cuda_backward.h"
 
 namespace bomkern {
 namespace BOMKERN_ISA {
 namespace {
 
-// Up to `one_block` samples, spreading the work would cost more than it saves; without clusters, up to where a second
-// launch is cheaper than one multiprocessor doing all. Eight blocks is the largest cluster that every GPU grants.
-constexpr int64_t one_block = 1024, one_block_without_clusters = 8192, one_cluster = 65536;
+// Up to `one_block` samples, spreading the work would cost more than it saves. Up to one turn of all threads of a cluster,
+// or of a block where there are no clusters, a second launch would, by count: a turn of 16 warps issues some 6,000
+// instructions a scheduler, 3 to 4 us. A grid's warps, almost alone, take half of that, and the launch some 2.5 us.
+// Eight blocks is the largest cluster that every GPU grants.
+int64_t one_block = 1024, one_block_without_clusters = 2048, one_cluster = 16384;
+int64_t least_grid_threads = 64, most_grid_threads = 256;
 constexpr int cluster_blocks = 8;
 
 struct Device {
@@ -52,6 +56,13 @@ int threads_for(int64_t samples) {
   return int(min(ceil_div(samples, warp_rows), int64_t(max_threads / 32))) * 32;
 }
 
+// Of a grid's blocks: small ones, so that every multiprocessor has some, until there are four for each.
+int grid_threads_for(int64_t batch, int multiprocessors) {
+  int threads = int(least_grid_threads);
+  while (threads < most_grid_threads && ceil_div(batch, threads * rows) > int64_t(multiprocessors) * 4) threads *= 2;
+  return threads;
+}
+
 template <class S> Plan plan_of(const Device& device, int64_t batch, Reduction reduction, bool stats) {
   const bool clusters = device.code >= 90;
   if (reduction == Reduction::none && !stats) {
@@ -61,8 +72,9 @@ template <class S> Plan plan_of(const Device& device, int64_t batch, Reduction r
   if (clusters && batch <= one_cluster) {
     return {cluster_blocks, threads_for(ceil_div(batch, cluster_blocks)), true, false};
   }
-  const int together = sizeof(S) == 4 ? 3 : 2;  // blocks that a multiprocessor has registers for
-  return {min(ceil_div(batch, 256 * rows), int64_t(device.multiprocessors) * together), 256, false, true};
+  const int threads = grid_threads_for(batch, device.multiprocessors);
+  const int together = (sizeof(S) == 4 ? 768 : 512) / threads;  // blocks that a multiprocessor has registers for
+  return {min(ceil_div(batch, threads * rows), int64_t(device.multiprocessors) * together), threads, false, true};
 }
 
 size_t workspace_bytes(const Plan& plan, int goals, bool stats) {
@@ -138,21 +150,42 @@ template <class S> cudaError_t forward(const Forward<S>& a, void* workspace, cud
                 l, int(plan.blocks));
 }
 
-template <class S> cudaError_t backward(const Backward<S>& a, cudaStream_t stream) {
-  if (a.outputs == 0) return cudaSuccess;
-  if (a.batch < 1 || a.outputs < 0 || a.outputs > max_goals) return cudaErrorInvalidValue;
+// Where there are sums: one block up to a turn of max_threads, else small blocks, which reach more multiprocessors.
+template <class S> struct BackwardPlan {
   BackwardLaunch<S> l{};
-  l.a = a;
-  l.adjacent = a.worst == nullptr && aligned(a.slope, 16) && aligned(a.winner, 4) &&
-               (a.grad_stride == 0 || (a.grad_stride == 1 && aligned(a.grad, 16)));
-  int sums = 0;
-  for (int o = 0; o < a.outputs; ++o) {
-    if (a.out[o].batch_level) l.batch_level[sums++] = uint8_t(o);
+  int threads;
+  int64_t blocks;
+  bool partials, matrix = false;
+
+  explicit BackwardPlan(const Backward<S>& a) {
+    l.a = a;
+    for (int o = 0; o < a.outputs; ++o) {
+      if (a.out[o].batch_level) l.batch_level[l.sums++] = uint8_t(o);
+      matrix |= a.out[o].goal < 0;
+    }
+    const bool whole = l.sums > 0 && a.worst == nullptr && a.batch <= max_threads * rows;
+    threads = whole ? threads_for(a.batch) : min(128, threads_for(a.batch));
+    blocks = a.worst && l.sums == a.outputs ? 1 : ceil_div(a.batch, threads * rows);
+    partials = l.sums > 0 && a.worst == nullptr && blocks > 1;
   }
-  // A block that adds up a whole batch wants many threads; otherwise small blocks reach more multiprocessors.
-  const int threads = sums ? threads_for(a.batch) : min(128, threads_for(a.batch));
-  l.tiles = sums == a.outputs ? 0 : ceil_div(a.batch, threads * rows);
-  return launch(backward_kernel<S>, l.tiles + sums, threads, sizeof(BackwardShared<S>), false, stream, l);
+  size_t bytes() const { return partials ? l.sums * blocks * sizeof(double) : 0; }
+};
+
+template <class S> bool valid(const Backward<S>& a) { return a.batch >= 1 && a.outputs >= 0 && a.outputs <= max_goals; }
+
+template <class S> cudaError_t backward(const Backward<S>& a, void* workspace, cudaStream_t stream) {
+  if (!valid(a)) return cudaErrorInvalidValue;
+  if (a.outputs == 0) return cudaSuccess;
+  BackwardPlan<S> plan(a);
+  if (plan.partials && workspace == nullptr) return cudaErrorInvalidValue;
+  plan.l.partials = plan.partials ? static_cast<double*>(workspace) : nullptr;
+  plan.l.adjacent = a.worst == nullptr && aligned(a.slope, 16) && aligned(a.winner, 4) &&
+                    (a.grad_stride == 0 || (a.grad_stride == 1 && aligned(a.grad, 16)));
+  const size_t shared = BackwardShared<S>::bytes(plan.threads, plan.l.sums, plan.matrix);
+  const cudaError_t first = launch(backward_kernel<S>, plan.blocks, plan.threads, shared, false, stream, plan.l);
+  if (first != cudaSuccess || !plan.partials) return first;
+  return launch(sum_kernel<S>, plan.l.sums, sum_threads, sum_threads / 32 * sizeof(double), false, stream, plan.l,
+                plan.blocks);
 }
 
 }  // namespace
@@ -171,16 +204,33 @@ template <class S> cudaError_t cuda_forward(const Forward<S>& a, void* workspace
   return cuda::forward(a, workspace, stream);
 }
 
-template <class S> cudaError_t cuda_backward(const Backward<S>& a, cudaStream_t stream) {
-  return cuda::backward(a, stream);
+template <class S> size_t cuda_backward_workspace(const Backward<S>& a) {
+  return cuda::valid(a) ? cuda::BackwardPlan<S>(a).bytes() : 0;
+}
+
+template <class S> cudaError_t cuda_backward(const Backward<S>& a, void* workspace, cudaStream_t stream) {
+  return cuda::backward(a, workspace, stream);
 }
 
 template size_t cuda_forward_workspace<float>(const Forward<float>&);
 template size_t cuda_forward_workspace<double>(const Forward<double>&);
 template cudaError_t cuda_forward<float>(const Forward<float>&, void*, cudaStream_t);
 template cudaError_t cuda_forward<double>(const Forward<double>&, void*, cudaStream_t);
-template cudaError_t cuda_backward<float>(const Backward<float>&, cudaStream_t);
-template cudaError_t cuda_backward<double>(const Backward<double>&, cudaStream_t);
+template size_t cuda_backward_workspace<float>(const Backward<float>&);
+template size_t cuda_backward_workspace<double>(const Backward<double>&);
+template cudaError_t cuda_backward<float>(const Backward<float>&, void*, cudaStream_t);
+template cudaError_t cuda_backward<double>(const Backward<double>&, void*, cudaStream_t);
 
 }  // namespace min_goal
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT int64_t bomkern_tune_min_goal(const char* name, int64_t value) {
+  using namespace bomkern::cuda;
+  return tune({{"one_block", &one_block},
+               {"one_block_without_clusters", &one_block_without_clusters},
+               {"one_cluster", &one_cluster},
+               {"least_grid_threads", &least_grid_threads},
+               {"most_grid_threads", &most_grid_threads}},
+              name, value);
+}

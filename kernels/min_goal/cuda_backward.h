@@ -1,6 +1,7 @@
 // min_goal's backward pass on the GPU: v_b = grad_b / divisor * slope_b to each sample's bottleneck, zero to the rest.
 //
-// Blocks [0, tiles) write the columns and the matrix of their samples; each block after them sums one batch-level goal.
+// A block writes the columns and the matrix of its samples. Of goals without a batch dimension it leaves partial sums,
+// which a second launch adds up in a fixed order; B alone says how many there are, so no device changes the bits.
 #pragma once
 #include "cuda_forward.h"
 
@@ -9,16 +10,27 @@ namespace BOMKERN_ISA {
 
 template <class S> struct BackwardLaunch {
   Backward<S> a;
-  int64_t tiles;
+  double* partials;                // [sums, blocks]; null where one block has all samples, or one sample all gradient
   bool adjacent;                   // winner, slope and grad can be read four at a time
-  uint8_t batch_level[max_goals];  // indices into a.out
+  int sums;                        // goals without a batch dimension
+  uint8_t batch_level[max_goals];  // their indices into a.out
 };
 
+// A block's shared memory: for a matrix its samples, for sums those of its warps. No launch has both.
 template <class S> struct BackwardShared {
-  S value[max_threads * rows];
-  uint8_t winner[max_threads * rows];
-  double sum[max_threads / 32];
+  S* value;         // [threads, rows]
+  uint8_t* winner;  // [threads, rows]
+  double* sum;      // [sums, warps]
+  BOMKERN_HD explicit BackwardShared(unsigned char* bytes)
+      : value(reinterpret_cast<S*>(bytes)),
+        winner(reinterpret_cast<uint8_t*>(value + blockDim.x * rows)),
+        sum(reinterpret_cast<double*>(bytes)) {}
+  static size_t bytes(int threads, int sums, bool matrix) {
+    return matrix ? threads * rows * (sizeof(S) + sizeof(uint8_t)) : sums * (threads / 32) * sizeof(double);
+  }
 };
+
+constexpr int sum_threads = 256;
 
 template <class To, class S> BOMKERN_HD To cast(S value, DType dtype) {
   if constexpr (sizeof(To) == 2) {
@@ -33,6 +45,9 @@ template <class T> BOMKERN_HD void load_rows(const T* from, int64_t first, T (&v
   for (int r = 0; r < rows; ++r) v[r] = pack.at[r];
 }
 
+// The gradient of the loss from above, where it is one for all samples.
+template <class S> BOMKERN_HD S grad_of(const Backward<S>& a) { return a.grad[0] / a.divisor; }
+
 // The gradients of this thread's samples and whose they are. Samples past the end are nobody's.
 template <class S>
 BOMKERN_HD void share_out(const BackwardLaunch<S>& l, const Place& p, S (&value)[rows], uint8_t (&winner)[rows]) {
@@ -40,7 +55,7 @@ BOMKERN_HD void share_out(const BackwardLaunch<S>& l, const Place& p, S (&value)
   constexpr uint8_t nobody = 255;
   if (a.worst) {
     const int64_t entry = *a.worst, sample = entry / a.goals;
-    const S v = a.grad[0] / a.divisor * a.slope[0];
+    const S v = grad_of(a) * a.slope[0];
     for (int r = 0; r < rows; ++r) {
       value[r] = v;
       winner[r] = p.row(r) == sample ? uint8_t(entry - sample * a.goals) : nobody;
@@ -54,18 +69,19 @@ BOMKERN_HD void share_out(const BackwardLaunch<S>& l, const Place& p, S (&value)
     if (a.grad_stride) {
       load_rows(a.grad, p.first, grad);
     } else {
-      for (int r = 0; r < rows; ++r) grad[r] = a.grad[0];
+      grad[0] = grad[1] = grad[2] = grad[3] = grad_of(a);
     }
   } else {
+    const S one = a.grad_stride ? S(0) : grad_of(a);
     for (int r = 0; r < rows; ++r) {
       const int64_t b = p.row(r);
       const bool inside = p.inside(r);
       winner[r] = inside ? a.winner[b] : nobody;
       slope[r] = inside ? a.slope[b] : S(0);
-      grad[r] = inside ? a.grad[b * a.grad_stride] : S(0);
+      grad[r] = inside && a.grad_stride ? a.grad[b * a.grad_stride] : one;
     }
   }
-  for (int r = 0; r < rows; ++r) value[r] = grad[r] / a.divisor * slope[r];
+  for (int r = 0; r < rows; ++r) value[r] = grad[r] * slope[r];
 }
 
 template <class To, class S>
@@ -117,34 +133,49 @@ template <class Write> BOMKERN_HD void with_storage(DType dtype, Write write) {
   }
 }
 
-// One goal without a batch dimension: its samples' gradients are added up by this block alone.
+template <class S> BOMKERN_HD void write_sum(const min_goal::Gradient& g, double sum) {
+  with_storage(g.dtype, [&](auto to) { *static_cast<decltype(to)*>(g.data) = cast<decltype(to)>(S(sum), g.dtype); });
+}
+
+// The goals without a batch dimension: what this block's samples add to each, in double.
 template <class S>
-BOMKERN_HD void sum_batch(const BackwardLaunch<S>& l, const min_goal::Gradient& g, BackwardShared<S>& s) {
-  Sum<S> sum;
-  Place p{threadIdx.x * int64_t(rows), l.a.batch, 1};
-#pragma unroll 2
-  for (; p.first < p.batch; p.first += blockDim.x * rows) {
-    S value[rows];
-    uint8_t winner[rows];
-    share_out(l, p, value, winner);
-    for (int r = 0; r < rows; ++r) sum.add(winner[r] == g.goal ? value[r] : S(0));
+BOMKERN_HD void sum_samples(const BackwardLaunch<S>& l, double* shared, const S (&value)[rows],
+                            const uint8_t (&winner)[rows]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int i = 0; i < l.sums; ++i) {
+    const int goal = l.a.out[l.batch_level[i]].goal;
+    double v[rows];
+    for (int r = 0; r < rows; ++r) v[r] = winner[r] == goal ? value[r] : S(0);
+    const double sum = warp_sum((v[0] + v[1]) + (v[2] + v[3]));
+    if (lane == 0) shared[i * warps + warp] = sum;
   }
-  const double part = warp_sum(sum.value());
-  if (threadIdx.x % 32 == 0) s.sum[threadIdx.x / 32] = part;
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  double total = 0;
-  for (int i = 0; i < int(blockDim.x / 32); ++i) total += s.sum[i];
-  with_storage(g.dtype, [&](auto to) { *static_cast<decltype(to)*>(g.data) = cast<decltype(to)>(S(total), g.dtype); });
+  for (int i = threadIdx.x; i < l.sums; i += blockDim.x) {
+    double sum = 0;
+    for (int w = 0; w < warps; ++w) sum += shared[i * warps + w];
+    if (l.partials) {
+      l.partials[int64_t(i) * gridDim.x + blockIdx.x] = sum;
+    } else {
+      write_sum<S>(l.a.out[l.batch_level[i]], sum);
+    }
+  }
+}
+
+// The same where one sample is the loss.
+template <class S> BOMKERN_HD void sum_one_sample(const BackwardLaunch<S>& l) {
+  const int goal = int(*l.a.worst % l.a.goals);
+  const S value = grad_of(l.a) * l.a.slope[0];
+  for (int i = threadIdx.x; i < l.sums; i += blockDim.x) {
+    const min_goal::Gradient& g = l.a.out[l.batch_level[i]];
+    write_sum<S>(g, g.goal == goal ? value : S(0));
+  }
 }
 
 template <class S>
 __global__ void __launch_bounds__(max_threads) backward_kernel(const __grid_constant__ BackwardLaunch<S> l) {
   const Backward<S>& a = l.a;
   BOMKERN_SHARED_BYTES(bytes);
-  BackwardShared<S>& s = *reinterpret_cast<BackwardShared<S>*>(bytes);
-  if (blockIdx.x >= l.tiles) return sum_batch(l, a.out[l.batch_level[blockIdx.x - l.tiles]], s);
-
+  const BackwardShared<S> s(bytes);
   const int64_t begin = int64_t(blockIdx.x) * blockDim.x * rows;
   const Place p{begin + threadIdx.x * rows, a.batch, 1};
   S value[rows];
@@ -166,6 +197,29 @@ __global__ void __launch_bounds__(max_threads) backward_kernel(const __grid_cons
     with_storage(g.dtype, [&](auto to) { write_matrix<decltype(to)>(g, s, begin, n, a.goals); });
     __syncthreads();  // the next matrix writes the same rows, but into memory still being read
   }
+  if (l.sums == 0) return;
+  if (a.worst == nullptr) {
+    sum_samples(l, s.sum, value, winner);
+  } else if (blockIdx.x == 0) {
+    sum_one_sample(l);
+  }
+}
+
+// A block to each goal without a batch dimension, after a grid whose partial sums lie in the workspace.
+template <class S>
+__global__ void __launch_bounds__(sum_threads) sum_kernel(const __grid_constant__ BackwardLaunch<S> l, int64_t blocks) {
+  BOMKERN_SHARED_BYTES(bytes);
+  double* const shared = reinterpret_cast<double*>(bytes);  // [warps]
+  const double* const partials = l.partials + blockIdx.x * blocks;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t b = threadIdx.x; b < blocks; b += sum_threads) sum += partials[b];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int w = 1; w < sum_threads / 32; ++w) sum += shared[w];
+  write_sum<S>(l.a.out[l.batch_level[blockIdx.x]], sum);
 }
 
 }  // namespace BOMKERN_ISA

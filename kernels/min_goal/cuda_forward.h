@@ -56,7 +56,11 @@ BOMKERN_HD Seen<S> see(const ForwardLaunch<S>& l, Shared<S>& s, double* level, u
     }
     settle<Scores>(s, w);
     write_rows<Stats>(a, w, p, adjacent && p.inside(rows - 1));
-    seen.take(w, p, count);
+    if (a.reduction == Reduction::min) {
+      seen.take_worst(w, p, count);
+    } else {
+      seen.take(w, p);
+    }
     if constexpr (Stats) {
 #pragma unroll
       for (int r = 0; r < rows; ++r) {

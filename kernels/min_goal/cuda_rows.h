@@ -126,12 +126,17 @@ BOMKERN_HD void fetch(const Goals& g, int begin, int end, const Place& p, Access
   const int plane = blockDim.x * 16;  // 8-byte values take two planes of 16 bytes a thread
   if (p.first >= p.batch) return;
   if (access == Access::halves) return fetch_halves(g, begin, end, p, goal_bytes, slot);
+  const bool whole = access == Access::adjacent && p.inside(rows - 1);
 #pragma unroll 1
   for (int k = begin; k < end; ++k, slot += goal_bytes) {
     const char* const data = static_cast<const char*>(g.data[k]);
     const int64_t stride = g.stride[k];
+    if (whole && stride == 1 && g.dtype[k] == DType::f32) {  // nearly always: the shortest way first
+      __pipeline_memcpy_async(slot, data + p.first * 4, 16);
+      continue;
+    }
     const int size = g.dtype[k] == DType::f64 ? 8 : g.dtype[k] == DType::f32 ? 4 : 2;
-    if (access == Access::adjacent && stride == 1 && p.inside(rows - 1)) {
+    if (whole && stride == 1) {
       const char* const from = data + p.first * size;
       if (size == 2) {
         __pipeline_memcpy_async(slot, from, 8);
@@ -194,6 +199,15 @@ template <int curve, bool Scores, class S> BOMKERN_HD void meet(int k, const Ram
   }
 }
 
+// The slope of entry_of(), for lanes whose curves differ: all go through the same instructions.
+template <class S> BOMKERN_HD S slope_of(int curve, S x, const Ramp<S>& ramp) {
+  const Entry<S> at = ramp_at<S, S>(x, ramp);
+  const S r = at.deficit, inverse = quotient_of(S(1), r);
+  const S over = curve == HARD ? at.slope * 2 : at.slope;
+  const S barrier = r <= 1 - ramp.tail ? 1 - r : ramp.tail;
+  return quotient_of(over, curve == HARD ? r + inverse : curve == BARRIER ? barrier : S(1));
+}
+
 // Turns the deficits into losses and the raw values into slopes.
 template <bool Scores, class S> BOMKERN_HD void settle(const Shared<S>& s, Worst<S>& w) {
 #pragma unroll
@@ -205,7 +219,7 @@ template <bool Scores, class S> BOMKERN_HD void settle(const Shared<S>& s, Worst
       slope = 1 / d;  // the key is -score
       w.deficit[r] = finite ? -log_of(-d) : d;
     } else {
-      slope = entry_of<S, S>(s.curve[w.goal[r]], w.x[r], s.ramp[w.goal[r]]).slope;
+      slope = slope_of(s.curve[w.goal[r]], w.x[r], s.ramp[w.goal[r]]);
     }
     w.x[r] = finite ? slope : S(0);
   }
@@ -238,18 +252,25 @@ BOMKERN_HD void write_rows(const Forward<S>& a, const Worst<S>& w, const Place& 
   }
 }
 
-// What one thread saw of the samples it took.
+// What one thread saw of the samples it took: their sum, or for `min` the worst of them.
 template <class S> struct Seen {
   Sum<S> loss;
   S worst_loss = -S(__builtin_inff()), worst_slope = 0;
   long long worst = INT64_MAX;
   bool finite = true;
 
-  BOMKERN_HD void take(const Worst<S>& w, const Place& p, int count) {
+  BOMKERN_HD void take(const Worst<S>& w, const Place& p) {
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       if (!p.inside(r)) break;
       loss.add(w.deficit[r]);
+      finite = finite && finite_of(w.deficit[r]);
+    }
+  }
+  BOMKERN_HD void take_worst(const Worst<S>& w, const Place& p, int count) {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      if (!p.inside(r)) break;
       finite = finite && finite_of(w.deficit[r]);
       if (worse(w.deficit[r], worst_loss)) {
         worst_loss = w.deficit[r];

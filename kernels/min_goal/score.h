@@ -26,25 +26,43 @@ template <class V> BOMKERN_HD V log1p_of(V y) {
   return log_of(u) + (y - (u - 1)) / u;
 }
 
+// log(1 + size^2) for size >= 0. Far out size^2 may overflow, and 1 + size^2 is size^2.
+template <class V> BOMKERN_HD V log1p_of_square(V size) {
+  const V zero = splat<V>(0.0f), infinity = splat<V>(__builtin_inff());
+  const auto far = size > 1e8f;
+  const V near = far ? zero : size;
+  const V d = far ? log_of(far ? size : infinity) * 2 : log1p_of(near * near);
+  return size == size ? d : size;
+}
+
+template <class V> BOMKERN_HD V quotient_of(V a, V b) { return a / b; }
+
+// The ramp, as `deficit`, and its slope.
+template <class V, class S> BOMKERN_HD Entry<V> ramp_at(V x, const Ramp<S>& p) {
+  const V zero = splat<V>(S(0));
+  const V u = x - p.center;
+  const V side = u < zero ? splat<V>(p.left) : splat<V>(p.right);
+  // A flat side is 0 even at infinity, where 0 * inf would be NaN; a NaN stays one.
+  return {(side == zero) & (u == u) ? zero : u * side, u == zero ? splat<V>(p.flat) : side};
+}
+
 template <class V, class S> BOMKERN_HD Entry<V> entry_of(int curve, V x, const Ramp<S>& p) {
   const V zero = splat<V>(S(0)), infinity = splat<V>(S(__builtin_inff()));
-  const V u = x - p.center;
-  V slope = u > zero ? splat<V>(p.right) : (u < zero ? splat<V>(p.left) : splat<V>(p.flat));
-  // A flat side is 0 even at infinity, where 0 * inf would be NaN; a NaN stays one.
-  const V r = (slope == zero) & (u == u) ? zero : u * slope;
-  V d = r;
-  if (curve == HARD) {
-    const V size = r < zero ? -r : r;
-    const auto far = size > S(1e8);  // beyond, r * r may overflow and 1 + r * r is r * r
-    const V near = far ? zero : size;
-    d = far ? log_of(far ? size : infinity) * 2 : log1p_of(near * near);
-    d = r == r ? d : r;
-    slope = slope * 2 / (r + 1 / r);
-  } else if (curve == BARRIER) {
+  const Entry<V> ramp = ramp_at<V, S>(x, p);
+  const V r = ramp.deficit;
+  if (curve == HARD) return {log1p_of_square(r < zero ? -r : r), quotient_of(ramp.slope * 2, r + quotient_of(splat<V>(S(1)), r))};
+  V d = r, slope = ramp.slope;
+  if (curve == BARRIER) {
     const auto inside = r <= 1 - p.tail;
     const V y = inside ? -r : zero;
-    d = inside ? -log1p_of(y) : (r - 1 + p.tail) / p.tail - p.log_tail;
-    slope = slope / (inside ? y + 1 : splat<V>(p.tail));
+    const auto outside = [&] { return quotient_of(r - 1 + p.tail, splat<V>(p.tail)) - p.log_tail; };
+    if constexpr (sizeof(S) == 4) {
+      // Outside, the logarithm is of 1. Subtracted there too it has no branch around it, which for floats costs more.
+      d = (inside ? zero : outside()) - log1p_of(y);
+    } else {
+      d = inside ? -log1p_of(y) : outside();
+    }
+    slope = quotient_of(slope, inside ? y + 1 : splat<V>(p.tail));
   }
   return {d == -infinity ? infinity : d, slope};
 }

@@ -1,6 +1,7 @@
 // Runs min_goal's CUDA kernels under the emulator against the CPU implementation, over random inputs and every mode.
 #include "emulator.h"
 
+#include "../../kernels/common/cuda_math.h"
 #include "../../kernels/min_goal/cuda.h"
 
 namespace bomkern {
@@ -10,6 +11,8 @@ extern const CpuKernels kernels;
 }
 }  // namespace min_goal
 }  // namespace bomkern
+
+extern "C" int64_t bomkern_tune_min_goal(const char* name, int64_t value);
 
 using namespace bomkern;
 using namespace bomkern::min_goal;
@@ -264,10 +267,18 @@ template <class S> void check_backward(const Problem<S>& p, const Output<S>& for
   } else {
     baseline::kernels.backward_f64(a, 0, s.batch, sums);
   }
-  emu::machine.launches = 0;
-  const cudaError_t error = cuda_backward(on_gpu, nullptr);
-  const int launched = emu::machine.launches;
-  expect(error == cudaSuccess && launched == (a.outputs > 0), "backward launches", 0, launched, 1);
+  const int sum_outputs = int(std::count_if(a.out, a.out + a.outputs, [](const Gradient& g) { return g.batch_level; }));
+  const int launches = (a.outputs > 0) + (sum_outputs > 0 && !global && s.batch > 2048);
+  const auto run = [&] {
+    Buffer<unsigned char> workspace(cuda_backward_workspace(on_gpu));
+    emu::machine.launches = 0;
+    const cudaError_t error = cuda_backward(on_gpu, workspace.n ? workspace.data : nullptr, nullptr);
+    const int launched = emu::machine.launches;
+    expect(error == cudaSuccess && launched == launches, "backward launches", 0, launched, launches);
+    expect((workspace.n > 0) == (launches == 2), "backward workspace", 0, double(workspace.n), launches);
+    workspace.check_guards("backward workspace");
+  };
+  run();
   for (int o = 0; o < a.outputs; ++o) {
     const DType dtype = a.out[o].dtype;
     if (a.out[o].batch_level) put(cpu[o].data, dtype, sums[o]);
@@ -279,12 +290,21 @@ template <class S> void check_backward(const Problem<S>& p, const Output<S>& for
     }
     gpu[o].check_guards("gradient");
   }
+  // The same bits on a device of another size, in another order of turns.
+  std::vector<std::vector<unsigned char>> first;
+  for (const auto& out : gpu) first.emplace_back(out.data, out.data + out.n), memset(out.data, 0xff, out.n);
+  emu::machine.order = emu::Order((int(emu::machine.order) + 1) % 3);
+  emu::machine.multiprocessors = 23 - emu::machine.multiprocessors;
+  run();
+  for (int o = 0; o < a.outputs; ++o)
+    expect(memcmp(first[o].data(), gpu[o].data, gpu[o].n) == 0, "bits of a second gradient", o, 1, 0);
 }
 
 template <class S> void check(const Setting& s) {
   static int number = 0;
   emu::machine.order = emu::Order(++number % 3);
   emu::machine.architecture = chance(0.75) ? 90 : 80;
+  emu::machine.multiprocessors = chance(0.5) ? 3 : 20;
   snprintf(current, sizeof current, "case %d: float%d B=%lld K=%d reduction=%d scores=%d stats=%d layout=%d sm_%d",
            number, int(sizeof(S)) * 8, (long long)s.batch, s.count, int(s.reduction), s.scores, s.stats, int(s.layout),
            emu::machine.architecture);
@@ -298,11 +318,28 @@ template <class S> void check(const Setting& s) {
   const int launches = bytes ? 2 : 1, launched = emu::machine.launches;
   expect(error == cudaSuccess && launched == launches, "forward launches", 0, launched, launches);
   const bool plain = s.reduction == Reduction::none && !s.stats;
-  const int64_t one_launch = emu::machine.architecture >= 90 ? 65536 : 8192;
+  const char* const threshold = emu::machine.architecture >= 90 ? "one_cluster" : "one_block_without_clusters";
+  const int64_t one_launch = bomkern_tune_min_goal(threshold, 0);
   expect((bytes == 0) == (plain || s.batch <= one_launch), "workspace", 0, double(bytes), 0);
   workspace.check_guards("workspace");
   check_forward(p, cpu, gpu);
   check_backward(p, cpu);
+}
+
+// Every 1013th float from -1 on, and what is beside them.
+void check_log1p() {
+  snprintf(current, sizeof current, "log1p");
+  const auto one = [](uint32_t word) {
+    float y;
+    memcpy(&y, &word, sizeof y);
+    const float got = bomkern::cuda::log1p_of(y), want = float(log1p(double(y)));
+    const bool good = want == want && !std::isinf(want) ? fabs(got - log1p(double(y))) <= nextafterf(fabsf(want), INFINITY) - fabsf(want)
+                                                       : memcmp(&got, &want, sizeof got) == 0 || (got != got && want != want);
+    expect(good, "log1p", word, got, want);
+  };
+  for (uint32_t word = 0; word < 0x7f800000u; word += 1013) one(word);
+  for (uint32_t word = 0x80000000u; word < 0xbf800000u; word += 1013) one(word);
+  for (const uint32_t word : {0x7f800000u, 0x7fc00000u, 0xffc00000u, 0xbf800000u, 0xbf7fffffu, 0x7f7fffffu, 1u, 0x80000001u}) one(word);
 }
 
 template <class S> void check_modes(int64_t batch, int count) {
@@ -314,18 +351,24 @@ template <class S> void check_modes(int64_t batch, int count) {
 }  // namespace
 
 int main() {
+  check_log1p();
   for (const int batch : {1, 2, 31, 64, 127, 129, 512, 1000, 1025, 2047, 4099}) {
     check_modes<float>(batch, 1 + below(12));
     check_modes<double>(batch, 1 + below(12));
   }
   check_modes<float>(300, 64);
   check_modes<double>(1100, 64);
-  for (const int64_t batch : {9001, 65536, 65541}) {
+  for (const int64_t batch : {9001, 16384, 16385, 65541}) {
     check<float>({batch, 3, Reduction::mean, false, true, Layout::columns});
     check<float>({batch, 2, Reduction::min, true, true, Layout::mixed});
     check<double>({batch, 3, Reduction::none, false, false, Layout::matrix});
     check<float>({batch, 2, Reduction::sum, true, false, Layout::columns});
   }
+  // Thresholds that a bench sets: grids of batches that are else one cluster's.
+  expect(bomkern_tune_min_goal("one_cluster", 1100) == 16384, "one_cluster", 0, 0, 16384);
+  expect(bomkern_tune_min_goal("most_grid_threads", 128) == 256, "most_grid_threads", 0, 0, 256);
+  expect(bomkern_tune_min_goal("no such", 1) == -1, "no such threshold", 0, 0, -1);
+  check_modes<float>(3000, 5);
   if (failures) return fprintf(stderr, "%d failures\n", failures), 1;
   return puts("min_goal: the emulated CUDA kernels agree with the CPU implementation"), 0;
 }

@@ -178,11 +178,11 @@ template <class Arguments> void run(const Arguments& a, int launches) {
 }
 
 // A second run gives the same bits in `output`.
-template <class Arguments, class T> void expect_same_bits(const Arguments& a, Buffer<T>& output) {
+template <class Arguments, class T> void expect_same_bits(const Arguments& a, Buffer<T>& output, int launches = 1) {
   const std::vector<T> first(output.data, output.data + output.n);
   memset(output.data, 0xff, output.n * sizeof(T));
   emu::machine.order = emu::Order((int(emu::machine.order) + 1) % 3);
-  run(a, 1);
+  run(a, launches);
   expect(memcmp(first.data(), output.data, output.n * sizeof(T)) == 0, "bits of a second run", 0, 1, 0);
 }
 
