@@ -188,3 +188,42 @@ Resource usage:
     good, bad = cuda_check.parse_usage(text)
     assert good == ("_ZN7bomkern4cuda4goodEv", 40, 16, 0, 0)
     assert bad.stack == 24
+
+
+# A loop in a loop; the inner one has two paths, and the second one's end was moved behind the kernel's.
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   FADD R0, R0, R1 ;
+        /*0020*/                   BSSY B0, 0x60 ;
+        /*0030*/              @!P0 BRA 0x90 ;
+        /*0040*/                   LDS R3, [R2] ;
+        /*0050*/                   BSYNC B0 ;
+        /*0060*/              @P1  BRA 0x20 ;
+        /*0070*/                   BRA.U UP0, 0x10 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   MUFU.EX2 R2, R0 ;
+        /*00a0*/                   FMUL R2, R2, R0 ;
+        /*00b0*/                   BSYNC B0 ;
+        /*00c0*/                   BRA 0xc0;
+        /*00d0*/                   NOP;
+"""
+
+
+def test_sass_count_sees_the_loops() -> None:
+    nest = sass_count.Nest(sass_count.instructions_of(SASS))
+    assert [i.address for i in nest.reached] == list(range(0, 0xC0, 16))
+    assert nest.show() == "2/2 [8/6]"
+    assert len(nest.looped) == 10
+
+
+def test_sass_count_compares_two_commits() -> None:
+    def kernel(registers: int, loops: str) -> sass_count.Kernel:
+        return sass_count.Kernel(registers, 0, 100, sass_count.Counter({"FMA": 40, "ALU": 2}), loops)
+
+    before = {"op old<float>": kernel(30, "42/42"), "op same<float>": kernel(30, ""), "op k<float>": kernel(40, "5/5")}
+    after = {"op k<float>": kernel(32, "42/21"), "op same<float>": kernel(30, "")}
+    page = sass_count.page(before, after, "python tools/sass_count.py", "sm_90")
+    assert "| `op k<float>` | 40 to 32 | 100 to 100 | 42 to 42 | 5/5 | 42/21 |" in page
+    assert "| `op old<float>` | 30 to none | 100 to none | 42 to none | 42/42 | none |" in page
+    assert "op same" not in page
+    assert "1 other kernels are as they were. Kernels that spill: none." in page

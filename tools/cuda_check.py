@@ -74,7 +74,7 @@ def demangle(names: list[str]) -> list[str]:
         return names
     run = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True, check=True)
     short = [re.sub(r"bomkern::(\w+::)*|^void ", "", line) for line in run.stdout.splitlines()]
-    return [re.sub(r"\(.*", "", line) for line in short]
+    return [re.sub(r"^([^(<]*(?:<.*>)?)\(.*", r"\1", line) for line in short]
 
 
 def print_table(kernels: list[Kernel]) -> None:
