@@ -20,53 +20,107 @@ template <> struct Raw<1> {
   uint2 words;
 };
 
+template <DType type> struct Type {
+  static constexpr DType value = type;
+};
+
 BOMKERN_HD int bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
-// Columns [column, column + W) of a row.
-template <int W> BOMKERN_HD Raw<W> fetch(const Matrix& m, int64_t row, int64_t column) {
+template <int Bytes, int W> BOMKERN_HD void fetch_bytes(const char* from, Raw<W>& raw) {
+  if constexpr (Bytes == 16) {
+    raw.words = load_16_bytes(from);
+  } else if constexpr (Bytes == 8) {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    raw.words.x = words.x, raw.words.y = words.y;
+  } else if constexpr (Bytes == 4) {
+    raw.words.x = *reinterpret_cast<const unsigned*>(from);
+  } else {
+    raw.words.x = *reinterpret_cast<const uint16_t*>(from);
+  }
+}
+
+// The first n of R pieces that lie `pitch` bytes apart; the others are 0.
+template <int Bytes, int W, int R>
+BOMKERN_HD void fetch_bytes(const char* from, int64_t pitch, int n, Raw<W> (&raw)[R]) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    raw[r] = Raw<W>{};
+    if (r < n) fetch_bytes<Bytes>(from + r * pitch, raw[r]);
+  }
+}
+
+// Columns [column, column + W) of the rows `row`, row + step, .., the first n of R: the type is asked for once.
+template <int W, int R>
+BOMKERN_HD void fetch_rows(const Matrix& m, int64_t row, int64_t step, int64_t column, int n, Raw<W> (&raw)[R]) {
   const int size = bytes_of(m.dtype);
   const char* const from =
       static_cast<const char*>(m.data) + (row * m.stride[0] + (W == 1 ? column * m.stride[1] : column)) * size;
-  Raw<W> raw{};
+  const int64_t pitch = step * m.stride[0] * size;
   if constexpr (W == 1) {
     if (size == 4) {
-      raw.words.x = *reinterpret_cast<const unsigned*>(from);
+      fetch_bytes<4>(from, pitch, n, raw);
     } else if (size == 2) {
-      raw.words.x = *reinterpret_cast<const uint16_t*>(from);
+      fetch_bytes<2>(from, pitch, n, raw);
     } else {
-      raw.words = *reinterpret_cast<const uint2*>(from);
+      fetch_bytes<8>(from, pitch, n, raw);
     }
   } else if (W == 8 || size * W == 16) {
-    raw.words = load_16_bytes(from);
+    fetch_bytes<16>(from, pitch, n, raw);
   } else if (W == 4 || size * W == 8) {
-    const uint2 half = *reinterpret_cast<const uint2*>(from);
-    raw.words.x = half.x, raw.words.y = half.y;
+    fetch_bytes<8>(from, pitch, n, raw);
   } else {
-    raw.words.x = *reinterpret_cast<const unsigned*>(from);
+    fetch_bytes<4>(from, pitch, n, raw);
   }
-  return raw;
+}
+
+template <int W> BOMKERN_HD Raw<W> fetch(const Matrix& m, int64_t row, int64_t column) {
+  Raw<W> raw[1];
+  fetch_rows<W>(m, row, 0, column, 1, raw);
+  return raw[0];
 }
 
 BOMKERN_HD double join(unsigned low, unsigned high) {
   return __longlong_as_double((long long)(low | static_cast<unsigned long long>(high) << 32));
 }
 
-template <class S, int W> BOMKERN_HD void widen(const Raw<W>& raw, DType dtype, S (&v)[W]) {
+template <DType type, class S, int W> BOMKERN_HD void widen_from(const Raw<W>& raw, S (&v)[W]) {
   unsigned word[4] = {raw.words.x, raw.words.y, 0, 0};
   if constexpr (W > 1) word[2] = raw.words.z, word[3] = raw.words.w;
-  if (W < 8 && dtype == DType::f32) {
 #pragma unroll
-    for (int i = 0; i < W; ++i) v[i] = S(__uint_as_float(word[i % 4]));
-  } else if (sizeof(S) == 8 && dtype == DType::f64) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) v[i] = S(join(word[i * 2 % 4], word[i * 2 % 4 + 1]));
-  } else if (dtype == DType::bf16) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) v[i] = S(widen(uint16_t(word[i / 2] >> i % 2 * 16), true));
-  } else {
-#pragma unroll
-    for (int i = 0; i < W; ++i) v[i] = S(widen(uint16_t(word[i / 2] >> i % 2 * 16), false));
+  for (int i = 0; i < W; ++i) {
+    if constexpr (type == DType::f32) {
+      v[i] = S(__uint_as_float(word[i % 4]));
+    } else if constexpr (type == DType::f64) {
+      v[i] = S(join(word[i * 2 % 4], word[i * 2 % 4 + 1]));
+    } else {
+      v[i] = S(widen(uint16_t(word[i / 2] >> i % 2 * 16), type == DType::bf16));
+    }
   }
+}
+
+// R pieces of one type, asked for once.
+template <class S, int W, int R> BOMKERN_HD void widen_rows(const Raw<W> (&raw)[R], DType dtype, S (&v)[R][W]) {
+  const auto all_from = [&](auto type) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) widen_from<decltype(type)::value>(raw[r], v[r]);
+  };
+  if (W < 8 && dtype == DType::f32) {
+    all_from(Type<DType::f32>());
+  } else if (sizeof(S) == 8 && dtype == DType::f64) {
+    all_from(Type<DType::f64>());
+  } else if (dtype == DType::bf16) {
+    all_from(Type<DType::bf16>());
+  } else {
+    all_from(Type<DType::f16>());
+  }
+}
+
+template <class S, int W> BOMKERN_HD void widen(const Raw<W>& raw, DType dtype, S (&v)[W]) {
+  const Raw<W> one[1] = {raw};
+  S wide[1][W];
+  widen_rows<S, W>(one, dtype, wide);
+#pragma unroll
+  for (int i = 0; i < W; ++i) v[i] = wide[0][i];
 }
 
 template <class S, int W> BOMKERN_HD void load(const Matrix& m, int64_t row, int64_t column, S (&v)[W]) {

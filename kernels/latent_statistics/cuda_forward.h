@@ -17,9 +17,9 @@ constexpr int row_sums = 3;  // twice kl, the sums of logvar and of its square
 template <class S> struct ForwardLaunch {
   Forward<S> a;
   Tiling tiling;
-  Moments<S, 1>*z_parts, *mu_parts;  // [slices, D]
-  S* row_parts;                      // [tiles, row_sums, B]; null where a tile is a whole row
-  double* unit_sums;                 // [unit_parts, blocks]
+  S *z_parts, *mu_parts;  // [2, slices, D]
+  S* row_parts;           // [tiles, row_sums, B]; null where a tile is a whole row
+  unsigned* arrived;      // one
 };
 
 template <class S> BOMKERN_HD void write_row(const Forward<S>& a, int64_t row, const S (&sum)[row_sums]) {
@@ -28,11 +28,10 @@ template <class S> BOMKERN_HD void write_row(const Forward<S>& a, int64_t row, c
   a.logvar_square[row] = sum[2] / S(a.in.dims);
 }
 
-// The sums over this thread's pieces of the rows; leaves mu's differences from its first values in u. Rows past the end
+// The sums over this thread's pieces of the rows; leaves mu's values in u. Rows past the end
 // were fetched as 0, whose terms are 0.
 template <class S, int W>
-BOMKERN_HD void add_rows(const Inputs<S>& in, const Chunk<W>& mu, const Chunk<W>& logvar, const S (&first)[W], int n,
-                         S (&u)[chunk_rows<W>][W], S (&sum)[chunk_rows<W>][row_sums]) {
+BOMKERN_HD void add_rows(const Inputs<S>& in, const Chunk<W>& mu, const Chunk<W>& logvar, S (&u)[chunk_rows<W>][W], S (&sum)[chunk_rows<W>][row_sums]) {
 #pragma unroll
   for (int j = 0; j < chunk_rows<W>; ++j) {
     S v[W];
@@ -44,7 +43,6 @@ BOMKERN_HD void add_rows(const Inputs<S>& in, const Chunk<W>& mu, const Chunk<W>
       sum[j][0] += fma_of(u[j][i], u[j][i], (variance_of<S, S>(v[i]).value - 1) - v[i]);
       sum[j][1] += v[i];
       sum[j][2] = fma_of(v[i], v[i], sum[j][2]);
-      u[j][i] = j < n ? u[j][i] - first[i] : S(0);
     }
   }
 }
@@ -69,10 +67,11 @@ BOMKERN_HD void take_item(const ForwardLaunch<S>& l, const Item<W>& item, unsign
     z_chunk.fetch_from(in.z, item, row, n);
     mu_chunk.fetch_from(in.mu, item, row, n);
     logvar_chunk.fetch_from(in.logvar, item, row, n);
-    z.take(z_chunk, in.z.dtype, z_first, n);
+    const Weights<S> weights(z.count, n);
+    if (n) z.take(z_chunk, in.z.dtype, z_first, n, weights);
     S u[chunk_rows<W>][W], sum[chunk_rows<W>][row_sums];
-    add_rows<S, W>(in, mu_chunk, logvar_chunk, mu_first, n, u, sum);
-    if (n) mu.take(u, n);
+    add_rows<S, W>(in, mu_chunk, logvar_chunk, u, sum);
+    if (n) mu.take_widened(u, mu_first, n, weights);
 #pragma unroll
     for (int j = 0; j < chunk_rows<W>; ++j) {
       const int64_t b = row + j * item.groups;
@@ -108,35 +107,40 @@ template <class S> BOMKERN_HD void finish_rows(const ForwardLaunch<S>& l) {
   }
 }
 
-// Mean and variance of one input's columns. `offset` is the mean less the first value.
+// Mean and variance of a set of one input's columns. `offset` is the mean less the first value.
 template <class S>
-BOMKERN_HD void finish_moments(const Matrix& x, const Moments<S, 1>* parts, const Tiling& t, int blocks,
-                               unsigned char* bytes, S* mean, S* variance, S* offset) {
-  finish_columns(parts, t, blocks, bytes, [&](int64_t d, const Moments<S, 1>& m) {
+BOMKERN_HD void finish_set(const Matrix& x, const S* parts, const Tiling& t, int64_t set, unsigned char* bytes,
+                           S* mean, S* variance, S* offset) {
+  finish_moments(parts, t, set, bytes, [&](int64_t d, S less_first, S square) {
     S first[1];
     load<S, 1>(x, 0, d, first);
-    mean[d] = first[0] + m.mean[0];
-    variance[d] = m.square[0] / S(t.batch - 1);
-    offset[d] = m.mean[0];
+    mean[d] = first[0] + less_first;
+    variance[d] = square / S(t.batch - 1);
+    offset[d] = less_first;
   });
 }
 
 template <class S, int W>
-__global__ void __launch_bounds__(column_threads, W == 1 || sizeof(S) == 4 ? 2 : 1) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
+__global__ void __launch_bounds__(column_threads, sizeof(S) == 4 ? 2 : 1)
+    forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
   BOMKERN_SHARED_BYTES(bytes);
   const Forward<S>& a = l.a;
   const Tiling& t = l.tiling;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *l.arrived = 0;
   for (int64_t index = blockIdx.x; index < t.tiles * t.slices; index += gridDim.x) {
     take_item<S, W>(l, Item<W>(t, index), bytes);
   }
   grid_sync();
   if (l.row_parts) finish_rows(l);
-  const int blocks = finishing_blocks(t.dims);
-  if (int(blockIdx.x) >= blocks) return;
-  finish_moments(a.in.z, l.z_parts, t, blocks, bytes, a.z_mean, a.z_variance, a.z_offset);
-  finish_moments(a.in.mu, l.mu_parts, t, blocks, bytes, a.mu_mean, a.mu_variance, a.mu_offset);
-  write_units<S>({a.in.threshold, a.in.temperature, a.active, a.effective, a.mu_variance, l.unit_sums}, t.dims, blocks,
-                 bytes);
+  const int64_t sets = 2 * t.sets, blocks = min(sets, int64_t(gridDim.x));
+  if (blockIdx.x >= blocks) return;
+  for (int64_t set = blockIdx.x; set < sets; set += blocks) {
+    const bool of_z = set < t.sets;
+    finish_set(of_z ? a.in.z : a.in.mu, of_z ? l.z_parts : l.mu_parts, t, of_z ? set : set - t.sets, bytes,
+               of_z ? a.z_mean : a.mu_mean, of_z ? a.z_variance : a.mu_variance, of_z ? a.z_offset : a.mu_offset);
+  }
+  if (!is_last_block(l.arrived, int(blocks), bytes)) return;
+  write_units<S>({a.in.threshold, a.in.temperature, a.active, a.effective, a.mu_variance}, t.dims, bytes);
 }
 
 }  // namespace cuda

@@ -177,13 +177,25 @@ template <class Arguments> void run(const Arguments& a, int launches) {
   workspace.check_guards("workspace");
 }
 
-// A second run gives the same bits in `output`.
-template <class Arguments, class T> void expect_same_bits(const Arguments& a, Buffer<T>& output) {
+template <class Arguments, class T> void expect_bits_again(const Arguments& a, Buffer<T>& output, const char* what) {
   const std::vector<T> first(output.data, output.data + output.n);
   memset(output.data, 0xff, output.n * sizeof(T));
-  emu::machine.order = emu::Order((int(emu::machine.order) + 1) % 3);
   run(a, 1);
-  expect(memcmp(first.data(), output.data, output.n * sizeof(T)) == 0, "bits of a second run", 0, 1, 0);
+  expect(memcmp(first.data(), output.data, output.n * sizeof(T)) == 0, what, 0, 1, 0);
+}
+
+// A second run gives the same bits in `output`.
+template <class Arguments, class T> void expect_same_bits(const Arguments& a, Buffer<T>& output) {
+  emu::machine.order = emu::Order((int(emu::machine.order) + 1) % 3);
+  expect_bits_again(a, output, "bits of a second run");
+}
+
+// So does a device of another size.
+template <class Arguments, class T> void expect_same_bits_elsewhere(const Arguments& a, Buffer<T>& output) {
+  const int here = emu::machine.multiprocessors;
+  emu::machine.multiprocessors = 7;
+  expect_bits_again(a, output, "bits on a device of another size");
+  emu::machine.multiprocessors = here;
 }
 
 }  // namespace checking
