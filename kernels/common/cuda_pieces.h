@@ -179,7 +179,10 @@ template <class S> BOMKERN_HD S grad_of(const RowGrad<S>& g, int64_t row) {
 // The sum over a team of threads, in each of them: neighbours within a warp, a power of 2, or the whole block. `shared`
 // holds a number a warp. The tree is fixed, so the bits are.
 template <class S> BOMKERN_HD S team_sum(S x, int lanes, S* shared) {
-  for (int offset = min(lanes, 32) / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(whole_warp, x, offset);
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    if (offset < lanes) x += __shfl_xor_sync(whole_warp, x, offset);
+  }
   if (lanes > 32) {
     __syncthreads();  // it may still be read from the last time
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
@@ -188,6 +191,50 @@ template <class S> BOMKERN_HD S team_sum(S x, int lanes, S* shared) {
     for (int w = 0; w < int(blockDim.x / 32); ++w) x += shared[w];
   }
   return x;
+}
+
+// Sums over a team of `lanes` neighbours, a power of 2 up to 32: of R rows, N numbers each. Calls write(r, sums) in one
+// lane for each row. Where there are lanes for it the rows part: half the lanes go on with half of them, so that what is
+// exchanged halves too. Each sum has the bits of team_sum().
+template <class S, int R, int N, class Write> BOMKERN_HD void sum_rows(S (&x)[R][N], int lanes, Write write) {
+  const int lane = threadIdx.x & (lanes - 1);
+  if (lanes < R) {
+#pragma unroll
+    for (int offset = R / 2; offset > 0; offset /= 2) {
+      if (offset >= lanes) continue;
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[r][k] += __shfl_xor_sync(whole_warp, x[r][k], offset);
+      }
+    }
+    if (lane != 0) return;
+#pragma unroll
+    for (int r = 0; r < R; ++r) write(r, x[r]);
+    return;
+  }
+  int share = lanes, row = 0;  // lanes of a row
+#pragma unroll
+  for (int rows = R / 2; rows > 0; rows /= 2) {
+    share /= 2;
+    const bool upper = lane & share;
+    row += upper ? rows : 0;
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const S own = upper ? x[r + rows][k] : x[r][k], others = upper ? x[r][k] : x[r + rows][k];
+        x[r][k] = own + __shfl_xor_sync(whole_warp, others, share);
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = 16 / R; offset > 0; offset /= 2) {
+    if (offset >= share) continue;
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[0][k] += __shfl_xor_sync(whole_warp, x[0][k], offset);
+  }
+  if ((lane & (share - 1)) == 0) write(row, x[0]);
 }
 
 }  // namespace BOMKERN_ISA

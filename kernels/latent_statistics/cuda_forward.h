@@ -28,68 +28,85 @@ template <class S> BOMKERN_HD void write_row(const Forward<S>& a, int64_t row, c
   a.logvar_square[row] = sum[2] / S(a.in.dims);
 }
 
-// The sums over this thread's pieces of the rows; leaves mu's values in u. Rows past the end
-// were fetched as 0, whose terms are 0.
-template <class S, int W>
-BOMKERN_HD void add_rows(const Inputs<S>& in, const Chunk<W>& mu, const Chunk<W>& logvar, S (&u)[chunk_rows<W>][W], S (&sum)[chunk_rows<W>][row_sums]) {
+// The sums over this thread's pieces of the rows. Rows past the end were fetched as 0, whose terms are 0. Ordinary: as
+// variance.h says.
+template <bool Ordinary, class S, int R, int W>
+BOMKERN_HD void add_rows(const S (&mu)[R][W], const S (&logvar)[R][W], S (&sum)[R][row_sums]) {
 #pragma unroll
-  for (int j = 0; j < chunk_rows<W>; ++j) {
-    S v[W];
-    widen<S, W>(mu.row[j], in.mu.dtype, u[j]);
-    widen<S, W>(logvar.row[j], in.logvar.dtype, v);
+  for (int j = 0; j < R; ++j) {
     sum[j][0] = sum[j][1] = sum[j][2] = 0;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      sum[j][0] += fma_of(u[j][i], u[j][i], (variance_of<S, S>(v[i]).value - 1) - v[i]);
-      sum[j][1] += v[i];
-      sum[j][2] = fma_of(v[i], v[i], sum[j][2]);
+      const S v = logvar[j][i], variance = Ordinary ? exp_of(v) : variance_of<S, S>(v).value;
+      sum[j][0] += fma_of(mu[j][i], mu[j][i], (variance - 1) - v);
+      sum[j][1] += v;
+      sum[j][2] = fma_of(v, v, sum[j][2]);
     }
   }
 }
+
+// What a thread has seen of an item.
+template <class S, int W> struct Seen {
+  Moments<S, W> z, mu;
+  S z_first[W], mu_first[W];
+
+  // The chunk of rows that begins at `row`, in all threads of the warp. Plain: it is whole, and as arithmetic takes it.
+  template <bool Plain>
+  BOMKERN_HD void take(const ForwardLaunch<S>& l, const Item<W>& item, int64_t row) {
+    constexpr int R = chunk_rows<W>;
+    const Tiling& t = l.tiling;
+    Matrix of_z = l.a.in.z, of_mu = l.a.in.mu, of_logvar = l.a.in.logvar;
+    if constexpr (Plain && W < 8) of_z.dtype = of_mu.dtype = of_logvar.dtype = dtype_of_number<S>;
+    const int n = Plain ? item.inside ? R : 0 : item.rows_from(row);
+    Chunk<W> z_chunk, mu_chunk, logvar_chunk;
+    z_chunk.fetch_from(of_z, item, row, n);
+    mu_chunk.fetch_from(of_mu, item, row, n);
+    logvar_chunk.fetch_from(of_logvar, item, row, n);
+    S sum[R][row_sums], u[R][W], v[R][W];
+    widen_rows(mu_chunk.row, of_mu.dtype, u), widen_rows(logvar_chunk.row, of_logvar.dtype, v);
+    if (sizeof(S) == 4 && are_ordinary(v)) {
+      add_rows<true>(u, v, sum);
+    } else {
+      add_rows<false>(u, v, sum);
+    }
+    if (n) {
+      const int rows = Plain ? R : n;
+      const Weights<S> weights(z.count, rows);
+      z.take(z_chunk, of_z.dtype, z_first, rows, weights);
+      mu.take_widened(u, mu_first, rows, weights);
+    }
+    sum_rows(sum, t.lanes, [&](int j, const S (&of_row)[row_sums]) {
+      const int64_t b = row + j * item.groups;
+      if (b >= item.end) return;
+      if (l.row_parts == nullptr) return write_row(l.a, b, of_row);
+#pragma unroll
+      for (int k = 0; k < row_sums; ++k) l.row_parts[(item.tile * row_sums + k) * t.batch + b] = of_row[k];
+    });
+  }
+};
 
 template <class S, int W>
 BOMKERN_HD void take_item(const ForwardLaunch<S>& l, const Item<W>& item, unsigned char* bytes) {
   const Inputs<S>& in = l.a.in;
   const Tiling& t = l.tiling;
-  Moments<S, W> z, mu;
-  z.clear(), mu.clear();
-  S z_first[W]{}, mu_first[W]{};
+  Seen<S, W> seen{};
   if (item.inside) {
-    load<S, W>(in.z, 0, item.column, z_first);
-    load<S, W>(in.mu, 0, item.column, mu_first);
+    load<S, W>(in.z, 0, item.column, seen.z_first);
+    load<S, W>(in.mu, 0, item.column, seen.mu_first);
   }
+  constexpr DType number = dtype_of_number<S>;
+  const bool plain = sizeof(S) == 4 && (W == 8 || (in.z.dtype == number && in.mu.dtype == number && in.logvar.dtype == number));
   // All threads come round equally often: the sum over a row is a barrier of its warp.
-  const int64_t begin = item.slice * t.slice_rows, step = chunk_rows<W> * item.groups;
+  const int64_t step = chunk_rows<W> * item.groups, lead = threadIdx.x / t.lanes;
+  int64_t begin = item.slice * t.slice_rows;
+  if (plain) {
 #pragma unroll 1
-  for (int64_t row = item.first; row - (item.first - begin) < item.end; row += step) {
-    const int n = item.rows_from(row);
-    Chunk<W> z_chunk, mu_chunk, logvar_chunk;
-    z_chunk.fetch_from(in.z, item, row, n);
-    mu_chunk.fetch_from(in.mu, item, row, n);
-    logvar_chunk.fetch_from(in.logvar, item, row, n);
-    const Weights<S> weights(z.count, n);
-    if (n) z.take(z_chunk, in.z.dtype, z_first, n, weights);
-    S u[chunk_rows<W>][W], sum[chunk_rows<W>][row_sums];
-    add_rows<S, W>(in, mu_chunk, logvar_chunk, u, sum);
-    if (n) mu.take_widened(u, mu_first, n, weights);
-#pragma unroll
-    for (int j = 0; j < chunk_rows<W>; ++j) {
-      const int64_t b = row + j * item.groups;
-#pragma unroll
-      for (int k = 0; k < row_sums; ++k) {
-        for (int offset = t.lanes / 2; offset > 0; offset /= 2) sum[j][k] += __shfl_xor_sync(whole_warp, sum[j][k], offset);
-      }
-      if (threadIdx.x % t.lanes != 0 || b >= item.end) continue;
-      if (l.row_parts == nullptr) {
-        write_row(l.a, b, sum[j]);
-      } else {
-#pragma unroll
-        for (int k = 0; k < row_sums; ++k) l.row_parts[(item.tile * row_sums + k) * t.batch + b] = sum[j][k];
-      }
-    }
+    for (; begin + step <= item.end; begin += step) seen.template take<true>(l, item, begin + lead);
   }
-  write_parts(z, t, item, l.z_parts, bytes);
-  write_parts(mu, t, item, l.mu_parts, bytes);
+#pragma unroll 1
+  for (; begin < item.end; begin += step) seen.template take<false>(l, item, begin + lead);
+  write_parts(seen.z, t, item, l.z_parts, bytes);
+  write_parts(seen.mu, t, item, l.mu_parts, bytes);
 }
 
 // After the first barrier: rows that several tiles have seen.
