@@ -54,7 +54,7 @@ template <class S, int W>
 __global__ void __launch_bounds__(long_row_threads, 1) forward_kernel(const __grid_constant__ Launch<Forward<S>> l) {
   const Inputs<S>& in = l.a.in;
   BOMKERN_SHARED_BYTES(bytes);
-  const Member m(l.teams.lanes);
+  const Member m(l.teams);
   const int64_t step = int64_t(gridDim.x) * m.teams;
   const S share = S(1) / S(in.views);
   for (int64_t first = int64_t(blockIdx.x) * m.teams; first < in.batch; first += step) {
@@ -88,7 +88,7 @@ template <class S, int W>
 __global__ void __launch_bounds__(long_row_threads, 1) backward_kernel(const __grid_constant__ Launch<Backward<S>> l) {
   const Backward<S>& a = l.a;
   const Inputs<S>& in = a.in;
-  const Member m(l.teams.lanes);
+  const Member m(l.teams);
   const int64_t step = int64_t(gridDim.x) * m.teams;
   const S share = S(1) / S(in.views);
   for (int64_t b = int64_t(blockIdx.x) * m.teams + m.team; b < in.batch; b += step) {
