@@ -74,14 +74,15 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
   const auto [mu, grad_mu] = pair(a.in.mu, a.grad_mu);
   const auto [logvar, grad_logvar] = pair(a.in.logvar, a.grad_logvar);
   const int width = width_of<S>(a.in.batch, a.in.dims, {z, grad_z, mu, grad_mu, logvar, grad_logvar});
-  // A block of mu's first adds up all variances: no more blocks than are at work at once.
-  const int64_t places = ceil_div(multiprocessors() * int64_t(4), l.kinds);
-  l.tiling = tiling_of(a.in.batch, a.in.dims, width, places);
-  const int64_t items = l.tiling.tiles * l.tiling.slices;
   return with_width<S>(width, [&](auto w) {
     constexpr int W = decltype(w)::value;
-    return start(backward_kernel<S, W>, (items < places ? items : places) * l.kinds, column_threads, column_shared<S, W>,
-                 false, stream, l);
+    static std::atomic<int> known[16];
+    // A block of mu's first adds up all variances: no more blocks than are at work at once.
+    const int64_t all = resident_blocks(backward_kernel<S, W>, column_threads, column_shared<S, W>, known);
+    const int64_t places = all > l.kinds ? all / l.kinds : 1;
+    l.tiling = tiling_of(a.in.batch, a.in.dims, W, places);
+    return start(backward_kernel<S, W>, least(l.tiling.tiles * l.tiling.slices, places) * l.kinds, column_threads,
+                 column_shared<S, W>, false, stream, l);
   });
 }
 

@@ -37,6 +37,7 @@ template <class S> void check(const Columns& s) {
     const Backward<S> a{in, given & 1 ? &by_active : nullptr, given & 2 ? &by_effective : nullptr, offset.data,
                         variance.data, got.data()};
     run(a, 1);
+    expect_resident("grad_mu");
     got.buffer.check_guards("grad_mu");
     std::vector<double> slope(s.dims);
     for (int64_t d = 0; d < s.dims; ++d) {

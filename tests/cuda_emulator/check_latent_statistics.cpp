@@ -98,6 +98,7 @@ template <class S> void check(const Setting& s) {
   if (s.wanted & 2) a.grad_mu = got_mu.data();
   if (s.wanted & 4) a.grad_logvar = got_logvar.data();
   run(a, s.wanted ? 1 : 0);
+  expect_resident("backward");
   for (const Output* x : {&got_z, &got_mu, &got_logvar}) x->buffer.check_guards("a gradient");
 
   const double tolerance = sizeof(S) == 4 ? 2e-5 : 1e-11;

@@ -177,6 +177,12 @@ template <class Arguments> void run(const Arguments& a, int launches) {
   workspace.check_guards("workspace");
 }
 
+// The last launch had no more blocks than the device holds at once.
+inline void expect_resident(const char* what) {
+  const int most = emu::machine.multiprocessors * emu::machine.resident, blocks = int(emu::machine.grid_dim.x);
+  expect(blocks <= most, what, 0, blocks, most);
+}
+
 template <class Arguments, class T> void expect_bits_again(const Arguments& a, Buffer<T>& output, const char* what) {
   const std::vector<T> first(output.data, output.data + output.n);
   memset(output.data, 0xff, output.n * sizeof(T));
