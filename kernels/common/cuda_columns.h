@@ -207,7 +207,7 @@ struct Finisher {
 };
 
 // Calls write(column, mean, square) in one thread for each of a set's columns: the moments of all rows from those of the
-// slices, parts [2, slices, dims]. The slices' sizes are known, so there is nothing to divide by; all are read at once.
+// slices, parts [2, slices, dims]. The slices' sizes are known, so no slice takes a division; all are read at once.
 template <class S, class Write>
 BOMKERN_HD void finish_moments(const S* parts, const Tiling& t, int64_t set, unsigned char* bytes, Write write) {
   const Finisher f(t, set);
