@@ -35,7 +35,7 @@ COUNTS = {
     "goal_set": 16,
     "total_correlation": 20,
     "gaussian_kl": 20,
-    "consistency_variance": 10,
+    "consistency_variance": 20,
     "active_units": 10,
     "latent_statistics": 10,
     "covariance_penalty": 20,

@@ -21,12 +21,11 @@ template <class S, int W> struct ForwardPlan {
     static std::atomic<int> known[16];
     const int64_t places = resident_blocks(forward_kernel<S, W>, column_threads, column_shared<S, W>, known);
     l.a = a;
-    l.tiling = tiling_of(a.in.batch, a.in.dims, W, places, true);
-    const int64_t items = l.tiling.tiles * l.tiling.slices;
-    blocks = items < places ? items : places;
+    l.tiling = merging_tiling_of(a.in.batch, a.in.dims, W);
+    blocks = least(l.tiling.tiles * l.tiling.slices, places);
     Memory memory(base);
-    l.parts = memory.take<Moments<S, 1>>(l.tiling.slices * a.in.dims);
-    l.unit_sums = memory.take<double>(unit_parts * blocks);
+    l.parts = memory.take<S>(2 * l.tiling.slices * a.in.dims);
+    l.arrived = memory.take<unsigned>(1);
     bytes = memory.bytes();
   }
 };
@@ -55,14 +54,14 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
   if (a.grad_mu == nullptr) return cudaSuccess;
   if (!valid(a.in)) return cudaErrorInvalidValue;
   const int width = width_of<S>(a.in.batch, a.in.dims, {a.in.mu, contiguous(a.grad_mu, a.in.mu.dtype, a.in.dims)});
-  // A block first adds up all variances: no more blocks than are at work at once.
-  const int64_t places = multiprocessors() * int64_t(4);
-  const BackwardLaunch<S> l{a, tiling_of(a.in.batch, a.in.dims, width, places, false)};
-  const int64_t items = l.tiling.tiles * l.tiling.slices;
   return with_width<S>(width, [&](auto w) {
     constexpr int W = decltype(w)::value;
-    return start(backward_kernel<S, W>, items < places ? items : places, column_threads, column_shared<S, W>, false,
-                 stream, l);
+    static std::atomic<int> known[16];
+    // A block first adds up all variances: no more blocks than are at work at once.
+    const int64_t places = resident_blocks(backward_kernel<S, W>, column_threads, column_shared<S, W>, known);
+    const BackwardLaunch<S> l{a, tiling_of(a.in.batch, a.in.dims, W, places)};
+    return start(backward_kernel<S, W>, least(l.tiling.tiles * l.tiling.slices, places), column_threads,
+                 column_shared<S, W>, false, stream, l);
   });
 }
 

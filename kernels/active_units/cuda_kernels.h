@@ -11,24 +11,27 @@ namespace cuda {
 template <class S> struct ForwardLaunch {
   Forward<S> a;
   Tiling tiling;
-  Moments<S, 1>* parts;  // [slices, D]
-  double* unit_sums;     // [unit_parts, blocks]
+  S* parts;           // [2, slices, D]
+  unsigned* arrived;  // one
 };
 
 template <class S, int W>
 __global__ void __launch_bounds__(column_threads, 2) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
   BOMKERN_SHARED_BYTES(bytes);
   const Inputs<S>& in = l.a.in;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *l.arrived = 0;
   moments_of<S, W>(in.mu, l.tiling, l.parts, bytes);
   grid_sync();
-  const int blocks = finishing_blocks(in.dims);
-  if (int(blockIdx.x) >= blocks) return;
-  finish_columns(l.parts, l.tiling, blocks, bytes, [&](int64_t d, const Moments<S, 1>& m) {
-    l.a.offset[d] = m.mean[0];
-    l.a.variance[d] = m.square[0] / S(in.batch - 1);
-  });
-  write_units<S>({in.threshold, in.temperature, l.a.active, l.a.effective, l.a.variance, l.unit_sums}, in.dims, blocks,
-                 bytes);
+  const int64_t sets = l.tiling.sets, blocks = min(sets, int64_t(gridDim.x));
+  if (blockIdx.x >= blocks) return;
+  for (int64_t set = blockIdx.x; set < sets; set += blocks) {
+    finish_moments(l.parts, l.tiling, set, bytes, [&](int64_t d, S mean, S square) {
+      l.a.offset[d] = mean;
+      l.a.variance[d] = square / S(in.batch - 1);
+    });
+  }
+  if (!is_last_block(l.arrived, int(blocks), bytes)) return;
+  write_units<S>({in.threshold, in.temperature, l.a.active, l.a.effective, l.a.variance}, in.dims, bytes);
 }
 
 template <class S> struct BackwardLaunch {

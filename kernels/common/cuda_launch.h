@@ -25,6 +25,13 @@ inline int power_of_2(int64_t n, int most) {
   return p;
 }
 
+// Of a power of 2.
+inline int log2_of(int power) {
+  int n = 0;
+  while (power >> n > 1) ++n;
+  return n;
+}
+
 inline int size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 // A contiguous [B, D] result, or one that is not wanted where data is null.

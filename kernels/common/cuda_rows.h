@@ -11,17 +11,21 @@ constexpr size_t row_shared = long_row_threads / 32 * sizeof(double);
 
 // How a grid lies over the rows.
 struct Teams {
-  int lanes;  // threads of a row: a power of 2 up to 32, or the whole block
-  int threads;
+  int lanes;    // threads of a row: a power of 2 up to 32, or the whole block
+  int shift;    // its logarithm
+  int threads;  // of a block
   int64_t blocks;
 };
+
+constexpr int64_t few_rows = 1024;  // too few for the warps of a large device; the same on any, so that the bits are
 
 inline Teams teams_of(int64_t batch, int64_t pieces, int64_t places) {
   Teams t{};
   t.threads = pieces >= 4096 ? long_row_threads : row_threads;
   // A warp goes over up to 16 pieces a thread while there are rows for all warps; else the block shares the row.
-  const bool whole_block = pieces > 512 || (pieces >= 128 && batch < places * 8);
+  const bool whole_block = pieces > 512 || (pieces >= 128 && batch < few_rows);
   t.lanes = whole_block ? t.threads : power_of_2(pieces, 32);
+  t.shift = log2_of(t.lanes);
   const int64_t wanted = ceil_div(batch, t.threads / t.lanes), most = places * 16;
   t.blocks = wanted < most ? wanted : most;
   return t;
@@ -30,8 +34,8 @@ inline Teams teams_of(int64_t batch, int64_t pieces, int64_t places) {
 // Where a thread stands: in which team of its block, at which place of it.
 struct Member {
   int team, lane, teams;
-  BOMKERN_HD explicit Member(int lanes)
-      : team(threadIdx.x / lanes), lane(threadIdx.x % lanes), teams(blockDim.x / lanes) {}
+  BOMKERN_HD explicit Member(const Teams& t)
+      : team(threadIdx.x >> t.shift), lane(threadIdx.x & (t.lanes - 1)), teams(t.threads >> t.shift) {}
 };
 
 }  // namespace BOMKERN_ISA

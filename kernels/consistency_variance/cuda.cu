@@ -18,7 +18,8 @@ template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
   const Launch<Forward<S>> l{a, teams_of(a.in.batch, a.in.dims / width, multiprocessors())};
   return with_width<S>(width, [&](auto w) {
     constexpr int W = decltype(w)::value;
-    return start(forward_kernel<S, W>, l.teams.blocks, l.teams.threads, row_shared, false, stream, l);
+    const auto kernel = a.in.views <= few_views ? forward_kernel<S, W, few_views> : forward_kernel<S, W, many_views>;
+    return start(kernel, l.teams.blocks, l.teams.threads, row_shared, false, stream, l);
   });
 }
 
@@ -36,7 +37,8 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
   const Launch<Backward<S>> l{a, teams_of(a.in.batch, a.in.dims / width, multiprocessors())};
   return with_width<S>(width, [&](auto w) {
     constexpr int W = decltype(w)::value;
-    return start(backward_kernel<S, W>, l.teams.blocks, l.teams.threads, 0, false, stream, l);
+    const auto kernel = a.in.views <= few_views ? backward_kernel<S, W, few_views> : backward_kernel<S, W, many_views>;
+    return start(kernel, l.teams.blocks, l.teams.threads, 0, false, stream, l);
   });
 }
 

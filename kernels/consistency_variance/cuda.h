@@ -1,8 +1,8 @@
 // consistency_variance on an NVIDIA GPU of compute capability 8.0 or later: what the bridge calls. No torch here.
 //
 // All pointers are device memory of the current device; the caller sets the device guard. Launches are asynchronous on
-// the stream, safe in a CUDA graph, and share no state with one another. No output needs to be initialised, and two
-// runs give the same bits.
+// the stream, safe in a CUDA graph, and share no state with one another. No output needs to be initialised. Two runs
+// give the same bits, whatever the number of multiprocessors.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <stddef.h>

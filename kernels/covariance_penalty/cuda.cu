@@ -43,11 +43,11 @@ template <class S, int W> Grid lay_out(const Center<S>& a, void* base, CenterLau
   g.shared = column_shared<S, W>;
   const int64_t places = resident_blocks(center_kernel<S, W>, g.threads, g.shared, known);
   l.a = a;
-  l.tiling = tiling_of(a.batch, a.dims, W, places, true);
+  l.tiling = merging_tiling_of(a.batch, a.dims, W);
   g.blocks = least(l.tiling.tiles * l.tiling.slices, places);
   g.cooperative = g.blocks > 1;
   Memory memory(base);
-  l.parts = memory.take<Moments<S, 1>>(l.tiling.slices * a.dims);
+  l.parts = memory.take<S>(2 * l.tiling.slices * a.dims);
   g.bytes = memory.bytes();
   return g;
 }
@@ -56,7 +56,7 @@ template <class S, int W> Grid lay_out(const Recenter<S>& a, void*, RecenterLaun
   Grid g;
   const int64_t places = multiprocessors() * int64_t(8);
   l.a = a;
-  l.tiling = tiling_of(a.batch, a.dims, W, places, false);
+  l.tiling = tiling_of(a.batch, a.dims, W, places);
   g.blocks = least(l.tiling.tiles * l.tiling.slices, places);
   return g;
 }
@@ -93,12 +93,12 @@ template <class S, int W> Grid lay_out(const Finish<S>& a, void* base, FinishLau
   const int64_t places =
       sums ? resident_blocks(finish_kernel<S, W>, g.threads, g.shared, known) : multiprocessors() * int64_t(8);
   l.a = a;
-  l.tiling = tiling_of(a.batch, a.dims, W, places, sums);
+  l.tiling = sums ? merging_tiling_of(a.batch, a.dims, W) : tiling_of(a.batch, a.dims, W, places);
   g.blocks = least(l.tiling.tiles * l.tiling.slices, places);
   if (!sums) return g;
   g.cooperative = g.blocks > 1;
   Memory memory(base);
-  l.parts = memory.take<Sums<S, 1>>(l.tiling.slices * a.dims);
+  l.parts = memory.take<S>(3 * l.tiling.slices * a.dims);
   l.mean = memory.take<S>(a.dims);
   l.slope = memory.take<S>(a.dims);
   g.bytes = memory.bytes();

@@ -37,7 +37,7 @@ template <class S, int W> BOMKERN_HD void store_piece(S* to, int64_t at, const S
 template <class S> struct CenterLaunch {
   Center<S> a;
   Tiling tiling;
-  Moments<S, 1>* parts;  // [slices, D]
+  S* parts;  // [2, slices, D]
 };
 
 template <class S, int W>
@@ -47,17 +47,19 @@ __global__ void __launch_bounds__(column_threads, 2) center_kernel(const __grid_
   const Tiling& t = l.tiling;
   moments_of<S, W>(a.z, t, l.parts, bytes);
   grid_sync();
-  finish_columns(l.parts, t, gridDim.x, bytes, [&](int64_t d, const Moments<S, 1>& m) {
-    S first[1];
-    load<S, 1>(a.z, 0, d, first);
-    const S variance = m.square[0] / S(a.batch - 1), mean = first[0] + m.mean[0], deviation = sqrt(variance);
-    const bool constant = deviation <= epsilon<S> * (mean < 0 ? -mean : mean);
-    const S whole = isfinite(deviation) ? 1 / deviation : S(NAN);  // no 0 of squares that overflowed
-    const S inverse = !a.normalize ? S(1) : constant ? S(0) : whole;
-    a.offset[d] = m.mean[0];
-    a.inverse[d] = inverse;
-    a.spread[d] = inverse == 0 ? S(0) : variance * inverse * inverse;
-  });
+  for (int64_t set = blockIdx.x; set < t.sets; set += gridDim.x) {
+    finish_moments(l.parts, t, set, bytes, [&](int64_t d, S offset, S square) {
+      S first[1];
+      load<S, 1>(a.z, 0, d, first);
+      const S variance = square / S(a.batch - 1), mean = first[0] + offset, deviation = sqrt(variance);
+      const bool constant = deviation <= epsilon<S> * (mean < 0 ? -mean : mean);
+      const S whole = isfinite(deviation) ? 1 / deviation : S(NAN);  // no 0 of squares that overflowed
+      const S inverse = !a.normalize ? S(1) : constant ? S(0) : whole;
+      a.offset[d] = offset;
+      a.inverse[d] = inverse;
+      a.spread[d] = inverse == 0 ? S(0) : variance * inverse * inverse;
+    });
+  }
   grid_sync();
   for (int64_t index = blockIdx.x; index < t.tiles * t.slices; index += gridDim.x) {
     const Item<W> item(t, index);
@@ -115,10 +117,6 @@ __global__ void __launch_bounds__(column_threads, 2) recenter_kernel(const __gri
 // The three sums over the batch: of g y, g x y and g x^2.
 template <class S, int W> struct Sums {
   S at[3][W];
-  BOMKERN_HD void clear() {
-#pragma unroll
-    for (int i = 0; i < W; ++i) at[0][i] = at[1][i] = at[2][i] = 0;
-  }
   BOMKERN_HD void merge(const Sums& other) {
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
@@ -131,8 +129,8 @@ template <class S, int W> struct Sums {
 template <class S> struct FinishLaunch {
   Finish<S> a;
   Tiling tiling;
-  Sums<S, 1>* parts;  // [slices, D]; null where no sum is made
-  S *mean, *slope;    // [D] of the workspace
+  S* parts;         // [3, slices, D]; null where no sum is made
+  S *mean, *slope;  // [D] of the workspace
 };
 
 // The sums over an item's rows, into parts.
@@ -169,9 +167,11 @@ BOMKERN_HD void sum_item(const FinishLaunch<S>& l, const Item<W>& item, unsigned
   }
   merge_groups(mine, l.tiling.lanes, bytes);
   if (int(threadIdx.x) >= l.tiling.lanes || !item.inside) return;
+  S* const part = l.parts + item.slice * a.dims + item.column;
 #pragma unroll
-  for (int i = 0; i < W; ++i) {
-    l.parts[item.slice * a.dims + item.column + i] = {{{mine.at[0][i]}, {mine.at[1][i]}, {mine.at[2][i]}}};
+  for (int k = 0; k < 3; ++k) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) part[k * l.tiling.slices * a.dims + i] = mine.at[k][i];
   }
 }
 
@@ -217,10 +217,12 @@ __global__ void __launch_bounds__(column_threads, 1) finish_kernel(const __grid_
   if (l.parts) {
     for (int64_t index = blockIdx.x; index < items; index += gridDim.x) sum_item<S, W>(l, Item<W>(t, index), bytes);
     grid_sync();
-    finish_columns(l.parts, t, gridDim.x, bytes, [&](int64_t d, const Sums<S, 1>& sums) {
-      l.mean[d] = a.of_mean * sums.at[0][0];
-      l.slope[d] = fma_of(a.of_slope, sums.at[1][0], a.of_square * sums.at[2][0]);
-    });
+    for (int64_t set = blockIdx.x; set < t.sets; set += gridDim.x) {
+      finish_sums<3>(l.parts, t, set, bytes, [&](int64_t d, const S (&sums)[3]) {
+        l.mean[d] = a.of_mean * sums[0];
+        l.slope[d] = fma_of(a.of_slope, sums[1], a.of_square * sums[2]);
+      });
+    }
     grid_sync();
   }
   for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {

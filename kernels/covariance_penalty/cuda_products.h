@@ -18,7 +18,7 @@ template <class S, int W>
 __global__ void __launch_bounds__(long_row_threads, 1) gram_kernel(const __grid_constant__ GramLaunch<S> l) {
   BOMKERN_SHARED_BYTES(bytes);
   const Gram<S>& a = l.a;
-  const Member m(l.teams.lanes);
+  const Member m(l.teams);
   const int64_t step = int64_t(gridDim.x) * m.teams;
   Sum<S> sum;
   for (int64_t row = int64_t(blockIdx.x) * m.teams + m.team; row < a.side; row += step) {
@@ -59,7 +59,7 @@ template <class S, int W>
 __global__ void __launch_bounds__(long_row_threads, 1) parts_kernel(const __grid_constant__ PartsLaunch<S> l) {
   BOMKERN_SHARED_BYTES(bytes);
   const Parts<S>& a = l.a;
-  const Member m(l.teams.lanes);
+  const Member m(l.teams);
   const int64_t step = int64_t(gridDim.x) * m.teams;
   for (int64_t first = int64_t(blockIdx.x) * m.teams; first < a.batch; first += step) {
     const int64_t b = first + m.team;

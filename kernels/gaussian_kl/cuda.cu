@@ -18,20 +18,29 @@ template <class S> bool correlated(const Inputs<S>& in) { return in.block > 1 &&
 // The lanes of a row, and of one block of the prior among them.
 template <class S, class Arguments> void share_out(Launch<Arguments>& l, const Inputs<S>& in, int width) {
   l.teams = teams_of(in.batch, in.dims / width, multiprocessors());
-  l.unit = l.teams.lanes;
-  if (!correlated(in)) return;
-  const int64_t pieces = in.block / width;
-  if (l.teams.lanes <= 32 || pieces <= 1024) l.unit = power_of_2(pieces, l.teams.lanes < 32 ? l.teams.lanes : 32);
+  l.unit = l.teams.lanes, l.blocks = 1;
+  if (correlated(in)) {
+    const int64_t pieces = in.block / width;
+    if (l.teams.lanes <= 32 || pieces <= 1024) l.unit = power_of_2(pieces, l.teams.lanes < 32 ? l.teams.lanes : 32);
+    l.blocks = in.dims / in.block;
+  }
+  l.unit_shift = log2_of(l.unit);
 }
 
 template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
   if (!valid(a.in)) return cudaErrorInvalidValue;
   const bool blocks = correlated(a.in);
   const int width = width_of<S>(a.in.batch, blocks ? a.in.block : a.in.dims, {a.in.mu, a.in.logvar});
-  Launch<Forward<S>> l{a, {}, 0};
+  Launch<Forward<S>> l{a};
   share_out(l, a.in, width);
   return with_width<S>(width, [&](auto w) {
     constexpr int W = decltype(w)::value;
+    if (!blocks && l.teams.lanes <= 32) {
+      // A team's rows at once are whole where the device is full all the same.
+      const int64_t each = l.teams.threads / l.teams.lanes * rows_at_once<S, W>, full = multiprocessors() * int64_t(4);
+      const int64_t whole = ceil_div(a.in.batch, each);
+      l.teams.blocks = least(l.teams.blocks, whole > full ? whole : full);
+    }
     const auto kernel = blocks ? forward_kernel<S, W, true> : forward_kernel<S, W, false>;
     return start(kernel, l.teams.blocks, l.teams.threads, row_shared, false, stream, l);
   });
@@ -44,7 +53,7 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
   const int width = width_of<S>(a.in.batch, blocks ? a.in.block : a.in.dims,
                                 {a.in.mu, a.in.logvar, contiguous(a.grad_mu, a.in.mu.dtype, a.in.dims),
                                  contiguous(a.grad_logvar, a.in.logvar.dtype, a.in.dims)});
-  Launch<Backward<S>> l{a, {}, 0};
+  Launch<Backward<S>> l{a};
   share_out(l, a.in, width);
   return with_width<S>(width, [&](auto w) {
     constexpr int W = decltype(w)::value;

@@ -1,4 +1,5 @@
-// gaussian_kl's GPU kernels: a team of threads goes over a row's pieces, forward and backward.
+// gaussian_kl's GPU kernels: a team of threads goes over a row's pieces, forward and backward; where a team is within a
+// warp and the prior has no blocks, forward takes several rows at once, what they have in common being done once.
 #pragma once
 #include "../common/cuda_rows.h"
 // (cuda_math.h first: variance.h is written in its words)
@@ -12,22 +13,85 @@ namespace cuda {
 
 using namespace bomkern::BOMKERN_ISA;
 
+template <class S, int W> constexpr int rows_at_once = W == 8 || sizeof(S) == 8 ? 2 : 4;
+
 // `unit` lanes of a row's team take a block of the prior: as `teams.lanes`, a power of 2 up to 32 or the whole block.
 template <class Arguments> struct Launch {
   Arguments a;
   Teams teams;
-  int unit;
+  int unit, unit_shift;  // and its logarithm
+  int64_t blocks;        // of the prior
 };
 
-// Twice the terms of one piece.
-template <class S, int W> BOMKERN_HD S terms_of(const Inputs<S>& in, const S (&mu)[W], const S (&logvar)[W]) {
+// Twice the terms of one piece. Ordinary: no logvar is above the limit of variance_of(), which then is an exponential.
+template <bool Ordinary = false, class S, int W>
+BOMKERN_HD S terms_of(const Inputs<S>& in, const S (&mu)[W], const S (&logvar)[W]) {
   S sum = 0;
 #pragma unroll
   for (int i = 0; i < W; ++i) {
-    const S excess = variance_of<S, S>(logvar[i]).value - 1;
+    const S excess = (Ordinary ? exp_of(logvar[i]) : variance_of<S, S>(logvar[i]).value) - 1;
     sum += fma_of(in.precision * mu[i], mu[i], fma_of(in.diagonal, excess, -logvar[i]));
   }
   return sum;
+}
+
+// Adds a piece of n rows, which are `step` apart. Plain: all are there, and as arithmetic takes them. Alone: the piece is
+// all that this thread has of a row.
+template <bool Plain, class S, int W, int R>
+BOMKERN_HD void add_pieces(const Inputs<S>& in, int64_t b, int64_t step, int64_t column, int n, bool alone,
+                           Sum<S> (&sum)[R]) {
+  Matrix of_mu = in.mu, of_logvar = in.logvar;
+  if constexpr (Plain) n = R;
+  if constexpr (Plain && W < 8) of_mu.dtype = of_logvar.dtype = dtype_of_number<S>;
+  Raw<W> raw_mu[R], raw_logvar[R];
+  fetch_rows(of_mu, b, step, column, n, raw_mu), fetch_rows(of_logvar, b, step, column, n, raw_logvar);
+  S mu[R][W], logvar[R][W];
+  widen_rows(raw_mu, of_mu.dtype, mu), widen_rows(raw_logvar, of_logvar.dtype, logvar);
+  S terms[R];
+  if (sizeof(S) == 4 && are_ordinary(logvar)) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) terms[r] = terms_of<true>(in, mu[r], logvar[r]);
+  } else {
+#pragma unroll
+    for (int r = 0; r < R; ++r) terms[r] = terms_of(in, mu[r], logvar[r]);
+  }
+  if (alone) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) sum[r].high = terms[r];
+  } else {
+#pragma unroll
+    for (int r = 0; r < R; ++r) sum[r].add(terms[r]);
+  }
+}
+
+// Of teams within a warp: the rows b, b + step, ...
+template <class S, int W> BOMKERN_HD void forward_rows(const Launch<Forward<S>>& l, const Member& m, int64_t step) {
+  constexpr int R = rows_at_once<S, W>;
+  const Inputs<S>& in = l.a.in;
+  const int64_t pieces = in.dims / W;
+  const bool alone = pieces <= l.teams.lanes;
+  const bool plain = W == 8 || (in.mu.dtype == dtype_of_number<S> && in.logvar.dtype == dtype_of_number<S>);
+  for (int64_t first = int64_t(blockIdx.x) * m.teams; first < in.batch; first += R * step) {
+    const int64_t b = first + m.team;
+    int n = 0;
+#pragma unroll
+    for (int r = 0; r < R; ++r) n += b + r * step < in.batch;
+    Sum<S> sum[R];
+#pragma unroll 1  // more would cost registers, and so threads in flight
+    for (int64_t p = m.lane; p < pieces; p += l.teams.lanes) {
+      if (plain && n == R) {
+        add_pieces<true, S, W>(in, b, step, p * W, n, alone, sum);
+      } else {
+        add_pieces<false, S, W>(in, b, step, p * W, n, alone, sum);
+      }
+    }
+    S twice[R][1];
+#pragma unroll
+    for (int r = 0; r < R; ++r) twice[r][0] = sum[r].rounded();
+    sum_rows(twice, l.teams.lanes, [&](int r, const S (&of_row)[1]) {
+      if (r < n) l.a.out[b + r * step] = of_row[0] / 2 + in.constant;
+    });
+  }
 }
 
 template <class S, int W, bool Blocks>
@@ -35,8 +99,12 @@ __global__ void __launch_bounds__(long_row_threads, 1) forward_kernel(const __gr
   const Inputs<S>& in = l.a.in;
   BOMKERN_SHARED_BYTES(bytes);
   S* const shared = reinterpret_cast<S*>(bytes);
-  const Member m(l.teams.lanes);
+  const Member m(l.teams);
   const int64_t step = int64_t(gridDim.x) * m.teams;
+  if constexpr (!Blocks) {
+    if (l.teams.lanes <= 32) return forward_rows<S, W>(l, m, step);
+  }
+  const int units = l.teams.lanes >> l.unit_shift, lane = m.lane & (l.unit - 1), unit = m.lane >> l.unit_shift;
   for (int64_t first = int64_t(blockIdx.x) * m.teams; first < in.batch; first += step) {
     const int64_t b = first + m.team;
     const bool inside = b < in.batch;
@@ -49,15 +117,13 @@ __global__ void __launch_bounds__(long_row_threads, 1) forward_kernel(const __gr
         S mu[W], logvar[W];
         widen<S, W>(raw_mu, in.mu.dtype, mu);
         widen<S, W>(raw_logvar, in.logvar.dtype, logvar);
-        sum.add(terms_of<S, W>(in, mu, logvar));
+        sum.add(terms_of(in, mu, logvar));
       }
     } else {
-      const int units = l.teams.lanes / l.unit, lane = m.lane % l.unit;
-      const int64_t blocks = in.dims / in.block;
       // All threads of a team come round equally often: the sum over a unit is a barrier.
-      for (int64_t begin = 0; begin < blocks; begin += units) {
-        const int64_t k = begin + m.lane / l.unit;
-        const int64_t pieces = inside && k < blocks ? in.block / W : 0;
+      for (int64_t begin = 0; begin < l.blocks; begin += units) {
+        const int64_t k = begin + unit;
+        const int64_t pieces = inside && k < l.blocks ? in.block / W : 0;
         Sum<S> of_mu;
         for (int64_t p = lane; p < pieces; p += l.unit) {
           const int64_t d = k * in.block + p * W;
@@ -65,7 +131,7 @@ __global__ void __launch_bounds__(long_row_threads, 1) forward_kernel(const __gr
           S mu[W], logvar[W];
           widen<S, W>(raw_mu, in.mu.dtype, mu);
           widen<S, W>(raw_logvar, in.logvar.dtype, logvar);
-          sum.add(terms_of<S, W>(in, mu, logvar));
+          sum.add(terms_of(in, mu, logvar));
 #pragma unroll
           for (int i = 0; i < W; ++i) of_mu.add(mu[i]);
         }
@@ -83,29 +149,30 @@ __global__ void __launch_bounds__(long_row_threads, 1) backward_kernel(const __g
   const Inputs<S>& in = l.a.in;
   BOMKERN_SHARED_BYTES(bytes);
   S* const shared = reinterpret_cast<S*>(bytes);
-  const Member m(l.teams.lanes);
+  const Member m(l.teams);
   const int64_t step = int64_t(gridDim.x) * m.teams;
-  const int units = Blocks ? l.teams.lanes / l.unit : 1, lane = m.lane % l.unit;
-  const int64_t blocks = Blocks ? in.dims / in.block : 1, run = Blocks ? in.block : in.dims;
+  const int units = Blocks ? l.teams.lanes >> l.unit_shift : 1, unit = Blocks ? m.lane >> l.unit_shift : 0;
+  const int lane = Blocks ? m.lane & (l.unit - 1) : m.lane, lanes = Blocks ? l.unit : l.teams.lanes;
+  const int64_t blocks = Blocks ? l.blocks : 1, run = Blocks ? in.block : in.dims;
   for (int64_t first = int64_t(blockIdx.x) * m.teams; first < in.batch; first += step) {
     const int64_t b = first + m.team;
     const bool inside = b < in.batch;
     const S grad = inside ? grad_of(l.a.grad, b) : S(0);
     for (int64_t begin = 0; begin < blocks; begin += units) {
-      const int64_t k = begin + m.lane / l.unit;
+      const int64_t k = begin + unit;
       const int64_t pieces = inside && k < blocks ? run / W : 0;
       S common = 0;
       if constexpr (Blocks) {
         Sum<S> of_mu;
-        for (int64_t p = lane; p < pieces; p += l.unit) {
+        for (int64_t p = lane; p < pieces; p += lanes) {
           S mu[W];
           load<S, W>(in.mu, b, k * run + p * W, mu);
 #pragma unroll
           for (int i = 0; i < W; ++i) of_mu.add(mu[i]);
         }
-        common = in.shared * team_sum(of_mu.rounded(), l.unit, shared);
+        common = in.shared * team_sum(of_mu.rounded(), lanes, shared);
       }
-      for (int64_t p = lane; p < pieces; p += l.unit) {
+      for (int64_t p = lane; p < pieces; p += lanes) {
         const int64_t d = k * run + p * W, at = b * in.dims + d;
         Raw<W> raw_mu{}, raw_logvar{};
         if (l.a.grad_mu) raw_mu = fetch<W>(in.mu, b, d);

@@ -24,14 +24,14 @@ template <class S, int W> struct ForwardPlan {
     static std::atomic<int> known[16];
     const int64_t places = resident_blocks(forward_kernel<S, W>, column_threads, column_shared<S, W>, known);
     l.a = a;
-    l.tiling = tiling_of(a.in.batch, a.in.dims, W, places, true);
-    const int64_t tiles = l.tiling.tiles, slices = l.tiling.slices, items = tiles * slices;
-    blocks = items < places ? items : places;
+    l.tiling = merging_tiling_of(a.in.batch, a.in.dims, W);
+    const int64_t tiles = l.tiling.tiles, slices = l.tiling.slices;
+    blocks = least(tiles * slices, places);
     Memory memory(base);
-    l.z_parts = memory.take<Moments<S, 1>>(slices * a.in.dims);
-    l.mu_parts = memory.take<Moments<S, 1>>(slices * a.in.dims);
+    l.z_parts = memory.take<S>(2 * slices * a.in.dims);
+    l.mu_parts = memory.take<S>(2 * slices * a.in.dims);
     if (tiles > 1) l.row_parts = memory.take<S>(tiles * row_sums * a.in.batch);
-    l.unit_sums = memory.take<double>(unit_parts * blocks);
+    l.arrived = memory.take<unsigned>(1);
     bytes = memory.bytes();
   }
 };
@@ -74,14 +74,15 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
   const auto [mu, grad_mu] = pair(a.in.mu, a.grad_mu);
   const auto [logvar, grad_logvar] = pair(a.in.logvar, a.grad_logvar);
   const int width = width_of<S>(a.in.batch, a.in.dims, {z, grad_z, mu, grad_mu, logvar, grad_logvar});
-  // A block of mu's first adds up all variances: no more blocks than are at work at once.
-  const int64_t places = ceil_div(multiprocessors() * int64_t(4), l.kinds);
-  l.tiling = tiling_of(a.in.batch, a.in.dims, width, places, false);
-  const int64_t items = l.tiling.tiles * l.tiling.slices;
   return with_width<S>(width, [&](auto w) {
     constexpr int W = decltype(w)::value;
-    return start(backward_kernel<S, W>, (items < places ? items : places) * l.kinds, column_threads, column_shared<S, W>,
-                 false, stream, l);
+    static std::atomic<int> known[16];
+    // A block of mu's first adds up all variances: no more blocks than are at work at once.
+    const int64_t all = resident_blocks(backward_kernel<S, W>, column_threads, column_shared<S, W>, known);
+    const int64_t places = all > l.kinds ? all / l.kinds : 1;
+    l.tiling = tiling_of(a.in.batch, a.in.dims, W, places);
+    return start(backward_kernel<S, W>, least(l.tiling.tiles * l.tiling.slices, places) * l.kinds, column_threads,
+                 column_shared<S, W>, false, stream, l);
   });
 }
 

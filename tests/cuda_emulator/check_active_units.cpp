@@ -28,6 +28,8 @@ template <class S> void check(const Columns& s) {
   expect(close(effective.data[0], want.effective, 60 * epsilon, 0), "effective", 0, effective.data[0], want.effective);
   expect_same_bits(forward, offset);
   expect_same_bits(forward, variance);
+  expect_same_bits_elsewhere(forward, variance);
+  expect_same_bits_elsewhere(forward, effective);
 
   const S by_active = S(uniform(-2, 2)), by_effective = S(uniform(-2, 2));
   for (int given = 0; given < 4; ++given) {
@@ -35,6 +37,7 @@ template <class S> void check(const Columns& s) {
     const Backward<S> a{in, given & 1 ? &by_active : nullptr, given & 2 ? &by_effective : nullptr, offset.data,
                         variance.data, got.data()};
     run(a, 1);
+    expect_resident("grad_mu");
     got.buffer.check_guards("grad_mu");
     std::vector<double> slope(s.dims);
     for (int64_t d = 0; d < s.dims; ++d) {
@@ -66,8 +69,9 @@ int main() {
     check<float>({50, 12, Layout::transposed, data});
     check<double>({700, 33, Layout::plain, data});
   }
-  check<float>({2100, 64});                                      // several slices, one block that finishes
-  check<float>({2100, 68, Layout::plain, Data::plain, true});    // several that finish
+  check<float>({2100, 64});                                      // several slices
+  check<float>({2100, 68, Layout::plain, Data::plain, true});
+  check<float>({8000, 128, Layout::plain, Data::far});           // as many as there are at most
   check<float>({6000, 3, Layout::gaps});
   check<float>({40, 1300});                                      // several tiles
   check<float>({5, 2000, Layout::plain, Data::some_constant, true});

@@ -94,6 +94,22 @@ struct Truth {
   }
 };
 
+// The bits of the first stage and of the last are those of a device of another size.
+template <class S>
+void expect_same_elsewhere(const Steps<S, PlainLibrary<S>>& steps, const bomkern::RowGrad<S>& grad, bool normalize,
+                           const Buffer<S>& offset, const Output& gradient) {
+  const int here = emu::machine.multiprocessors;
+  emu::machine.multiprocessors = 7;
+  Buffer<S> out(gradient.buffer.n), own_offset(offset.n), inverse(offset.n);
+  Output own(gradient.buffer.n / size_of(gradient.dtype), gradient.dtype);
+  const auto saved = steps.forward(normalize, true, out.data, own_offset.data, inverse.data);
+  steps.backward(grad, saved, own_offset.data, inverse.data, normalize, true, own.data());
+  emu::machine.multiprocessors = here;
+  const bool same = memcmp(own_offset.data, offset.data, offset.n * sizeof(S)) == 0 &&
+                    memcmp(own.buffer.data, gradient.buffer.data, gradient.buffer.n) == 0;
+  expect(same, "bits on a device of another size", 0, 1, 0);
+}
+
 template <class S> void check(const Columns& s) {
   const DType type = s.mixed ? any_type<S>() : number<S>();
   const int64_t B = s.batch, D = s.dims;
@@ -114,6 +130,7 @@ template <class S> void check(const Columns& s) {
     const auto saved = steps.forward(normalize, per_sample, out.data, offset.data, inverse.data);
     Output got(B * D, type);
     steps.backward(given.row(), saved, offset.data, inverse.data, normalize, per_sample, got.data());
+    if (per_sample) expect_same_elsewhere(steps, given.row(), normalize, offset, got);
 
     for (const auto* one : {&out, &offset, &inverse}) one->check_guards("an output");
     for (const auto& one : library.made) one->check_guards("a temporary");
@@ -181,6 +198,7 @@ int main() {
     check<double>({30, 8, Layout::plain, data});
   }
   check<float>({600, 36});   // several slices
+  check<float>({9000, 16});  // and more than merge at once
   check<float>({150, 132});  // and tiles
   check<float>({3, 700});    // a block to a row
   for (const int64_t dims : {1, 5, 33}) check_overflow<float>(20, dims), check_overflow<double>(20, dims);

@@ -177,13 +177,32 @@ template <class Arguments> void run(const Arguments& a, int launches) {
   workspace.check_guards("workspace");
 }
 
-// A second run gives the same bits in `output`.
-template <class Arguments, class T> void expect_same_bits(const Arguments& a, Buffer<T>& output, int launches = 1) {
+// The last launch had no more blocks than the device holds at once.
+inline void expect_resident(const char* what) {
+  const int most = emu::machine.multiprocessors * emu::machine.resident, blocks = int(emu::machine.grid_dim.x);
+  expect(blocks <= most, what, 0, blocks, most);
+}
+
+template <class Arguments, class T>
+void expect_bits_again(const Arguments& a, Buffer<T>& output, const char* what, int launches = 1) {
   const std::vector<T> first(output.data, output.data + output.n);
   memset(output.data, 0xff, output.n * sizeof(T));
-  emu::machine.order = emu::Order((int(emu::machine.order) + 1) % 3);
   run(a, launches);
-  expect(memcmp(first.data(), output.data, output.n * sizeof(T)) == 0, "bits of a second run", 0, 1, 0);
+  expect(memcmp(first.data(), output.data, output.n * sizeof(T)) == 0, what, 0, 1, 0);
+}
+
+// A second run gives the same bits in `output`.
+template <class Arguments, class T> void expect_same_bits(const Arguments& a, Buffer<T>& output, int launches = 1) {
+  emu::machine.order = emu::Order((int(emu::machine.order) + 1) % 3);
+  expect_bits_again(a, output, "bits of a second run", launches);
+}
+
+// So does a device of another size.
+template <class Arguments, class T> void expect_same_bits_elsewhere(const Arguments& a, Buffer<T>& output) {
+  const int here = emu::machine.multiprocessors;
+  emu::machine.multiprocessors = 7;
+  expect_bits_again(a, output, "bits on a device of another size");
+  emu::machine.multiprocessors = here;
 }
 
 }  // namespace checking

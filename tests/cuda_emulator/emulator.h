@@ -288,6 +288,7 @@ inline emu::Index<emu::block_index> blockIdx;
 inline emu::Index<emu::block_size> blockDim;
 inline emu::Index<emu::grid_size> gridDim;
 
+inline void __threadfence() {}
 inline void __syncthreads() { emu::wait(emu::self->block->barrier); }
 template <class T> T __shfl_down_sync(unsigned, T value, int offset) {
   return emu::shuffle(value, emu::self->thread.x % 32 + offset);
