@@ -338,3 +338,19 @@ def test_table_in_float32_serves_float64_goals_only_if_it_is_float64() -> None:
     with pytest.raises(TypeError, match="params must be"):
         min_goal_loss(x, ConstraintTable([Minimize(1.0), Minimize(2.0)]))
     min_goal_loss(x, ConstraintTable([Minimize(1.0), Minimize(2.0)], dtype=torch.float64))
+
+
+@IMPLS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tail_below_the_rounding_of_one_has_its_tangent_at_the_edge(
+    server: tuple[str, str], dtype: torch.dtype
+) -> None:
+    """Where 1 - tail rounds to 1 the edge itself is past the seam: log(0) and 0 / 0 stand there on the inner side."""
+    impl, device = server
+    tail = 1e-20
+    x = torch.tensor([1.0, 0.5], dtype=dtype, device=device, requires_grad=True)
+    loss = min_goal_loss([x], Box(-1.0, 1.0, tail), reduction="none", impl=impl)
+    loss.sum().backward()
+    want = torch.tensor([1 - math.log(tail), -math.log(0.5)], dtype=dtype)
+    torch.testing.assert_close(loss.detach().cpu(), want)
+    torch.testing.assert_close(grad_of(x).cpu(), torch.tensor([1 / tail, 2.0], dtype=dtype))

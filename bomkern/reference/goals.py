@@ -22,7 +22,7 @@ def _hard(r: Tensor) -> Tensor:
 
 def _barrier(r: Tensor, tail: Tensor) -> Tensor:
     """``-log(1 - r)`` up to ``1 - tail``, then the tangent there."""
-    inside = r <= 1 - tail
+    inside = (r <= 1 - tail) & (r < 1)  # 1 - tail may round to 1
     return torch.where(inside, -torch.log1p(-torch.where(inside, r, 0)), (r - 1 + tail) / tail - torch.log(tail))
 
 

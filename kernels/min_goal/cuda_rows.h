@@ -204,7 +204,7 @@ template <class S> BOMKERN_HD S slope_of(int curve, S x, const Ramp<S>& ramp) {
   const Entry<S> at = ramp_at<S, S>(x, ramp);
   const S r = at.deficit, inverse = quotient_of(S(1), r);
   const S over = curve == HARD ? at.slope * 2 : at.slope;
-  const S barrier = r <= 1 - ramp.tail ? 1 - r : ramp.tail;
+  const S barrier = r <= 1 - ramp.tail && r < 1 ? 1 - r : ramp.tail;
   return quotient_of(over, curve == HARD ? r + inverse : curve == BARRIER ? barrier : S(1));
 }
 

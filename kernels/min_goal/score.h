@@ -53,7 +53,7 @@ template <class V, class S> BOMKERN_HD Entry<V> entry_of(int curve, V x, const R
   if (curve == HARD) return {log1p_of_square(r < zero ? -r : r), quotient_of(ramp.slope * 2, r + quotient_of(splat<V>(S(1)), r))};
   V d = r, slope = ramp.slope;
   if (curve == BARRIER) {
-    const auto inside = r <= 1 - p.tail;
+    const auto inside = (r <= 1 - p.tail) & (r < S(1));  // 1 - tail may round to 1
     const V y = inside ? -r : zero;
     const auto outside = [&] { return quotient_of(r - 1 + p.tail, splat<V>(p.tail)) - p.log_tail; };
     if constexpr (sizeof(S) == 4) {

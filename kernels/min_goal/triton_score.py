@@ -63,7 +63,7 @@ def _judge_raw(x, center, right, left, tail, code):
 
     # One log serves both curves that need one: log(1 + y), with what rounding lost in 1 + y put back to first order.
     hard = code == HARD
-    inside = (code == BARRIER) & (r <= 1 - tail)
+    inside = (code == BARRIER) & (r <= 1 - tail) & (r < 1)  # 1 - tail may round to 1
     outside = (code == BARRIER) & (inside == 0)
     far = hard & (tl.abs(r) > 1e8)  # 1 + r^2 overflows further out; from here on it is r^2 to the last bit
     y = tl.where(hard & (far == 0), r * r, tl.where(inside, -r, 0))
