@@ -94,23 +94,22 @@ def matrices(size: Size) -> float:
 
 
 # min_goal: instructions of a sample in forward, by its machine code for sm_90.
-INSTRUCTIONS = {"anchored": 200, "all six constraints": 700, "a batch-level goal": 200}
+INSTRUCTIONS = {"anchored": 200, "all six constraints": 480, "a batch-level goal": 200}
 
 
 def min_goal_forward(label: str) -> Callable[[Size], Part]:
     def part(size: Size) -> Part:
         batch, each = size["B"], INSTRUCTIONS[label]
         read = 4.0 * size["K"] * batch
+        # Each thread has four samples, one after the other, and waits for three clocks an instruction.
+        turn = 4 * each * 3 / CLOCK * 1e6
         if batch <= 1024:
-            # Each thread has four samples, one after the other, and waits for three clocks an instruction.
-            return Part(1, 4 * each * 3 / CLOCK * 1e6, f"one block; a thread goes over four samples, {each} each")
-        if batch <= 65536:
-            us = max(issued(each * batch / 32, 0.8, processors=8), 1e6 * read / (8 * 55e9)) + 2
+            return Part(1, turn, f"one block; a thread goes over four samples, {each} each")
+        if batch <= 16384:
+            us = max(issued(each * batch / 32, 0.8, processors=8), 1e6 * read / (8 * 55e9), turn) + 2
             return Part(1, us, f"one cluster of 8 blocks, so 8 multiprocessors of {PROCESSORS}; {each} a sample")
-        us = max(issued(each * batch / 32, 0.75), streamed(read)) + 2
-        return Part(
-            2, us, f"{each} instructions a sample at 0.75 of the issue rate, or the bytes; a second launch sums"
-        )
+        us = max(issued(each * batch / 32, 0.75), streamed(read), turn) + 2
+        return Part(2, us, f"{each} a sample at 0.75 of the issue rate, a turn, or the bytes; a second launch sums")
 
     return part
 
@@ -122,11 +121,10 @@ def min_goal_backward(size: Size) -> Part:
 
 
 def batch_level_backward(size: Size) -> Part:
-    """One block of 512 threads, each of four samples a turn; a turn takes about as long as a load from memory."""
-    turns = size["B"] / (512 * 4)
-    return Part(
-        1, turns * 0.55, "one block sums the whole batch: 512 threads, half a microsecond for each of its turns"
-    )
+    """Sums of 512 samples by the blocks of the first launch, which a second adds up."""
+    if size["B"] <= 2048:
+        return Part(1, 1.0, "one block, one turn of its threads")
+    return Part(2, streamed(4.0 * size["K"] * size["B"] + 5.0 * size["B"]) + 3, "all gradients; a launch adds sums up")
 
 
 def goal_set_forward(label: str) -> Callable[[Size], Part]:
@@ -146,8 +144,8 @@ def goal_set_backward(size: Size) -> Part:
 
 
 def kl_forward(size: Size) -> Part:
-    us = max(streamed(2 * matrices(size)), issued(250.0 * size["B"])) + 1
-    return Part(1, us, "250 warp instructions a row at 0.7 of the issue rate: more than its bytes take")
+    us = max(streamed(2 * matrices(size)), issued(120.0 * size["B"])) + 1
+    return Part(1, us, "its bytes, or 120 warp instructions a row at 0.7 of the issue rate")
 
 
 def kl_backward(size: Size) -> Part:
@@ -155,8 +153,8 @@ def kl_backward(size: Size) -> Part:
 
 
 def consistency_forward(size: Size) -> Part:
-    us = streamed(bench_consistency_variance.V * matrices(size), 0.85) + 1
-    return Part(1, us, "89 registers leave 16 warps a multiprocessor: enough loads in flight for 0.85 of a copy")
+    us = streamed(bench_consistency_variance.V * matrices(size)) + 1
+    return Part(1, us, "63 registers leave 32 warps a multiprocessor: enough loads in flight for 0.9 of a copy")
 
 
 def consistency_backward(size: Size) -> Part:
@@ -164,24 +162,22 @@ def consistency_backward(size: Size) -> Part:
 
 
 def merged(size: Size) -> float:
-    """Microseconds of a barrier of the grid, and of four blocks that merge all slices one after the other."""
-    slices = min(396, size["B"] // 32)
-    return 1.5 + 0.016 * slices
+    """Microseconds of a barrier of the grid, and of 16 blocks that merge up to 256 slices, eight parts at once."""
+    return 1.5 + (1.0 if size["B"] > 1024 else 0.3)
 
 
 def units_forward(size: Size) -> Part:
     us = streamed(matrices(size)) + merged(size)
-    return Part(1, us, "one matrix, then a barrier, and four blocks that merge up to 396 slices in turn")
+    return Part(1, us, "one matrix, then a barrier, and 16 blocks that merge up to 256 slices")
 
 
 def units_backward(size: Size) -> Part:
-    tail = 1.33 if size["B"] >= 4096 else 1.0
-    return Part(1, tail * streamed(2 * matrices(size)) + 1, "528 blocks where 396 fit: the last third runs alone")
+    return Part(1, streamed(2 * matrices(size)) + 1, "reads one matrix and writes one; no more blocks than fit at once")
 
 
 def latent_forward(size: Size) -> Part:
-    us = streamed(3 * matrices(size), 0.7) + 1.3 * merged(size)
-    return Part(1, us, "twelve shuffle loops of five dependent steps a chunk hold the loads up; two merges")
+    us = streamed(3 * matrices(size), 0.8) + merged(size)
+    return Part(1, us, "some 250 instructions a row, 16 warps a multiprocessor; one merge")
 
 
 def latent_backward(size: Size) -> Part:
