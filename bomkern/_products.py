@@ -27,7 +27,7 @@ def loses_digits(device_type: str) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, of one dtype, to all its digits; autocast is the caller's business, see _autocast.py."""
+    """``torch.mm(a, b)`` to all digits of their dtype; autocast is the caller's business, see _autocast.py."""
     if a.dtype == torch.float32 and loses_digits(a.device.type):
-        return (a.double() @ b.double()).float()
-    return a @ b
+        return torch.mm(a.double(), b.double()).float()
+    return torch.mm(a, b)

@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 import bomkern
 from bench import ranks
-from bomkern import Anchored, GoalSet, Minimize, StepGuard
+from bomkern import Anchored, GoalSet, Minimize, StepGuard, _ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 # Policies and history are float32 whatever the goals are.
@@ -47,6 +47,16 @@ def test_parts_are_not_the_whole(truth: dict[str, dict[str, Any]]) -> None:
     for name, expected in truth["torch.float64"].items():
         if name in ranks.STATISTICS:
             assert abs(float(ranks.STATISTICS[name](half, None) - expected[0])) > 1e-4, name
+
+
+def test_shapes_are_not_compared_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would wait for the device; the steps before the capture have compared them."""
+    several = _ranks.Ranks()
+    several.group = object()
+    with pytest.raises(Exception, match="object"):  # asks the others
+        several.check_shape("x", torch.rand(3))
+    monkeypatch.setattr(_ranks, "capturing", lambda device: True)
+    several.check_shape("x", torch.rand(3))
 
 
 class Model(torch.nn.Module):
