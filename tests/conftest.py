@@ -66,6 +66,11 @@ def assert_as_good_as_eager(ours: Tensor, eager: Tensor, exact: Tensor, slack: f
     assert error <= allowed + slack * size, f"error {error:.3g}, allowed {allowed:.3g} + {slack} of {size:.3g}"
 
 
+def outside_xdist() -> dict[str, str]:
+    """The environment of a pytest that is no worker of this one: in a worker nothing is benched."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 def run_again(files: str, selection: str, **environment: str) -> None:
     """Runs a selection of the tests of a file, or more, in a process of its own, with more in its environment."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files.split(), "-k", selection]

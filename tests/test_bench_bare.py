@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, outside_xdist
 
 ABSENT = (
     *(
@@ -31,7 +30,7 @@ BARE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); "
 def bare(code: str) -> subprocess.CompletedProcess[str]:
     """Run without what is absent: an import of it fails."""
     command = [sys.executable, "-W", "ignore", "-c", BARE + code]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=outside_xdist(), capture_output=True, text=True)
 
 
 def pytest_with(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from bench import harness, keep, machine
 from bench.results import kept_lines, read, row_of
+from tests.conftest import outside_xdist
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = """
@@ -60,7 +60,7 @@ def run(folder: Path, file: Path, *more: str, **environment: str) -> subprocess.
         f"--keep={file}",
         *more,
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    env = {**outside_xdist(), "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 

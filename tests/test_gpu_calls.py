@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, outside_xdist
 from tests.deadline import REASON, chosen, failed_in
 
 TESTS = """
@@ -182,7 +182,12 @@ def test_every_stage_runs_dry(number: int, tmp_path: Path) -> None:
     archive = tmp_path / f"call{number}.tar.xz"
     given = ["--call", str(number), "--dry", "--archive", str(archive), "--work", str(tmp_path / "work")]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "gpu.py"), *given], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, str(ROOT / "tools" / "gpu.py"), *given],
+        cwd=ROOT,
+        env=outside_xdist(),
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -125,7 +125,7 @@ def info(call: Call) -> Command:
 def quick_tests(pair: str) -> Callable[[Call], Command]:
     def command(call: Call) -> Command:
         seed = ["--hypothesis-seed=0"]  # one set of examples, the same every time
-        return call.pytest("tests", "-m", "not slow", *seed, keep=call.pair(pair), most=8 if call.dry else None)
+        return call.pytest("tests", "-m", "not slow", *seed, keep=call.pair(pair), most=4 if call.dry else None)
 
     return command
 
@@ -201,20 +201,14 @@ def trained(*more: str) -> Callable[[Call], Command | None]:
     return command
 
 
-def launched(call: Call) -> Command:
-    """Triton's launches by its own launcher: on the GPU, or in a dry run on a libcuda that runs nothing."""
-    if call.dry:
-        return call.pytest("tests/test_triton_launch.py", "-m", "not slow", keep="on_a_stub", most=1, spread=False)
-    return call.pytest("tests", "-m", "not slow", "--hypothesis-seed=0", keep="triton-cuda")
-
-
 def routed(call: Call) -> Command:
     return [PYTHON, "-m", "bench.tune", "route", "--stop-at", f"{call.stop_at:.0f}", *_tuned(call, "route")]
 
 
-def routing_table(call: Call) -> Command:
-    device = ["--device", "cpu", "--quick"] if call.dry else ["--device", "cuda"]
-    return [PYTHON, "-m", "bench.route", *device, "--results", str(call.work / "results")]
+def routing_table(call: Call) -> Command | None:
+    if call.dry:
+        return None  # tests/test_bench_route.py runs it dry, on a quarter of the pixels
+    return [PYTHON, "-m", "bench.route", "--device", "cuda", "--results", str(call.work / "results")]
 
 
 def tuned(call: Call) -> Command:
@@ -256,7 +250,7 @@ CALLS: dict[int, tuple[Stage, ...]] = {
     ),
     2: (
         Stage("build", 200, build),
-        Stage("triton", 110, launched),
+        Stage("triton", 110, quick_tests("triton-cuda")),
         Stage("graphs", 40, replayed),
         Stage("loss_section", 30, benched("loss_section", "loss_section", dry="B64")),
         Stage("compiled_peers", 140, benched("compile", *BENCHES, dry="D16")),
