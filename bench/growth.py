@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,24 +29,12 @@ class Line(NamedTuple):
 
 def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
     """Exponent p of ``y ~ x^p`` and its standard error; None where there are too few points, or all at one x."""
-    if len(points) < LEAST:
+    x, y = ([math.log(point[i]) for point in points] for i in (0, 1))
+    if len(points) < LEAST or len(set(x)) == 1:
         return None
-    x, y = (_centred([math.log(point[i]) for point in points]) for i in (0, 1))
-    square = _product(x, x)
-    if not square:
-        return None
-    p = _product(x, y) / square
-    off = [b - p * a for a, b in zip(x, y, strict=True)]
-    return p, math.sqrt(_product(off, off) / (len(points) - 2) / square)
-
-
-def _centred(x: Sequence[float]) -> list[float]:
-    mean = math.fsum(x) / len(x)
-    return [a - mean for a in x]
-
-
-def _product(x: Sequence[float], y: Sequence[float]) -> float:
-    return math.fsum(a * b for a, b in zip(x, y, strict=True))
+    p, at_one = statistics.linear_regression(x, y)
+    off = math.fsum((b - at_one - p * a) ** 2 for a, b in zip(x, y, strict=True))
+    return p, math.sqrt(off / (len(x) - 2) / (len(x) - 1) / statistics.variance(x))
 
 
 def exponents(results: Results) -> Iterator[Line]:

@@ -27,17 +27,7 @@ from typing import Any
 import torch
 
 import bomkern
-from bench import (
-    bench_active_units,
-    bench_consistency_variance,
-    bench_covariance_penalty,
-    bench_gaussian_kl,
-    bench_goal_set,
-    bench_latent_statistics,
-    bench_min_goal,
-    bench_total_correlation,
-    machine,
-)
+from bench import bench_min_goal, kernels, machine
 from bench.harness import Case, Size, check, inputs, once
 from bench.rounds import looked_at
 from bomkern import Anchored, GoalSet, _impl
@@ -105,10 +95,10 @@ def _cuda(name: str, value: int = 0) -> int:
 
 
 TRITON = "bomkern.kernels"
-MOMENTS = (bench_active_units.CASE, bench_latent_statistics.CASE)
+CASE: dict[str, Case] = {case.op: case for case, _, _ in kernels.cases()}
 MIN_GOALS = tuple(bench_min_goal.CASES.values())
-SPILL = (bench_goal_set.CASES["spill"],)
-COVARIANCE, CORRELATION = (bench_covariance_penalty.BY_SAMPLE,), (bench_total_correlation.CASE,)
+MOMENTS, SPILL = (CASE["active_units"], CASE["latent_statistics"]), (CASE["goal_set"],)
+COVARIANCE, CORRELATION = (CASE["covariance_penalty"],), (CASE["total_correlation"],)
 KNOBS = (
     Knob("", "min_goal.one_block", (256, 512, 2048, 4096), MIN_GOALS, GOALS[:3]),
     Knob("", "min_goal.one_cluster", (4096, 8192, 16384, 32768, 65536), MIN_GOALS, GOALS[1:4]),
@@ -120,22 +110,13 @@ KNOBS = (
     Knob(f"{TRITON}.active_units.triton_moments", "PROGRAMS", (128, 256, 512, 1024), MOMENTS, WIDE),
     Knob(f"{TRITON}.active_units.triton_moments", "WHOLE", (4096, 16384, 65536), MOMENTS, ({"B": 512, "D": 32},)),
     Knob(f"{TRITON}.covariance_penalty.triton_columns", "PROGRAMS", (128, 256, 512), COVARIANCE, WIDE),
-    Knob(f"{TRITON}.gaussian_kl.triton", "CELLS", (512, 1024, 2048, 4096), (bench_gaussian_kl.CASE,), WIDE),
+    Knob(f"{TRITON}.gaussian_kl.triton", "CELLS", (512, 1024, 2048, 4096), (CASE["gaussian_kl"],), WIDE),
     Knob(f"{TRITON}.total_correlation.triton", "PROGRAMS", (2048, 4096, 8192), CORRELATION, CODES),
     Knob(f"{TRITON}.total_correlation.triton", "LEAST", (8, 16, 32), CORRELATION, CODES),
 )
 PLANNED = "as planned"
-# Where the warps of a program are tried.
-WARPS: dict[str, tuple[tuple[Case, ...], tuple[Size, ...]]] = {
-    "min_goal": (MIN_GOALS[-1:], GOALS[3:]),
-    "goal_set": (SPILL, GOALS[3:]),
-    "total_correlation": ((bench_total_correlation.CASE,), ({"B": 1024, "D": 128},)),
-    "gaussian_kl": ((bench_gaussian_kl.CASE,), WIDE[1:2]),
-    "consistency_variance": ((bench_consistency_variance.CASE,), WIDE[1:2]),
-    "active_units": ((bench_active_units.CASE,), WIDE[1:2]),
-    "latent_statistics": ((bench_latent_statistics.CASE,), WIDE[1:2]),
-    "covariance_penalty": ((bench_covariance_penalty.BY_SAMPLE,), WIDE[1:2]),
-}
+# Sizes at which the warps of a program are tried, where they are not those of the statistics.
+WARPS = {"min_goal": GOALS[3:], "goal_set": GOALS[3:], "total_correlation": CODES[:1]}
 BRANCHES = (1, 2, 4, 8, 16, 32)  # layers behind each goal
 WIDTH = 512
 
@@ -222,7 +203,9 @@ def tune_warps(op: str, clock: Clock, quick: bool) -> Rows:
     """Of every kernel of an op at once."""
     counts = (0, 4) if quick else (0, 2, 4, 8, 16)
     settings = {str(count or PLANNED): functools.partial(warps, count) for count in counts}
-    return compare(f"triton {op} num_warps", PLANNED, settings, "triton", *WARPS[op], clock, quick)
+    return compare(
+        f"triton {op} num_warps", PLANNED, settings, "triton", (CASE[op],), WARPS.get(op, WIDE[1:2]), clock, quick
+    )
 
 
 def route(clock: Clock, quick: bool) -> Rows:
@@ -294,7 +277,7 @@ def jobs(wanted: Sequence[str], clock: Clock, quick: bool) -> Iterator[tuple[str
     for knob in KNOBS:
         if everything or knob.impl in wanted or knob.cases[0].op in wanted:
             yield knob.title, functools.partial(tune, knob, clock, quick)
-    for op in WARPS:
+    for op in CASE:
         if everything or "triton" in wanted or op in wanted:
             yield f"triton {op} num_warps", functools.partial(tune_warps, op, clock, quick)
     if everything or "route" in wanted:
@@ -319,7 +302,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
     asked = parser.parse_args(given)
-    known = {"all", "triton", "cuda", "route", *WARPS}
+    known = {"all", "triton", "cuda", "route", *CASE}
     if unknown := set(asked.what) - known:
         parser.error(f"no knob of {', '.join(sorted(unknown))}: {' '.join(sorted(known))}")
     if asked.device != machine.DEVICE:

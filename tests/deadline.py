@@ -22,7 +22,6 @@ import pytest
 
 REASON = "not begun: the time was over"
 LINES = 60  # of a failure's text at most
-_late = 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,26 +75,25 @@ class _Reports:
 
     def __init__(self, failures: Path | None) -> None:
         self.failures = failures
+        self.late = 0  # tests that were not begun
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        global _late
-        _late += report.skipped and REASON in str(report.longrepr)
+        self.late += report.skipped and REASON in str(report.longrepr)
         if self.failures and report.failed:
             lines = report.longreprtext.splitlines()
             cut = [*lines[: LINES // 3], "...", *lines[-LINES * 2 // 3 :]] if len(lines) > LINES else lines
             with self.failures.open("a") as file:
                 file.write("\n".join([f"FAILED {report.nodeid}", *(f"    {line}" for line in cut), ""]) + "\n")
 
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.late:
+            terminalreporter.write_line(f"{self.late} tests were not begun in time", yellow=True)
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
         session.config.pluginmanager.register(_Reports(session.config.getoption("--failures")), "deadline-reports")
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if _late:
-        terminalreporter.write_line(f"{_late} tests were not begun in time", yellow=True)
 
 
 def failed_in(text: str) -> list[str]:

@@ -201,30 +201,21 @@ def trained(*more: str) -> Callable[[Call], Command | None]:
     return command
 
 
-def routed(call: Call) -> Command:
-    return [PYTHON, "-m", "bench.tune", "route", "--stop-at", f"{call.stop_at:.0f}", *_tuned(call, "route")]
-
-
 def routing_table(call: Call) -> Command | None:
     if call.dry:
         return None  # tests/test_bench_route.py runs it dry, on a quarter of the pixels
     return [PYTHON, "-m", "bench.route", "--device", "cuda", "--results", str(call.work / "results")]
 
 
-def tuned(call: Call) -> Command:
-    return [
-        PYTHON,
-        "-m",
-        "bench.tune",
-        "gaussian_kl" if call.dry else "all",
-        "--stop-at",
-        f"{call.stop_at:.0f}",
-        *_tuned(call, "tune"),
-    ]
+def tuned(name: str, what: str, dry: str) -> Callable[[Call], Command]:
+    """bench.tune, into a file of that name; a dry run turns the ``dry`` knobs."""
 
+    def command(call: Call) -> Command:
+        given = ["--stop-at", f"{call.stop_at:.0f}", "--json", str(call.work / f"{name}.json")]
+        how = [dry, "--device", "cpu", "--quick"] if call.dry else [what]
+        return [PYTHON, "-m", "bench.tune", *how, *given]
 
-def _tuned(call: Call, name: str) -> Command:
-    return ["--json", str(call.work / f"{name}.json"), *(["--device", "cpu", "--quick"] if call.dry else [])]
+    return command
 
 
 def again(call: Call) -> Command | None:
@@ -257,13 +248,13 @@ CALLS: dict[int, tuple[Stage, ...]] = {
         Stage("train", 50, trained()),
         Stage("train_compiled", 80, trained("--compile")),
         Stage("whole_step", 90, benched("step", "step", dry="B64-plain")),
-        Stage("route", 40, routed),
+        Stage("route", 40, tuned("route", "route", dry="route")),
         Stage("report", 60, report),
     ),
     3: (
         Stage("build", 200, build),
         Stage("again", 150, again),
-        Stage("tune", 140, tuned),
+        Stage("tune", 140, tuned("tune", "all", dry="gaussian_kl")),
         Stage("routing_table", 110, routing_table),
         Stage("benches", 200, benched("not KeOps and not TorchJD", *BENCHES, dry="D16 and eager")),
         Stage("report", 60, report),
