@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
-TORCH ?= torch>=2.11,<2.14
+# Tested, and where there is a build for the CPU alone a small download; any from 2.11 on will do.
+TORCH ?= torch==2.13.0
 TRITON = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
 # Set, what is installed beside torch is what requirements/ci.txt says, to the hash, and nothing is built in isolation.
 LOCKED ?=
@@ -18,36 +19,36 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test fast fuzz trust lint tidy docs bench guard sanitize cuda-check triton-check gpu dist-check install-matrix lock audit clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.built $(VENV)/.extra-train
 	$(RUN)/bomkern train --out runs/demo --overwrite
 
-test: $(VENV)/.ready
+test: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python -m pytest tests $(PARALLEL)
 
-fast: $(VENV)/.ready
+fast: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python -m pytest tests $(PARALLEL) -m "not slow"
 
 # Cases drawn by SEED for SECONDS, every op and implementation that serves here against the reference in float64.
 SECONDS ?= 60
 SEED ?= 0
-fuzz: $(VENV)/.ready
+fuzz: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # What tests/README.md shows, but for the install matrix: half an hour on two cores.
-trust: $(VENV)/.ready sanitize
+trust: $(VENV)/.built $(VENV)/.extra-test sanitize
 	$(RUN)/python -m tests.fuzz --seconds 600 --seed 0 --json tests/results/fuzz.json
 	$(RUN)/python -m tests.faults --kills 20 --offsets 50
 	$(RUN)/python -m tests.endurance --steps 20000
 	$(RUN)/python -m pytest tests $(PARALLEL) -m "not slow" -p tests.refusals
 	$(RUN)/python -m tests.report
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.torch $(VENV)/.extra-lint
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy bomkern
 
 # clang-tidy over csrc/ and kernels/, where it is installed (pip install clang-tidy), by .clang-tidy.
-tidy: $(VENV)/.ready
+tidy: $(VENV)/.torch
 	PYTHON=$(RUN)/python bash tools/tidy.sh
 
 # The pages of docs/ into site/, with what was measured; a warning is an error. Needs neither torch nor a build.
@@ -55,19 +56,19 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
 
 # Everything against its peers on this machine, and the report of it in bench/results.
-bench: $(VENV)/.ready
+bench: $(VENV)/.built $(VENV)/.extra-bench
 	mkdir -p build
 	$(RUN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
 	$(RUN)/python -m bench.report build/bench.json
 
 # Three minutes of it, compared with the report: fails where bomkern became slower against eager PyTorch, on the worst
 # kind of data, or where one kind takes much longer than another.
-guard: $(VENV)/.ready
+guard: $(VENV)/.built $(VENV)/.extra-bench
 	$(RUN)/python -m bench.compare bench/results/cpu.json --run 3
 
 # The C++ and the emulated CUDA kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, built in
 # .sanitize. PART= for some of: planted kernels emulator memory threads; all of them write what they found for tests/README.
-sanitize: $(VENV)/.ready
+sanitize: $(VENV)/.torch $(VENV)/.extra-test
 	$(RUN)/python tools/sanitize.py $(or $(PART),--results tests/results/sanitize.json)
 
 # Builds every CUDA kernel, imports the extension, and checks that each op has one and that none spills registers.
@@ -92,11 +93,11 @@ gpu:
 		$(if $(BEFORE),--before $(BEFORE)) $(if $(ONLY),--only $(ONLY))
 
 # Builds the sdist and the wheel twice, compares them and what they hold, and runs the quick tests on the wheel alone.
-dist-check: $(VENV)/.ready
+dist-check: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python tools/check_dist.py --test
 
 # Every way to install, each into a fresh environment; goes on where it was. ONLY='cpu/g++/*' for some, CUDA=1 for all.
-install-matrix: $(VENV)/.ready
+install-matrix: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python tools/install_matrix.py --only '$(or $(ONLY),*)' $(if $(CUDA),--cuda)
 
 # What CI installs, with hashes, for Python 3.10 and later on any platform. Without torch and triton, whose files differ
@@ -109,30 +110,35 @@ lock:
 audit:
 	$(PYTHON) tools/audit.py
 
-# Reinstalled when what it is built from changes.
-SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml tools/build_backend.py
-
-$(VENV)/.ready: $(SOURCES)
+# What a target needs is installed by the files it waits for, each once: an environment with torch, bomkern built into
+# it, and the packages of an extra. With LOCKED the first brings the packages of all of them.
+$(VENV)/.torch:
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 ifneq ($(LOCKED),)
 	$(RUN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/ci.txt
 	$(RUN)/python -m pip install --quiet '$(TORCH)' $(TRITON)
-	$(RUN)/python -m pip install --no-deps --no-build-isolation -e .
-	$(RUN)/python -m pip check
 else
 	$(RUN)/python -m pip install --quiet --upgrade 'pip>=23'
-	# torch first: an isolated build that finds one does not fetch its own.
-	$(RUN)/python -m pip install --quiet '$(TORCH)'
-	$(RUN)/python -m pip install -e '.[dev]'
+	# torch first, and only where there is none: bomkern is built for the one that is there.
+	$(RUN)/python -c "import torch" 2>/dev/null || $(RUN)/python -m pip install '$(TORCH)' $(TRITON)
 endif
 	touch $@
 
-# The packages of the docs extra alone: pip install -e '.[docs]' would build the extension. pip brings a tomli.
+# Built anew when what it is built from changes.
+SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py $(wildcard tools/build_*.py)
+
+$(VENV)/.built: $(SOURCES) pyproject.toml | $(VENV)/.torch
+	$(RUN)/python tools/install.py build $(if $(LOCKED),--no-deps --no-build-isolation)
+	touch $@
+
+$(VENV)/.extra-%: pyproject.toml | $(VENV)/.torch
+	$(if $(LOCKED),$(RUN)/python -m pip check,$(RUN)/python tools/install.py extra $*)
+	touch $@
+
+# Without torch, which the docs have no use for.
 $(VENV)/.docs: pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -c "import subprocess, sys; from pip._vendor import tomli; \
-	wanted = tomli.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']; \
-	subprocess.check_call([sys.executable, '-m', 'pip', 'install', '--quiet', *wanted])"
+	$(RUN)/python tools/install.py extra docs
 	touch $@
 
 $(CUDA_VENV)/.ready:
@@ -141,7 +147,7 @@ $(CUDA_VENV)/.ready:
 	touch $@
 
 # Its own site-packages come first, then those of $(VENV).
-$(TRITON_VENV)/.ready: $(VENV)/.ready
+$(TRITON_VENV)/.ready: $(VENV)/.built $(VENV)/.extra-test
 	test -x $(TRITON_VENV)/bin/python || $(RUN)/python -m venv $(TRITON_VENV)
 	$(TRITON_VENV)/bin/python -m pip install --quiet --no-deps '$(TRITON_OLD)'
 	$(RUN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \

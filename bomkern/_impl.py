@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -27,12 +28,20 @@ Several = Literal["min_goal", "active_units", "latent_statistics"]
 AGAIN = "reinstall bomkern: pip install --force-reinstall --no-deps --no-cache-dir"
 
 
+def _why_not_compiled() -> str:
+    """The sentence that setup.py left beside the Python files."""
+    try:
+        return Path(__file__).with_name("_not_compiled.txt").read_text().strip()
+    except OSError:
+        return "install a C++ compiler."
+
+
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled extension, or None and why."""
     try:
         module = importlib.import_module("bomkern._C")
     except ModuleNotFoundError:
-        return None, f"bomkern was installed without its compiled kernels; install a C++ compiler and {AGAIN}"
+        return None, f"bomkern was installed without its compiled kernels: {_why_not_compiled()} Then {AGAIN}"
     except ImportError as error:
         return None, f"the compiled kernels do not load ({error}); {AGAIN}"
     built, here = module.build()["torch"].split("+")[0], torch.__version__.split("+")[0]

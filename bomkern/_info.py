@@ -19,9 +19,13 @@ class Info(dict[str, Any]):
         lines = [f"bomkern {self['version']}, torch {self['torch']}, Python {self['python']}"]
         if build:
             lines.append(f"built with {build['compiler']} for torch {build['torch']}")
-            lines.append(f"CPU: {build['simd']}; this CPU runs {build['simd_here']}, {self['threads']} threads")
+            threads = (
+                f"on one thread: {build['no_openmp_because']}" if build["no_openmp_because"] else "on {threads} threads"
+            )
+            lines.append(f"CPU: {build['simd']}; this CPU runs {build['simd_here']}, {threads.format(**self)}")
             cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "no CUDA kernels"
-            lines.append(cuda + (f": {build['no_cuda_because']}" if build["no_cuda_because"] else ""))
+            remark = build["no_cuda_because"] or build["cuda_remark"]
+            lines.append(cuda + (f": {remark}" if remark else ""))
         else:
             lines.append(f"not compiled: {self['not_compiled_because']}")
         for op, devices in self["ops"].items():
@@ -37,8 +41,9 @@ def info() -> Info:
 
     Returns:
         A dict: ``version``, ``torch``, ``python``, ``threads``, ``build`` (compiler, torch, cuda, cuda_architectures,
-        simd, simd_here; empty if not compiled), ``not_compiled_because``, and ``ops``: op -> device -> impl -> None
-        where it serves, else the reason. Implementations are listed best first.
+        cuda_remark, no_cuda_because, no_openmp_because, simd, simd_here; empty if not compiled),
+        ``not_compiled_because``, and ``ops``: op -> device -> impl -> None where it serves, else the reason.
+        Implementations are listed best first.
     """
     from . import __version__
 

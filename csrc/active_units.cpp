@@ -1,4 +1,6 @@
 // active_units: argument checks, autograd and dispatch. The arithmetic is in kernels/active_units/.
+#include <torch_headers.h>
+
 #include "../kernels/active_units/active_units.h"
 #include "autograd.h"
 #include "checks.h"

@@ -1,4 +1,6 @@
 // consistency_variance: argument checks, autograd and dispatch. The arithmetic is in kernels/consistency_variance/.
+#include <torch_headers.h>
+
 #include "../kernels/consistency_variance/consistency_variance.h"
 #include "autograd.h"
 #include "checks.h"

@@ -1,4 +1,6 @@
 // covariance_penalty: argument checks, autograd and dispatch. The arithmetic is in kernels/covariance_penalty/.
+#include <torch_headers.h>
+
 #include "autograd.h"
 #include "checks.h"
 #include "covariance_penalty_cpu.h"

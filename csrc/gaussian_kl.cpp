@@ -1,4 +1,6 @@
 // gaussian_kl: argument checks, autograd and dispatch. The arithmetic is in kernels/gaussian_kl/.
+#include <torch_headers.h>
+
 #include "../kernels/gaussian_kl/gaussian_kl.h"
 #include "autograd.h"
 #include "checks.h"

@@ -1,4 +1,6 @@
 // goal_set: argument checks, autograd and dispatch. The arithmetic is in kernels/goal_set/.
+#include <torch_headers.h>
+
 #include "../kernels/goal_set/goal_set.h"
 #include "autograd.h"
 #include "checks.h"

@@ -1,4 +1,6 @@
 // goal_set_keep: argument checks and dispatch of what a step of goal_set leaves behind. The work is in kernels/goal_set/keep.h.
+#include <torch_headers.h>
+
 #include "../kernels/goal_set/keep.h"
 #include "op.h"
 

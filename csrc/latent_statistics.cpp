@@ -1,4 +1,6 @@
 // latent_statistics: argument checks, autograd and dispatch. The arithmetic is in kernels/latent_statistics/.
+#include <torch_headers.h>
+
 #include "../kernels/latent_statistics/latent_statistics.h"
 #include "autograd.h"
 #include "checks.h"

@@ -1,4 +1,6 @@
 // min_goal: argument checks, autograd node and dispatch. The arithmetic is in kernels/min_goal/.
+#include <torch_headers.h>
+
 #include "autograd.h"
 #include "checks.h"
 #include "goals.h"

@@ -25,7 +25,9 @@ pybind11::dict build() {
   facts["torch"] = BOMKERN_TORCH_VERSION;
   facts["cuda"] = BOMKERN_CUDA_VERSION;
   facts["cuda_architectures"] = BOMKERN_CUDA_ARCHITECTURES;
+  facts["cuda_remark"] = BOMKERN_CUDA_REMARK;
   facts["no_cuda_because"] = BOMKERN_NO_CUDA_BECAUSE;
+  facts["no_openmp_because"] = BOMKERN_NO_OPENMP_BECAUSE;
 #if defined(__x86_64__)
   facts["simd"] = "baseline avx2 avx512";
 #else

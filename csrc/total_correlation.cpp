@@ -1,4 +1,6 @@
 // total_correlation: argument checks, autograd node and dispatch. The arithmetic is in kernels/total_correlation/.
+#include <torch_headers.h>
+
 #include "../kernels/total_correlation/total_correlation.h"
 #include "autograd.h"
 #include "checks.h"

@@ -15,7 +15,7 @@ WORKS = {"outcome": "works", "as_expected": True, "serve": ["cpu"], "cuda": "", 
 
 def test_cells_are_every_combination_once() -> None:
     names = [cell.name for cell in install_matrix.cells(cuda=True)]
-    assert len(names) == len(set(names)) == 2 * 2 * 3 * 3 + 1 + 2
+    assert len(names) == len(set(names)) == 2 * 2 * 3 * 3 + 1 + 4 + 6
     assert {name for name in names if install_matrix.Cell(*name.split("/")).error} == {
         *(f"none/g++/{what}/no-isolation" for what in install_matrix.WHATS),
         "none/none/editable/bare",
@@ -40,3 +40,17 @@ def test_the_table_shows_every_outcome(result: dict[str, object], shown: str) ->
         and text.count("not run") == 2
         and text.startswith("| torch before | compiler | from | pip | uv |")
     )
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ({"packages": {"torch": "2.15.0", "bomkern": "0.1.0", "triton": "3.8.0"}, "torch": [1]}, ""),
+        ({"packages": {"torch": "2.15.0", "bomkern": "0.1.0"}, "torch": [2]}, "torch was [1] and is [2]"),
+        ({"packages": {"torch": "2.13.0", "bomkern": "0.1.0"}, "torch": [1]}, "torch 2.15.0 is 2.13.0"),
+        ({"packages": {"bomkern": "0.1.0"}, "torch": [1]}, "torch 2.15.0 is gone"),
+        ({"packages": {"torch": "2.15.0", "pykeops": "2.3"}, "torch": [1]}, "pykeops is new"),
+    ],
+)
+def test_what_an_installation_changes_besides_is_seen(after: dict[str, object], said: str) -> None:
+    assert install_matrix.changed({"packages": {"torch": "2.15.0"}, "torch": [1]}, after) == said

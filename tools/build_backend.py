@@ -12,16 +12,21 @@ import functools
 import gzip
 import importlib.util
 import io
+import json
 import os
+import re
 import shutil
+import subprocess
 import sys
-import sysconfig
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import build_ladder
+
 try:
+    import build_extension
     from setuptools import build_meta
 except ImportError:
     raise SystemExit(
@@ -29,25 +34,37 @@ except ImportError:
         "ninja first, or leave --no-build-isolation out."
     ) from None
 
-TORCH = "torch>=2.11,<2.14"
+TORCH = "torch>=" + ".".join(map(str, build_extension.OLDEST_TORCH))
 
 
-def _see_target() -> bool:
-    """Put the target environment's packages at the end of sys.path; whether there is a torch."""
-    for key in ("purelib", "platlib"):
-        folder = sysconfig.get_paths()[key]
-        if folder not in sys.path:
-            sys.path.append(folder)
-    return importlib.util.find_spec("torch") is not None
+@functools.cache
+def _target_path() -> list[str]:
+    """Where the Python that runs this looks for packages when nobody isolates it: the user's folder, too, and those of
+    the system's Python behind an environment that sees them."""
+    # What pip sets for an isolated build; -c keeps the current folder in front, which is dropped.
+    hidden = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    ask = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
+    done = subprocess.run(ask, env=environment, capture_output=True, text=True, check=True)
+    return [str(folder) for folder in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _compiler() -> str | None:
-    """As in setup.py: where there is none, nothing is built, and gigabytes of torch would be fetched for it."""
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+def _see_target() -> str:
+    """Put the target environment's packages at the end of sys.path; the version of its torch, empty if it has none."""
+    sys.path.extend(folder for folder in _target_path() if folder not in sys.path)
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return ""
+    version = re.search(r"__version__ = ['\"]([^'\"]+)", Path(found.origin).with_name("version.py").read_text())
+    return version[1] if version else "of an unknown version"
 
 
 def _requires(config_settings: Any = None) -> list[str]:
-    return [] if _see_target() or _compiler() is None else [TORCH]
+    if version := _see_target():
+        build_extension.refuse_old_torch(version)
+        return []
+    # Where nothing can be compiled, gigabytes of torch would be fetched for nothing.
+    return [] if build_ladder.why_no_compiler() else [TORCH]
 
 
 def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
@@ -55,7 +72,7 @@ def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
 
 
 def _with_torch(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """setup.py imports torch, and every one of these hooks runs it."""
+    """setup.py imports torch where it compiles, and these hooks let it."""
 
     @functools.wraps(hook)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -92,13 +109,14 @@ def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
 
 @_with_torch
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    for folder in Path("build").glob("lib*"):  # modules that an earlier build left there would be packed too
+    # Modules that an earlier build left there would be packed too; of the rest, torch's headers take 400 MB.
+    for folder in [*Path("build").glob("lib*"), *Path("build").glob("temp*")]:
         shutil.rmtree(folder)
     name: str = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
     return name
 
 
 get_requires_for_build_wheel = get_requires_for_build_editable = _requires
-prepare_metadata_for_build_wheel = _with_torch(build_meta.prepare_metadata_for_build_wheel)
-prepare_metadata_for_build_editable = _with_torch(build_meta.prepare_metadata_for_build_editable)
+prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
 build_editable = _with_torch(build_meta.build_editable)

@@ -22,8 +22,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SDIST = ("bomkern/*.py", "bomkern/py.typed", "csrc/*", "kernels/*", "tools/build_backend.py")  # * goes into folders
-SDIST_TOP = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+SDIST = ("bomkern/*.py", "bomkern/py.typed", "csrc/*", "kernels/*", "tools/build_*.py")  # * goes into folders
+SDIST_TOP = ("LICENSE", "MANIFEST.in", "README.md", "bomkern_command.py", "pyproject.toml", "setup.py")
 EGG_INFO = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt", "top_level.txt")
 DIST_INFO = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
 EPOCH = "1700000000"
@@ -57,11 +57,18 @@ def expected_sdist(files: list[str]) -> set[str]:
 
 
 def expected_wheel(files: list[str], version: str, compiled: bool) -> set[str]:
-    """The rule: the Python files of bomkern/ and kernels/, the mark of typed packages, the library and the metadata."""
+    """The rule: the Python files of bomkern/ and kernels/, the mark of typing, the library or why not, metadata."""
     python = {n for n in files if n.startswith("bomkern/") and n.endswith(".py")}
     kernels = {f"bomkern/{n}" for n in files if n.startswith("kernels/") and n.endswith(".py")}
-    library = {f"bomkern/_C{sysconfig.get_config_var('EXT_SUFFIX')}"} if compiled else set()
-    return {*python, *kernels, *library, "bomkern/py.typed", *(f"bomkern-{version}.dist-info/{n}" for n in DIST_INFO)}
+    library = {f"bomkern/_C{sysconfig.get_config_var('EXT_SUFFIX')}" if compiled else "bomkern/_not_compiled.txt"}
+    return {
+        *python,
+        *kernels,
+        *library,
+        "bomkern/py.typed",
+        "bomkern_command.py",
+        *(f"bomkern-{version}.dist-info/{n}" for n in DIST_INFO),
+    }
 
 
 def build(kind: str, source: Path, into: Path, compiler: bool) -> Path:

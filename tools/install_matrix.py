@@ -27,9 +27,12 @@ from check_dist import ROOT, tracked
 
 RESULTS = ROOT / "tests" / "results" / "install_matrix.json"
 TORCH = {
-    "cpu": os.environ.get("TORCH", "torch>=2.11,<2.14"),
-    "cuda": os.environ.get("CUDA_TORCH", "torch>=2.11,<2.14"),
+    "cpu": os.environ.get("TORCH", "torch==2.13.0"),
+    "cuda": os.environ.get("CUDA_TORCH", "torch==2.14.1"),
+    "2.11": "torch==2.11.*",
+    "newest": os.environ.get("NEW_TORCH", "torch"),
 }
+TORCH["user"] = TORCH["system"] = TORCH["cpu"]
 WHATS = ("editable", "wheel", "sdist")
 TOOLS = ("pip", "no-isolation", "uv")
 PROBE = """
@@ -41,14 +44,45 @@ info = bomkern.info()
 best = {op: next(name for name, why in d["cpu"].items() if why is None) for op, d in info["ops"].items()}
 print(json.dumps({"torch": info["torch"], "serve": sorted(set(best.values())), "cuda": info["build"].get("cuda", "")}))
 """
-# Why a cell is to end in an error, and how that error reads. None: it is to work.
+# What is installed, and which file torch is: the same before and after, but for bomkern and what it brings.
+INSTALLED = """
+import importlib.metadata as m, importlib.util as u, json, os
+spec = u.find_spec("torch")
+file = os.stat(spec.origin) if spec else None
+print(json.dumps({"packages": {d.name.lower().replace("_", "-"): d.version for d in m.distributions()},
+                  "torch": [spec.origin, file.st_ino, file.st_mtime_ns] if spec else None}))
+"""
+ITS_OWN = {"bomkern", "triton"}
+# A module that every Python of the environment imports: a GPU that no nvcc knows.
+PRETENDED_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda index=None: (99, 0)
+"""
+# A line of a shell that makes a compiler behave as one of that kind, before the machine's own is called with "$@".
+COMPILERS = {
+    "old g++": 'case "$*" in *-std=c++2*) echo "error: unrecognized command-line option" >&2; exit 1;; esac',
+    "g++ that nvcc refuses": 'set -- -U__GNUC__ -D__GNUC__=99 "$@"',  # which nvcc's own header looks at
+}
+# Why a cell is to end in an error, and how that error reads.
 NO_TORCH = r"needs torch in the environment"
 NO_SETUPTOOLS = r"needs setuptools.*in the environment"
+# What `bomkern info` says where a rung of the ladder was left out, or was built otherwise.
+SAYS = {
+    "no Python.h": r"Python's headers are missing",
+    "old g++": r"unrecognized command-line option",
+    "g++ that nvcc refuses": r"unsupported GNU version",
+    "unknown GPU": r"does not know the GPU that is there \(99\.0\)",
+    "none": r"no C\+\+ compiler was found",
+}
 
 
 class Cell(NamedTuple):
-    torch: str  # none, cpu, cuda: in the environment beforehand
-    compiler: str  # g++, none, g++ and nvcc
+    # In the environment beforehand: none, cpu, cuda, 2.11, newest; or a CPU build in the user's folder, or in that of
+    # the system's Python behind an environment that sees it.
+    torch: str
+    compiler: str  # none, g++, g++ and nvcc, or a key of SAYS
     what: str  # one of WHATS
     tool: str  # one of TOOLS, or bare: without isolation, and without setuptools
 
@@ -65,15 +99,23 @@ class Cell(NamedTuple):
 
     @property
     def serves(self) -> str:
-        return "reference" if self.compiler == "none" else "cpu"
+        return "reference" if self.compiler in ("none", "no Python.h", "old g++") else "cpu"
+
+    @property
+    def cuda(self) -> bool:
+        return self.compiler in ("g++ and nvcc", "unknown GPU")
 
 
 def cells(cuda: bool) -> list[Cell]:
-    """All of them, the quick ones first."""
+    """All of them, the quick ones first; `cuda`: also those whose torch is gigabytes of download."""
     found = [Cell(t, c, w, by) for c, t, by, w in itertools.product(("none", "g++"), ("cpu", "none"), TOOLS, WHATS)]
     found.append(Cell("none", "none", "editable", "bare"))
+    found += [Cell("cpu", compiler, "editable", "pip") for compiler in ("no Python.h", "old g++")]
+    found += [Cell("user", "g++", "wheel", "pip"), Cell("system", "g++", "editable", "pip")]
     if cuda:
-        found += [Cell("cuda", "g++", "wheel", "pip"), Cell("cuda", "g++ and nvcc", "wheel", "pip")]
+        found += [Cell(torch, "g++", "wheel", "pip") for torch in ("2.11", "newest", "cuda")]
+        found += [Cell("cuda", c, "wheel", "pip") for c in ("g++ and nvcc", "g++ that nvcc refuses")]
+        found.append(Cell("cuda", "unknown GPU", "wheel", "no-isolation"))
     return found
 
 
@@ -111,22 +153,52 @@ class Bench:
             run([str(place / "bin" / "python"), "-m", "pip", "install", "uv"], os.environ, self.work)
         return str(place / "bin" / "uv")
 
-    def fresh(self, torch: str, tools: bool) -> None:
-        """An environment with this torch, and with setuptools and ninja if `tools`, and the sources beside it."""
-        base = self.work / "bases" / f"{torch}{'-tools' * tools}"
-        for folder in (self.venv, self.source, self.work / "dist"):
+    def interpreter(self, cell: Cell) -> str:
+        """The Python that environments are made from: a copy where the cell changes it or installs into it."""
+        if cell.torch not in ("user", "system") and cell.compiler != "no Python.h":
+            return sys.executable
+        copy = self.work / f"python-{cell.torch}-{cell.compiler}".replace(" ", "-")
+        if not copy.exists():
+            shutil.copytree(sys.base_prefix, copy, symlinks=True)
+            if cell.compiler == "no Python.h":
+                shutil.rmtree(copy / "include")
+        return str(copy / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
+
+    def fresh(self, cell: Cell) -> None:
+        """An environment with the cell's torch, with setuptools and ninja but for bare, and the sources beside it."""
+        tools, base = cell.tool != "bare", self.interpreter(cell)
+        kept = (
+            self.work / "bases" / f"{cell.torch}{'-tools' * tools}{'-bare-python' * (cell.compiler == 'no Python.h')}"
+        )
+        for folder in (self.venv, self.source, self.work / "dist", self.work / "user"):
             shutil.rmtree(folder, ignore_errors=True)
-        if base.exists():
-            shutil.copytree(base, self.venv, symlinks=True, copy_function=os.link)
+        self.python = str(self.venv / "bin" / "python")
+        if kept.exists():
+            shutil.copytree(kept, self.venv, symlinks=True, copy_function=os.link)
         else:
-            run([sys.executable, "-m", "venv", str(self.venv)], os.environ, self.work)
+            site = ["--system-site-packages"] * (cell.torch in ("user", "system"))
+            run([base, "-m", "venv", *site, str(self.venv)], os.environ, self.work)
             pip = [self.python, "-m", "pip", "install", "--quiet"]
             run([*pip, "--upgrade", "pip"], os.environ, self.work)
-            for wanted in ([TORCH[torch]] if torch in TORCH else []) + ["setuptools>=77", "ninja"] * tools:
+            for wanted in ["setuptools>=77", "ninja"] * tools:
                 run([*pip, wanted], os.environ, self.work)
+            if cell.torch == "system":
+                run([base, "-m", "pip", "install", "--quiet", TORCH["system"]], os.environ, self.work)
+            elif cell.torch in TORCH and cell.torch != "user":
+                lifted = {"PIP_CONFIG_FILE": os.devnull} if cell.torch == "newest" else {}
+                run([*pip, TORCH[cell.torch]], {**os.environ, **lifted}, self.work)
             if not tools:  # torch may bring it
                 run([self.python, "-m", "pip", "uninstall", "-y", "setuptools"], os.environ, self.work)
-            shutil.copytree(self.venv, base, symlinks=True, copy_function=os.link)
+            shutil.copytree(self.venv, kept, symlinks=True, copy_function=os.link)
+        if cell.torch == "user":  # where pip puts it for who may not write to the system's folder
+            self.python = base
+            run([base, "-m", "pip", "install", "--user", "--quiet", TORCH["user"]], self.environment(cell), self.work)
+        if cell.compiler == "unknown GPU":
+            where = run(
+                [self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], os.environ, self.work
+            )
+            Path(where.strip(), "pretended_gpu.py").write_text(PRETENDED_GPU)
+            Path(where.strip(), "pretended_gpu.pth").write_text("import pretended_gpu\n")
         for name in tracked():
             (self.source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, self.source / name)
@@ -135,15 +207,25 @@ class Bench:
         """The machine as the cell has it: without compilers nothing is on the PATH at all."""
         left_out = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "PYTHONPATH", "BOMKERN_BUILD_CUDA")
         kept = {k: v for k, v in os.environ.items() if k not in left_out}
-        kept |= {"TMPDIR": str(self.work / "tmp"), "UV_LINK_MODE": "copy"}
+        kept |= {"TMPDIR": str(self.work / "tmp"), "UV_LINK_MODE": "copy", "PYTHONUSERBASE": str(self.work / "user")}
         # pip keeps what it built from an archive, and takes it again whatever compiler and torch are there by then.
         kept["PIP_CACHE_DIR"] = str(self.work / "pip" / f"{cell.torch} {cell.compiler}".replace(" ", "-"))
         kept.setdefault("MAX_JOBS", "2")
-        kept.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+        if cell.compiler == "unknown GPU":
+            kept.pop("TORCH_CUDA_ARCH_LIST", None)
+        else:
+            kept.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
         if cell.compiler == "none":
             return kept | {"PATH": str(self.work / "none")}
-        if cell.compiler == "g++":
+        if not cell.cuda and cell.compiler != "g++ that nvcc refuses":
             kept["CUDA_HOME"] = str(self.work / "none")
+        if cell.compiler in COMPILERS:
+            folder = self.work / "compilers" / cell.compiler.replace(" ", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("c++", "g++", "gcc"):
+                (folder / name).write_text(f'#!/bin/sh\n{COMPILERS[cell.compiler]}\nexec {shutil.which(name)} "$@"\n')
+                (folder / name).chmod(0o755)
+            return kept | {"PATH": f"{folder}{os.pathsep}{kept['PATH']}"}
         cached = Path("/usr/lib/ccache")
         if cached.is_dir():
             kept |= {"PATH": f"{cached}{os.pathsep}{kept['PATH']}", "CCACHE_BASEDIR": str(self.work)}
@@ -153,6 +235,7 @@ class Bench:
     def commands(self, cell: Cell) -> list[list[str]]:
         """What is typed. Archives are built by the same tool, under the same conditions."""
         dist, source = str(self.work / "dist"), str(self.source)
+        user = ["--user"] * (cell.torch == "user")
         open_ = ["--no-build-isolation"] if cell.tool in ("no-isolation", "bare") else []
         if cell.tool == "uv":
             install = [self.uv, "pip", "install", "--python", self.python]
@@ -161,7 +244,7 @@ class Bench:
             wheel = [self.uv, "build", "--wheel", "--python", self.python, "--out-dir", dist, source]
             wheel += ["--no-build-isolation"] * (cell.torch != "none")
         else:
-            install = [self.python, "-m", "pip", "install", *open_]
+            install = [self.python, "-m", "pip", "install", *user, *open_]
             wheel = [self.python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", dist, *open_, source]
         if cell.what == "editable":
             return [[*install, *open_, "-e", source]]
@@ -184,20 +267,24 @@ class Bench:
 
     def attempt(self, cell: Cell) -> dict[str, Any]:
         """Do one cell, and say how it came out."""
-        self.fresh(cell.torch, cell.tool != "bare")
+        self.fresh(cell)
         if cell.what == "sdist":
             self.sdist()
         environment, begun = self.environment(cell), time.monotonic()
         result: dict[str, Any] = {"cell": cell.name, "outcome": "works"}
+        before = json.loads(run([self.python, "-c", INSTALLED], environment, self.work))
         try:
             for command in self.commands(cell):
                 run([self.file(argument) for argument in command], environment, self.work)
             result["seconds"] = round(time.monotonic() - begun)
-            run([self.python, "-m", "bomkern", "info"], environment, self.work)
+            info = run([self.python, "-m", "bomkern", "info"], environment, self.work)
             result |= json.loads(run([self.python, "-c", PROBE], environment, self.work).splitlines()[-1])
             wrong = "" if result["serve"] == [cell.serves] and cell.error is None else "serves otherwise than expected"
-            if ("nvcc" in cell.compiler) != bool(result["cuda"]):
+            if cell.cuda != bool(result["cuda"]):
                 wrong = "the CUDA kernels are there or not, otherwise than expected"
+            if cell.compiler in SAYS and not re.search(SAYS[cell.compiler], info):
+                wrong, result["said"] = "bomkern info does not say why", info[:500]
+            wrong = changed(before, json.loads(run([self.python, "-c", INSTALLED], environment, self.work))) or wrong
         except Failed as why:
             text = str(why).replace(str(self.work), ".")
             result.setdefault("seconds", round(time.monotonic() - begun))
@@ -206,6 +293,17 @@ class Bench:
             result["said"] = said[0].strip() if said else text[-3000:]
             wrong = "" if said else "an error that was not expected"
         return {**result, "as_expected": not wrong, **({"wrong": wrong} if wrong else {})}
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What an installation did to what was there, or brought besides; empty where it is as it should be."""
+    was, now = before["packages"], after["packages"]
+    if before["torch"] is None:  # torch and all that it needs are new
+        now = {name: version for name, version in now.items() if name in was}
+    elif before["torch"] != after["torch"]:
+        return f"torch was {before['torch']} and is {after['torch']}"
+    lost = [f"{name} {was[name]} is {now.get(name, 'gone')}" for name in was if now.get(name) != was[name]]
+    return "; ".join(lost + [f"{name} is new" for name in sorted(set(now) - set(was) - ITS_OWN)])
 
 
 def load() -> dict[str, Any]:
@@ -231,7 +329,8 @@ def table(found: dict[str, Any]) -> str:
         served = ", ".join(result["serve"]) + (f" and CUDA {result['cuda']}" if result["cuda"] else "")
         return f"{mark}{served}, {result['seconds']} s"
 
-    names = {"none": "none", "cpu": "CPU build", "cuda": "CUDA build"}
+    names = {"none": "none", "cpu": "CPU build", "cuda": "CUDA build", "user": "in the user's folder"}
+    names |= {"system": "in the system's folder", "2.11": "2.11", "newest": "the newest"}
     tools = {
         "pip": "pip",
         "no-isolation": "pip `--no-build-isolation`",

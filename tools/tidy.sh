@@ -35,7 +35,8 @@ check() {
   shift
   [[ ${1:-} == -checks=* ]] && only=("$1") && shift
   "$TIDY" --quiet "${only[@]}" "$file" -- -std=c++20 -Wno-psabi -DBOMKERN_TORCH_VERSION='""' -DBOMKERN_CUDA_VERSION='""' \
-    -DBOMKERN_CUDA_ARCHITECTURES='""' -DBOMKERN_NO_CUDA_BECAUSE='""' "$@" 2>/dev/null && echo "clean: $file"
+    -DBOMKERN_CUDA_ARCHITECTURES='""' -DBOMKERN_NO_CUDA_BECAUSE='""' \
+    -DBOMKERN_NO_OPENMP_BECAUSE='""' -DBOMKERN_CUDA_REMARK='""' -Icsrc "$@" 2>/dev/null && echo "clean: $file"
 }
 export -f check
 printf '%s\n' "${FILES[@]}" | xargs -P "${MAX_JOBS:-$(nproc)}" -I{} bash -c 'check {}'
