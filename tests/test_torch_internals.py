@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -323,3 +325,36 @@ def test_info_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals, "NEEDED", [*internals.NEEDED, gone])
     line = f"torch {torch.__version__} has no torch._C._gone (min_goal_loss): is slower; public instead: torch.here"
     assert bomkern.info()["torch_lacks"] == [line] and line in str(bomkern.info())
+
+
+# tools/next_torch.py
+
+
+def test_next_torch_installs_what_the_tests_need_and_no_other_torch() -> None:
+    from tools import next_torch
+
+    project = {
+        "dependencies": ["torch>=2.11,<2.14", "triton; platform_system == 'Linux'"],
+        "optional-dependencies": {
+            "train": ["torchmetrics>=1.4", "tqdm"],
+            "lightning": ["pytorch-lightning>=2.4"],
+            "test": ["bomkern[train,lightning]", "pytest"],
+            "docs": ["mkdocs"],
+        },
+    }
+    want = ["pytest", "pytorch-lightning>=2.4", "torchmetrics>=1.4", "tqdm", "triton; platform_system == 'Linux'"]
+    assert next_torch.packages_of(project, "test") == want
+    assert next_torch.folder_of("torch==2.15.0") == ".venv-torch-2.15.0"
+
+
+def test_next_torch_prints_the_names_without_bomkern(tmp_path: Path) -> None:
+    tool = ROOT / "tools" / "next_torch.py"
+    hidden = "import sys, runpy; sys.modules['bomkern'] = None; sys.argv[1:] = ['--names']; "
+    code = f"{hidden}{{}}; runpy.run_path({str(tool)!r}, run_name='__main__')"
+    for before, status, said in (
+        ("import torch", 0, "has every private name"),
+        ("import torch; del torch._amp_foreach_non_finite_check_and_unscale_", 1, "(StepGuard): uses torch.isfinite"),
+    ):
+        command = [sys.executable, "-c", code.format(before)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == status and said in done.stdout, done.stdout + done.stderr
