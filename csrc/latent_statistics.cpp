@@ -5,7 +5,6 @@
 #include "launch.h"
 
 #include <ATen/core/List.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #ifdef BOMKERN_CUDA
@@ -147,5 +146,5 @@ TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
   m.impl("latent_statistics", latent_statistics_autograd);
-  m.impl("latent_statistics_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("latent_statistics_backward", bomkern::no_derivative());
 }

@@ -47,7 +47,7 @@ void launch([[maybe_unused]] const char* op, const Kernels& kernels, const Argum
 #endif
   } else {
     const int64_t size = kernels.bytes(a);
-    const Tensor workspace = size ? at::cpu::empty({size}, bytes) : Tensor();
+    const Tensor workspace = size ? cpu_empty({size}, bytes) : Tensor();
     kernels.run(a, size ? workspace.mutable_data_ptr() : nullptr, run_tasks);
   }
 }
