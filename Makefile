@@ -85,6 +85,11 @@ cuda-check: $(CUDA_VENV)/.ready
 triton-check: $(TRITON_VENV)/.ready
 	$(TRITON_VENV)/bin/python -m pytest tests/test_triton_launch.py tests/test_*_triton.py $(PARALLEL) -rP -k "on_a_stub or spills"
 
+# Another torch, TORCH='torch==X', in an environment of its own: the private names that it lacks, a build, the quick tests.
+.PHONY: next-torch
+next-torch:
+	$(PYTHON) tools/next_torch.py '$(TORCH)'
+
 # On a machine with a GPU, in the Python that has its torch: three calls of under ten minutes, each of which ends with an
 # archive of what it found (tools/gpu.py). BEFORE= archives of the calls before, ONLY= some stages, DRY=1 without a GPU.
 CALL ?= 1

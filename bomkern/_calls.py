@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _replay
+from ._torch_internals import write_count
 
 TRIAL = 8  # rows of the check on first use
 WEIGHT = 0.2  # of a step in moving averages
@@ -225,7 +226,7 @@ def _device(args: Sequence[Any]) -> torch.device:
 
 def _versions(args: Sequence[Any]) -> list[int]:
     """What counts the writes into each tensor."""
-    return [a._version for a in args if is_rows(a) and not a.is_inference()]
+    return [write_count(a) for a in args if is_rows(a) and not a.is_inference()]
 
 
 def _leaves(args: Sequence[Any]) -> list[Any]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ._host import capturing
+from ._torch_internals import mark_static_address, outside_modes, traced_by_python
 from ._typed import constant
 
-_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, key) for key in ("FAKE", "PROXY", "FUNCTIONAL"))
 _captured: dict[int, Tensor] = {}  # what a CUDA graph reads, by id: a graph keeps nothing alive
 
 
@@ -36,7 +35,7 @@ def on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device)
     if torch.compiler.is_dynamo_compiling():
         traced: Tensor = getattr(_traced, _name(values, dtype, device))
         return traced
-    if any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
+    if traced_by_python():
         return torch.tensor(values, dtype=dtype, device=device)
     made = _made(values, dtype, device)
     keep_for_graph(made)
@@ -53,7 +52,7 @@ def _name(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> 
     name = f"table_{sha256(repr(key).encode()).hexdigest()[:16]}"
     if not hasattr(_traced, name):
         table = _made(*key)
-        torch._dynamo.mark_static_address(table)  # CUDA graphs of a compiled graph then read it where it is
+        mark_static_address(table)
         setattr(_traced, name, table)
     return name
 
@@ -66,7 +65,7 @@ def _made(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> 
             "cannot hold a copy from the host: make the same call once before the capture"
         )
     # A plain tensor, whatever its first caller is inside of: all later ones get the same.
-    with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+    with torch.inference_mode(False), outside_modes():
         return torch.tensor(values, dtype=dtype, device=device)
 
 

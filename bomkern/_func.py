@@ -14,24 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
+
+from ._torch_internals import tree_flatten, tree_unflatten, under_vmap
 
 LOSS_ALONE = ("min_goal", "goal_set")  # of their results only the first has a gradient
 NAMES = {"min_goal": "min_goal_loss"}
 NO_RECORD = "a GoalSet in training mode keeps a record of its step, which torch.vmap has several of: call eval() first"
 
 
-def under_transform() -> bool:
-    """Whether a transform of torch.func, or forward mode, looks at what is called now."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def through(
     op: str, serve: Callable[..., Any], reference: Callable[..., Any], /, *arguments: Any, **options: Any
 ) -> Any:
     """``serve(*arguments, **options)`` as transforms understand it; ``reference`` is called alike."""
-    leaves, spec = pytree.tree_flatten((arguments, options))
+    leaves, spec = tree_flatten((arguments, options))
     places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     tensors = [leaves[place] for place in places]
     if op in LOSS_ALONE:  # their constraints and weights may be others when backward comes
@@ -50,13 +45,13 @@ class _Call:
     reference: Callable[..., Any]
     others: tuple[Any, ...]
     places: tuple[int, ...]  # of the tensors among all arguments
-    spec: pytree.TreeSpec
+    spec: Any  # how the arguments are nested
 
     def run(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
         leaves = list(self.others)
         for place, x in zip(self.places, tensors, strict=True):
             leaves[place] = x
-        arguments, options = pytree.tree_unflatten(leaves, self.spec)
+        arguments, options = tree_unflatten(leaves, self.spec)
         return fn(*arguments, **options)
 
     def differentiable(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -198,6 +193,5 @@ def refuse_under_vmap(op: str, library: torch.library.Library) -> None:
 
 def refuse_vmap_of_record() -> None:
     """Before anything of a step is kept."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    if any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack):
+    if under_vmap():
         raise RuntimeError(NO_RECORD)

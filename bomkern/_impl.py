@@ -15,8 +15,9 @@ from torch import Tensor
 from . import _ops, reference
 from . import _twice as _twice  # registers what second derivatives need
 from ._check import check_goals, check_latents, check_matrices, check_rows, check_views
-from ._func import loop_under_vmap, refuse_under_vmap, refuse_vmap_of_record, through, under_transform
+from ._func import loop_under_vmap, refuse_under_vmap, refuse_vmap_of_record, through
 from ._route import gated
+from ._torch_internals import under_transform
 from ._typed import constant
 
 IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
@@ -57,11 +58,13 @@ _ops._library.impl("goal_set_keep", reference.goal_set_keep, "CompositeExplicitA
 
 
 def _has_kernel(op: str, key: str) -> bool:
-    return all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"bomkern::{name}", key)
-        for name in _ops.OPS
-        if name.split(".")[0].removesuffix("_backward").removesuffix("_keep") == op
-    )
+    try:
+        for name in _ops.OPS:
+            if name.split(".")[0].removesuffix("_backward").removesuffix("_keep") == op:
+                torch.library.get_kernel(f"bomkern::{name}", key)
+    except RuntimeError:
+        return False
+    return True
 
 
 def why_not(op: str, impl: str, device: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import _impl
+from . import _impl, _torch_internals
 
 
 class Info(dict[str, Any]):
@@ -28,6 +28,7 @@ class Info(dict[str, Any]):
             lines.append(cuda + (f": {remark}" if remark else ""))
         else:
             lines.append(f"not compiled: {self['not_compiled_because']}")
+        lines.extend(self["torch_lacks"])
         for op, devices in self["ops"].items():
             for device, impls in devices.items():
                 best = next(name for name, reason in impls.items() if reason is None)
@@ -42,8 +43,9 @@ def info() -> Info:
     Returns:
         A dict: ``version``, ``torch``, ``python``, ``threads``, ``build`` (compiler, torch, cuda, cuda_architectures,
         cuda_remark, no_cuda_because, no_openmp_because, simd, simd_here; empty if not compiled),
-        ``not_compiled_because``, and ``ops``: op -> device -> impl -> None where it serves, else the reason.
-        Implementations are listed best first.
+        ``not_compiled_because``, ``torch_lacks`` (a line for each private name that bomkern needs and this torch lacks:
+        what needs it, and what happens without), and ``ops``: op -> device -> impl -> None where it serves, else the
+        reason. Implementations are listed best first.
     """
     from . import __version__
 
@@ -55,6 +57,7 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         build=_impl.extension.build() if _impl.extension else {},
         not_compiled_because=_impl.missing,
+        torch_lacks=_torch_internals.describe(_torch_internals.missing()),
         ops={op: {d: {name: _impl.why_not(op, name, d) for name in _impl.IMPLS} for d in devices} for op in _impl.OPS},
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch_internals import cpu_has_amx_fp16
 from ._typed import constant
 
 
@@ -22,7 +23,7 @@ def loses_digits(device_type: str) -> bool:
     backends: dict[str, Any] = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}
     precision = backends[device_type].matmul.fp32_precision if device_type in backends else ""
     if precision == "tf32" and device_type == "cpu":  # which takes AMX for float16
-        return bool(getattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)())
+        return cpu_has_amx_fp16()
     return precision in ("tf32", "bf16")
 
 

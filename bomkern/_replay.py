@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._torch_internals import TorchDispatchMode, pack_hook
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 # Draws whose number of random bits does not depend on the values they are given.
@@ -43,12 +44,6 @@ def _may_draw(func: Any) -> bool:
 
 def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
-
-
-def _pack_hook() -> Any:
-    """What now packs the tensors that autograd saves, if anything does."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks and hooks[0]
 
 
 def _first(result: Any) -> Tensor:
@@ -106,7 +101,7 @@ class Replay(TorchDispatchMode):
     def __init__(self, draws: list[Layout], rows: int, picks: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws, self.rows, self.picks = iter(draws), rows, picks
-        self.hook = _pack_hook()
+        self.hook = pack_hook()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -148,7 +143,7 @@ class Replay(TorchDispatchMode):
         return whole
 
     def _check(self, name: str, sizes: tuple[int, ...], now: tuple[int, ...]) -> None:
-        hook = _pack_hook()
+        hook = pack_hook()
         if hook is not self.hook and getattr(hook, "__module__", "") == "torch.utils.checkpoint":
             raise RuntimeError(  # which would draw in backward, where nobody hands out rows
                 f"a lazy function draws by {name} inside torch.utils.checkpoint{INSTEAD}, or checkpoint only what does "

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ._check import check_goals
-from ._func import under_transform
 from ._host import HostCopy, capturing
+from ._torch_internals import under_transform
 
 ROUTES = ("auto", "always", "never")
 

@@ -13,7 +13,6 @@ from torch import distributed as dist
 
 from . import _impl
 from ._columns import Columns
-from ._func import under_transform
 from ._lazies import Lazy
 from ._ops import _library
 from ._ranks import ranks_of
@@ -22,6 +21,7 @@ from ._records import share_record
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
 from ._table import table
+from ._torch_internals import buffers_of, children_of, under_transform
 from ._typed import fake
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
 from .history import GoalOutput, History, Layout, Monitor, handled
@@ -167,7 +167,7 @@ class GoalSet(Columns):
         self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)
         self.register_buffer("_by_rank", by_rank, persistent=False)
         for name in ("average", "multipliers"):
-            self.register_buffer(f"_{name}_before", self._buffers[name].clone(), persistent=False)  # type: ignore[union-attr]
+            self.register_buffer(f"_{name}_before", self.get_buffer(name).clone(), persistent=False)
 
     # One step.
 
@@ -222,7 +222,7 @@ class GoalSet(Columns):
 
     def _serve(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """One call of the op, in float64 where a raw value is."""
-        held: dict[str, Any] = self._buffers  # each attribute of a module would cost as much as a small op
+        held = buffers_of(self)
         params, temperature, multipliers = (
             held["params"],
             held["temperature"],
@@ -249,7 +249,7 @@ class GoalSet(Columns):
                 "a GoalSet with a ShareGuard, or policies that follow raw values, cannot learn inside torch.func: "
                 "call eval() first"
             )
-        held: dict[str, Any] = self._buffers
+        held = buffers_of(self)
         for name in self._learns:
             self._before.append((held[name], held[name].clone()))
         if not self._until:
@@ -281,8 +281,8 @@ class GoalSet(Columns):
 
     def _keep(self, record: Tensor) -> None:
         """Put the step into the history; let the guard and the spill look at it."""
-        held: dict[str, Any] = self._buffers
-        monitor: Any = self._modules["monitor"]
+        held = buffers_of(self)
+        monitor = children_of(self)["monitor"]
         goals = len(self.names)
         if self.spill is None:
             monitor.add(record)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._host import HostCopy, capturing
 from ._impl import keeper
 from ._load import load_plain
 from ._ops import _library, record_size
 from ._records import record_parts
+from ._torch_internals import FullPrecisionBuffers, buffers_of
 from ._typed import fake
 
 ROWS = 128  # records kept on the device before they are copied to the host
@@ -223,20 +224,7 @@ class GoalOutput:
         return f"GoalOutput(loss={self.loss!r}, goals {', '.join(self._layout.goals)})"
 
 
-class Full(nn.Module):
-    """Keeps its buffers' precision under ``half()`` and ``bfloat16()`` of a model that it is a part of."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Full:
-        before = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype not in (torch.float32, torch.float64):
-                setattr(self, name, old.to(new.device))
-        return self
-
-
-class Handled(Full):
+class Handled(FullPrecisionBuffers):
     """A module that an op can call where a compiled graph runs: by a number, `handled` finds it."""
 
     def __init__(self) -> None:
@@ -304,7 +292,7 @@ class Monitor(Handled):
         spill: Sequence[Tensor] = (),
     ) -> None:
         """Keep the record of a step, [size]; the rest is of `Spill`, see `reference.goal_set_keep`."""
-        held: Any = self._buffers
+        held = buffers_of(self)
         ring, place = held["ring"], held["place"]
         keep = keeper(ring.device.type, self.impl)
         if torch.compiler.is_compiling():

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._func import under_transform
 from ._host import capturing
 from ._lazies import Lazy
+from ._torch_internals import under_transform
 
 
 def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:

@@ -14,6 +14,7 @@ from ._constants import keep_for_graph
 from ._lazies import Lazy
 from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
+from ._torch_internals import dispatch_modes
 from .constraints import Constraint, ConstraintTable, check_constraints, pack
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "min": 3}
@@ -194,7 +195,7 @@ def _packed(
         if getattr(t, "dtype", None) is torch.float64:
             dtype = torch.float64
     # Compiled code sees no table of Python's change; a dispatch mode may want a tensor of its own.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or dispatch_modes():
         return pack(_all(constraints, count), device, dtype)
     key = (id(constraints), device, dtype)
     held, found = _recent.get(key, (None, None))

@@ -15,13 +15,13 @@ from torch import distributed as dist
 
 from ._lazies import Lazy
 from ._ranks import ranks_of
+from ._torch_internals import FullPrecisionBuffers
 from .active_units import active_units
 from .consistency_variance import consistency_variance
 from .constraints import Constraint, ConstraintTable
 from .covariance_penalty import covariance_penalty
 from .gaussian_kl import gaussian_kl
 from .goal_set import GoalSet
-from .history import Full
 from .latent_statistics import LatentStatistics as Statistics
 from .latent_statistics import latent_statistics
 from .min_goal import MinGoalStats, min_goal_loss
@@ -56,7 +56,7 @@ class _Bound(torch.nn.Module):
         return ", ".join([*(f"{name}={value!r}" for name, value in self.options.items()), *shared])
 
 
-class MinGoalLoss(Full):
+class MinGoalLoss(FullPrecisionBuffers):
     """`bomkern.min_goal_loss` with its constraints.
 
     Args:

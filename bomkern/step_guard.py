@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch_internals import flag_non_finite, sparse_values, step_unless, takes_found_inf
 from .goal_set import GoalSet
 
 log = logging.getLogger("bomkern")
@@ -69,7 +70,7 @@ class StepGuard:
         self.rejected_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._one = torch.ones((), device=self.device)
         # Whose steps the host has to decide on; empty where all are fused.
-        self._waits = [type(x).__name__ for x in optimizers if not getattr(x, "_step_supports_amp_scaling", False)]
+        self._waits = [type(x).__name__ for x in optimizers if not takes_found_inf(x)]
         self._told = False
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -93,11 +94,7 @@ class StepGuard:
             self._wait_for(bool(ok))
         else:
             for optimizer in self.optimizers:
-                optimizer.found_inf = found  # type: ignore[attr-defined]
-                try:
-                    optimizer.step()
-                finally:
-                    del optimizer.found_inf  # type: ignore[attr-defined]
+                step_unless(found, optimizer)
         for goal in self.goals:
             goal.accept(ok)
         self.rejected += ~ok
@@ -121,11 +118,10 @@ class StepGuard:
             if grad is None:
                 continue
             grad = grad.to_local() if hasattr(grad, "to_local") else grad  # a DTensor's part on this rank
-            grad = grad._values() if grad.is_sparse else grad
+            grad = sparse_values(grad) if grad.is_sparse else grad
             by_dtype.setdefault(grad.dtype, []).append(grad)
         for grads in by_dtype.values():
-            # What GradScaler calls: one launch for many tensors. Times 1 changes no bit.
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, found, self._one)
+            flag_non_finite(grads, found, self._one)
         if self.process_group is not None:
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self.process_group)
         return found

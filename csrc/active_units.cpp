@@ -6,9 +6,6 @@
 #include "checks.h"
 #include "launch.h"
 
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #ifdef BOMKERN_CUDA
 #include "../kernels/active_units/cuda.h"
 #endif
@@ -114,5 +111,5 @@ TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
   m.impl("active_units", active_units_autograd);
-  m.impl("active_units_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("active_units_backward", bomkern::no_derivative());
 }

@@ -2,17 +2,12 @@
 #pragma once
 #include "op.h"
 
-#include <ATen/ops/alias.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
 
 namespace bomkern {
-
-using torch::autograd::variable_list;
 
 // From the gradients of the results (undefined where there is none), the tensors kept, and which inputs want one: the
 // gradients of the inputs, undefined where not wanted.
@@ -35,7 +30,7 @@ inline variable_list differentiable_gradients(const variable_list& results, cons
     given.push_back(grads[i]);
   }
   if (from.empty() || by.empty()) return out;
-  const auto made = torch::autograd::grad(from, by, given, /*retain_graph=*/true, /*create_graph=*/true, /*allow_unused=*/true);
+  const auto made = gradients(from, by, given);
   for (size_t i = 0, at = 0; i < want.size(); ++i) {
     if (want[i]) out[i] = made[at++];
   }
@@ -44,7 +39,7 @@ inline variable_list differentiable_gradients(const variable_list& results, cons
 
 // Under torch.func.vjp a backward runs when the level that recorded it is gone: whether something requires grad, and
 // gradients by it, are then to be asked of an alias, which is a tensor of the level that is there.
-inline Tensor unpack(const torch::autograd::SavedVariable& one) {
+inline Tensor unpack(const SavedVariable& one) {
   const Tensor x = one.unpack();
   return x.defined() && at::GradMode::is_enabled() ? at::alias(x) : x;
 }
@@ -63,15 +58,15 @@ inline bool any_requires_grad(at::ArrayRef<Tensor> tensors) {
 // torch's older vmap, which is_grads_batched and vectorize ask for, has no rule for an op that takes or gives lists.
 inline void refuse_batched(const variable_list& grads, const char* op) {
   for (const Tensor& grad : grads) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!grad.defined() || !grad.key_set().has(c10::DispatchKey::Batched), op,
+    TORCH_CHECK_NOT_IMPLEMENTED(!grad.defined() || !is_legacy_batched(grad), op,
                                 " takes no batched gradients (is_grads_batched=True, vectorize=True): use torch.func.jacrev");
   }
 }
 
-struct OpBackward : torch::autograd::Node {
+struct OpBackward : Node {
   std::string op;
-  std::vector<torch::autograd::SavedVariable> saved;
-  std::vector<torch::autograd::SavedVariable> inputs;  // for a second derivative alone: no other backward reads them
+  std::vector<SavedVariable> saved;
+  std::vector<SavedVariable> inputs;  // for a second derivative alone: no other backward reads them
   Pull pull;
   Again again;
   size_t count = 0;  // of the inputs that may have a gradient
@@ -100,7 +95,7 @@ struct OpBackward : torch::autograd::Node {
   }
 
  private:
-  static std::vector<Tensor> unpacked(const std::vector<torch::autograd::SavedVariable>& all) {
+  static std::vector<Tensor> unpacked(const std::vector<SavedVariable>& all) {
     std::vector<Tensor> out;
     out.reserve(all.size());
     for (const auto& one : all) out.push_back(unpack(one));
@@ -116,13 +111,13 @@ class Differentiable {
     bool wanted = false;
     for (const Tensor& x : inputs) {
       wanted |= x.requires_grad();
-      TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(x), op, " has no forward-mode derivative: use backward()");
+      TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(x), op, " has no forward-mode derivative: use backward()");
     }
     if (!wanted || !at::GradMode::is_enabled()) return;
     node_ = make_node<OpBackward>();
     node_->op = op;
     node_->count = inputs.size();
-    node_->set_next_edges(torch::autograd::collect_next_edges(inputs));
+    node_->set_next_edges(collect_next_edges(inputs));
   }
 
   bool wanted() const { return static_cast<bool>(node_); }
@@ -140,7 +135,7 @@ class Differentiable {
     for (const Tensor& x : given) node_->inputs.emplace_back(x, false);
     node_->pull = std::move(pull);
     node_->again = std::move(again);
-    torch::autograd::set_history(results, node_);
+    set_history(results, node_);
   }
 
  private:

@@ -2,8 +2,6 @@
 #pragma once
 #include "op.h"
 
-#include <c10/util/Exception.h>
-
 #include <cmath>
 #include <initializer_list>
 #include <string>

@@ -6,9 +6,6 @@
 #include "checks.h"
 #include "launch.h"
 
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #ifdef BOMKERN_CUDA
 #include "../kernels/consistency_variance/cuda.h"
 #endif
@@ -145,5 +142,5 @@ TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
   m.impl("consistency_variance", consistency_variance_autograd);
-  m.impl("consistency_variance_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("consistency_variance_backward", bomkern::no_derivative());
 }

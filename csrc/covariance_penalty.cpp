@@ -5,9 +5,6 @@
 #include "checks.h"
 #include "covariance_penalty_cpu.h"
 
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #ifdef BOMKERN_CUDA
 #include "covariance_penalty_cuda.h"
 #endif
@@ -99,5 +96,5 @@ TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
   m.impl("covariance_penalty", covariance_penalty_autograd);
-  m.impl("covariance_penalty_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("covariance_penalty_backward", bomkern::no_derivative());
 }

@@ -7,17 +7,9 @@
 #include "launch.h"
 #include "products.h"
 
-#include <ATen/ops/addmm_cpu_dispatch.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
+#include <torch_headers.h>
 
 #include <algorithm>
-
-#ifdef __linux__
-extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);  // null where torch has another library
-#else
-constexpr int (*MKL_Set_Num_Threads_Local)(int) = nullptr;
-#endif
 
 namespace bomkern::covariance_penalty {
 
@@ -25,12 +17,10 @@ namespace bomkern::covariance_penalty {
 // many as there could be, and so gives other bits.
 class OneThread {
  public:
-  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  OneThread() : before_(set_product_threads(1)) {}
   OneThread(const OneThread&) = delete;
   OneThread& operator=(const OneThread&) = delete;
-  ~OneThread() {
-    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
-  }
+  ~OneThread() { set_product_threads(before_); }
 
  private:
   int before_;
@@ -118,12 +108,12 @@ template <class S> class OnCpu {
   // out = a b, or out += a b.
   void product(Tensor& out, const Tensor& a, const Tensor& b, bool add = false) const {
     if (!in_doubles_) {
-      add ? at::cpu::addmm_out(out, out, a, b) : at::cpu::mm_out(out, a, b);
+      add ? cpu_addmm_out(out, a, b) : cpu_mm_out(out, a, b);
       return;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
     Tensor wide = fresh<false>(out.sizes(), out.options().dtype(at::kDouble));
-    at::cpu::mm_out(wide, a.to(at::kDouble), b.to(at::kDouble));
+    cpu_mm_out(wide, a.to(at::kDouble), b.to(at::kDouble));
     add ? out.add_(wide) : out.copy_(wide);
   }
 

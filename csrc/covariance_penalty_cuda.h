@@ -8,8 +8,7 @@
 #include "launch.h"
 #include "products.h"
 
-#include <ATen/ops/mm_cuda_dispatch.h>
-#include <ATen/ops/t.h>
+#include <torch_headers.h>
 
 #include <tuple>
 
@@ -33,10 +32,10 @@ template <class S> struct TorchLibrary {
     if (std::is_same_v<S, float> && at::globalContext().blasPreferredBackend() != at::BlasBackend::Cublas &&
         loses_digits(at::Float32Backend::CUDA)) {
       Tensor wide = fresh<true>(out.sizes(), out.options().dtype(at::kDouble));
-      at::cuda::mm_out(wide, a.to(at::kDouble), b.to(at::kDouble));
+      cuda_mm_out(wide, a.to(at::kDouble), b.to(at::kDouble));
       out.copy_(wide);
     } else {
-      at::cuda::mm_out(out, a, b);
+      cuda_mm_out(out, a, b);
     }
     return out;
   }

@@ -8,10 +8,6 @@
 #include "launch.h"
 #include "route.h"
 
-#include <ATen/ops/cat.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #include <cstring>
 
 #ifdef BOMKERN_CUDA
@@ -138,10 +134,8 @@ Tensor copy_of(const Tensor& params, const Tensor& temperature, const std::optio
   const at::AutoDispatchBelowADInplaceOrView below;
   c10::SmallVector<Tensor, 3> parts{params, temperature};
   if (multipliers) parts.push_back(*multipliers);
-  constexpr c10::DispatchKeySet without_data{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                                             c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched};
   bool plain = true;
-  for (const Tensor& x : parts) plain = plain && x.is_cpu() && !x.key_set().has_any(without_data) && x.is_contiguous();
+  for (const Tensor& x : parts) plain = plain && x.is_cpu() && bomkern::has_plain_values(x) && x.is_contiguous();
   if (!plain) {
     for (Tensor& x : parts) x = x.reshape({-1});
     return at::cat(parts);
@@ -228,5 +222,5 @@ TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
   m.impl("goal_set", goal_set_autograd);
-  m.impl("goal_set_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("goal_set_backward", bomkern::no_derivative());
 }

@@ -4,14 +4,8 @@
 #include "../kernels/goal_set/keep.h"
 #include "op.h"
 
-#include <c10/util/Exception.h>
-#include <torch/library.h>
-
 #ifdef BOMKERN_CUDA
 #include "../kernels/goal_set/cuda.h"
-
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #endif
 
 namespace {

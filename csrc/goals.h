@@ -3,8 +3,6 @@
 #include "../kernels/min_goal/min_goal.h"
 #include "op.h"
 
-#include <c10/util/Exception.h>
-
 namespace bomkern {
 
 using at::TensorList;

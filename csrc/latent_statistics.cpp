@@ -6,10 +6,6 @@
 #include "checks.h"
 #include "launch.h"
 
-#include <ATen/core/List.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #ifdef BOMKERN_CUDA
 #include "../kernels/latent_statistics/cuda.h"
 #endif
@@ -149,5 +145,5 @@ TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
   m.impl("latent_statistics", latent_statistics_autograd);
-  m.impl("latent_statistics_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("latent_statistics_backward", bomkern::no_derivative());
 }

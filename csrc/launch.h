@@ -3,15 +3,7 @@
 #include "../kernels/common/parallel.h"
 #include "op.h"
 
-#include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
-
 #include <atomic>
-
-#ifdef BOMKERN_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace bomkern {
 
@@ -47,7 +39,7 @@ void launch([[maybe_unused]] const char* op, const Kernels& kernels, const Argum
 #endif
   } else {
     const int64_t size = kernels.bytes(a);
-    const Tensor workspace = size ? at::cpu::empty({size}, bytes) : Tensor();
+    const Tensor workspace = size ? cpu_empty({size}, bytes) : Tensor();
     kernels.run(a, size ? workspace.mutable_data_ptr() : nullptr, run_tasks);
   }
 }

@@ -7,16 +7,8 @@
 #include "min_goal_cpu.h"
 #include "route.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #ifdef BOMKERN_CUDA
 #include "../kernels/min_goal/cuda.h"
-
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #endif
 
 namespace {
@@ -34,7 +26,9 @@ using bomkern::make_node;
 using bomkern::operator_named;
 using bomkern::Owners;
 using bomkern::Problem;
+using bomkern::SavedVariable;
 using bomkern::types;
+using bomkern::variable_list;
 
 // (loss, winner, slope); with stats also (bottleneck, share, level, finite).
 using Result = std::tuple<Tensor, Tensor, Tensor>;
@@ -223,11 +217,11 @@ using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, const Tenso
 
 using ReferenceOp = Tensor(TensorList, const std::optional<Tensor>&, at::IntArrayRef, int64_t);
 
-struct MinGoalBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable winner, slope;
+struct MinGoalBackward : bomkern::Node {
+  SavedVariable winner, slope;
   // For a second derivative alone, which no other backward reads.
-  std::vector<torch::autograd::SavedVariable> goals;
-  std::optional<torch::autograd::SavedVariable> params;
+  std::vector<SavedVariable> goals;
+  std::optional<SavedVariable> params;
   c10::SmallVector<int64_t, 16> curves;
   c10::SymInt batch;
   int64_t count, reduction;
@@ -245,7 +239,7 @@ struct MinGoalBackward : torch::autograd::Node {
   }
 
   // By the reference, for those that `index` names.
-  torch::autograd::variable_list differentiable(const torch::autograd::variable_list& grads, at::IntArrayRef index,
+  variable_list differentiable(const variable_list& grads, at::IntArrayRef index,
                                                 const std::vector<Tensor>& inputs) const {
     static const auto op = operator_named<ReferenceOp>("bomkern::min_goal_reference", "");
     const auto table = params ? std::optional(bomkern::unpack(*params)) : std::nullopt;
@@ -255,8 +249,8 @@ struct MinGoalBackward : torch::autograd::Node {
   }
 
  protected:
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
-    torch::autograd::variable_list out(dims.size());
+  variable_list apply(variable_list&& grads) override {
+    variable_list out(dims.size());
     if (!grads[0].defined()) return out;
     c10::SmallVector<int64_t, 16> index, dim, dtype;
     for (size_t k = 0; k < dims.size(); ++k) {
@@ -290,13 +284,13 @@ auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& p
   bool wanted = false;
   for (const Tensor& goal : goals) {
     wanted |= goal.requires_grad();
-    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(goal),
+    TORCH_CHECK_NOT_IMPLEMENTED(!bomkern::has_tangent(goal),
                                 "min_goal_loss has no forward-mode derivative: use backward()");
   }
   decltype(make_node<MinGoalBackward>()) node;
   if (wanted && at::GradMode::is_enabled()) {
     node = make_node<MinGoalBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(goals));
+    node->set_next_edges(bomkern::collect_next_edges(goals));
   }
   auto out = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -315,8 +309,8 @@ auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& p
   node->reduction = reduction;
   node->curves.assign(curves.begin(), curves.end());
   if (params) node->params.emplace(*params, false);
-  node->winner = torch::autograd::SavedVariable(std::get<1>(out), false);
-  node->slope = torch::autograd::SavedVariable(std::get<2>(out), false);
+  node->winner = SavedVariable(std::get<1>(out), false);
+  node->slope = SavedVariable(std::get<2>(out), false);
   if (route && !matrix) {
     node->owners = Owners(route, {});
     if constexpr (std::tuple_size_v<decltype(out)> > 3) {
@@ -325,7 +319,7 @@ auto with_history(const Op& op, TensorList goals, const std::optional<Tensor>& p
       node->owners.watch_winners(std::get<1>(out), node->count);
     }
   }
-  torch::autograd::set_history(std::get<0>(out), node);
+  bomkern::set_history(std::get<0>(out), node);
   return out;
 }
 
@@ -365,5 +359,5 @@ TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
 TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
   m.impl("min_goal", min_goal_autograd);
   m.impl("min_goal.stats", min_goal_stats_autograd);
-  m.impl("min_goal_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("min_goal_backward", bomkern::no_derivative());
 }

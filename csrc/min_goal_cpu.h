@@ -2,7 +2,7 @@
 #pragma once
 #include "../kernels/min_goal/min_goal.h"
 
-#include <ATen/Parallel.h>
+#include <torch_headers.h>
 
 #include <algorithm>
 #include <vector>

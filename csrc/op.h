@@ -1,23 +1,14 @@
-// What every op's bridge needs: fresh tensors, its own ops by name, and autograd nodes.
+// What every op's bridge needs: tensors' types and fresh tensors.
 #pragma once
 #include "../kernels/common/dtype.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_cpu_dispatch.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
+#include <torch_headers.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace bomkern {
-
-using at::Tensor;
 
 inline DType dtype_of(at::ScalarType type) {
   switch (type) {
@@ -51,7 +42,7 @@ template <bool Cuda> Tensor fresh(at::IntArrayRef size, const at::TensorOptions&
   if constexpr (Cuda) {
     return at::empty(size, options);
   } else {
-    Tensor x = at::cpu::empty(size, options);
+    Tensor x = cpu_empty(size, options);
     ask_for_huge_pages(x);
     return x;
   }
@@ -69,21 +60,6 @@ template <class F> void with_number(bool wide, const F& f) {
     f(0.0);
   } else {
     f(0.0f);
-  }
-}
-
-template <class Function> auto operator_named(const char* name, const char* overload) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Function>();
-}
-
-// torch 2.11 counts references to nodes with std::shared_ptr, later releases intrusively.
-using NodePtr = std::decay_t<decltype(std::declval<Tensor>().grad_fn())>;
-
-template <class T, class... Args> auto make_node(Args&&... args) {
-  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<torch::autograd::Node>>) {
-    return std::make_shared<T>(std::forward<Args>(args)...);
-  } else {
-    return c10::make_intrusive<T>(std::forward<Args>(args)...);
   }
 }
 

@@ -1,6 +1,6 @@
 // Matrix products that keep float32's digits, whatever torch has been told to give up for speed: bomkern/_products.py in C++.
 #pragma once
-#include <ATen/Context.h>
+#include <torch_headers.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -2,10 +2,6 @@
 #pragma once
 #include "op.h"
 
-#include <ATen/ops/empty.h>
-#include <c10/core/Event.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-
 #include <optional>
 
 namespace bomkern {
@@ -20,14 +16,14 @@ class Owners {
   // Reads the shares [G] of the forward. From a GPU they are on their way to pinned memory after this, and only `holds`
   // waits for them. What has no values (a fake tensor, one on the meta device) leaves every branch in.
   void watch(const Tensor& share) {
-    if (share.key_set().has(c10::DispatchKey::Python)) return void(may_ = 0);
+    if (is_python(share)) return void(may_ = 0);
     if (share.is_cpu()) {
       read(share);
     } else if (share.is_cuda()) {
       host_ = at::empty(share.sizes(), share.options().device(at::kCPU).pinned_memory(true));
       host_.copy_(share, /*non_blocking=*/true);
       ready_.emplace(share.device().type());
-      ready_->record(c10::impl::VirtualGuardImpl(share.device().type()).getStream(share.device()));
+      ready_->record(current_stream(share.device()));
     } else {
       may_ = 0;
     }
@@ -35,7 +31,7 @@ class Owners {
 
   // The winning goals themselves, on the CPU: of each sample, or [1] the place in [B, goals] of the worst entry.
   void watch_winners(const Tensor& winner, int64_t goals) {
-    if (!winner.is_cpu() || winner.key_set().has(c10::DispatchKey::Python)) return void(may_ = 0);
+    if (!winner.is_cpu() || is_python(winner)) return void(may_ = 0);
     if (winner.scalar_type() == at::kLong) return void(owned_ = uint64_t(1) << (*winner.const_data_ptr<int64_t>() % goals));
     uint8_t seen[64] = {};
     const uint8_t* begin = winner.const_data_ptr<uint8_t>();

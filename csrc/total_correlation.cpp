@@ -6,9 +6,6 @@
 #include "checks.h"
 #include "launch.h"
 
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #include <cmath>
 
 #ifdef BOMKERN_CUDA
@@ -176,5 +173,5 @@ TORCH_LIBRARY_IMPL(bomkern, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(bomkern, Autograd, m) {
   m.impl("total_correlation", total_correlation_autograd);
-  m.impl("total_correlation_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("total_correlation_backward", bomkern::no_derivative());
 }

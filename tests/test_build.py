@@ -331,3 +331,35 @@ def test_every_package_is_installed(tmp_path: Path) -> None:
     )
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "bomkern").rglob("*.py")}
     assert there and there <= {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")}
+
+
+def test_an_extra_is_installed_with_those_inside_it_and_without_bomkern() -> None:
+    import install
+
+    wanted = install.requirements(["test"])
+    assert len(wanted) == len(set(wanted)) and not any(name.startswith("bomkern") for name in wanted)
+    assert {"pytest", "tqdm", "pytorch-lightning>=2.4"} <= set(wanted) and "mypy" not in wanted
+    with pytest.raises(SystemExit, match="no extra is called 'tests'"):
+        install.requirements(["tests"])
+
+
+def test_a_build_shows_its_files_and_keeps_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import install
+
+    pip = write_program(tmp_path / "pip", "echo '  bomkern: 1 of 2: csrc/one.cpp'; echo '  a warning'; exit $STATUS")
+    monkeypatch.setattr(install, "PIP", [str(pip)])
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install, "LOG", tmp_path / "build" / "install.log")
+    monkeypatch.setenv("STATUS", "0")
+    assert install.build([]) == 0 and capfd.readouterr() == ("bomkern: 1 of 2: csrc/one.cpp\n", "")
+    assert "a warning" in install.LOG.read_text()
+    monkeypatch.setenv("STATUS", "3")
+    assert install.build([]) == 3 and "a warning" in capfd.readouterr().err
+
+
+def test_files_are_named_as_they_are_compiled(capfd: pytest.CaptureFixture[str]) -> None:
+    with build_extension._a_line_for_each_file():
+        subprocess.run(["echo", f"[3/42] c++ -O3 -c {ROOT}/csrc/min_goal.cpp -o x.o -g0\nan error"], check=True)
+    assert capfd.readouterr().out == "bomkern: 3 of 42: csrc/min_goal.cpp\nan error\n"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bomkern import (
@@ -34,6 +33,7 @@ from bomkern import (
 )
 from bomkern._constants import on_device
 from bomkern._ranks import ALONE
+from bomkern._torch_internals import TorchDispatchMode
 
 CONSTRAINTS = (Minimize(0.5), Upper(0.25, 2.0), Box(0.0, 1.0))
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])

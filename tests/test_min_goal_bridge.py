@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bomkern
 from bomkern import ConstraintTable, Minimize, min_goal_loss
+from bomkern._torch_internals import TorchDispatchMode
 from tests.conftest import grad_of, run_again, servers
 from tests.test_min_goal import REDUCTIONS, SIX, leaf
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bomkern
 from bomkern import GoalSet, Group, Minimize, covariance_penalty, gaussian_total_correlation
 from bomkern._products import loses_digits, matmul
+from bomkern._torch_internals import TorchDispatchMode
 from tests.conftest import servers
 
 IMPLS = pytest.mark.parametrize("server", servers("covariance_penalty"))

@@ -12,9 +12,9 @@ pytest.importorskip("lightning_fabric")
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bomkern import Lazy, lazy
+from bomkern._torch_internals import TorchDispatchMode
 from bomkern.train import loop, step
 from bomkern.train.config import TrainError
 from bomkern.train.goals import GOALS

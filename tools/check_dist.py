@@ -35,6 +35,7 @@ NOT_OF_A_WHEEL = (
     "test_results_page.py",
     "test_security.py",
     "test_simd.py",
+    "test_torch_internals.py",
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._func import NAMES, loop_under_vmap
+from .._torch_internals import is_legacy_batched
 
 Grads = Sequence[Tensor | None]
 NO_BATCH = "takes no batched gradients (is_grads_batched=True, vectorize=True): use torch.func.jacrev"
@@ -17,7 +18,7 @@ NO_BATCH = "takes no batched gradients (is_grads_batched=True, vectorize=True): 
 
 def _batched(grad: Tensor | None) -> bool:
     """Whether it is of torch's older vmap, which has no rule for ops that take or give lists."""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return grad is not None and is_legacy_batched(grad)
 
 
 class Aside(torch.autograd.Function):

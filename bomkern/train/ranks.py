@@ -78,7 +78,7 @@ def _after_rank_0(it: bool = False) -> None:
     if by_torchrun():  # which keeps the store
         with suppress(dist.DistError):
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = torch._C._distributed_c10d.TCPStore(address, port, is_master=False, timeout=PATIENCE)
+            store = dist.TCPStore(address, port, is_master=False, timeout=PATIENCE)
             if it:
                 store.set(SAID, "")
             else:
