@@ -68,6 +68,7 @@ def try_torch(requirement: str) -> int:
     ).stdout.strip()
     (venv / "constraints.txt").write_text(f"torch=={version}\n")
     os.environ["PIP_CONSTRAINT"] = f"{os.environ.get('PIP_CONSTRAINT', '')} {venv / 'constraints.txt'}".strip()
+    os.environ["GIT_CEILING_DIRECTORIES"] = str(venv)  # git ignores the copy, and would say that it holds no files
     copy_sources(source)
     install = str(source / "tools" / "install.py")
     done = (
