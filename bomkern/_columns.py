@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ._ranks import Ranks
 from .constraints import Constraint, write_ramp
-from .history import Handled
+from .history import Full
 from .policies import SMALLEST, Anchored, Policy
 
 log = logging.getLogger("bomkern")
 
 
-class Columns(Handled):
+class Columns(Full):
     """What a `bomkern.GoalSet` is told of its goals' anchors, before training and while it goes on.
 
     Attributes:
