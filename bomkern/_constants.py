@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from ._host import capturing
 from ._typed import constant
@@ -27,20 +27,28 @@ _traced = _Traced()
 def on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``values``, numbers or tuples of them, as a tensor that all callers share and nobody may write into.
 
-    Where torch.compile traces the caller, the graph reads that same tensor. A tracer that runs Python (make_fx,
-    torch.export, a FakeTensorMode) gets a tensor of its own.
+    Where torch.compile or torch.export traces the caller, the graph reads that same tensor. A FakeTensorMode takes no
+    tensor from outside, so a call inside one gets a tensor of its own, compiled or not; so does make_fx.
 
     Raises:
         RuntimeError: the values are not there yet, and a CUDA graph is being captured.
     """
     if torch.compiler.is_dynamo_compiling():
+        if _inside_fake_mode():
+            return torch.tensor(values, dtype=dtype, device=device)
         traced: Tensor = getattr(_traced, _name(values, dtype, device))
         return traced
-    if any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
+    if not torch.compiler.is_exporting() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
         return torch.tensor(values, dtype=dtype, device=device)
     made = _made(values, dtype, device)
     keep_for_graph(made)
     return made
+
+
+@constant
+def _inside_fake_mode() -> bool:
+    """Whether the compiled function was called inside a FakeTensorMode, which is off while it is traced."""
+    return is_in_torch_dispatch_mode()
 
 
 @constant

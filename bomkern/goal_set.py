@@ -60,8 +60,8 @@ class GoalSet(Columns):
         temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
         params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
 
-    All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. Steps are
-    counted on the device, so that a replayed CUDA graph goes on as eager calls would. Policies and the monitor work in
+    All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. The
+    device counts the steps, so a replayed CUDA graph goes on as eager calls would. Policies and the monitor work in
     training mode only; ``eval()`` leaves everything as it is. Parameters stay float32 under ``half()`` and
     ``bfloat16()``; for float64 goals call ``double()``.
 
