@@ -5,11 +5,11 @@
     make gpu CALL=3 BEFORE="call1.tar.xz call2.tar.xz"
     make gpu CALL=1 DRY=1                           # every stage on a CPU, small, with stand-ins for the tools
 
-Each call takes SECONDS (560) at most on a bare machine, with the python3 that has torch, and fetches nothing. A stage has
-its seconds whatever those before it took, and beside them what those did not need. It knows when it has to stop: tests
-and benches begin nothing new after that, and write what they have. After every stage, and last of all however the call
-ends, ARCHIVE (build/gpu<call>.tar.xz) is written anew, at most 12 MB: logs, failures, what was measured and profiled, and
-``summary.txt``, which is to be read first.
+Each call takes SECONDS (560) at most on a bare machine, with the python3 that has torch, and fetches nothing. A stage
+has its seconds whatever those before it took, and beside them what those did not need. It knows when it has to stop:
+tests and benches begin nothing new after that, and write what they have. After every stage, and last of all however the
+call ends, ARCHIVE (build/gpu<call>.tar.xz) is written anew, at most 12 MB: logs, failures, what was measured and
+profiled, and ``summary.txt``, which is to be read first.
 """
 
 from __future__ import annotations
