@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ._ranks import Ranks
+from ._torch_internals import FullPrecisionBuffers
 from .constraints import Constraint, write_ramp
-from .history import Handled
 from .policies import SMALLEST, Anchored, Policy
 
 log = logging.getLogger("bomkern")
 
 
-class Columns(Handled):
+class Columns(FullPrecisionBuffers):
     """What a `bomkern.GoalSet` is told of its goals' anchors, before training and while it goes on.
 
     Attributes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._host import capturing
-from ._torch_internals import mark_static_address, outside_modes, traced_by_python
+from ._torch_internals import inside_dispatch_mode, mark_static_address, outside_modes, traced_by_python
 from ._typed import constant
 
 _captured: dict[int, Tensor] = {}  # what a CUDA graph reads, by id: a graph keeps nothing alive
@@ -26,20 +26,28 @@ _traced = _Traced()
 def on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``values``, numbers or tuples of them, as a tensor that all callers share and nobody may write into.
 
-    Where torch.compile traces the caller, the graph reads that same tensor. A tracer that runs Python (make_fx,
-    torch.export, a FakeTensorMode) gets a tensor of its own.
+    Where torch.compile or torch.export traces the caller, the graph reads that same tensor. A FakeTensorMode takes no
+    tensor from outside, so a call inside one gets a tensor of its own, compiled or not; so does make_fx.
 
     Raises:
         RuntimeError: the values are not there yet, and a CUDA graph is being captured.
     """
     if torch.compiler.is_dynamo_compiling():
+        if _inside_fake_mode():
+            return torch.tensor(values, dtype=dtype, device=device)
         traced: Tensor = getattr(_traced, _name(values, dtype, device))
         return traced
-    if traced_by_python():
+    if not torch.compiler.is_exporting() and traced_by_python():
         return torch.tensor(values, dtype=dtype, device=device)
     made = _made(values, dtype, device)
     keep_for_graph(made)
     return made
+
+
+@constant
+def _inside_fake_mode() -> bool:
+    """Whether the compiled function was called inside a FakeTensorMode, which is off while it is traced."""
+    return inside_dispatch_mode()
 
 
 @constant

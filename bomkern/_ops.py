@@ -69,10 +69,9 @@ _library.define(
     "Tensor(c!)[] spill) -> ()"
 )
 
-# The policies of the GoalSet with this handle look at a step's raw values, see goal_set.py.
-_library.define("goal_set_learn(Tensor[] raw, Tensor(a!) params, Tensor(b!) policy_state, int handle) -> ()")
 # A record is about to be put into the ring of the monitor with this handle: what its host does of it, see history.py.
-_library.define("goal_set_notice(Tensor(a!) place, int handle) -> ()")
+# A CUDA graph cannot replay what a host does: Inductor calls an op with this tag between its graphs.
+_library.define("goal_set_notice(Tensor(a!) place, int handle) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
 
 # joint [R], marginal [D, R]: what backward needs, in an implementation's own units. dataset_size None: plain 1/B.
 # first: z holds R rows of the batch, from that one on; None: all of them, R = B.

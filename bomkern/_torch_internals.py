@@ -184,6 +184,13 @@ dispatch_modes: Callable[[], int] = _bind(  # how many are active
     without="makes the table anew in each call, which is slower",
     fallback=lambda: 1,
 )
+inside_dispatch_mode: Callable[[], bool] = _bind(
+    "torch.utils._python_dispatch.is_in_torch_dispatch_mode",
+    since="2.5",
+    serves="compiled calls inside a FakeTensorMode",
+    without="raises torch's error there",
+    fallback=lambda: False,
+)
 _mode_of: Callable[[Any], Any] = _bind(
     "torch._C._get_dispatch_mode",
     since="2.1",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,8 @@ from torch import distributed as dist
 
 from . import _impl
 from ._columns import Columns
+from ._host import capturing
 from ._lazies import Lazy
-from ._ops import _library
 from ._ranks import ranks_of
 from ._raw import Raw, RawValues
 from ._records import share_record
@@ -22,13 +21,13 @@ from ._route import bits, check_route, routes, rows_too
 from ._settle import Settled
 from ._table import table
 from ._torch_internals import buffers_of, children_of, under_transform
-from ._typed import fake
 from .constraints import MAX_GOALS, Constraint, ConstraintTable
-from .history import GoalOutput, History, Layout, Monitor, handled
+from .history import GoalOutput, History, Layout, Monitor
 from .min_goal import REDUCTIONS
 from .policies import MOST_NUDGE, STATE, Group, Policy, ShareGuard, Spill, policy_of
 
 SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by rank
+NO_END = 2**63 - 1  # the step at which a policy ends that never does
 
 
 class GoalSet(Columns):
@@ -52,8 +51,8 @@ class GoalSet(Columns):
         process_group: the ranks that share the batch, each with B samples of it, the same number, and a GoalSet of its
             own: loss, record, policies, spill and guard are then those of one process with the whole batch, and so are
             the gradients that DistributedDataParallel averages; bottlenecks, and the loss of ``reduction="none"``, are
-            of a rank's own samples. One gather of the record a step, and one of the raw values while a policy learns.
-            The group is not copied with the module, nor saved.
+            of a rank's own samples. One gather of the record a step, and one of the raw values while a policy learns
+            (compiled or captured: in every step). The group is not copied with the module, nor saved.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves.
 
     Attributes:
@@ -61,9 +60,10 @@ class GoalSet(Columns):
         temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
         params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
 
-    All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. Policies
-    and the monitor work in training mode only; ``eval()`` leaves everything as it is. Parameters stay float32 under
-    ``half()`` and ``bfloat16()``; for float64 goals call ``double()``.
+    All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. The
+    device counts the steps, so a replayed CUDA graph goes on as eager calls would. Policies and the monitor work in
+    training mode only; ``eval()`` leaves everything as it is. Parameters stay float32 under ``half()`` and
+    ``bfloat16()``; for float64 goals call ``double()``.
 
     Raises:
         ValueError: a name, count or value that cannot serve, named in the message.
@@ -84,6 +84,7 @@ class GoalSet(Columns):
     _average_before: Tensor
     _multipliers_before: Tensor
     _belongs: Tensor
+    _ends: Tensor
     _by_rank: Tensor | None
 
     def __init__(
@@ -146,9 +147,9 @@ class GoalSet(Columns):
         self._await_anchors()
         self._only: int | None = None
         self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it
-        self._taught: list[tuple[Tensor, Tensor]] = []  # the same, of a compiled step's policies
         self._learns = ["params", "log_nudge", "guard_share"] * bool(guard)
-        self._until = max(math.inf if p.until is None else p.until for p in self.policies.values())
+        ends = [NO_END if p.until is None else p.until for p in self.policies.values()]
+        self._until = max(ends)
         self.monitor = Monitor(self.layout, impl)
 
         table = ConstraintTable([policy.constraint for policy in self.policies.values()])
@@ -165,6 +166,7 @@ class GoalSet(Columns):
         ):
             self.register_buffer(name, buffer)
         self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)
+        self.register_buffer("_ends", torch.tensor(ends), persistent=False)
         self.register_buffer("_by_rank", by_rank, persistent=False)
         for name in ("average", "multipliers"):
             self.register_buffer(f"_{name}_before", self.get_buffer(name).clone(), persistent=False)
@@ -190,8 +192,6 @@ class GoalSet(Columns):
         if self._waits and self._only is None:
             self._refuse_unanchored()
         self._before.clear()
-        if not torch.compiler.is_compiling() and self._taught:
-            self._taught.clear()
         settled = None
         if any(type(value) is Lazy for value in tensors):
             settled = Settled(tensors, rows_too(self.route), self.route == "always")
@@ -241,10 +241,23 @@ class GoalSet(Columns):
         code = REDUCTIONS[self.reduction]
         return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
 
+    def _learning(self) -> dict[int, Policy]:
+        """The policies that may have something to say in this step, by column.
+
+        A graph, compiled or captured, runs again at steps that the host does not know: it holds all that ever have.
+        """
+        if not self._until:
+            return {}
+        fixed = torch.compiler.is_compiling() or capturing(self.params.device)
+        step = 0 if fixed else self.steps
+        if step >= self._until:
+            return {}
+        return {k: p for k, p in enumerate(self.policies.values()) if p.until is None or step < p.until}
+
     def _learn(self, tensors: list[Tensor]) -> None:
-        """Keep a copy of what this step changes; ask the policies that still have something to say."""
-        transformed = under_transform() and not torch.compiler.is_compiling()
-        if transformed and (self.guard or self.steps < self._until):
+        """Keep a copy of what this step changes; ask the policies."""
+        learning = self._learning()
+        if under_transform() and not torch.compiler.is_compiling() and (self.guard or learning):
             raise RuntimeError(
                 "a GoalSet with a ShareGuard, or policies that follow raw values, cannot learn inside torch.func: "
                 "call eval() first"
@@ -252,32 +265,23 @@ class GoalSet(Columns):
         held = buffers_of(self)
         for name in self._learns:
             self._before.append((held[name], held[name].clone()))
-        if not self._until:
+        if not learning:
             return
-        if torch.compiler.is_compiling():  # policies count steps: they are asked when the rest runs
-            given = [t.detach() for t in tensors]
-            torch.ops.bomkern.goal_set_learn(given, held["params"], held["policy_state"], self._handle)
-        else:
-            self._teach(tensors, self._before)
-
-    def _teach(self, tensors: list[Tensor], before: list[tuple[Tensor, Tensor]]) -> None:
-        """Ask the policies; ``before`` takes what they change and a copy of it."""
-        step = self.monitor.steps
-        if step >= self._until:
-            return
-        for buffer in (self.params, self.policy_state):
-            before.append((buffer, buffer.clone()))
-        learning = {
-            k: policy for k, policy in enumerate(self.policies.values()) if policy.until is None or step < policy.until
-        }
+        taught = [(held[name], held[name].clone()) for name in ("params", "policy_state")]
+        self._before += taught
         raws = [tensors[k].detach().float() for k in learning]
         if self._ranks.size > 1:
             gathered = self._ranks.gather(torch.cat([raw.reshape(-1) for raw in raws]))
             raws = [part.flatten() for part in gathered.split([raw.numel() for raw in raws], 1)]
+        step = self.monitor.place  # as the device counts them
         for (k, policy), raw in zip(learning.items(), raws, strict=True):
-            found = policy.update(raw, self.policy_state[k], step)
+            found = policy.update(raw, held["policy_state"][k], step[0])
             if found is not None:
                 self._place(k, *found)
+        if any(policy.until is not None for policy in learning.values()):
+            goes_on = (step < held["_ends"])[:, None]
+            for now, before in taught:
+                now.copy_(torch.where(goes_on, now, before))
 
     def _keep(self, record: Tensor) -> None:
         """Put the step into the history; let the guard and the spill look at it."""
@@ -306,9 +310,8 @@ class GoalSet(Columns):
         For whoever rejects steps, as `torch.amp.GradScaler` does: what the policies learnt from such a step is
         forgotten, and the history counts it as not finite.
         """
-        for now, before in (*self._taught, *self._before):
+        for now, before in self._before:
             now.copy_(torch.where(ok, now, before))
-        self._taught.clear()
         self._before.clear()
         self.monitor.reject(ok)
 
@@ -333,19 +336,3 @@ class GoalSet(Columns):
 
     def __repr__(self) -> str:
         return table(self)
-
-
-@torch.library.impl(_library, "goal_set_learn", "CompositeExplicitAutograd")
-def _learn(raw: list[Tensor], params: Tensor, policy_state: Tensor, handle: int) -> None:
-    """Runs where a compiled graph runs, not where it is traced."""
-    goals = handled(handle)
-    goals._taught.clear()
-    goals._teach(raw, goals._taught)
-    for given, own in ((params, goals.params), (policy_state, goals.policy_state)):
-        if given.data_ptr() != own.data_ptr():  # a compiler's copy, which it will write back
-            given.copy_(own)
-
-
-@fake("goal_set_learn", _library)
-def _(raw: list[Tensor], params: Tensor, policy_state: Tensor, handle: int) -> None:
-    pass

@@ -224,46 +224,28 @@ class GoalOutput:
         return f"GoalOutput(loss={self.loss!r}, goals {', '.join(self._layout.goals)})"
 
 
-class Handled(FullPrecisionBuffers):
-    """A module that an op can call where a compiled graph runs: by a number, `handled` finds it."""
+class _Count:
+    """Steps that the host knows of, whose records it has sent for, and has taken in. Outside the module, whose
+    ``__setattr__`` would cost more than the ring."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._register()
+    __slots__ = ("known", "sent", "taken")
 
-    def _register(self) -> None:
-        self._handle = next(_handles)
-        _handled[self._handle] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._register()  # a copy has its own
+    def __init__(self, steps: int = 0) -> None:
+        self.known = self.sent = self.taken = steps
 
 
 _handles = itertools.count()
-_handled: weakref.WeakValueDictionary[int, Handled] = weakref.WeakValueDictionary()
+_handled: weakref.WeakValueDictionary[int, Monitor] = weakref.WeakValueDictionary()
 
 
-def handled(handle: int) -> Any:
-    """The module with this number, or None where it is gone."""
-    return _handled.get(handle)
-
-
-class _Count:
-    """Steps; and of the records put into the ring how many the host knows of, has sent for, and has taken in. Outside
-    the module, whose ``__setattr__`` would cost more than the ring."""
-
-    __slots__ = ("known", "sent", "steps", "taken")
-
-    def __init__(self) -> None:
-        self.steps = self.known = self.sent = self.taken = 0
-
-
-class Monitor(Handled):
+class Monitor(FullPrecisionBuffers):
     """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting.
 
-    Where the ring goes on is counted on the device, so that the steps of a replayed CUDA graph, of which the host knows
-    nothing, are kept too: the last `ROWS` of them before the history is read.
+    Steps are counted on the device, so that those of a replayed CUDA graph, of which the host knows nothing, are kept
+    too: the last `ROWS` of them before the history is read.
+
+    Attributes:
+        ring: [ROWS, size]. place: [1] int64, training steps so far, whose remainder is the row of the next record.
     """
 
     ring: Tensor
@@ -277,11 +259,21 @@ class Monitor(Handled):
         self._fresh = _Pile(torch.empty(0, layout.size, dtype=torch.float32))
         self.register_buffer("ring", torch.zeros(ROWS, layout.size, dtype=torch.float32), persistent=False)
         self.register_buffer("place", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self._register()
+
+    def _register(self) -> None:
+        """Take a number, by which an op finds this monitor where a compiled graph runs."""
+        self._handle = next(_handles)
+        _handled[self._handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._register()  # a copy has its own
 
     @property
     def steps(self) -> int:
-        """Added so far."""
-        return self._count.steps
+        """Added so far, those of a replayed CUDA graph once the history has been read."""
+        return self._count.known
 
     def add(
         self,
@@ -306,17 +298,17 @@ class Monitor(Handled):
         count = self._count
         if count.known - count.sent == ROWS:
             self._send()
-        count.steps += 1
         count.known += 1
 
     def reject(self, ok: Tensor) -> None:
         """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
         count = self._count
-        if count.known > count.sent or capturing(self.ring.device):
+        inside = count.known > count.sent or capturing(self.ring.device)
+        if inside or int(HostCopy(self.place).wait()) > count.taken:  # replayed steps, which the host does not know
             last = (self.place - 1) % len(self.ring)
             finite = self.ring[:, -1]
             finite.index_copy_(0, last, finite.index_select(0, last) * ok)
-        elif count.steps and not ok:  # the history has been read since the step: its record is on the host
+        elif count.known and not ok:  # the history has been read since the step: its record is on the host
             self._history.reject_last()
             fresh = self._fresh.rows().clone()
             fresh[-1:, -1] = 0
@@ -335,7 +327,7 @@ class Monitor(Handled):
         last = torch.arange(max(count.taken, until - len(rows)), until) % len(rows)
         records = rows.index_select(0, last)  # rows[last] would wake all threads for it
         count.taken, replayed = until, max(0, until - known)
-        count.steps, count.known, count.sent = count.steps + replayed, count.known + replayed, count.sent + replayed
+        count.known, count.sent = count.known + replayed, count.sent + replayed
         self._history.append(records)
         self._fresh.add(records.float())
         if self._fresh.count > 2 * CAPACITY:
@@ -367,9 +359,8 @@ class Monitor(Handled):
         return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh.rows()[-CAPACITY:]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._count, self._copy = _Count(), None
-        self._count.steps = state["steps"]
-        self.place.zero_()
+        self._count, self._copy = _Count(state["steps"]), None
+        self.place.fill_(state["steps"])
         self._history.load_state_dict(state)
         self._fresh = _Pile(state["fresh"].clone())
 
@@ -377,7 +368,7 @@ class Monitor(Handled):
 @torch.library.impl(_library, "goal_set_notice", "CompositeExplicitAutograd")
 def _notice(place: Tensor, handle: int) -> None:
     """Runs where a compiled graph runs, not where it is traced; in a capture, for nothing, as in `Monitor.add`."""
-    if not capturing(place.device) and (monitor := handled(handle)) is not None:
+    if not capturing(place.device) and (monitor := _handled.get(handle)) is not None:
         monitor.notice()
 
 

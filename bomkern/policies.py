@@ -62,7 +62,11 @@ def _of_batch(raw: Tensor, level: float) -> Tensor:
     if level == 1:
         found = torch.where(values.isnan(), -torch.inf, values).amax()
         return torch.where(found == -torch.inf, torch.nan, found)
-    return values.nanquantile(level)
+    # As nanquantile, whose C++ would compile a graph for every B.
+    place = ((~values.isnan()).sum() - 1).clamp(min=0).to(values.dtype) * level
+    ordered = values.sort().values  # NaN last
+    below, above = (ordered.gather(0, at.to(torch.int64)[None])[0] for at in (place.floor(), place.ceil()))
+    return below.lerp(above, place.frac())
 
 
 class Policy:
@@ -78,13 +82,16 @@ class Policy:
     until: int | None = 0
     waits: dict[str, Anchor]
 
-    def update(self, raw: Tensor, state: Tensor, step: int) -> Found | None:
+    def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found | None:
         """Ideal and scale, 0-dim float32 each, or None to leave them.
+
+        A compiled or captured step is written down once, and run at any step: also after ``until``, when what is found
+        and what is written into ``state`` is dropped.
 
         Args:
             raw: the goal's values of this step, float32 [B] or 0-dim, without gradient.
             state: [`STATE`] float32, 0 at first; changed in place.
-            step: training steps before this one.
+            step: training steps before this one, a 0-dim int64 tensor on the device.
         """
         return None
 
@@ -134,7 +141,7 @@ class Calibrated(Policy):
         self.margin = _number("Calibrated", "margin", margin, above=0)
         super().__init__(Minimize(1.0), steps=steps, statistic=statistic, margin=margin)
 
-    def update(self, raw: Tensor, state: Tensor, step: int) -> Found:
+    def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found:
         found = _of_batch(raw, self.level)
         seen, count = state[0], state[1]
         known = ~found.isnan()
@@ -164,7 +171,7 @@ class Tracking(Policy):
         self.weight = 1 - 2 ** (-1 / _number("Tracking", "halflife", halflife, above=0))
         super().__init__(Minimize(1.0), halflife=halflife, quantile=quantile)
 
-    def update(self, raw: Tensor, state: Tensor, step: int) -> Found:
+    def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found:
         found = _of_batch(raw, self.level)
         weight = torch.where(found.isnan(), 0.0, self.weight)
         state[0] += weight * (torch.where(found.isnan(), 0.0, found) - state[0])

@@ -1,6 +1,7 @@
 // What csrc/ includes of torch, and of the standard library: compiled once, ahead of every file that starts with it
 // (tools/build_extension.py). Included as <torch_headers.h>, so that the compiler looks where that compiled form is.
-#pragma once
+#ifndef BOMKERN_TORCH_HEADERS_H  // not by a pragma, which goes by the file: there are two of it
+#define BOMKERN_TORCH_HEADERS_H
 #include "torch_internals.h"
 
 #include <ATen/Context.h>
@@ -32,3 +33,5 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
+
+#endif  // BOMKERN_TORCH_HEADERS_H

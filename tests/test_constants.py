@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,6 +36,7 @@ from bomkern._ranks import ALONE
 from bomkern._torch_internals import TorchDispatchMode
 
 CONSTRAINTS = (Minimize(0.5), Upper(0.25, 2.0), Box(0.0, 1.0))
+IMPLS = pytest.mark.parametrize("impl", ["reference", None])
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
 MADE = ("tensor", "as_tensor", "new_tensor", "from_numpy", "asarray")
 FROM_THE_HOST = (*MADE, "lift_fresh_copy", "lift_fresh", "device_put")
@@ -131,7 +132,7 @@ def test_compiled_calls_see_other_constraints() -> None:
 
 
 @pytest.mark.parametrize("kind", [tuple, list, ConstraintTable])
-@pytest.mark.parametrize("impl", ["reference", None])
+@IMPLS
 def test_compiled_calls_see_other_curves(impl: str | None, kind: Any) -> None:
     compiled = torch.compile(
         lambda x, given: min_goal_loss([x, x], given, impl=impl), fullgraph=True, backend="aot_eager"
@@ -142,14 +143,33 @@ def test_compiled_calls_see_other_curves(impl: str | None, kind: Any) -> None:
         torch.testing.assert_close(compiled(x, given), min_goal_loss([x, x], given, impl=impl))
 
 
+@IMPLS
+@pytest.mark.parametrize("given", [CONSTRAINTS, list(CONSTRAINTS), Minimize(0.5)], ids=["tuple", "list", "one"])
+def test_a_compiled_call_inside_a_fake_mode(given: Any, impl: str | None) -> None:
+    """Fake tensors go with no table from outside; the same function then serves plain ones, and fake ones again."""
+    compiled = torch.compile(lambda *g: min_goal_loss(g, given, impl=impl), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        with FakeTensorMode():
+            goals = goals_of()
+            loss = compiled(*goals)
+            loss.backward()
+            assert type(loss) is FakeTensor and loss.shape == () and goals[0].grad.shape == (8,)  # type: ignore[union-attr]
+        goals = goals_of()
+        torch.testing.assert_close(compiled(*goals), min_goal_loss(goals, given, impl=impl))
+
+
+@IMPLS
 @pytest.mark.parametrize("strict", [False, True])
-def test_export(strict: bool) -> None:
+def test_export(strict: bool, impl: str | None) -> None:
+    """The program has the table as its constant, and copies it in no call."""
+
     class Loss(nn.Module):
         def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-            return min_goal_loss([x, y, z], CONSTRAINTS)
+            return min_goal_loss([x, y, z], CONSTRAINTS, impl=impl)
 
     goals = [x.detach() for x in goals_of()]
     exported = torch.export.export(Loss(), tuple(goals), strict=strict)
+    assert exported.constants and not [n for n in exported.graph.nodes if "lift_fresh" in str(n.target)]
     kept = io.BytesIO()
     torch.export.save(exported, kept)
     kept.seek(0)
@@ -167,7 +187,7 @@ class NoTables(TorchFunctionMode):
 
 
 @DEVICES
-@pytest.mark.parametrize("impl", ["reference", None])
+@IMPLS
 def test_an_eager_call_makes_no_table_again(device: str, impl: str | None) -> None:
     goals, ok = goals_of(device), torch.ones((), dtype=torch.bool, device=device)
     named = GoalSet(
@@ -237,7 +257,7 @@ FIRST: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.mark.parametrize("impl", ["reference", None])
+@IMPLS
 @pytest.mark.parametrize("first", FIRST)
 def test_whoever_calls_first_leaves_a_plain_table(first: str, impl: str | None) -> None:
     """Then an ordinary call has its gradient, first and second, and so have the others."""

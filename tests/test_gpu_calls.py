@@ -63,6 +63,35 @@ def test_every_file_keeps_its_share_of_tests_evenly() -> None:
     assert chosen(files, 1000) == list(range(153))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_the_stages_of_a_call_may_take_fits_into_it(gpu: ModuleType, number: int) -> None:
+    stages = gpu.CALLS[number]
+    assert gpu.START + sum(stage.seconds for stage in stages) + gpu.PACKING <= gpu.SECONDS
+    assert all(stage.seconds > max(gpu.SHORT, gpu.GRACE) for stage in stages)
+    assert gpu.GRACE > gpu.KILL and gpu.PACKING > gpu.KILL
+
+
+def test_a_stage_has_its_seconds_and_what_others_left(gpu: ModuleType, tmp_path: Path) -> None:
+    call = gpu.Call(1, tmp_path, dry=False)
+    stage = gpu.Stage("it", 20, lambda call: None)
+    for kept, seconds in ((0, 100), (30, 70), (80, 20), (95, 20), (500, 20)):
+        now = time.time()
+        assert gpu.run(call, stage, now + 100, kept) == "well: there was nothing to do"
+        assert call.stop_at - now == pytest.approx(seconds - gpu.GRACE, abs=2)
+
+
+def test_a_stage_that_hangs_takes_nothing_from_the_next(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not end by itself is asked to, and then killed, within the seconds of its stage."""
+    call = gpu.Call(1, tmp_path, dry=False)
+    stage = gpu.Stage("hangs", 16, lambda call: python("import time; time.sleep(60)"))
+    monkeypatch.setattr(gpu, "KILL", 12.0)
+    begun = time.time()
+    assert gpu.run(call, stage, begun + 100, 84).startswith("CUT SHORT")
+    assert time.time() - begun < 14
+
+
 def test_no_test_begins_after_the_time(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     command = [*PLUGIN, str(tmp_path), "--stop-at", f"{time.time() - 1:.0f}", "-rs"]

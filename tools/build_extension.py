@@ -213,6 +213,8 @@ def _build_command() -> Any:
                 debug=self.debug,
                 extra_postargs=copy.deepcopy(extension.extra_compile_args),
             )
+            # g++ takes the compiled form where the header is included first, and the header itself after that.
+            shutil.copy2(ROOT / HEADER, temp / HEADER)
             header = temp / f"{HEADER}.gch"
             header.unlink(missing_ok=True)
             try:

@@ -6,9 +6,10 @@
     make gpu CALL=1 DRY=1                           # every stage on a CPU, small, with stand-ins for the tools
 
 Each call takes SECONDS (560) at most on a bare machine, with the python3 that has torch, and fetches nothing. A stage
-knows when it has to stop: tests and benches begin nothing new after that, and write what they have. After every stage,
-and last of all however the call ends, ARCHIVE (build/gpu<call>.tar.xz) is written anew, at most 12 MB: logs, failures,
-what was measured and profiled, and ``summary.txt``, which is to be read first.
+has its seconds whatever those before it took, and beside them what those did not need. It knows when it has to stop:
+tests and benches begin nothing new after that, and write what they have. After every stage, and last of all however the
+call ends, ARCHIVE (build/gpu<call>.tar.xz) is written anew, at most 12 MB: logs, failures, what was measured and
+profiled, and ``summary.txt``, which is to be read first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_stages import CALLS, ROOT, Call, Stage
 
+SECONDS = 560.0  # of a call
+START = 12.0  # seconds until the first stage, and between stages
 MOST = 12_000_000  # bytes of the archive
 LOG = 400_000  # bytes of a log that are packed at first: the beginning and the end
 GRACE = 12.0  # seconds between the time at which a stage begins nothing new and its end
@@ -58,11 +61,15 @@ def end(process: subprocess.Popen[bytes], patience: float = KILL) -> None:
             continue
 
 
-def run(call: Call, stage: Stage, until: float) -> str:
-    """What became of a stage, in a line. Its output is in the folder of the call."""
+def run(call: Call, stage: Stage, until: float, kept: float = 0.0) -> str:
+    """What became of a stage, in a line. Its output is in the folder of the call.
+
+    Args:
+        until: seconds since 1970 at which the call's stages end. kept: seconds before that for the stages to come.
+    """
     log = call.work / f"{stage.name}.log"
     begun = time.time()
-    hard = min(until, begun + stage.seconds * call.patience)
+    hard = min(until, max(until - kept, begun + stage.seconds * call.patience))
     if hard - begun < SHORT:
         return "not begun: no time left"
     call.stop_at = max(begun + 1.0, hard - GRACE)
@@ -82,7 +89,7 @@ def run(call: Call, stage: Stage, until: float) -> str:
             env={**os.environ, **call.environment, **stage.environment, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         try:
-            status = process.wait(hard - time.time())
+            status = process.wait(max(0.0, hard - KILL - time.time()))
             told = "well" if status == 0 else f"FAILED: exit status {status}"
         except subprocess.TimeoutExpired:
             end(process)
@@ -147,7 +154,7 @@ def summary(call: Call, told: Sequence[tuple[str, str]], how: str) -> str:
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--call", type=int, choices=sorted(CALLS), default=1)
-    parser.add_argument("--seconds", type=float, help="of the whole call (560; a dry run's 1,800)")
+    parser.add_argument("--seconds", type=float, help=f"of the whole call ({SECONDS:g}; a dry run's 1,800)")
     parser.add_argument("--archive", type=Path, help="what is packed (build/gpu<call>.tar.xz)")
     parser.add_argument("--work", type=Path, help="where stages write (build/gpu<call>)")
     parser.add_argument("--before", type=Path, nargs="*", default=[], help="archives of the calls before")
@@ -157,7 +164,9 @@ def main(given: Sequence[str] | None = None) -> int:
     stages = CALLS[asked.call]
     if unknown := set(asked.only) - {stage.name for stage in stages}:
         parser.error(f"call {asked.call} has no stage {', '.join(sorted(unknown))}: {' '.join(s.name for s in stages)}")
-    until = time.time() + (asked.seconds or (1800.0 if asked.dry else 560.0)) - PACKING
+    if asked.only:
+        stages = tuple(stage for stage in stages if stage.name in asked.only)
+    until = time.time() + (asked.seconds or (1800.0 if asked.dry else SECONDS)) - PACKING
     name = f"gpu{asked.call}{'-dry' if asked.dry else ''}"
     work = (asked.work or ROOT / "build" / name).resolve()
     archive = (asked.archive or ROOT / "build" / f"{name}.tar.xz").resolve()
@@ -171,10 +180,8 @@ def main(given: Sequence[str] | None = None) -> int:
     told: list[tuple[str, str]] = []
     how, status = "all stages were gone through", 0
     try:
-        for stage in stages:
-            if asked.only and stage.name not in asked.only:
-                continue
-            what = run(call, stage, until)
+        for k, stage in enumerate(stages):
+            what = run(call, stage, until, call.patience * sum(later.seconds for later in stages[k + 1 :]))
             told.append((stage.name, what))
             print(f"== {stage.name}: {what}", *last_lines(work / f"{stage.name}.log"), sep="\n", flush=True)
             (work / "summary.txt").write_text(summary(call, told, "cut off here"))
