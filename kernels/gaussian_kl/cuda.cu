@@ -10,12 +10,16 @@ namespace gaussian_kl {
 namespace cuda {
 namespace {
 
-template <class S> bool valid(const Inputs<S>& in) {
-  return in.batch >= 1 && in.batch <= most_batch && in.block >= 1 && in.block <= in.dims;
-}
+constexpr int64_t most_blocks = int64_t(1) << 30;  // of a row: they are counted in 32 bits
 
 // Whether a block's dimensions see one another; where they do not, 0 times an infinite sum must not make NaN.
 template <class S> bool correlated(const Inputs<S>& in) { return in.whole.shared != 0; }
+
+template <class S> int64_t blocks_of(const Inputs<S>& in) { return correlated(in) ? ceil_div(in.dims, in.block) : 1; }
+
+template <class S> bool valid(const Inputs<S>& in) {
+  return in.batch >= 1 && in.batch <= most_batch && in.block >= 1 && in.block <= in.dims && blocks_of(in) <= most_blocks;
+}
 
 // Columns that a piece must divide: a row, or each block of it, of which the last ends where the row does.
 template <class S> int64_t run_of(const Inputs<S>& in) { return correlated(in) ? std::gcd(in.block, in.dims) : in.dims; }
@@ -23,12 +27,10 @@ template <class S> int64_t run_of(const Inputs<S>& in) { return correlated(in) ?
 // The lanes of a row, and of one block of the prior among them.
 template <class S, class Arguments> void share_out(Launch<Arguments>& l, const Inputs<S>& in, int width) {
   l.teams = teams_of(in.batch, in.dims / width, multiprocessors());
-  l.unit = l.teams.lanes, l.blocks = 1, l.pieces = in.dims / width;
-  if (correlated(in)) {
-    l.blocks = ceil_div(in.dims, in.block), l.pieces = in.block / width;
-    if (l.teams.lanes <= 32 || l.pieces <= 1024) l.unit = power_of_2(l.pieces, l.teams.lanes < 32 ? l.teams.lanes : 32);
-  }
-  l.rest = in.dims / width - (l.blocks - 1) * l.pieces;
+  l.unit = l.teams.lanes;
+  l.blocks = int(blocks_of(in)), l.pieces = in.block / width, l.rest = in.dims / width - (l.blocks - 1) * l.pieces;
+  if (correlated(in) && (l.teams.lanes <= 32 || l.pieces <= 1024))
+    l.unit = power_of_2(l.pieces, l.teams.lanes < 32 ? l.teams.lanes : 32);
   l.unit_shift = log2_of(l.unit);
 }
 

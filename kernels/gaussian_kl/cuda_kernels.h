@@ -20,7 +20,7 @@ template <class Arguments> struct Launch {
   Arguments a;
   Teams teams;
   int unit, unit_shift;  // and its logarithm
-  int64_t blocks;        // of the prior; where they share nothing, a row is one
+  int blocks;            // of a row; 1 where their dimensions do not see one another
   int64_t pieces, rest;  // of a block, and of the last one
 };
 
@@ -122,14 +122,15 @@ __global__ void __launch_bounds__(long_row_threads, 1) forward_kernel(const __gr
       }
     } else {
       // All threads of a team come round equally often: the sum over a unit is a barrier.
-      for (int64_t begin = 0; begin < l.blocks; begin += units) {
-        const int64_t k = begin + unit;
+      const int blocks = inside ? l.blocks : 0;
+      for (int begin = 0; begin < l.blocks; begin += units) {
+        const int k = begin + unit;
         const bool last = k + 1 == l.blocks;
         const Inverse<S>& own = last ? in.last : in.whole;
-        const int64_t pieces = !inside || k >= l.blocks ? 0 : last ? l.rest : l.pieces;
+        const int64_t pieces = k >= blocks ? 0 : last ? l.rest : l.pieces;
         Sum<S> of_mu;
         for (int64_t p = lane; p < pieces; p += l.unit) {
-          const int64_t d = k * in.block + p * W;
+          const int64_t d = int64_t(k) * in.block + p * W;
           const Raw<W> raw_mu = fetch<W>(in.mu, b, d), raw_logvar = fetch<W>(in.logvar, b, d);
           S mu[W], logvar[W];
           widen<S, W>(raw_mu, in.mu.dtype, mu);
@@ -156,22 +157,22 @@ __global__ void __launch_bounds__(long_row_threads, 1) backward_kernel(const __g
   const int64_t step = int64_t(gridDim.x) * m.teams;
   const int units = Blocks ? l.teams.lanes >> l.unit_shift : 1, unit = Blocks ? m.lane >> l.unit_shift : 0;
   const int lane = Blocks ? m.lane & (l.unit - 1) : m.lane, lanes = Blocks ? l.unit : l.teams.lanes;
-  const int64_t blocks = Blocks ? l.blocks : 1;
+  const int blocks = Blocks ? l.blocks : 1;
   for (int64_t first = int64_t(blockIdx.x) * m.teams; first < in.batch; first += step) {
     const int64_t b = first + m.team;
     const bool inside = b < in.batch;
     const S grad = inside ? grad_of(l.a.grad, b) : S(0);
-    for (int64_t begin = 0; begin < blocks; begin += units) {
-      const int64_t k = begin + unit;
+    for (int begin = 0; begin < blocks; begin += units) {
+      const int k = begin + unit;
       const bool last = Blocks && k + 1 == blocks;
       const Inverse<S>& own = last ? in.last : in.whole;
-      const int64_t pieces = !inside || k >= blocks ? 0 : last ? l.rest : l.pieces;
+      const int64_t pieces = !inside || k >= blocks ? 0 : Blocks ? last ? l.rest : l.pieces : in.dims / W;
       S common = 0;
       if constexpr (Blocks) {
         Sum<S> of_mu;
         for (int64_t p = lane; p < pieces; p += lanes) {
           S mu[W];
-          load<S, W>(in.mu, b, k * in.block + p * W, mu);
+          load<S, W>(in.mu, b, int64_t(k) * in.block + p * W, mu);
 #pragma unroll
           for (int i = 0; i < W; ++i) of_mu.add(mu[i]);
         }
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(long_row_threads, 1) backward_kernel(const __g
         if (own.shared != 0) common = own.shared * block_sum;
       }
       for (int64_t p = lane; p < pieces; p += lanes) {
-        const int64_t d = k * in.block + p * W, at = b * in.dims + d;
+        const int64_t d = int64_t(k) * in.block + p * W, at = b * in.dims + d;
         Raw<W> raw_mu{}, raw_logvar{};
         if (l.a.grad_mu) raw_mu = fetch<W>(in.mu, b, d);
         if (l.a.grad_logvar) raw_logvar = fetch<W>(in.logvar, b, d);

@@ -37,8 +37,9 @@ template <class S> void check(const Setting& s) {
   mu.fill([](auto...) { return normal(); });
   logvar.fill([](auto b, auto d) { return (b * 7 + d) % 41 == 0 ? uniform(79, 84) : uniform(-6, 2); });
   if (s.batch > 2) logvar.put(1, s.dims - 1, NAN);
-  if (s.rho == 0) mu.put(0, 0, INFINITY);
   const int64_t rest = s.dims % s.block ? s.dims % s.block : s.block;  // dimensions of the last block
+  if (s.rho == 0) mu.put(0, 0, INFINITY);
+  if (rest == 1 && s.block > 1) mu.put(0, s.dims - 1, INFINITY);  // alone, it shares nothing
   const Inputs<S> in{mu.matrix, logvar.matrix, s.batch, s.dims, s.block, inverse_of<S>(s.block, s.rho),
                      inverse_of<S>(rest, s.rho), S(s.block > 1 ? 1.25 : 0)};
 
@@ -110,6 +111,7 @@ int main() {
     for (const int64_t dims : {49, 50, 52, 56, 60}) {  // the last block has fewer dimensions, of whole pieces or not
       check<float>({9, dims, block, Layout::plain, dims % 8 != 0});
       check<double>({9, dims, block});
+      check<float>({1, dims, block});  // no pitch forbids wide pieces
     }
   }
   for (int wanted = 0; wanted < 4; ++wanted) check<float>({6, 12, wanted % 2 ? 1 : 4, Layout::plain, true, wanted});
