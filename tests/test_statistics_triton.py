@@ -353,6 +353,7 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         z, mu, logvar = empty(batch, dims, *dtypes)
         both(lambda *x: bridge.gaussian_kl(*x, 1, 0.0), mu, logvar)
         both(lambda *x: bridge.gaussian_kl(*x, 4, 0.3), mu, logvar)
+        both(lambda *x: bridge.gaussian_kl(*x, 7, 0.3), mu, logvar)
         both(lambda x: bridge.active_units(x, 0.1, 0.3), mu)
         both(lambda *x: bridge.latent_statistics(*x, 0.1, 0.3), z, mu, logvar)
     for count, *dtypes in ((2, FLOAT), (4, *halves), (4, DOUBLE), (16, *halves), (16, DOUBLE)):

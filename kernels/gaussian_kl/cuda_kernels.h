@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(long_row_threads, 1) forward_kernel(const __gr
       for (int begin = 0; begin < l.blocks; begin += units) {
         const int k = begin + unit;
         const bool last = k + 1 == l.blocks;
-        const Inverse<S>& own = last ? in.last : in.whole;
+        const Inverse<S> own = last ? in.last : in.whole;
         const int64_t pieces = k >= blocks ? 0 : last ? l.rest : l.pieces;
         Sum<S> of_mu;
         for (int64_t p = lane; p < pieces; p += l.unit) {

@@ -30,16 +30,25 @@ def _place(group, inner, batch, dims, block, GROUP: tl.constexpr, WIDE: tl.const
 
 
 @triton.jit
-def _own(whole: tl.float64, last: tl.float64, group, dims, block, CD: tl.constexpr, GROUP: tl.constexpr):
-    """A number of each block of a tile, [1, GROUP]: of the last, or of all before it."""
-    ends = (group + tl.arange(0, GROUP)[None, :] + 1).to(tl.int64) * block
-    return tl.where(ends < dims, tl.full((), whole, CD), tl.full((), last, CD))
+def _own(
+    whole: tl.float64, last: tl.float64, group, dims, block,
+    ALIKE: tl.constexpr, CD: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A number of each block of a tile, [1, GROUP]: of the last, or of all before it. ALIKE: one for all, [1, 1]."""
+    if ALIKE:
+        return tl.full((1, 1), whole, CD)
+    else:
+        ends = (group + tl.arange(0, GROUP)[None, :] + 1).to(tl.int64) * block
+        return tl.where(ends < dims, tl.full((), whole, CD), tl.full((), last, CD))
 
 
 @triton.jit
-def _pull(shared, sums):
-    """shared times the sums of blocks; of a block that shares nothing 0, where the product could be NaN."""
-    return tl.where(shared != 0, shared * sums, 0)
+def _weigh(shared, of_blocks, ALIKE: tl.constexpr):
+    """Their product; 0 for a last block that shares nothing, where it could be NaN."""
+    if ALIKE:
+        return shared * of_blocks
+    else:
+        return tl.where(shared != 0, shared * of_blocks, 0)
 
 
 @triton.jit
@@ -47,15 +56,16 @@ def forward(
     mu, logvar, mu_strides, logvar_strides, out, batch, dims, block,
     precision: tl.float64, shared: tl.float64, diagonal: tl.float64,
     last_precision: tl.float64, last_shared: tl.float64, last_diagonal: tl.float64, constant: tl.float64,
-    PLAIN: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    PLAIN: tl.constexpr, ALIKE: tl.constexpr, CD: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The divergences of ROWS samples."""
     twice = tl.full((ROWS, GROUP, WIDE), 0, CD)
     squares = tl.full((ROWS, GROUP), 0, CD)
     group = 0
     while group * block < dims:
-        scale = _own(precision, last_precision, group, dims, block, CD, GROUP)[:, :, None]
-        ratio = _own(diagonal, last_diagonal, group, dims, block, CD, GROUP)[:, :, None]
+        scale = _own(precision, last_precision, group, dims, block, ALIKE, CD, GROUP)[:, :, None]
+        ratio = _own(diagonal, last_diagonal, group, dims, block, ALIKE, CD, GROUP)[:, :, None]
         sums = tl.full((ROWS, GROUP, WIDE), 0, CD)
         inner = 0
         while inner < block:
@@ -71,8 +81,7 @@ def forward(
             inner += WIDE
         if not PLAIN:
             total = tl.sum(sums, 2)
-            pulled = _pull(_own(shared, last_shared, group, dims, block, CD, GROUP), total)
-            squares = tl.fma(pulled, total, squares)
+            squares += _weigh(_own(shared, last_shared, group, dims, block, ALIKE, CD, GROUP), total * total, ALIKE)
         group += GROUP
     value = tl.sum(tl.sum(twice, 2), 1)
     if not PLAIN:
@@ -86,12 +95,13 @@ def backward(
     grad, stride, mu, logvar, mu_strides, logvar_strides, grad_mu, grad_logvar, batch, dims, block,
     precision: tl.float64, shared: tl.float64, diagonal: tl.float64,
     last_precision: tl.float64, last_shared: tl.float64, last_diagonal: tl.float64,
-    PLAIN: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    PLAIN: tl.constexpr, ALIKE: tl.constexpr, CD: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ROWS samples in GROUP blocks. A block wider than a tile is read twice, for its sum first."""
     group = tl.program_id(1) * GROUP
-    scale = _own(precision, last_precision, group, dims, block, CD, GROUP)[:, :, None]
-    ratio = _own(diagonal, last_diagonal, group, dims, block, CD, GROUP)[:, :, None]
+    scale = _own(precision, last_precision, group, dims, block, ALIKE, CD, GROUP)[:, :, None]
+    ratio = _own(diagonal, last_diagonal, group, dims, block, ALIKE, CD, GROUP)[:, :, None]
     pulled = tl.full((ROWS, GROUP, 1), 0, CD)
     if grad_mu is not None and not PLAIN:
         sums = tl.full((ROWS, GROUP, WIDE), 0, CD)
@@ -100,7 +110,7 @@ def backward(
             rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
             sums += load(mu, mu_strides, rows, cols, used, CD)
             inner += WIDE
-        pulled = _pull(_own(shared, last_shared, group, dims, block, CD, GROUP), tl.sum(sums, 2))[:, :, None]
+        pulled = _weigh(_own(shared, last_shared, group, dims, block, ALIKE, CD, GROUP), tl.sum(sums, 2), ALIKE)[:, :, None]
     inner = 0
     while inner < block:
         rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
@@ -133,11 +143,11 @@ def _block(dims: int, rho: float) -> _Block:
     return _Block(precision, precision * rho / largest, diagonal, dims * (diagonal - 1) + logdet)
 
 
-def _prior(dims: int, block: int, rho: float) -> tuple[float, ...]:
-    """Precision, shared and diagonal of a whole block and of the last, and twice the constant."""
+def _prior(dims: int, block: int, rho: float) -> tuple[tuple[float, ...], bool]:
+    """Precision, shared and diagonal of a whole block and the last one, twice the constant; whether both are alike."""
     before = (dims - 1) // block  # blocks before the last
     whole, last = _block(block, rho), _block(dims - before * block, rho)
-    return *whole[:3], *last[:3], before * whole.twice + last.twice
+    return (*whole[:3], *last[:3], before * whole.twice + last.twice), whole == last
 
 
 def _tile(dims: int, block: int, plain: bool) -> dict[str, int]:
@@ -152,9 +162,10 @@ def launch_forward(mu: Tensor, logvar: Tensor, block_size: int, rho: float, out:
     plain = block_size == 1 or rho == 0
     block = dims if plain else block_size
     size = _tile(dims, block, plain)
+    prior, alike = _prior(dims, block_size, rho)
     forward[(triton.cdiv(batch, size["ROWS"]),)](
-        mu, logvar, mu.stride(), logvar.stride(), out, batch, dims, block, *_prior(dims, block_size, rho),
-        PLAIN=plain, num_warps=4, **size, **options(out.dtype),
+        mu, logvar, mu.stride(), logvar.stride(), out, batch, dims, block, *prior,
+        PLAIN=plain, ALIKE=alike, num_warps=4, **size, **options(out.dtype),
     )  # fmt: skip
 
 
@@ -173,8 +184,9 @@ def launch_backward(
     # Where dimensions have nothing to do with one another, a "block" is what fits a tile.
     block = wide(dims, CELLS) if plain else block_size
     size = _tile(dims, block, plain)
+    prior, alike = _prior(dims, block_size, rho)
     grad_mu, grad_logvar = (g if wanted else None for g, wanted in zip(grads, want, strict=True))
     backward[(triton.cdiv(batch, size["ROWS"]), triton.cdiv(dims, block * size["GROUP"]))](
         grad, grad.stride(0), mu, logvar, mu.stride(), logvar.stride(), grad_mu, grad_logvar, batch, dims, block,
-        *_prior(dims, block_size, rho)[:6], PLAIN=plain, num_warps=4, **size, **options(grad.dtype),
+        *prior[:6], PLAIN=plain, ALIKE=alike, num_warps=4, **size, **options(grad.dtype),
     )  # fmt: skip
