@@ -18,7 +18,7 @@ template <class S, class F> [[gnu::always_inline]] inline void for_blocks(const 
   S scratch[panel];
   for (int64_t first = 0; first < in.dims; first += length) {
     const int64_t end = lesser(first + length, in.dims);
-    const Inverse<S> own = end < in.dims ? in.whole : in.last;
+    const Inverse<S>& own = end < in.dims ? in.whole : in.last;
     typename Lanes<S>::Vec sum{};
     for (int64_t d = first; own.shared != 0 && d < end; d += panel) {
       const int n = int(lesser(end - d, panel));
