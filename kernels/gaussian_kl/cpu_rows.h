@@ -14,19 +14,25 @@ using namespace bomkern::BOMKERN_ISA;
 // f(first column, n, the block's inverse, its sum of mu, whether this is its first panel) for the panels of each block of the
 // prior; where blocks share nothing, a row is one block.
 template <class S, class F> [[gnu::always_inline]] inline void for_blocks(const Inputs<S>& in, int64_t b, const F& f) {
-  const int64_t length = in.whole.shared == 0 ? in.dims : in.block;
+  const bool apart = in.whole.shared == 0;
+  const int64_t whole = apart ? in.dims : in.block;
   S scratch[panel];
-  for (int64_t first = 0; first < in.dims; first += length) {
-    const int64_t end = lesser(first + length, in.dims);
-    const Inverse<S>& own = end < in.dims ? in.whole : in.last;
-    typename Lanes<S>::Vec sum{};
-    for (int64_t d = first; own.shared != 0 && d < end; d += panel) {
-      const int n = int(lesser(end - d, panel));
-      const S* mu = row_of(in.mu, b, d, n, scratch);
-      for_vectors<S>(n, [&](int64_t i, auto lanes) { sum += load_lanes<decltype(sum)>(mu + i, lanes); });
+  int64_t first = 0;
+  // The inner loop runs over whole blocks, then over what is left: within it the length is constant, which spares work.
+  for (int64_t length = whole; first < in.dims; length = in.dims - first) {
+    const Inverse<S>& own = length == whole ? in.whole : in.last;
+    for (; first + length <= in.dims; first += length) {
+      typename Lanes<S>::Vec sum{};
+      const bool shares = !apart && length > 1;  // else 0, which times the square of an infinite sum would be NaN
+      for (int64_t d = first; shares && d < first + length; d += panel) {
+        const int n = int(lesser(first + length - d, panel));
+        const S* mu = row_of(in.mu, b, d, n, scratch);
+        for_vectors<S>(n, [&](int64_t i, auto lanes) { sum += load_lanes<decltype(sum)>(mu + i, lanes); });
+      }
+      const S total = shares ? sum_of(sum) : S(0);
+      for (int64_t d = first; d < first + length; d += panel)
+        f(d, int(lesser(first + length - d, panel)), own, total, d == first);
     }
-    const S total = own.shared != 0 ? sum_of(sum) : S(0);
-    for (int64_t d = first; d < end; d += panel) f(d, int(lesser(end - d, panel)), own, total, d == first);
   }
 }
 
