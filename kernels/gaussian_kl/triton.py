@@ -110,7 +110,8 @@ def backward(
             rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
             sums += load(mu, mu_strides, rows, cols, used, CD)
             inner += WIDE
-        pulled = _weigh(_own(shared, last_shared, group, dims, block, ALIKE, CD, GROUP), tl.sum(sums, 2), ALIKE)[:, :, None]
+        own = _own(shared, last_shared, group, dims, block, ALIKE, CD, GROUP)
+        pulled = _weigh(own, tl.sum(sums, 2), ALIKE)[:, :, None]
     inner = 0
     while inner < block:
         rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
