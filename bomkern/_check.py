@@ -158,9 +158,9 @@ def check_rows(z: Tensor, mu: Tensor, logvar: Tensor, first: int | None) -> tupl
 
 
 def check_prior(dims: int, block_size: int, rho: float) -> None:
-    """That blocks of so many dimensions tile D, and that their correlation is a positive definite one."""
-    if block_size < 1 or dims % block_size:
-        raise ValueError(f"block_size must divide the number of dimensions, {dims}, got {block_size}")
+    """Raise a ValueError unless a block fits into D dimensions and its correlation matrix is positive definite."""
+    if not 1 <= block_size <= dims:
+        raise ValueError(f"block_size must lie between 1 and the number of dimensions, {dims}, got {block_size}")
     least = -1 / (block_size - 1) if block_size > 1 else -math.inf
     if not least < rho < 1:
         raise ValueError(f"rho must lie between {least:g} and 1 for block_size {block_size}, got {rho}")

@@ -15,13 +15,21 @@ def gaussian_kl(
 
     With S = I, ``sum_d (mu_d^2 + exp(logvar_d) - 1 - logvar_d) / 2`` (Kingma & Welling 2014, appendix B). With a
     ``block_size``, S is block-diagonal, each block ``(1 - rho) I + rho 11'``: dimensions of a block correlate by rho.
+    The last block has what is left of D: 20 dimensions in blocks of 8 are blocks of 8, 8 and 4.
+
+    The divergence is the sum of those of the blocks, each with its own number n of dimensions: by the formula for two
+    normal distributions (Kullback 1959, chapter 9), with m the block's ``mu`` and v its ``exp(logvar)``, a block adds
+    ``(tr(S^-1 diag v) + m' S^-1 m - n + log det S - sum log v) / 2``, where
+    ``S^-1 = (I - rho 11' / (1 - rho + n rho)) / (1 - rho)`` and
+    ``log det S = (n - 1) log(1 - rho) + log(1 - rho + n rho)``. Nothing is divided by the number of blocks or by n, so
+    that a shorter block counts by the dimensions it has. A block of one dimension has a standard normal prior.
 
     Clamp: above ``logvar = 80`` the exponential goes on as its tangent, because exp overflows float32 at 88.7: value
     and gradient stay finite there, and the gradient still points down.
 
     Args:
         mu, logvar: [B, D] means and log-variances. float16, bfloat16, float32 or float64, any strides.
-        block_size: dimensions of a block of the prior, a divisor of D; None is 1.
+        block_size: dimensions of a block of the prior, 1 to D; None is 1.
         rho: correlation within a block, ``-1 / (block_size - 1) < rho < 1``; 0 without ``block_size``.
         impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
 

@@ -23,22 +23,35 @@ using Gradients = std::tuple<Tensor, Tensor>;
 
 Shape check(const Tensor& mu, const Tensor& logvar, int64_t block, double rho) {
   const Shape shape = bomkern::check_matrices(1, {{"mu", mu}, {"logvar", logvar}});
-  TORCH_CHECK_VALUE(block >= 1 && shape.dims % block == 0, "block_size must divide the number of dimensions, ",
+  TORCH_CHECK_VALUE(1 <= block && block <= shape.dims, "block_size must lie between 1 and the number of dimensions, ",
                     shape.dims, ", got ", block);
   const double least = block > 1 ? -1 / static_cast<double>(block - 1) : -HUGE_VAL;
   TORCH_CHECK_VALUE(least < rho && rho < 1, "rho must lie between ", least, " and 1 for block_size ", block, ", got ", rho);
   return shape;
 }
 
+// A block of the prior of so many dimensions: its inverse, and what it adds to twice the constant.
+struct Block {
+  double precision = 1, shared = 0, diagonal = 1, twice = 0;
+
+  Block(int64_t dims, double rho) {
+    if (dims == 1) return;
+    const double n = static_cast<double>(dims), largest = 1 - rho + n * rho;  // largest: the eigenvalue of 1, of the others 1 - rho
+    precision = 1 / (1 - rho), shared = precision * rho / largest;
+    diagonal = precision * (1 - rho / largest);  // not precision - shared, which would cancel as rho goes to 1
+    twice = n * (diagonal - 1) + (n - 1) * std::log(1 - rho) + std::log(largest);
+  }
+
+  template <class S> Inverse<S> inverse() const {
+    return {static_cast<S>(precision), static_cast<S>(shared), static_cast<S>(diagonal)};
+  }
+};
+
 template <class S> Inputs<S> describe(const Tensor& mu, const Tensor& logvar, int64_t block, double rho, const Shape& shape) {
-  const double last = 1 - rho + static_cast<double>(block) * rho, precision = 1 / (1 - rho), shared = precision * rho / last;
-  const double dims = static_cast<double>(shape.dims), n = static_cast<double>(block);
-  // Not precision - shared, which would cancel as rho goes to 1.
-  const double diagonal = block == 1 ? 1 : precision * (1 - rho / last);
-  const double logdet = block == 1 ? 0 : dims / n * ((n - 1) * std::log(1 - rho) + std::log(last));
+  const int64_t before = (shape.dims - 1) / block;  // blocks before the last
+  const Block whole(block, rho), last(shape.dims - before * block, rho);
   return {bomkern::describe(mu), bomkern::describe(logvar), shape.batch, shape.dims, block,
-          static_cast<S>(block == 1 ? 1 : precision), static_cast<S>(block == 1 ? 0 : shared), static_cast<S>(diagonal),
-          static_cast<S>((dims * (diagonal - 1) + logdet) / 2)};
+          whole.inverse<S>(), last.inverse<S>(), static_cast<S>((static_cast<double>(before) * whole.twice + last.twice) / 2)};
 }
 
 template <bool Cuda, class Arguments> void launch(const Arguments& a, const Tensor& like) {

@@ -250,6 +250,7 @@ def problems() -> dict[str, Problem]:
     found = {
         "gaussian_kl": statistics((mu, logvar), bomkern.gaussian_kl, block_size=1),
         "gaussian_kl blocks": statistics((mu, logvar), bomkern.gaussian_kl, block_size=2, rho=0.3),
+        "gaussian_kl ragged": statistics((mu, logvar), bomkern.gaussian_kl, block_size=3, rho=0.3),
         "consistency_variance": statistics(seen, consistency_variance),
         "consistency_variance one tensor": statistics((torch.stack(seen),), consistency_variance, correction=0),
         "active_units": statistics((mu,), bomkern.active_units, temperature=0.5),

@@ -61,7 +61,7 @@ CALLS: dict[str, Call] = {
     "GoalSet, spill": by_goal_set(spill=0.5),
     "total_correlation": lambda z, mu, logvar, impl: (bomkern.total_correlation(z, mu, logvar, 100, "mss", impl=impl),),
     "gaussian_total_correlation": lambda z, mu, logvar, impl: (bomkern.gaussian_total_correlation(z),),
-    "gaussian_kl": lambda z, mu, logvar, impl: (bomkern.gaussian_kl(mu, logvar, 2, 0.3, impl=impl),),
+    "gaussian_kl": lambda z, mu, logvar, impl: (bomkern.gaussian_kl(mu, logvar, 3, 0.3, impl=impl),),
     "consistency_variance": lambda z, mu, logvar, impl: (bomkern.consistency_variance([z, mu, logvar], impl=impl),),
     "consistency_variance, one tensor": lambda z, mu, logvar, impl: (
         bomkern.consistency_variance(torch.stack([z, mu]), impl=impl),

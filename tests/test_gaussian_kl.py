@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
@@ -32,6 +32,8 @@ from tests.statistics_helpers import (
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
 BLOCK = functools.partial(gaussian_kl, block_size=4, rho=0.6)
+RAGGED = functools.partial(gaussian_kl, block_size=8, rho=0.6)  # 12 dimensions are 8 and 4, 20 are 8, 8 and 4
+CALLS = pytest.mark.parametrize("call", [gaussian_kl, BLOCK, RAGGED], ids=["plain", "block", "ragged"])
 
 
 def posterior(batch: int, dims: int, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -53,6 +55,9 @@ def test_larger_than_every_tile(server: tuple[str, str], batch: int, dims: int) 
 BLOCKS = [
     *((1, 1, 1, 0.5), (5, 6, 1, -3.0), (1, 6, 6, 0.9), (33, 12, 2, -0.9), (33, 12, 3, -0.4), (40, 12, 4, 0.0)),
     *((7, 70, 35, 0.99), (65, 300, 100, 0.5), (1030, 9, 3, 0.3), (9, 2050, 1025, 0.1), (600, 130, 65, -0.01)),
+    # The last block is shorter.
+    *((33, 20, 8, 0.6), (5, 9, 8, -0.1), (33, 13, 12, 0.9), (40, 13, 6, 0.0), (7, 70, 33, 0.99), (1030, 11, 3, 0.3)),
+    *((65, 300, 128, 0.5), (9, 2050, 2049, 0.1), (5, 1300, 600, 0.5), (600, 131, 65, -0.01)),
 ]
 
 
@@ -66,7 +71,7 @@ def test_block_prior(server: tuple[str, str], batch: int, dims: int, block: int,
 
 
 @IMPLS
-@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("block", [1, 3, 8])
 @pytest.mark.parametrize(
     "dtypes", [("float16",) * 2, ("bfloat16",) * 2, ("float16", "float32"), ("float32", "bfloat16")]
 )
@@ -79,13 +84,14 @@ def test_dtypes(server: tuple[str, str], dtypes: tuple[str, ...], block: int) ->
 def test_float64(server: tuple[str, str]) -> None:
     check(gaussian_kl, posterior(70, 9, torch.float64), server, slack=1e-14)
     check(BLOCK, posterior(70, 20, torch.float64), server, slack=1e-13)
+    check(RAGGED, posterior(70, 20, torch.float64), server, slack=1e-13)
     mu, logvar = posterior(20, 8)
     check(BLOCK, (mu, logvar.double()), server, slack=1e-13)
     check(BLOCK, (mu.double(), logvar.half()), server, slack=1e-13)
 
 
 @IMPLS
-@pytest.mark.parametrize("call", [gaussian_kl, BLOCK], ids=["plain", "block"])
+@CALLS
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(server: tuple[str, str], layout: str, call: functools.partial) -> None:
     check(call, posterior(37, 12), server, lay=LAYOUTS[layout])
@@ -99,10 +105,11 @@ def test_gradients_from_above(server: tuple[str, str], pull: str) -> None:
     for batch, dims in ((1, 4), (40, 12), (1030, 8)):
         check(gaussian_kl, posterior(batch, dims), server, pull=PULLS[pull])
         check(BLOCK, posterior(batch, dims), server, pull=PULLS[pull])
+        check(RAGGED, posterior(batch, dims + 9), server, pull=PULLS[pull])
 
 
 @IMPLS
-@pytest.mark.parametrize("call", [gaussian_kl, BLOCK], ids=["plain", "block"])
+@CALLS
 def test_only_the_gradients_wanted(server: tuple[str, str], call: functools.partial) -> None:
     check_only_the_gradients_wanted(call, posterior(40, 12), server)
 
@@ -111,12 +118,12 @@ def test_only_the_gradients_wanted(server: tuple[str, str], call: functools.part
 def test_gradcheck(server: tuple[str, str]) -> None:
     impl, device = server
     inputs = leaves(posterior(5, 6, torch.float64), device=device)
-    for block, rho in ((None, 0.0), (3, 0.4), (2, -0.7)):
+    for block, rho in ((None, 0.0), (3, 0.4), (2, -0.7), (4, 0.4), (5, -0.2)):
         assert torch.autograd.gradcheck(lambda *x: gaussian_kl(*x, block, rho, impl=impl), inputs)  # noqa: B023
 
 
 @IMPLS
-@pytest.mark.parametrize("call", [gaussian_kl, BLOCK], ids=["plain", "block"])
+@CALLS
 def test_tangent_beyond_80(server: tuple[str, str], call: functools.partial) -> None:
     """Value and gradient go on, finite, where exp would overflow; below, and at the seam, nothing changes."""
     impl, device = server
@@ -136,7 +143,7 @@ def test_tangent_beyond_80(server: tuple[str, str], call: functools.partial) -> 
 @IMPLS
 def test_far_from_zero(server: tuple[str, str]) -> None:
     mu, logvar = posterior(300, 24)
-    for call in (gaussian_kl, BLOCK):
+    for call in (gaussian_kl, BLOCK, functools.partial(gaussian_kl, block_size=10, rho=0.6)):
         check_far(call, (mu / mu.std(0) + 1e4, logvar), server)
 
 
@@ -149,6 +156,9 @@ def test_nan_stays_in_its_sample(server: tuple[str, str]) -> None:
     value, mu, logvar = check_places(BLOCK, posterior(40, 12), server, {(0, 3, 2): torch.nan})
     assert value.nonzero().tolist() == [[3]] and not logvar.any()
     assert mu.nonzero().tolist() == [[3, d] for d in range(4)]  # its block
+    value, mu, logvar = check_places(RAGGED, posterior(40, 20), server, {(0, 3, 17): torch.nan})
+    assert value.nonzero().tolist() == [[3]] and not logvar.any()
+    assert mu.nonzero().tolist() == [[3, d] for d in range(16, 20)]  # the last, which is shorter
 
 
 @IMPLS
@@ -182,6 +192,19 @@ def test_a_block_of_one_has_no_correlation(server: tuple[str, str]) -> None:
 
 
 @IMPLS
+@pytest.mark.parametrize(("block", "rho"), [(4, 0.0), (5, 0.0), (11, 0.5), (11, -0.09)])
+def test_infinity_where_a_block_shares_nothing(server: tuple[str, str], block: int, rho: float) -> None:
+    """Without correlation, or in a last block of one dimension: 0 * inf is not taken."""
+    impl, device = server
+    mu, logvar = posterior(9, 12)
+    mu[3, 11] = torch.inf
+    call = functools.partial(gaussian_kl, block_size=block, rho=rho)
+    (value,), (by_mu, by_logvar) = run(call, leaves((mu, logvar), device=device), impl)
+    assert value[3] == torch.inf and value.isfinite().sum() == 8
+    assert by_mu[3, 11].isinf() and by_mu.isfinite().sum() == 9 * 12 - 1 and by_logvar.isfinite().all()
+
+
+@IMPLS
 def test_an_infinite_log_variance_has_the_tangents_slope(server: tuple[str, str]) -> None:
     impl, device = server
     mu, logvar = posterior(5, 4)
@@ -194,22 +217,25 @@ def test_an_infinite_log_variance_has_the_tangents_slope(server: tuple[str, str]
 @pytest.mark.parametrize(("batch", "dims"), [(5000, 70), (40, 3000), (3, 4), (1, 100_000)])
 def test_same_bits_at_any_number_of_threads(batch: int, dims: int) -> None:
     check_same_bits(gaussian_kl, posterior(batch, dims))
-    check_same_bits(functools.partial(gaussian_kl, block_size=2, rho=0.5), posterior(batch, dims))
+    for block in (2, 3):
+        check_same_bits(functools.partial(gaussian_kl, block_size=block, rho=0.5), posterior(batch, dims))
 
 
 @IMPLS
 @settings(max_examples=20)
-@given(blocks=st.integers(1, 4), size=st.integers(1, 5), where=st.floats(0.05, 0.95), batch=st.integers(1, 20))
-def test_is_torchs_divergence(server: tuple[str, str], blocks: int, size: int, where: float, batch: int) -> None:
+@given(size=st.integers(1, 6), more=st.integers(0, 14), where=st.floats(0.05, 0.95), batch=st.integers(1, 20))
+@example(size=8, more=12, where=0.6, batch=9)  # blocks of 8, 8 and 4
+def test_is_torchs_divergence(server: tuple[str, str], size: int, more: int, where: float, batch: int) -> None:
     impl, device = server
-    mu, logvar = (x.to(device) for x in posterior(batch, blocks * size, torch.float64))
+    mu, logvar = (x.to(device) for x in posterior(batch, size + more, torch.float64))
     deviation = torch.exp(logvar / 2)
     plain = kl_divergence(Normal(mu, deviation), Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(1)
     assert torch.allclose(gaussian_kl(mu, logvar, impl=impl), plain, rtol=1e-12, atol=1e-12)
     least = -1 / (size - 1) if size > 1 else -1.0
     rho = least + where * (1 - least)
-    block = torch.full((size, size), rho, dtype=torch.float64).fill_diagonal_(1)
-    prior = MultivariateNormal(torch.zeros(blocks * size, dtype=torch.float64), torch.block_diag(*[block] * blocks))
+    block_of = torch.arange(size + more) // size
+    matrix = torch.where(block_of[:, None] == block_of, torch.tensor(rho, dtype=torch.float64), 0).fill_diagonal_(1)
+    prior = MultivariateNormal(torch.zeros(size + more, dtype=torch.float64), matrix)
     want = kl_divergence(MultivariateNormal(mu.cpu(), torch.diag_embed(logvar.exp().cpu())), prior)
     got = gaussian_kl(mu, logvar, size, rho, impl=impl)
     assert torch.allclose(got.cpu(), want, rtol=1e-10, atol=1e-10)

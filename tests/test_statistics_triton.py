@@ -55,7 +55,7 @@ def op_arguments(name: str, dtypes: tuple[torch.dtype, ...] = (FLOAT,) * 3) -> l
     """Arguments of torch.ops.bomkern.NAME_triton, some calls of each."""
     z, mu, logvar = (x.to(DEVICE, dtype).requires_grad_() for x, dtype in zip(codes(5, 4, DOUBLE), dtypes, strict=True))
     return {
-        "gaussian_kl": [(mu, logvar, 1, 0.0), (mu, logvar, 2, 0.5)],
+        "gaussian_kl": [(mu, logvar, 1, 0.0), (mu, logvar, 2, 0.5), (mu, logvar, 3, 0.5)],
         "consistency_variance": [([z, mu, logvar], 1.0), ([torch.stack([z, z * 2]).detach().requires_grad_()], 0.5)],
         "active_units": [(mu, 0.1, 0.05)],
         "latent_statistics": [(z, mu, logvar, 0.1, 0.05)],
@@ -143,9 +143,15 @@ class TestKernels:
             for x, y in zip((*one[0], *one[1]), (*two[0], *two[1]), strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize(("dims", "block", "rho"), [(12, 3, -0.4), (14, 7, 0.9), (2060, 1030, 0.1), (1100, 2, 0.5)])
+    @pytest.mark.parametrize(
+        ("dims", "block", "rho"),
+        [
+            *((12, 3, -0.4), (14, 7, 0.9), (2060, 1030, 0.1), (1100, 2, 0.5)),
+            *((20, 8, 0.6), (13, 12, -0.05), (1060, 1030, 0.1), (2060, 1031, 0.1), (1101, 2, 0.5)),
+        ],
+    )
     def test_blocks(self, dims: int, block: int, rho: float) -> None:
-        """Several to a tile, of widths that are no power of two, and wider than a tile."""
+        """Several to a tile, of widths that are no power of two, wider than a tile, and a shorter one at the end."""
         inputs = codes(3, dims)[1:]
         unit = inputs[0].square().sum(1).max().item() / min(1 - rho, 1 - rho + block * rho)
         call = functools.partial(bomkern.gaussian_kl, block_size=block, rho=rho)
@@ -347,6 +353,7 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         z, mu, logvar = empty(batch, dims, *dtypes)
         both(lambda *x: bridge.gaussian_kl(*x, 1, 0.0), mu, logvar)
         both(lambda *x: bridge.gaussian_kl(*x, 4, 0.3), mu, logvar)
+        both(lambda *x: bridge.gaussian_kl(*x, 7, 0.3), mu, logvar)
         both(lambda x: bridge.active_units(x, 0.1, 0.3), mu)
         both(lambda *x: bridge.latent_statistics(*x, 0.1, 0.3), z, mu, logvar)
     for count, *dtypes in ((2, FLOAT), (4, *halves), (4, DOUBLE), (16, *halves), (16, DOUBLE)):

@@ -148,6 +148,10 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tens
     _, dims, dtype = check_matrices(mu=mu, logvar=logvar)
     check_prior(dims, block_size, rho)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
+    rest = dims % block_size
+    if rest:  # the divergence of independent parts is a sum: whole blocks, and one of what is left
+        whole = gaussian_kl(mu[:, :-rest], logvar[:, :-rest], block_size, rho)
+        return whole + gaussian_kl(mu[:, -rest:], logvar[:, -rest:], rest, rho)
     # S has blocks (1 - rho) I + rho 11', whose inverse is precision I - shared 11'. A block of one is 1, whatever rho.
     rho = 0.0 if block_size == 1 else rho
     precision, last = 1 / (1 - rho), 1 - rho + block_size * rho

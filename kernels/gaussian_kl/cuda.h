@@ -12,6 +12,8 @@
 namespace bomkern {
 namespace gaussian_kl {
 
+// Up to 2^30 correlated blocks of a row; more are cudaErrorInvalidValue.
+//
 // No workspace: always 0 bytes.
 template <class S> size_t cuda_workspace(const Forward<S>& a);
 template <class S> size_t cuda_workspace(const Backward<S>& a);

@@ -20,17 +20,18 @@ template <class Arguments> struct Launch {
   Arguments a;
   Teams teams;
   int unit, unit_shift;  // and its logarithm
-  int64_t blocks;        // of the prior
+  int blocks;            // of a row; 1 where their dimensions do not see one another
+  int64_t pieces, rest;  // of a block, and of the last one
 };
 
 // Twice the terms of one piece. Ordinary: no logvar is above the limit of variance_of(), which then is an exponential.
 template <bool Ordinary = false, class S, int W>
-BOMKERN_HD S terms_of(const Inputs<S>& in, const S (&mu)[W], const S (&logvar)[W]) {
+BOMKERN_HD S terms_of(const Inverse<S>& own, const S (&mu)[W], const S (&logvar)[W]) {
   S sum = 0;
 #pragma unroll
   for (int i = 0; i < W; ++i) {
     const S excess = (Ordinary ? exp_of(logvar[i]) : variance_of<S, S>(logvar[i]).value) - 1;
-    sum += fma_of(in.precision * mu[i], mu[i], fma_of(in.diagonal, excess, -logvar[i]));
+    sum += fma_of(own.precision * mu[i], mu[i], fma_of(own.diagonal, excess, -logvar[i]));
   }
   return sum;
 }
@@ -50,10 +51,10 @@ BOMKERN_HD void add_pieces(const Inputs<S>& in, int64_t b, int64_t step, int64_t
   S terms[R];
   if (sizeof(S) == 4 && are_ordinary(logvar)) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) terms[r] = terms_of<true>(in, mu[r], logvar[r]);
+    for (int r = 0; r < R; ++r) terms[r] = terms_of<true>(in.whole, mu[r], logvar[r]);
   } else {
 #pragma unroll
-    for (int r = 0; r < R; ++r) terms[r] = terms_of(in, mu[r], logvar[r]);
+    for (int r = 0; r < R; ++r) terms[r] = terms_of(in.whole, mu[r], logvar[r]);
   }
   if (alone) {
 #pragma unroll
@@ -117,26 +118,29 @@ __global__ void __launch_bounds__(long_row_threads, 1) forward_kernel(const __gr
         S mu[W], logvar[W];
         widen<S, W>(raw_mu, in.mu.dtype, mu);
         widen<S, W>(raw_logvar, in.logvar.dtype, logvar);
-        sum.add(terms_of(in, mu, logvar));
+        sum.add(terms_of(in.whole, mu, logvar));
       }
     } else {
       // All threads of a team come round equally often: the sum over a unit is a barrier.
-      for (int64_t begin = 0; begin < l.blocks; begin += units) {
-        const int64_t k = begin + unit;
-        const int64_t pieces = inside && k < l.blocks ? in.block / W : 0;
+      const int blocks = inside ? l.blocks : 0;
+      for (int begin = 0; begin < l.blocks; begin += units) {
+        const int k = begin + unit;
+        const bool last = k + 1 == l.blocks;
+        const Inverse<S> own = last ? in.last : in.whole;
+        const int64_t pieces = k >= blocks ? 0 : last ? l.rest : l.pieces;
         Sum<S> of_mu;
         for (int64_t p = lane; p < pieces; p += l.unit) {
-          const int64_t d = k * in.block + p * W;
+          const int64_t d = int64_t(k) * in.block + p * W;
           const Raw<W> raw_mu = fetch<W>(in.mu, b, d), raw_logvar = fetch<W>(in.logvar, b, d);
           S mu[W], logvar[W];
           widen<S, W>(raw_mu, in.mu.dtype, mu);
           widen<S, W>(raw_logvar, in.logvar.dtype, logvar);
-          sum.add(terms_of(in, mu, logvar));
+          sum.add(terms_of(own, mu, logvar));
 #pragma unroll
           for (int i = 0; i < W; ++i) of_mu.add(mu[i]);
         }
         const S block_sum = team_sum(of_mu.rounded(), l.unit, shared);
-        if (lane == 0) sum.add(-in.shared * block_sum * block_sum);
+        if (lane == 0 && own.shared != 0) sum.add(-own.shared * block_sum * block_sum);
       }
     }
     const S twice = team_sum(sum.rounded(), l.teams.lanes, shared);
@@ -153,27 +157,30 @@ __global__ void __launch_bounds__(long_row_threads, 1) backward_kernel(const __g
   const int64_t step = int64_t(gridDim.x) * m.teams;
   const int units = Blocks ? l.teams.lanes >> l.unit_shift : 1, unit = Blocks ? m.lane >> l.unit_shift : 0;
   const int lane = Blocks ? m.lane & (l.unit - 1) : m.lane, lanes = Blocks ? l.unit : l.teams.lanes;
-  const int64_t blocks = Blocks ? l.blocks : 1, run = Blocks ? in.block : in.dims;
+  const int blocks = Blocks ? l.blocks : 1;
   for (int64_t first = int64_t(blockIdx.x) * m.teams; first < in.batch; first += step) {
     const int64_t b = first + m.team;
     const bool inside = b < in.batch;
     const S grad = inside ? grad_of(l.a.grad, b) : S(0);
-    for (int64_t begin = 0; begin < blocks; begin += units) {
-      const int64_t k = begin + unit;
-      const int64_t pieces = inside && k < blocks ? run / W : 0;
+    for (int begin = 0; begin < blocks; begin += units) {
+      const int k = begin + unit;
+      const bool last = Blocks && k + 1 == blocks;
+      const Inverse<S>& own = last ? in.last : in.whole;
+      const int64_t pieces = !inside || k >= blocks ? 0 : Blocks ? last ? l.rest : l.pieces : in.dims / W;
       S common = 0;
       if constexpr (Blocks) {
         Sum<S> of_mu;
         for (int64_t p = lane; p < pieces; p += lanes) {
           S mu[W];
-          load<S, W>(in.mu, b, k * run + p * W, mu);
+          load<S, W>(in.mu, b, int64_t(k) * in.block + p * W, mu);
 #pragma unroll
           for (int i = 0; i < W; ++i) of_mu.add(mu[i]);
         }
-        common = in.shared * team_sum(of_mu.rounded(), lanes, shared);
+        const S block_sum = team_sum(of_mu.rounded(), lanes, shared);
+        if (own.shared != 0) common = own.shared * block_sum;
       }
       for (int64_t p = lane; p < pieces; p += lanes) {
-        const int64_t d = k * run + p * W, at = b * in.dims + d;
+        const int64_t d = int64_t(k) * in.block + p * W, at = b * in.dims + d;
         Raw<W> raw_mu{}, raw_logvar{};
         if (l.a.grad_mu) raw_mu = fetch<W>(in.mu, b, d);
         if (l.a.grad_logvar) raw_logvar = fetch<W>(in.logvar, b, d);
@@ -181,13 +188,13 @@ __global__ void __launch_bounds__(long_row_threads, 1) backward_kernel(const __g
         if (l.a.grad_mu) {
           widen<S, W>(raw_mu, in.mu.dtype, v);
 #pragma unroll
-          for (int i = 0; i < W; ++i) v[i] = grad * (in.precision * v[i] - common);
+          for (int i = 0; i < W; ++i) v[i] = grad * (own.precision * v[i] - common);
           store<S, W>(l.a.grad_mu, in.mu.dtype, at, v);
         }
         if (l.a.grad_logvar) {
           widen<S, W>(raw_logvar, in.logvar.dtype, v);
 #pragma unroll
-          for (int i = 0; i < W; ++i) v[i] = grad * (in.diagonal * variance_of<S, S>(v[i]).slope - 1) / 2;
+          for (int i = 0; i < W; ++i) v[i] = grad * (own.diagonal * variance_of<S, S>(v[i]).slope - 1) / 2;
           store<S, W>(l.a.grad_logvar, in.logvar.dtype, at, v);
         }
       }

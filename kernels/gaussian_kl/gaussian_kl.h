@@ -1,10 +1,10 @@
 // gaussian_kl: KL(N(mu, diag e^logvar) || N(0, S)) by sample. No torch here.
 //
-// S has blocks (1 - rho) I + rho 11' of `block` dimensions, whose inverse is precision I - shared 11'. With S_k the sum of mu
-// over block k, and diagonal = precision - shared,
-//   KL = 1/2 (sum_d [diagonal (e(logvar_d) - 1) - logvar_d + precision mu_d^2] - shared sum_k S_k^2) + constant,
+// S has blocks (1 - rho) I + rho 11' of `block` dimensions, the last of those that are left, whose inverses are
+// precision I - shared 11'. With S_k the sum of mu over block k, diagonal = precision - shared, and each block's own numbers,
+//   KL = 1/2 sum_k (sum_d [diagonal (e(logvar_d) - 1) - logvar_d + precision mu_d^2] - shared S_k^2) + constant,
 //   dKL / dmu_d = precision mu_d - shared S_k,   dKL / dlogvar_d = 1/2 (diagonal e'(logvar_d) - 1),
-// where e(v) = e^v, above v = 80 its tangent (variance.h). With block = 1: precision = diagonal = 1, shared = constant = 0.
+// where e(v) = e^v, above v = 80 its tangent (variance.h). A block of one has precision = diagonal = 1, shared = 0.
 #pragma once
 #include "../common/dtype.h"
 #include "../common/parallel.h"
@@ -12,12 +12,18 @@
 namespace bomkern {
 namespace gaussian_kl {
 
+// The inverse of a block of the prior. Where `shared` is 0, its dimensions do not see one another.
+template <class S> struct Inverse {
+  S precision, shared, diagonal;
+};
+
 // S is float, or double where any input is double.
 template <class S> struct Inputs {
   Matrix mu, logvar;  // [B, D] each
   int64_t batch, dims;
-  int64_t block;  // a divisor of D
-  S precision, shared, diagonal, constant;
+  int64_t block;          // dimensions of a block, 1 to D
+  Inverse<S> whole, last;  // of a block of so many, and of the last one, which may have fewer
+  S constant;
 };
 
 template <class S> struct Forward {

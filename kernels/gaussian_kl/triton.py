@@ -1,13 +1,14 @@
 """Triton kernels of `gaussian_kl`, and the launchers; gaussian_kl.h has the mathematics. One launch each way.
 
-Blocks of the prior lie along an axis of their own, GROUP of them in a tile, WIDE dimensions of each at a time. Under
-the standard normal a row is one block that shares nothing.
+Blocks of the prior lie along an axis of their own, GROUP of them in a tile, WIDE dimensions of each at a time. The last
+has numbers of its own, and the columns that it lacks are masked. PLAIN: a row is one block that shares nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,18 +30,42 @@ def _place(group, inner, batch, dims, block, GROUP: tl.constexpr, WIDE: tl.const
 
 
 @triton.jit
+def _own(
+    whole: tl.float64, last: tl.float64, group, dims, block,
+    ALIKE: tl.constexpr, CD: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A number of each block of a tile, [1, GROUP]: of the last, or of all before it. ALIKE: one for all, [1, 1]."""
+    if ALIKE:
+        return tl.full((1, 1), whole, CD)
+    else:
+        ends = (group + tl.arange(0, GROUP)[None, :] + 1).to(tl.int64) * block
+        return tl.where(ends < dims, tl.full((), whole, CD), tl.full((), last, CD))
+
+
+@triton.jit
+def _weigh(shared, of_blocks, ALIKE: tl.constexpr):
+    """Their product; 0 for a last block that shares nothing, where it could be NaN."""
+    if ALIKE:
+        return shared * of_blocks
+    else:
+        return tl.where(shared != 0, shared * of_blocks, 0)
+
+
+@triton.jit
 def forward(
     mu, logvar, mu_strides, logvar_strides, out, batch, dims, block,
-    precision: tl.float64, shared: tl.float64, diagonal: tl.float64, constant: tl.float64,
-    PLAIN: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    precision: tl.float64, shared: tl.float64, diagonal: tl.float64,
+    last_precision: tl.float64, last_shared: tl.float64, last_diagonal: tl.float64, constant: tl.float64,
+    PLAIN: tl.constexpr, ALIKE: tl.constexpr, CD: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The divergences of ROWS samples."""
-    ratio = tl.full((), diagonal, CD)
-    scale = tl.full((), precision, CD)
     twice = tl.full((ROWS, GROUP, WIDE), 0, CD)
     squares = tl.full((ROWS, GROUP), 0, CD)
     group = 0
     while group * block < dims:
+        scale = _own(precision, last_precision, group, dims, block, ALIKE, CD, GROUP)[:, :, None]
+        ratio = _own(diagonal, last_diagonal, group, dims, block, ALIKE, CD, GROUP)[:, :, None]
         sums = tl.full((ROWS, GROUP, WIDE), 0, CD)
         inner = 0
         while inner < block:
@@ -56,11 +81,11 @@ def forward(
             inner += WIDE
         if not PLAIN:
             total = tl.sum(sums, 2)
-            squares = tl.fma(total, total, squares)
+            squares += _weigh(_own(shared, last_shared, group, dims, block, ALIKE, CD, GROUP), total * total, ALIKE)
         group += GROUP
     value = tl.sum(tl.sum(twice, 2), 1)
     if not PLAIN:
-        value = value - tl.full((), shared, CD) * tl.sum(squares, 1) + tl.full((), constant, CD)
+        value = value - tl.sum(squares, 1) + tl.full((), constant, CD)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(out + row, value * 0.5, mask=row < batch)
 
@@ -69,12 +94,14 @@ def forward(
 def backward(
     grad, stride, mu, logvar, mu_strides, logvar_strides, grad_mu, grad_logvar, batch, dims, block,
     precision: tl.float64, shared: tl.float64, diagonal: tl.float64,
-    PLAIN: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    last_precision: tl.float64, last_shared: tl.float64, last_diagonal: tl.float64,
+    PLAIN: tl.constexpr, ALIKE: tl.constexpr, CD: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ROWS samples in GROUP blocks. A block wider than a tile is read twice, for its sum first."""
-    ratio = tl.full((), diagonal, CD)
-    scale = tl.full((), precision, CD)
     group = tl.program_id(1) * GROUP
+    scale = _own(precision, last_precision, group, dims, block, ALIKE, CD, GROUP)[:, :, None]
+    ratio = _own(diagonal, last_diagonal, group, dims, block, ALIKE, CD, GROUP)[:, :, None]
     pulled = tl.full((ROWS, GROUP, 1), 0, CD)
     if grad_mu is not None and not PLAIN:
         sums = tl.full((ROWS, GROUP, WIDE), 0, CD)
@@ -83,7 +110,8 @@ def backward(
             rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
             sums += load(mu, mu_strides, rows, cols, used, CD)
             inner += WIDE
-        pulled = tl.full((), shared, CD) * tl.sum(sums, 2)[:, :, None]
+        own = _own(shared, last_shared, group, dims, block, ALIKE, CD, GROUP)
+        pulled = _weigh(own, tl.sum(sums, 2), ALIKE)[:, :, None]
     inner = 0
     while inner < block:
         rows, cols, used = _place(group, inner, batch, dims, block, GROUP, WIDE, ROWS)
@@ -98,31 +126,47 @@ def backward(
         inner += WIDE
 
 
-def _prior(dims: int, block: int, rho: float) -> tuple[float, float, float, float]:
-    """precision, shared, diagonal and constant of gaussian_kl.h."""
-    if block == 1:
-        return 1.0, 0.0, 1.0, 0.0
-    precision, last = 1 / (1 - rho), 1 - rho + block * rho
-    diagonal = precision * (1 - rho / last)
-    logdet = dims / block * ((block - 1) * math.log(1 - rho) + math.log(last))
-    return precision, precision * rho / last, diagonal, dims * (diagonal - 1) + logdet
+class _Block(NamedTuple):
+    """What gaussian_kl.h has of one block, and what the block adds to twice the constant."""
+
+    precision: float
+    shared: float
+    diagonal: float
+    twice: float
+
+
+def _block(dims: int, rho: float) -> _Block:
+    if dims == 1:
+        return _Block(1.0, 0.0, 1.0, 0.0)
+    precision, largest = 1 / (1 - rho), 1 - rho + dims * rho
+    diagonal = precision * (1 - rho / largest)
+    logdet = (dims - 1) * math.log(1 - rho) + math.log(largest)
+    return _Block(precision, precision * rho / largest, diagonal, dims * (diagonal - 1) + logdet)
+
+
+def _prior(dims: int, block: int, rho: float) -> tuple[tuple[float, ...], bool]:
+    """Precision, shared and diagonal of a whole block and the last one, twice the constant; whether both are alike."""
+    before = (dims - 1) // block  # blocks before the last
+    whole, last = _block(block, rho), _block(dims - before * block, rho)
+    return (*whole[:3], *last[:3], before * whole.twice + last.twice), whole == last
 
 
 def _tile(dims: int, block: int, plain: bool) -> dict[str, int]:
     across = wide(block, CELLS)
-    group = 1 if plain else wide(dims // block, CELLS // across)
+    group = 1 if plain else wide(triton.cdiv(dims, block), CELLS // across)
     return dict(ROWS=CELLS // (across * group), GROUP=group, WIDE=across)
 
 
 def launch_forward(mu: Tensor, logvar: Tensor, block_size: int, rho: float, out: Tensor) -> None:
     """Fills ``out`` [B], in the compute dtype."""
     batch, dims = mu.shape
-    plain = block_size == 1
+    plain = block_size == 1 or rho == 0
     block = dims if plain else block_size
     size = _tile(dims, block, plain)
+    prior, alike = _prior(dims, block_size, rho)
     forward[(triton.cdiv(batch, size["ROWS"]),)](
-        mu, logvar, mu.stride(), logvar.stride(), out, batch, dims, block, *_prior(dims, block_size, rho),
-        PLAIN=plain, num_warps=4, **size, **options(out.dtype),
+        mu, logvar, mu.stride(), logvar.stride(), out, batch, dims, block, *prior,
+        PLAIN=plain, ALIKE=alike, num_warps=4, **size, **options(out.dtype),
     )  # fmt: skip
 
 
@@ -137,12 +181,13 @@ def launch_backward(
 ) -> None:
     """Fills the gradients of mu and logvar that are wanted, [B, D] contiguous, each in its input's dtype."""
     batch, dims = mu.shape
-    plain = block_size == 1
+    plain = block_size == 1 or rho == 0
     # Where dimensions have nothing to do with one another, a "block" is what fits a tile.
     block = wide(dims, CELLS) if plain else block_size
     size = _tile(dims, block, plain)
+    prior, alike = _prior(dims, block_size, rho)
     grad_mu, grad_logvar = (g if wanted else None for g, wanted in zip(grads, want, strict=True))
     backward[(triton.cdiv(batch, size["ROWS"]), triton.cdiv(dims, block * size["GROUP"]))](
         grad, grad.stride(0), mu, logvar, mu.stride(), logvar.stride(), grad_mu, grad_logvar, batch, dims, block,
-        *_prior(dims, block_size, rho)[:3], PLAIN=plain, num_warps=4, **size, **options(grad.dtype),
+        *prior[:6], PLAIN=plain, ALIKE=alike, num_warps=4, **size, **options(grad.dtype),
     )  # fmt: skip

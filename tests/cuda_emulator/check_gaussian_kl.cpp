@@ -23,6 +23,12 @@ double exponential(double v, double* slope) {
   return v > 80 ? *slope * (1 + v - 80) : *slope;
 }
 
+template <class S> Inverse<S> inverse_of(int64_t dims, double rho) {
+  if (dims == 1) return {1, 0, 1};
+  const double precision = 1 / (1 - rho), shared = precision * rho / (1 - rho + dims * rho);
+  return {S(precision), S(shared), S(precision - shared)};
+}
+
 template <class S> void check(const Setting& s) {
   const DType mu_type = s.mixed ? any_type<S>() : number<S>(), logvar_type = s.mixed ? any_type<S>() : number<S>();
   begin("float%d B=%lld D=%lld block=%lld layout=%d types=%d,%d wanted=%d", int(sizeof(S)) * 8, (long long)s.batch,
@@ -31,26 +37,27 @@ template <class S> void check(const Setting& s) {
   mu.fill([](auto...) { return normal(); });
   logvar.fill([](auto b, auto d) { return (b * 7 + d) % 41 == 0 ? uniform(79, 84) : uniform(-6, 2); });
   if (s.batch > 2) logvar.put(1, s.dims - 1, NAN);
+  const int64_t rest = s.dims % s.block ? s.dims % s.block : s.block;  // dimensions of the last block
   if (s.rho == 0) mu.put(0, 0, INFINITY);
-  const double rho = s.block > 1 ? s.rho : 0, precision = 1 / (1 - rho), last = 1 - rho + s.block * rho;
-  Inputs<S> in{mu.matrix, logvar.matrix, s.batch, s.dims, s.block};
-  in.precision = S(precision), in.shared = S(precision * rho / last);
-  in.diagonal = S(precision - precision * rho / last), in.constant = S(s.block > 1 ? 1.25 : 0);
+  if (rest == 1 && s.block > 1) mu.put(0, s.dims - 1, INFINITY);  // alone, it shares nothing
+  const Inputs<S> in{mu.matrix, logvar.matrix, s.batch, s.dims, s.block, inverse_of<S>(s.block, s.rho),
+                     inverse_of<S>(rest, s.rho), S(s.block > 1 ? 1.25 : 0)};
 
   std::vector<double> want(s.batch, double(in.constant)), size(s.batch), want_mu(s.batch * s.dims), want_logvar(want_mu);
   for (int64_t b = 0; b < s.batch; ++b) {
-    for (int64_t k = 0; k < s.dims / s.block; ++k) {
+    for (int64_t first = 0; first < s.dims; first += s.block) {
+      const int64_t end = std::min(first + s.block, s.dims);
+      const Inverse<S> own = inverse_of<S>(end - first, s.rho);
       double sum = 0;
-      for (int64_t d = k * s.block; d < (k + 1) * s.block; ++d) sum += mu.at(b, d);
-      if (rho == 0) sum = 0;
-      want[b] -= in.shared * sum * sum / 2, size[b] += fabs(in.shared * sum * sum);
-      for (int64_t d = k * s.block; d < (k + 1) * s.block; ++d) {
+      for (int64_t d = first; own.shared != 0 && d < end; ++d) sum += mu.at(b, d);
+      want[b] -= own.shared * sum * sum / 2, size[b] += fabs(own.shared * sum * sum);
+      for (int64_t d = first; d < end; ++d) {
         const double m = mu.at(b, d), v = logvar.at(b, d);
         double slope;
         const double e = exponential(v, &slope);
-        want[b] += (in.diagonal * (e - 1) - v + in.precision * m * m) / 2, size[b] += fabs(e) + fabs(v) + m * m + 1;
-        want_mu[b * s.dims + d] = in.precision * m - in.shared * sum;
-        want_logvar[b * s.dims + d] = (in.diagonal * slope - 1) / 2;
+        want[b] += (own.diagonal * (e - 1) - v + own.precision * m * m) / 2, size[b] += fabs(e) + fabs(v) + m * m + 1;
+        want_mu[b * s.dims + d] = own.precision * m - own.shared * sum;
+        want_logvar[b * s.dims + d] = (own.diagonal * slope - 1) / 2;
       }
     }
   }
@@ -101,10 +108,16 @@ int main() {
   for (const int64_t block : {2, 3, 4, 6, 8, 16, 24, 48}) {  // the pieces of a row, and of a block, are whole or not
     check<float>({9, 48, block});
     check<double>({9, 48, block, Layout::plain, true});
+    for (const int64_t dims : {49, 50, 52, 56, 60}) {  // the last block has fewer dimensions, of whole pieces or not
+      check<float>({9, dims, block, Layout::plain, dims % 8 != 0});
+      check<double>({9, dims, block});
+      check<float>({1, dims, block});  // no pitch forbids wide pieces
+    }
   }
   for (int wanted = 0; wanted < 4; ++wanted) check<float>({6, 12, wanted % 2 ? 1 : 4, Layout::plain, true, wanted});
   check<float>({4, 12, 1, Layout::plain, false, 3, true});
   check<float>({4, 12, 4, Layout::plain, false, 3, false, 0});  // an infinite mean, and blocks that do not correlate
+  check<float>({4, 14, 4, Layout::plain, false, 3, false, 0});
   check<float>({4, 12, 6, Layout::plain, false, 3, false, -0.1});
   check<float>({13000, 4});                // the grid comes round again
   check<float>({13000, 1, 1, Layout::rows_alike});
@@ -115,6 +128,9 @@ int main() {
   check<double>({2, 8300, 1, Layout::plain, true});
   check<float>({2, 5200, 1300});           // prior blocks in a warp, and in a whole block
   check<float>({2, 5200, 5200});
+  check<float>({2, 5201, 1300});           // and the last of one dimension
+  check<float>({2, 5200, 5000});           // of a part of the whole block's threads
+  check<float>({4, 13, 6, Layout::plain, false, 3, false, -0.1});
   check<double>({3, 2600, 2600, Layout::gaps, true});
   return done("gaussian_kl");
 }

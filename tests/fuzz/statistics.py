@@ -37,7 +37,9 @@ class GaussianKL(Op):
         options: dict[str, Any] = {}
         if source.random() < 0.5:
             block = source.choice([1, 2, 3, 4, 7, 16, 100])
-            sizes["D"] = max(1, sizes["D"] // block) * block
+            sizes["D"] = max(sizes["D"], block)
+            if source.random() < 0.5:  # whole blocks; else the last is mostly shorter
+                sizes["D"] -= sizes["D"] % block
             least = -1 / (block - 1) if block > 1 else -1.0
             options = {
                 "block_size": block,
@@ -48,7 +50,7 @@ class GaussianKL(Op):
     def refuses(self, case: Case) -> Errors:
         block, rho = case.options.get("block_size"), case.options.get("rho", 0.0)
         errors = super().refuses(case)
-        if isinstance(block, int) and (block < 1 or case.sizes["D"] % block):
+        if isinstance(block, int) and not 1 <= block <= case.sizes["D"]:
             errors += (ValueError,)
         least = -1 / (block - 1) if isinstance(block, int) and block > 1 else -float("inf")
         if not isinstance(rho, (int, float)) or not least < rho < 1 or (block is None and rho != 0):

@@ -213,6 +213,7 @@ def gaussian_kl_cases() -> list[Case]:
         *hows(op, "always", 90, call, 24, 2, 1, 0.0),
         Case(op, "always", "blocks of 4", 90, on_matrices(call, 24, 2, 4, 0.3)),
         Case(op, "always", "wide blocks", 90, on_matrices(call, 4000, 2, 2000, 0.3)),
+        Case(op, "always", "a shorter block", 90, on_matrices(call, 24, 2, 9, 0.3)),
         Case(op, "always", "mu alone", 90, on_matrices(call, 24, 2, 4, 0.3, want=1)),
         Case(op, "always", "logvar alone", 90, on_matrices(call, 24, 2, 4, 0.3, want=2)),
         Case(op, "always", "one gradient", 90, on_matrices(call, 24, 2, 1, 0.0), expanded=True),
