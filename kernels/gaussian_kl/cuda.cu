@@ -8,6 +8,8 @@ namespace gaussian_kl {
 namespace cuda {
 namespace {
 
+int64_t full_blocks = 4;  // of a multiprocessor, from which on the device is full
+
 template <class S> bool valid(const Inputs<S>& in) {
   return in.batch >= 1 && in.batch <= most_batch && in.dims >= 1 && in.block >= 1 && in.dims % in.block == 0;
 }
@@ -37,7 +39,7 @@ template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
     constexpr int W = decltype(w)::value;
     if (!blocks && l.teams.lanes <= 32) {
       // A team's rows at once are whole where the device is full all the same.
-      const int64_t each = l.teams.threads / l.teams.lanes * rows_at_once<S, W>, full = multiprocessors() * int64_t(4);
+      const int64_t each = l.teams.threads / l.teams.lanes * rows_at_once<S, W>, full = multiprocessors() * full_blocks;
       const int64_t whole = ceil_div(a.in.batch, each);
       l.teams.blocks = least(l.teams.blocks, whole > full ? whole : full);
     }
@@ -82,3 +84,9 @@ template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
 
 }  // namespace gaussian_kl
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT int64_t bomkern_tune_gaussian_kl(const char* name, int64_t value) {
+  using namespace bomkern::gaussian_kl::cuda;
+  return tune({{"full_blocks", &full_blocks}}, name, value);
+}
