@@ -42,6 +42,7 @@ SMALL = {"B": 48, "D": 8}  # of a dry run
 WIDE = ({"B": 4096, "D": 128}, {"B": 65536, "D": 128}, {"B": 262_144, "D": 32})
 CODES = ({"B": 1024, "D": 128}, {"B": 4096, "D": 64})
 GOALS = tuple({"K": 9, "B": batch} for batch in (2048, 8192, 16384, 65536, 1_048_576))
+FEW_GOALS = tuple({"K": 9, "B": batch} for batch in (1024, 512, 2048))
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ RECENTERED = (bench_covariance_penalty.WEIGHED, bench_covariance_penalty.BATCH)
 # The sizes of a CUDA threshold are those at which its values plan different grids for 132 multiprocessors.
 CORNERS = ({"B": 512, "D": 32}, {"B": 512, "D": 128}, {"B": 2048, "D": 128})
 KNOBS = (
-    Knob("", "min_goal.one_block", (256, 512, 2048, 4096), MIN_GOALS, GOALS[:3]),
+    Knob("", "min_goal.one_block", (256, 512, 2048), MIN_GOALS, FEW_GOALS),
     Knob("", "min_goal.one_cluster", (4096, 8192, 16384, 32768, 65536), MIN_GOALS, GOALS[1:4]),
     Knob("", "min_goal.least_grid_threads", (32, 64, 128, 256), MIN_GOALS, GOALS[2:]),
     Knob("", "min_goal.most_grid_threads", (64, 128, 256), MIN_GOALS, GOALS[2:]),
-    Knob("", "goal_set.one_block", (256, 512, 2048, 4096), SPILL, GOALS[:3]),
-    Knob("", "goal_set.least_grid_threads", (32, 64, 128, 256), SPILL, GOALS[1:4]),
+    Knob("", "goal_set.one_block", (256, 512), SPILL, FEW_GOALS[:2]),
+    Knob("", "goal_set.least_grid_threads", (32, 64, 128), SPILL, GOALS[1:4]),
     Knob("", "goal_set.most_grid_threads", (64, 128, 256), SPILL, GOALS[2:]),
     Knob("", "total_correlation.poly_period", (8, 10, 32), CORRELATION, CODES),
     Knob("", "total_correlation.most_splits", (8, 16, 64), CORRELATION, ({"B": 1024, "D": 16}, {"B": 512, "D": 128})),
