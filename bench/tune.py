@@ -5,12 +5,15 @@ python -m bench.tune min_goal route        # some: an op's name, "triton", "cuda
 python -m bench.tune --json tuned.json --stop-at 1767225600   # what was found so far stays in the file
 
 A value is timed only where its result is that of the reference. Values go in turn, so that a busy neighbour meets all.
+Knobs go in turn too, a row each, so that each has some rows when the time is over. On a GPU, calls are replayed as a
+CUDA graph where they can be. Launched one by one, small ones would take the host's time, which no knob changes.
 On a CPU nothing here decides anything: ``--device cpu --quick`` runs what can run there, to see that it does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -18,6 +21,7 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -27,16 +31,18 @@ from typing import Any
 import torch
 
 import bomkern
-from bench import bench_min_goal, kernels, machine
+from bench import bench_covariance_penalty, bench_min_goal, kernels, machine
 from bench.harness import Case, Size, check, inputs, once
 from bench.rounds import looked_at
 from bomkern import Anchored, GoalSet, _impl
 
+RECORDED = 20  # calls of a graph
 WORTH = 1.03  # times faster, from which on another value is worth a change
 SMALL = {"B": 48, "D": 8}  # of a dry run
 WIDE = ({"B": 4096, "D": 128}, {"B": 65536, "D": 128}, {"B": 262_144, "D": 32})
 CODES = ({"B": 1024, "D": 128}, {"B": 4096, "D": 64})
 GOALS = tuple({"K": 9, "B": batch} for batch in (2048, 8192, 16384, 65536, 1_048_576))
+FEW_GOALS = tuple({"K": 9, "B": batch} for batch in (1024, 512, 2048))
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,10 @@ class Knob:
     def put(self, value: int) -> None:
         if self.module:
             setattr(importlib.import_module(self.module), self.name, value)
-        else:
-            _cuda(self.name, value)
+            return
+        _cuda(self.name, value)
+        if (now := _cuda(self.name)) != value:
+            raise ValueError(f"{self.name} stays {now}, {value} takes a build with NVCC_APPEND_FLAGS=-DBOMKERN_TUNE")
 
     @contextmanager
     def at(self, value: int) -> Iterator[None]:
@@ -81,7 +89,7 @@ class Knob:
 
 
 def _cuda(name: str, value: int = 0) -> int:
-    """What a threshold of the CUDA kernels is, "op.threshold"; then it becomes ``value``, if that is above 0.
+    """What a threshold of the CUDA kernels is, "op.threshold"; then it becomes ``value``, if that is one it can have.
 
     See kernels/common/cuda_tune.h, of which nothing else in Python knows.
     """
@@ -99,14 +107,28 @@ CASE: dict[str, Case] = {case.op: case for case, _, _ in kernels.cases()}
 MIN_GOALS = tuple(bench_min_goal.CASES.values())
 MOMENTS, SPILL = (CASE["active_units"], CASE["latent_statistics"]), (CASE["goal_set"],)
 COVARIANCE, CORRELATION = (CASE["covariance_penalty"],), (CASE["total_correlation"],)
+ROWS, COLUMNS = (CASE["gaussian_kl"], CASE["consistency_variance"], *COVARIANCE), (*MOMENTS, *COVARIANCE)
+RECENTERED = (bench_covariance_penalty.WEIGHED, bench_covariance_penalty.BATCH)
+# The sizes of a CUDA threshold are those at which its values plan different grids for 132 multiprocessors.
+CORNERS = ({"B": 512, "D": 32}, {"B": 512, "D": 128}, {"B": 2048, "D": 128})
 KNOBS = (
-    Knob("", "min_goal.one_block", (256, 512, 2048, 4096), MIN_GOALS, GOALS[:3]),
+    Knob("", "min_goal.one_block", (256, 512, 2048), MIN_GOALS, FEW_GOALS),
     Knob("", "min_goal.one_cluster", (4096, 8192, 16384, 32768, 65536), MIN_GOALS, GOALS[1:4]),
     Knob("", "min_goal.least_grid_threads", (32, 64, 128, 256), MIN_GOALS, GOALS[2:]),
     Knob("", "min_goal.most_grid_threads", (64, 128, 256), MIN_GOALS, GOALS[2:]),
-    Knob("", "goal_set.one_block", (256, 512, 2048, 4096), SPILL, GOALS[:3]),
-    Knob("", "goal_set.least_grid_threads", (32, 64, 128, 256), SPILL, GOALS[1:4]),
+    Knob("", "goal_set.one_block", (256, 512), SPILL, FEW_GOALS[:2]),
+    Knob("", "goal_set.least_grid_threads", (32, 64, 128), SPILL, GOALS[1:4]),
     Knob("", "goal_set.most_grid_threads", (64, 128, 256), SPILL, GOALS[2:]),
+    Knob("", "total_correlation.poly_period", (8, 10, 32), CORRELATION, CODES),
+    Knob("", "total_correlation.most_splits", (8, 16, 64), CORRELATION, ({"B": 1024, "D": 16}, {"B": 512, "D": 128})),
+    Knob("", "total_correlation.shortest_split", (8, 32, 64), CORRELATION, ({"B": 512, "D": 128}, {"B": 256, "D": 64})),
+    Knob("", "total_correlation.fixed_steps", (16, 64), CORRELATION, ({"B": 1536, "D": 128}, {"B": 5000, "D": 64})),
+    Knob("", "rows.few_rows", (256, 512, 2048, 4096), ROWS, tuple({"B": b, "D": 512} for b in (1024, 512, 2048, 256))),
+    Knob("", "rows.most_row_blocks", (4, 8, 32), ROWS[:2], WIDE[1:]),
+    Knob("", "gaussian_kl.full_blocks", (1, 2, 8), ROWS[:1], ({"B": 8192, "D": 128}, {"B": 4096, "D": 128})),
+    Knob("", "columns.most_slices", (32, 64, 128), COLUMNS, WIDE[::-1]),
+    Knob("", "columns.one_slice", (4096, 65536, 262_144), COLUMNS, CORNERS),
+    Knob("", "columns.most_column_blocks", (2, 4, 16), RECENTERED, WIDE[1:]),
     Knob(f"{TRITON}.active_units.triton_moments", "PROGRAMS", (128, 256, 512, 1024), MOMENTS, WIDE),
     Knob(f"{TRITON}.active_units.triton_moments", "WHOLE", (4096, 16384, 65536), MOMENTS, ({"B": 512, "D": 32},)),
     Knob(f"{TRITON}.covariance_penalty.triton_columns", "PROGRAMS", (128, 256, 512), COVARIANCE, WIDE),
@@ -166,9 +188,40 @@ def compare(
                     wrong[name] = str(why).splitlines()[0][:120]
                     continue
                 steps[name] = functools.partial(_within, setting, once(case, ours, inputs(case, key), True))
+            us, replayed = of_replays(steps)
+            steps.clear()  # and its inputs, while other knobs have their turn
             yield {
-                "knob": title, "now": now, "case": case.name, "size": dict(size), "us": timed(steps), "wrong": wrong,
+                "knob": title, "now": now, "case": case.name, "size": dict(size), "us": us, "replayed": replayed,
+                "wrong": wrong,
             }  # fmt: skip
+
+
+def of_replays(steps: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float], bool]:
+    """Microseconds of a call of each, and whether they are of graphs: all of them or none, so that they compare."""
+    replays = {name: replay for name, step in steps.items() if (replay := recorded(step))}
+    if not replays or len(replays) < len(steps):
+        return timed(steps), False
+    return {name: round(spent / RECORDED, 3) for name, spent in timed(replays).items()}, True
+
+
+def recorded(step: Callable[[], object]) -> Callable[[], object] | None:
+    """A replay of `RECORDED` calls as a CUDA graph; None without a GPU, or where a call asks the device something."""
+    if machine.DEVICE != "cuda":
+        return None
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(RECORDED):
+                step()
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):  # the driver may tell of the capture once more
+            machine.synchronize()
+        return None
+
+    def replay(inputs: object = step) -> None:  # which a graph does not keep
+        graph.replay()
+
+    return replay
 
 
 def _within(setting: Callable[[], AbstractContextManager[None]], step: Callable[[], object]) -> None:
@@ -179,7 +232,7 @@ def _within(setting: Callable[[], AbstractContextManager[None]], step: Callable[
 def tune(knob: Knob, clock: Clock, quick: bool) -> Rows:
     now = knob.get()
     settings = {str(value): functools.partial(knob.at, value) for value in sorted({now, *knob.values})}
-    return compare(knob.title, str(now), settings, knob.impl, knob.cases, knob.sizes, clock, quick)
+    yield from compare(knob.title, str(now), settings, knob.impl, knob.cases, knob.sizes, clock, quick)
 
 
 @contextmanager
@@ -263,7 +316,8 @@ def advice(rows: Sequence[dict[str, Any]]) -> list[str]:
         score = {v: math.prod(row["us"][now] / row["us"][v] for row in mine) ** (1 / len(mine)) for v in shared}
         best = max(score, key=lambda v: score[v])
         better = f"{best} is {score[best]:.2f} times as fast as {now}: commit it"
-        lines.append(f"{title}: {better if score[best] > WORTH else f'{now} stays'}")
+        stays = f"{now} stays" if len(shared) > 1 else "no other value gave a right result"
+        lines.append(f"{title}: {better if score[best] > WORTH else stays}")
     routes = [row for row in rows if row["knob"] == "route"]
     if routes:
         pays = [row["layers"] for row in routes if row["us"]["always"] < row["us"]["never"]]
@@ -275,7 +329,7 @@ def jobs(wanted: Sequence[str], clock: Clock, quick: bool) -> Iterator[tuple[str
     """What there is to time, by name, nothing of it begun."""
     everything = not wanted or "all" in wanted
     for knob in KNOBS:
-        if everything or knob.impl in wanted or knob.cases[0].op in wanted:
+        if everything or knob.impl in wanted or any(case.op in wanted for case in knob.cases):
             yield knob.title, functools.partial(tune, knob, clock, quick)
     for op in CASE:
         if everything or "triton" in wanted or op in wanted:
@@ -310,18 +364,24 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     rows: list[dict[str, Any]] = []
     status, clock = 0, Clock(asked.stop_at)
-    for title, found in jobs(asked.what, clock, asked.quick):
+    turns: deque[tuple[str, Rows]] = deque()
+    for title, begin in jobs(asked.what, clock, asked.quick):
         if reason := why_not(title):
             print(f"{title}: not turned: {reason}")
-            continue
+        else:
+            turns.append((title, begin()))
+    while turns:
+        title, found = turns.popleft()
         try:
-            for row in found():
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                if asked.json:
-                    asked.json.write_text(json.dumps({"machine": machine.described(), "rows": rows}, indent=1) + "\n")
+            if (row := next(found, None)) is None:
+                continue
+            turns.append((title, found))
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if asked.json:
+                asked.json.write_text(json.dumps({"machine": machine.described(), "rows": rows}, indent=1) + "\n")
         except Late:
-            print(f"{title}: not begun or not ended: the time was over")
+            print(f"not begun or not ended, the time was over: {', '.join([title, *(other for other, _ in turns)])}")
             break
         except Exception as why:  # one knob does not lose the others
             print(f"{title}: FAILED: {type(why).__name__}: {why}")

@@ -40,6 +40,8 @@ COUNTS = {
     "latent_statistics": 10,
     "covariance_penalty": 20,
 }
+# Thresholds without a knob: those of devices that bench/tune.py is not run on.
+ONLY_OLD = {("min_goal", "one_block_without_clusters")}
 READ, WRITE = r"LDG\.E\.128", r"STG\.E\.128"
 # The streaming kernels' templates, as they are mangled, where 16 bytes are 8 halves, 4 floats or 2 doubles.
 PIECES = ("IfLi8E", "IfLi4E", "IdLi2E")
@@ -97,7 +99,8 @@ def test_the_emulated_kernels_agree(op: str, tmp_path: Path) -> None:
         pytest.skip("g++ is not installed")
     # A misaligned access, which a GPU would refuse, is an illegal instruction.
     alignment = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    compile_it = [gxx, "-std=c++20", "-O1", "-w", *alignment, f"-I{EMULATOR}"]
+    # With the kernels that only bench/tune.py launches; `make sanitize` runs what a library has without them.
+    compile_it = [gxx, "-std=c++20", "-O1", "-w", *alignment, f"-I{EMULATOR}", "-DBOMKERN_TUNE"]
     sources = [KERNELS / op / "cuda.cu", EMULATOR / f"check_{op}.cpp", *(ROOT / name for name in COMPANIONS[op])]
     jobs = [
         subprocess.Popen([*compile_it, "-x", "c++", "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o")])
@@ -171,6 +174,18 @@ def test_total_correlation_is_bound_by_exponentials(compiled: Compiled, cuobjdum
         assert loop.polynomials * 16 == (loop.exponentials if forward else 0)
         # Exponentials a clock and multiprocessor; the hardware alone gives 16.
         assert loop.bound >= 16 * (0.85 if forward or "rows" in name else 0.75), f"{name}: {loop}"
+
+
+def test_every_threshold_that_is_tuned_has_a_setter(tmp_path: Path) -> None:
+    knobs = set(re.findall(r'Knob\("", "(\w+)\.(\w+)"', cuda_check.TUNER.read_text()))
+    sources = [path.read_text() for path in KERNELS.rglob("cuda*") if path.suffix in (".cu", ".h")]
+    tail = [match for text in sources for match in re.findall(r"bomkern_tune_(\w+)\((.*?)^}", text, re.M | re.S)]
+    assert knobs == {(op, name) for op, body in tail for name in re.findall(r'\{"(\w+)", &', body)} - ONLY_OLD
+    if gxx := shutil.which("g++"):
+        (tmp_path / "some.cpp").write_text('extern "C" long bomkern_tune_rows(const char*, long) { return 1; }')
+        run(gxx, "-shared", "-fPIC", tmp_path / "some.cpp", "-o", tmp_path / "_C.so")
+        without = cuda_check.thresholds_without_setter(tmp_path)
+        assert sorted(without) == sorted(f"{op}.{name}" for op, name in knobs if op != "rows")
 
 
 def test_cuda_check_sees_a_spill() -> None:

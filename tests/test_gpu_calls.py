@@ -203,6 +203,13 @@ def test_a_later_call_runs_what_failed_before(gpu: ModuleType, tmp_path: Path) -
     assert "no such archive" in gpu.Call(3, tmp_path, dry=True, before=[tmp_path / "nothing.tar.xz"]).why_not()
 
 
+def test_a_build_has_the_kernels_that_are_only_tuned(gpu: ModuleType) -> None:
+    flags = {stage.environment.get("NVCC_APPEND_FLAGS", "") for call in gpu.CALLS.values() for stage in call[:1]}
+    (macro,) = {flag.removeprefix("-D") for given in flags for flag in given.split() if flag.startswith("-DBOMKERN")}
+    source = (ROOT / "kernels" / "total_correlation" / "cuda.cu").read_text()
+    assert f"#if defined({macro})" in source and {stage[0].name for stage in gpu.CALLS.values()} == {"build"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="needs pytest-benchmark")

@@ -10,6 +10,7 @@
 #pragma once
 #include "cuda_launch.h"
 #include "cuda_pieces.h"
+#include "cuda_tune.h"
 
 #include <cooperative_groups.h>
 
@@ -18,7 +19,7 @@ namespace BOMKERN_ISA {
 
 constexpr int column_threads = 256;  // of a block
 constexpr int most_chunk_rows = 4;
-constexpr int most_slices = 256;        // that merge: two blocks for each of some 130 multiprocessors
+constexpr int slice_capacity = 256;     // slices that can merge
 constexpr int most_finish_groups = 32;  // of a block while they do
 // Rows of a thread in flight: what registers hold.
 template <int W> constexpr int chunk_rows = W == 8 ? 2 : most_chunk_rows;
@@ -50,9 +51,14 @@ inline Tiling tiling_of(int64_t batch, int64_t dims, int width, int64_t items) {
   return t;
 }
 
-// Of a grid with barriers, whose slices merge: one block is sooner done with little than a grid that waits for itself.
+// Up to `one_slice` elements, one block is sooner done than a grid that waits for itself.
+BOMKERN_SHARED_THRESHOLD one_slice = 16384;
+BOMKERN_SHARED_THRESHOLD most_slices = slice_capacity;  // two blocks for each of some 130 multiprocessors
+BOMKERN_SHARED_THRESHOLD most_column_blocks = 8;        // for each multiprocessor, where no slices merge
+
+// Of a grid with barriers, whose slices merge.
 inline Tiling merging_tiling_of(int64_t batch, int64_t dims, int width) {
-  return tiling_of(batch, dims, width, batch * dims <= 16384 ? 1 : most_slices);
+  return tiling_of(batch, dims, width, batch * dims <= one_slice ? 1 : most_slices);
 }
 
 // What of an item one thread has: columns from `column` on, and each `groups`-th row.
@@ -190,7 +196,7 @@ template <class S, int N> BOMKERN_HD void sum_groups(S (&x)[N], int lanes, unsig
 
 // What a thread has of a set of columns while the slices merge: one column, and each `groups`-th slice.
 struct Finisher {
-  static constexpr int parts = most_slices / most_finish_groups;  // at most
+  static constexpr int parts = slice_capacity / most_finish_groups;  // at most
   int64_t column, slices, dims;
   int group, groups;
   bool inside;
@@ -315,3 +321,12 @@ template <class S, int W> constexpr size_t column_shared = column_threads * size
 
 }  // namespace BOMKERN_ISA
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT_SHARED int64_t bomkern_tune_columns(const char* name, int64_t value) {
+  using namespace bomkern::cuda;
+  return tune({{"one_slice", &one_slice},
+               {"most_slices", &most_slices, [](int64_t slices) { return slices <= slice_capacity; }},
+               {"most_column_blocks", &most_column_blocks}},
+              name, value);
+}

@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda_launch.h"
 #include "cuda_pieces.h"
+#include "cuda_tune.h"
 
 namespace bomkern {
 namespace BOMKERN_ISA {
@@ -17,7 +18,9 @@ struct Teams {
   int64_t blocks;
 };
 
-constexpr int64_t few_rows = 1024;  // too few for the warps of a large device; the same on any, so that the bits are
+// Too few for the warps of a large device; the same on any, so that the bits are.
+BOMKERN_SHARED_THRESHOLD few_rows = 1024;
+BOMKERN_SHARED_THRESHOLD most_row_blocks = 16;  // for each multiprocessor; a team takes one row after another
 
 inline Teams teams_of(int64_t batch, int64_t pieces, int64_t places) {
   Teams t{};
@@ -26,7 +29,7 @@ inline Teams teams_of(int64_t batch, int64_t pieces, int64_t places) {
   const bool whole_block = pieces > 512 || (pieces >= 128 && batch < few_rows);
   t.lanes = whole_block ? t.threads : power_of_2(pieces, 32);
   t.shift = log2_of(t.lanes);
-  const int64_t wanted = ceil_div(batch, t.threads / t.lanes), most = places * 16;
+  const int64_t wanted = ceil_div(batch, t.threads / t.lanes), most = places * most_row_blocks;
   t.blocks = wanted < most ? wanted : most;
   return t;
 }
@@ -40,3 +43,9 @@ struct Member {
 
 }  // namespace BOMKERN_ISA
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT_SHARED int64_t bomkern_tune_rows(const char* name, int64_t value) {
+  using namespace bomkern::cuda;
+  return tune({{"few_rows", &few_rows}, {"most_row_blocks", &most_row_blocks}}, name, value);
+}

@@ -54,7 +54,7 @@ template <class S, int W> Grid lay_out(const Center<S>& a, void* base, CenterLau
 
 template <class S, int W> Grid lay_out(const Recenter<S>& a, void*, RecenterLaunch<S>& l) {
   Grid g;
-  const int64_t places = multiprocessors() * int64_t(8);
+  const int64_t places = multiprocessors() * most_column_blocks;
   l.a = a;
   l.tiling = tiling_of(a.batch, a.dims, W, places);
   g.blocks = least(l.tiling.tiles * l.tiling.slices, places);
@@ -91,7 +91,7 @@ template <class S, int W> Grid lay_out(const Finish<S>& a, void* base, FinishLau
   Grid g;
   g.shared = column_threads * sizeof(Sums<S, W>);
   const int64_t places =
-      sums ? resident_blocks(finish_kernel<S, W>, g.threads, g.shared, known) : multiprocessors() * int64_t(8);
+      sums ? resident_blocks(finish_kernel<S, W>, g.threads, g.shared, known) : multiprocessors() * most_column_blocks;
   l.a = a;
   l.tiling = sums ? merging_tiling_of(a.batch, a.dims, W) : tiling_of(a.batch, a.dims, W, places);
   g.blocks = least(l.tiling.tiles * l.tiling.slices, places);

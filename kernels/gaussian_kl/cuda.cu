@@ -11,6 +11,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t most_blocks = int64_t(1) << 30;  // of a row: they are counted in 32 bits
+int64_t full_blocks = 4;  // of a multiprocessor, from which on the device is full
 
 // Whether a block's dimensions see one another; where they do not, 0 times an infinite sum must not make NaN.
 template <class S> bool correlated(const Inputs<S>& in) { return in.whole.shared != 0; }
@@ -44,7 +45,7 @@ template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
     constexpr int W = decltype(w)::value;
     if (!blocks && l.teams.lanes <= 32) {
       // A team's rows at once are whole where the device is full all the same.
-      const int64_t each = l.teams.threads / l.teams.lanes * rows_at_once<S, W>, full = multiprocessors() * int64_t(4);
+      const int64_t each = l.teams.threads / l.teams.lanes * rows_at_once<S, W>, full = multiprocessors() * full_blocks;
       const int64_t whole = ceil_div(a.in.batch, each);
       l.teams.blocks = least(l.teams.blocks, whole > full ? whole : full);
     }
@@ -89,3 +90,9 @@ template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
 
 }  // namespace gaussian_kl
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT int64_t bomkern_tune_gaussian_kl(const char* name, int64_t value) {
+  using namespace bomkern::gaussian_kl::cuda;
+  return tune({{"full_blocks", &full_blocks}}, name, value);
+}

@@ -16,6 +16,8 @@ int64_t one_block = 1024;
 int64_t least_grid_threads = 64, most_grid_threads = 128;
 constexpr size_t shared_limit = 49152;  // what any block may have unasked
 
+bool are_warps(int64_t threads) { return threads % 32 == 0 && threads <= most_threads; }
+
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Neighbours, where four of them are one aligned piece everywhere.
@@ -50,8 +52,9 @@ template <class S> struct ForwardPlan {
     if (batch <= one_block) {
       threads = int(ceil_div(batch, warp_rows)) * 32;
     } else {
-      static std::atomic<int> known[16];
-      const int64_t resident = resident_blocks(forward_kernel<S>, most_grid_threads, shared_limit, known);
+      static std::atomic<int> known[most_threads / 32 + 1][16];  // for each number of warps that a bench may set
+      const int64_t resident =
+          resident_blocks(forward_kernel<S>, most_grid_threads, shared_limit, known[most_grid_threads / 32]);
       // Small blocks reach more multiprocessors, until they would be half of all that can be resident.
       threads = ceil_div(batch, least_grid_threads * rows) * 2 <= resident ? least_grid_threads : most_grid_threads;
       blocks = least(ceil_div(batch, threads * rows), resident);
@@ -169,8 +172,8 @@ template cudaError_t cuda_run(const Keep<double, double>&, cudaStream_t);
 // See cuda_tune.h.
 BOMKERN_EXPORT int64_t bomkern_tune_goal_set(const char* name, int64_t value) {
   using namespace bomkern::goal_set::cuda;
-  return bomkern::cuda::tune({{"one_block", &one_block},
-                              {"least_grid_threads", &least_grid_threads},
-                              {"most_grid_threads", &most_grid_threads}},
+  return bomkern::cuda::tune({{"one_block", &one_block, [](int64_t batch) { return batch <= most_threads * rows; }},
+                              {"least_grid_threads", &least_grid_threads, are_warps},
+                              {"most_grid_threads", &most_grid_threads, are_warps}},
                              name, value);
 }

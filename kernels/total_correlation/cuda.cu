@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 
+#include "../common/cuda_tune.h"
 #include "cuda_backward.h"
 #include "cuda_forward.h"
 #include "cuda_prepare.h"
@@ -70,14 +71,16 @@ template <class S> int chunks_of(int64_t dims) {
   return int(ceil_div(dims, width * n)) * n;
 }
 
+// fixed_steps: what a block does beside its steps, counted in them. shortest_split: the steps of a block at least.
+int64_t fixed_steps = 32, shortest_split = 16, most_splits = 32;
+
 // How many ways to split `length` steps of a block among blocks that repeat its fixed work, so that `tiles` such blocks
 // come out evenly on `slots` places. Each way takes `bytes` of workspace.
 int64_t splits_of(int64_t tiles, int64_t length, int64_t slots, int64_t bytes) {
-  constexpr int64_t fixed = 32, shortest = 16, most = 32;
   int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t s = 1; s <= most; ++s) {
-    if (s > 1 && (ceil_div(length, s) < shortest || s * bytes > split_bytes)) break;
-    const int64_t cost = ceil_div(tiles * s, slots) * (ceil_div(length, s) + fixed);
+  for (int64_t s = 1; s <= most_splits; ++s) {
+    if (s > 1 && (ceil_div(length, s) < shortest_split || s * bytes > split_bytes)) break;
+    const int64_t cost = ceil_div(tiles * s, slots) * (ceil_div(length, s) + fixed_steps);
     if (cost < best_cost) best = s, best_cost = cost;
   }
   return best;
@@ -159,6 +162,21 @@ template <class S> struct ForwardPlan {
   }
 };
 
+// One exponential in so many of forward_kernel<float, 2> is a polynomial.
+int64_t period = poly_period;
+
+// Its kernel, null where there is none. Those beside poly_period's are there only where bench/tune.py is to time them
+// (NVCC_APPEND_FLAGS=-DBOMKERN_TUNE): a library that people install would compile and carry them for nothing.
+auto kernel_of_period(int64_t period) -> void (*)(ForwardLaunch<float>) {
+  if (period == poly_period) return forward_kernel<float, 2>;
+#if defined(BOMKERN_TUNE)
+  if (period == 8) return forward_kernel_of_period<8>;
+  if (period == 10) return forward_kernel_of_period<10>;
+  if (period == 32) return forward_kernel_of_period<32>;
+#endif
+  return nullptr;
+}
+
 template <class S> cudaError_t forward(const Forward<S>& a, void* workspace, cudaStream_t stream) {
   if (!valid(a.in) || workspace == nullptr) return cudaErrorInvalidValue;
   const ForwardPlan<S> plan(a, workspace);
@@ -169,7 +187,7 @@ template <class S> cudaError_t forward(const Forward<S>& a, void* workspace, cud
   if (error != cudaSuccess) return error;
   auto kernel = forward_kernel<S, 1>;
   if constexpr (sizeof(S) == 4) {
-    if (plan.n == 2) kernel = forward_kernel<S, 2>;
+    if (plan.n == 2) kernel = kernel_of_period(period);
   }
   error = launch(kernel, l.tiles * l.splits, l.geometry.threads, shared, stream, l);
   if (error != cudaSuccess) return error;
@@ -340,3 +358,13 @@ template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
 
 }  // namespace total_correlation
 }  // namespace bomkern
+
+// See cuda_tune.h.
+BOMKERN_EXPORT int64_t bomkern_tune_total_correlation(const char* name, int64_t value) {
+  using namespace bomkern::total_correlation::cuda;
+  return tune({{"fixed_steps", &fixed_steps},
+               {"shortest_split", &shortest_split},
+               {"most_splits", &most_splits},
+               {"poly_period", &period, [](int64_t p) { return kernel_of_period(p) != nullptr; }}},
+              name, value);
+}

@@ -58,8 +58,7 @@ template <class S> struct ForwardShared {
 // exponential. A share p of polynomials, 11 instructions instead of one, makes
 //   MUFU 8 (1 - p) + 0.06 (the joint's),   issue 7.54 - 10/16 + 10 p,
 // equal at p = 0.064: one in 16 it is, where both are as good as full.
-template <class S, int N>
-__global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
+template <class S, int N, int period> BOMKERN_HD void forward_block(const ForwardLaunch<S>& l) {
   constexpr int R = owned<S>, dims = N * width;
   const Inputs<S>& in = l.a.in;
   const Geometry& geometry = l.geometry;
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
             const S t = Term<S>(z[at][r], mu.at[d], a.at[d], log_scale.at[d]).t;
             total.at[r] = at == 0 ? t : total.at[r] + t;
             const S bits = decltype(banded)::value ? t + weight[r] : t;
-            sum[at][r] += (at * R + r) % poly_period == poly_period - 1 ? ex2_fma(bits) : ex2(bits);
+            sum[at][r] += (at * R + r) % period == period - 1 ? ex2_fma(bits) : ex2(bits);
           }
         }
       }
@@ -208,6 +207,18 @@ __global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid
     l.joint_max[split * l.padded_rows + first_row + row] = all.max;
     l.joint_sum[split * l.padded_rows + first_row + row] = all.sum;
   }
+}
+
+template <class S, int N>
+__global__ void __launch_bounds__(max_threads<S>, 1) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
+  forward_block<S, N, poly_period>(l);
+}
+
+// forward_kernel<float, 2> with another share of polynomials, for bench/tune.py to time.
+template <int period>
+__global__ void __launch_bounds__(max_threads<float>, 1)
+    forward_kernel_of_period(const __grid_constant__ ForwardLaunch<float> l) {
+  forward_block<float, 2, period>(l);
 }
 
 // log2 sum_i w_i 2^t_i of one row and dimension by a true maximum: a whole warp, each lane with the same arguments.

@@ -29,7 +29,7 @@ constexpr int width = 4;  // dimensions of a chunk
 constexpr int component_fields = 3;
 constexpr double half_log2_e = 0.72134752044448170368;
 constexpr int highest_term = 8;  // a weight's logarithm adds 63 at most, and 2^30 components 30: no sum overflows
-constexpr int poly_period = 16;  // one exponential in so many is a polynomial: see forward_kernel()
+constexpr int poly_period = 16;  // one exponential in so many is a polynomial: see forward_block()
 constexpr int joint_block = 8;  // groups of dimensions that are added up before they join a row's sum over all
 // So many terms are added up one by one before they join a larger sum; whole tiles. The gradients' have both signs, and
 // their sums are small beside what was added: longer segments would cost digits.

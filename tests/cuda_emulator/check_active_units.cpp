@@ -3,6 +3,8 @@
 
 #include "../../kernels/active_units/cuda.h"
 
+extern "C" int64_t bomkern_tune_columns(const char* name, int64_t value);
+
 using namespace bomkern;
 using namespace bomkern::active_units;
 using namespace checking;
@@ -77,5 +79,13 @@ int main() {
   check<float>({5, 2000, Layout::plain, Data::some_constant, true});
   check<float>({2, 9001});                                       // more items than blocks
   check<double>({2, 4100});
+  for (const int64_t slices : {1, 3}) {
+    expect_other_grids(bomkern_tune_columns, "most_slices", 256, slices, [] { check<float>({700, 40}); });
+  }
+  expect_other_grids(bomkern_tune_columns, "one_slice", 16384, 28000, [] { check<float>({700, 40}); });
+  begin("a threshold that slices cannot have");
+  const int64_t before = bomkern_tune_columns("most_slices", 257), after = bomkern_tune_columns("most_slices", 0);
+  expect(before == 256 && after == 256, "most_slices", 0, after, 256);
+  expect(bomkern_tune_columns("no such", 1) == -1, "no such threshold", 0, 0, -1);
   return done("active_units");
 }

@@ -3,6 +3,8 @@
 
 #include "../../kernels/consistency_variance/cuda.h"
 
+extern "C" int64_t bomkern_tune_rows(const char* name, int64_t value);
+
 using namespace bomkern;
 using namespace bomkern::consistency_variance;
 using namespace checking;
@@ -59,6 +61,8 @@ template <class S> void check(const Setting& s) {
   expect_same_bits(forward, out);
   if (s.batch < 100) expect_same_bits_elsewhere(forward, out);
 
+  if (s.batch > 4000) expect_same_bits_at(bomkern_tune_rows, "most_row_blocks", 16, 1, forward, out);
+
   const Gradients<S> grad(s.batch, below(3));
   Backward<S> a{in, grad.row()};
   if (s.no_grad) a.grad = {};
@@ -107,5 +111,6 @@ int main() {
   check<float>({2, 1100, 516});  // a warp to a long row
   check<float>({2, 2, 16400});    // of 512 threads
   check<double>({2, 2, 4097});
+  expect_other_grids(bomkern_tune_rows, "few_rows", 1024, 20, [] { check<float>({3, 20, 700}); });
   return done("consistency_variance");
 }

@@ -3,6 +3,9 @@
 
 #include "../../kernels/gaussian_kl/cuda.h"
 
+extern "C" int64_t bomkern_tune_rows(const char* name, int64_t value);
+extern "C" int64_t bomkern_tune_gaussian_kl(const char* name, int64_t value);
+
 using namespace bomkern;
 using namespace bomkern::gaussian_kl;
 using namespace checking;
@@ -73,6 +76,11 @@ template <class S> void check(const Setting& s) {
   if (want[0] == want[0] && s.batch <= 2) expect_same_bits(forward, out);
   if (s.batch < 100) expect_same_bits_elsewhere(forward, out);
 
+  if (s.batch > 4000) {
+    expect_same_bits_at(bomkern_tune_rows, "most_row_blocks", 16, 2, forward, out);
+    expect_same_bits_at(bomkern_tune_gaussian_kl, "full_blocks", 4, 8, forward, out);
+  }
+
   const Gradients<S> grad(s.batch, below(3));
   Output got_mu(s.batch * s.dims, mu_type), got_logvar(s.batch * s.dims, logvar_type);
   Backward<S> a{in, grad.row(), nullptr, nullptr};
@@ -132,5 +140,6 @@ int main() {
   check<float>({2, 5200, 5000});           // of a part of the whole block's threads
   check<float>({4, 13, 6, Layout::plain, false, 3, false, -0.1});
   check<double>({3, 2600, 2600, Layout::gaps, true});
+  expect_other_grids(bomkern_tune_rows, "few_rows", 1024, 30, [] { check<float>({30, 700}); });
   return done("gaussian_kl");
 }

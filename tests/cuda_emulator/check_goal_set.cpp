@@ -364,6 +364,12 @@ int main() {
   // Thresholds that a bench sets: grids of batches that are else one block's.
   expect(bomkern_tune_goal_set("one_block", 300) == 1024, "one_block", 0, 0, 1024);
   check_modes<float>(700, 5);
+  // And those that no block can have.
+  for (const auto& [name, now, value] : {std::tuple("one_block", 300, 1025), {"most_grid_threads", 128, 100},
+                                         {"most_grid_threads", 128, 288}, {"least_grid_threads", 64, 512}}) {
+    bomkern_tune_goal_set(name, value);
+    expect(bomkern_tune_goal_set(name, 0) == now, name, value, double(bomkern_tune_goal_set(name, 0)), now);
+  }
   check_keeps<float, float>(), check_keeps<float, double>(), check_keeps<double, float>(), check_keeps<double, double>();
   return done("goal_set");
 }

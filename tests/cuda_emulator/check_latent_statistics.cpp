@@ -3,6 +3,8 @@
 
 #include "../../kernels/latent_statistics/cuda.h"
 
+extern "C" int64_t bomkern_tune_columns(const char* name, int64_t value);
+
 using namespace bomkern;
 using namespace bomkern::latent_statistics;
 using namespace checking;
@@ -160,5 +162,9 @@ int main() {
   check<float>({{300, 300, Layout::transposed, Data::some_constant, true}});
   check<float>({{2, 9001}});                                     // more items than blocks
   check<double>({{3, 4100}});
+  for (const int64_t slices : {1, 3}) {
+    expect_other_grids(bomkern_tune_columns, "most_slices", 256, slices, [] { check<float>({{700, 40}}); });
+  }
+  expect_other_grids(bomkern_tune_columns, "one_slice", 16384, 28000, [] { check<float>({{700, 40}}); });
   return done("latent_statistics");
 }

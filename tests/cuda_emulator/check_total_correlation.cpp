@@ -5,6 +5,8 @@
 
 #include "../../kernels/total_correlation/cuda.h"
 
+extern "C" int64_t bomkern_tune_total_correlation(const char* name, int64_t value);
+
 using namespace bomkern;
 using namespace bomkern::total_correlation;
 
@@ -204,6 +206,24 @@ bool close(double got, double want, double tolerance, double scale) {
   return fabs(got - want) <= tolerance * (scale + fabs(want));
 }
 
+template <class S> void check(const Setting& s);
+
+// A bench may set how grids are split: other blocks, the same result. On a device so small that splits come out uneven.
+void check_threshold(const char* name, int64_t now, int64_t value) {
+  const int here = emu::machine.multiprocessors;
+  emu::machine.multiprocessors = 1;
+  const auto blocks = [] {
+    const int64_t before = emu::machine.blocks;
+    check<float>({600, 2, Data::plain, true});
+    return emu::machine.blocks - before;
+  };
+  const int64_t usual = blocks(), before = bomkern_tune_total_correlation(name, value), other = blocks();
+  expect(before == now, name, 0, before, now);
+  expect(other != usual, name, value, other, usual);
+  expect(bomkern_tune_total_correlation(name, now) == value, name, 0, 0, value);
+  emu::machine.multiprocessors = here;
+}
+
 template <class S> void check(const Setting& s) {
   static int number = 0;
   emu::machine.order = emu::Order(++number % 3);
@@ -269,6 +289,34 @@ template <class S> void check(const Setting& s) {
                                : close(x, y, tolerance * exponents, 1 + scale);
       expect(good, name[k], i, x, y);
     }
+  }
+}
+
+// One exponential in so many is a polynomial: other kernels, whose marginals differ in their last bits, and no more.
+void check_periods() {
+  snprintf(current, sizeof current, "poly_period");
+  const auto set = [](int64_t period) { return bomkern_tune_total_correlation("poly_period", period); };
+  const Problem<float> p({.batch = 20, .dims = 40});
+  Buffer<float> out(20), joint(20), marginal(20 * 40);
+  const Forward<float> a{p.in, p.offset, out.data, joint.data, marginal.data};
+  Buffer<unsigned char> workspace(cuda_workspace(a));
+  const auto marginals = [&] {
+    expect(cuda_run(a, workspace.data, nullptr) == cudaSuccess, "error", 0, 1, 0);
+    return std::vector<float>(marginal.data, marginal.data + marginal.n);
+  };
+  const std::vector<float> usual = marginals();
+  for (const int64_t period : {7, 8, 10, 32}) {
+#if defined(BOMKERN_TUNE)
+    const bool there = period != 7;
+#else
+    const bool there = false;  // a library that people install has one kernel
+#endif
+    expect(set(period) == 16, "what it was", period, 0, 16);
+    expect(set(0) == (there ? period : 16), "what it is", period, double(set(0)), there ? double(period) : 16);
+    expect((marginals() != usual) == there, "marginals as with 16", period, there, !there);
+    if (there) check<float>({.batch = 20, .dims = 40, .stratified = true});
+    if (there) check<float>({.batch = 33, .dims = 130, .data = Data::wide});
+    set(16);
   }
 }
 
@@ -341,6 +389,10 @@ int main() {
   check_refusal<float>(3, 8, 9);
   check_refusal<float>(3, 8, 4, 5);
   check_refusal<float>(3, 8, 4, -1);
+  check_threshold("fixed_steps", 32, 1);
+  check_threshold("shortest_split", 16, 400);
+  check_threshold("most_splits", 32, 1);
+  check_periods();
   if (failures) return fprintf(stderr, "%d failures\n", failures), 1;
   return puts("total_correlation: the emulated CUDA kernels agree with the definition"), 0;
 }

@@ -205,4 +205,29 @@ template <class Arguments, class T> void expect_same_bits_elsewhere(const Argume
   emu::machine.multiprocessors = here;
 }
 
+// Sets a threshold of a launch plan, as a bench does (cuda_tune.h).
+using Setter = int64_t (*)(const char*, int64_t);
+
+template <class Work> int64_t blocks_of(Work work) {
+  const int64_t before = emu::machine.blocks;
+  work();
+  return emu::machine.blocks - before;
+}
+
+// With another value of a threshold, `work` launches other grids; what it checks must hold all the same.
+template <class Work> void expect_other_grids(Setter set, const char* name, int64_t now, int64_t value, Work work) {
+  const int64_t usual = blocks_of(work), before = set(name, value), other = blocks_of(work), last = set(name, now);
+  begin("threshold %s", name);
+  expect(before == now, "its value", 0, before, now);
+  expect(last == value, "what it was set to", 0, last, value);
+  expect(other != usual, "blocks", 0, other, usual);
+}
+
+// And it gives the same bits in `output`, where no sum depends on it.
+template <class Arguments, class T>
+void expect_same_bits_at(Setter set, const char* name, int64_t now, int64_t value, const Arguments& a,
+                         Buffer<T>& output) {
+  expect_other_grids(set, name, now, value, [&] { expect_bits_again(a, output, "bits at another threshold"); });
+}
+
 }  // namespace checking

@@ -116,6 +116,7 @@ struct Machine {
   dim3 grid_dim, block_dim;
   bool cooperative = false;
   int launches = 0;
+  int64_t blocks = 0;  // of all launches
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::function<void()> kernel;
   jmp_buf scheduler;
@@ -233,6 +234,7 @@ inline void run(dim3 grid, dim3 block, size_t shared, int cluster, bool cooperat
   machine.kernel = std::move(kernel);
   machine.cooperative = cooperative;
   ++machine.launches;
+  machine.blocks += grid.x;
   for (unsigned first = 0; first < grid.x; first += cluster) {
     std::vector<Block> blocks(cluster);
     for (int i = 0; i < cluster; ++i) {
