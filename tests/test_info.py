@@ -56,7 +56,7 @@ def test_without_compiled_kernels_it_says_so_once_and_works() -> None:
 @pytest.mark.parametrize(
     ("found", "told"),
     [
-        (ModuleNotFoundError("no _C"), "install a C++ compiler and reinstall bomkern"),
+        (ModuleNotFoundError("no _C"), "install a C++ compiler. Then reinstall bomkern"),
         (ImportError("undefined symbol"), "do not load (undefined symbol); reinstall bomkern"),
         (SimpleNamespace(build=lambda: {"torch": "2.3.1+cpu"}), "was built for torch 2.3.1, this is"),
     ],

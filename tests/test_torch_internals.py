@@ -159,7 +159,7 @@ def test_no_other_python_reaches_private_torch() -> None:
         "getattr(optimizer, '_step_supports_amp_scaling', False)",
         "class A(nn.Module):\n    def _apply(self, fn): ...",
         "class A(nn.Module):\n    def f(self): return self._buffers",
-        "class A(Handled):\n    def f(self): return super()._apply",
+        "class A(Monitor):\n    def f(self): return super()._apply",
         "class A(torch.autograd.Function):\n    def f(ctx): return ctx._raw_saved_tensors",
     ],
 )
