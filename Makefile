@@ -76,7 +76,7 @@ sanitize: $(VENV)/.torch $(VENV)/.extra-test
 # From a copy, so that this build and the one for $(VENV) do not undo each other.
 cuda-check: $(CUDA_VENV)/.ready
 	rm -rf $(CUDA_VENV)/src/bomkern $(CUDA_VENV)/src/csrc $(CUDA_VENV)/src/kernels && mkdir -p $(CUDA_VENV)/src
-	tar --exclude='_C*.so' --exclude=__pycache__ -cf - bomkern csrc kernels tools setup.py pyproject.toml README.md LICENSE \
+	tar --exclude='_C*.so' --exclude=__pycache__ -cf - bomkern bomkern_command.py csrc kernels tools setup.py pyproject.toml README.md LICENSE \
 		| tar -xf - -C $(CUDA_VENV)/src
 	BOMKERN_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} $(CUDA_VENV)/bin/python -m pip install --no-deps --force-reinstall $(CUDA_VENV)/src
 	cd $(CUDA_VENV) && bin/python $(CURDIR)/tools/cuda_check.py

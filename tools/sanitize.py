@@ -173,7 +173,7 @@ def extension(sanitizer: str, *libraries: str) -> list[Done]:
     for name in ("bomkern", "csrc", "kernels", "tests", "tools"):
         kept = shutil.ignore_patterns("__pycache__", "_C*.so", "results")
         shutil.copytree(ROOT / name, copy / name, ignore=kept, dirs_exist_ok=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "bomkern_command.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, copy / name)
     env = {**os.environ, "BOMKERN_SANITIZE": sanitizer, "MAX_JOBS": str(JOBS)}
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=copy, env=env, check=True)
