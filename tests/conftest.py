@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock  # which torch brings
 from hypothesis import settings
 from torch import Tensor
 
 from bomkern import _impl
+from tests.interpreter import patch_once_a_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.manual_seed(0)
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # processes that share the cores would else each start a thread on every one
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+    torch.set_num_threads(THREADS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes to each of them
 settings.register_profile("bomkern", deadline=None)  # a busy machine is no failure
 settings.load_profile("bomkern")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    patch_once_a_launch()
 
 
 PAIRS = (
@@ -69,6 +80,38 @@ def assert_as_good_as_eager(ours: Tensor, eager: Tensor, exact: Tensor, slack: f
 def outside_xdist() -> dict[str, str]:
     """The environment of a pytest that is no worker of this one: in a worker nothing is benched."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
+Build = Callable[[Path], None]
+
+
+@pytest.fixture(scope="session")
+def built_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, Iterable[Path], Build], Path]:
+    """``built_once(name, how, sources, build)``: the folder that ``build`` filled, by the first process that needs it.
+
+    It is kept in pytest's cache, and built anew where a source or ``how``, the words of the command, has changed.
+    """
+    cache = getattr(request.config, "cache", None)  # not there with -p no:cacheprovider
+    root = cache.mkdir("builds") if cache else tmp_path_factory.mktemp("builds")
+
+    def folder(name: str, how: str, sources: Iterable[Path], build: Build) -> Path:
+        digest = hashlib.sha256(how.encode())
+        for path in sorted(sources):
+            digest.update(path.name.encode() + path.read_bytes())
+        made: Path = root / f"{name}-{digest.hexdigest()[:16]}"
+        with FileLock(f"{root / name}.lock"):
+            if not made.exists():
+                for old in root.glob(f"{name}-*"):
+                    shutil.rmtree(old)
+                fresh = root / f"{name}-new"  # a build that fails or is killed leaves nothing that looks whole
+                fresh.mkdir()
+                build(fresh)
+                fresh.rename(made)
+        return made
+
+    return folder
 
 
 def run_again(files: str, selection: str, **environment: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -84,14 +85,15 @@ ACCESSES = {
 }
 
 
-def run(*command: object) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600)
+def run(*command: object, **environment: str) -> str:
+    given = [str(c) for c in command]
+    done = subprocess.run(given, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("op", COMPANIONS)
-def test_the_emulated_kernels_agree(op: str, tmp_path: Path) -> None:
+def emulated(op: str, built_once: Any) -> Path:
+    """The program that checks an op's emulated kernels."""
     gxx = shutil.which("g++")
     if gxx is None:
         pytest.skip("g++ is not installed")
@@ -99,13 +101,25 @@ def test_the_emulated_kernels_agree(op: str, tmp_path: Path) -> None:
     alignment = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     compile_it = [gxx, "-std=c++20", "-O1", "-w", *alignment, f"-I{EMULATOR}"]
     sources = [KERNELS / op / "cuda.cu", EMULATOR / f"check_{op}.cpp", *(ROOT / name for name in COMPANIONS[op])]
-    jobs = [
-        subprocess.Popen([*compile_it, "-x", "c++", "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o")])
-        for source in sources
-    ]
-    assert [job.wait(timeout=600) for job in jobs] == [0] * len(jobs)
-    run(gxx, *sorted(tmp_path.glob("*.o")), "-o", tmp_path / "check")
-    assert "agree" in run(tmp_path / "check")
+    included = [*(KERNELS / "common").glob("*.h"), *(KERNELS / op).iterdir(), *EMULATOR.iterdir()]
+
+    def build(folder: Path) -> None:
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        for source, made in zip(sources, objects, strict=True):
+            run(*compile_it, "-x", "c++", "-c", source, "-o", made)
+        run(gxx, *objects, "-o", folder / "check")
+
+    read = [path for path in included if path.suffix in (".h", ".cu", ".cpp")]
+    how = " ".join([*compile_it, run(gxx, "--version")])
+    made: Path = built_once(f"emulated-{op}", how, {*sources, *read}, build)
+    return made / "check"
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", COMPANIONS)
+def test_the_emulated_kernels_agree(op: str, every: int, built_once: Any) -> None:
+    """On one of every seven cases, and on each."""
+    assert "agree" in run(emulated(op, built_once), BOMKERN_EMULATE_EVERY=str(every))
 
 
 class Compiled(NamedTuple):
