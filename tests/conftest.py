@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,7 @@ def outside_xdist() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
+LONG = 15  # seconds of a test that is not marked slow
 Build = Callable[[Path], None]
 
 
@@ -132,6 +134,16 @@ def check_no_spills(module: str, least: int) -> None:
     assert len(lines) >= least
     for line in lines:
         assert re.search(r"stack 0 local 0$", line), f"spills registers: {line}"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names what should be marked slow, or be made faster; on a busy machine that may be too many."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()) if r.when == "call"]
+    long = sorted((r for r in reports if r.duration > LONG and "slow" not in r.keywords), key=lambda r: -r.duration)
+    if long:
+        terminalreporter.section(f"not marked slow, and took over {LONG} s", sep="-")
+        for report in long:
+            terminalreporter.write_line(f"{report.duration:.0f}s {report.nodeid}")
 
 
 @pytest.fixture

@@ -92,6 +92,11 @@ def run(*command: object, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
+def kernel_sources(op: str) -> list[Path]:
+    """What an op's kernels are compiled from; some include the headers of another op."""
+    return [*KERNELS.glob("*/*.h"), *(KERNELS / op).glob("*.cu")]
+
+
 def emulated(op: str, built_once: Any) -> Path:
     """The program that checks an op's emulated kernels."""
     gxx = shutil.which("g++")
@@ -101,7 +106,6 @@ def emulated(op: str, built_once: Any) -> Path:
     alignment = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     compile_it = [gxx, "-std=c++20", "-O1", "-w", *alignment, f"-I{EMULATOR}"]
     sources = [KERNELS / op / "cuda.cu", EMULATOR / f"check_{op}.cpp", *(ROOT / name for name in COMPANIONS[op])]
-    included = [*(KERNELS / "common").glob("*.h"), *(KERNELS / op).iterdir(), *EMULATOR.iterdir()]
 
     def build(folder: Path) -> None:
         objects = [folder / f"{source.stem}.o" for source in sources]
@@ -109,9 +113,9 @@ def emulated(op: str, built_once: Any) -> Path:
             run(*compile_it, "-x", "c++", "-c", source, "-o", made)
         run(gxx, *objects, "-o", folder / "check")
 
-    read = [path for path in included if path.suffix in (".h", ".cu", ".cpp")]
+    read = {*sources, *kernel_sources(op), *EMULATOR.glob("*.h")}
     how = " ".join([*compile_it, run(gxx, "--version")])
-    made: Path = built_once(f"emulated-{op}", how, {*sources, *read}, build)
+    made: Path = built_once(f"emulated-{op}", how, read, build)
     return made / "check"
 
 
@@ -132,14 +136,20 @@ class Compiled(NamedTuple):
 @pytest.fixture(
     scope="module", params=[(op, arch) for op in COMPANIONS for arch in ("sm_80", "sm_90", "sm_120")], ids="-".join
 )
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled(request: pytest.FixtureRequest, built_once: Any) -> Compiled:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     op, arch = request.param
-    out = tmp_path_factory.mktemp(arch) / f"{op}.cubin"
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", f"-arch={arch}"]
-    return Compiled(op, arch, out, run(nvcc, *flags, "-o", out, KERNELS / op / "cuda.cu"))
+    source = KERNELS / op / "cuda.cu"
+    command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", f"-arch={arch}"]
+
+    def build(folder: Path) -> None:
+        (folder / "log").write_text(run(*command, "-o", folder / "cubin", source))
+
+    how = " ".join([*command, run(nvcc, "--version")])
+    made: Path = built_once(f"nvcc-{op}-{arch}", how, kernel_sources(op), build)
+    return Compiled(op, arch, made / "cubin", (made / "log").read_text())
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from tests.conftest import run_again
 from tests.statistics_helpers import OPS
 
 FILES = ("min_goal", "goal_set_op", "goal_set_multipliers", "total_correlation", *OPS)
-# As the tests call them: goals in batches of one program, of more than a warp and of one sample, matrices of each shape.
+# As the tests call them: goals in batches of one sample and of more than a warp, matrices wide and high.
 SIZES = ("raw-17-", "scores-64-", "raw-1-", "[17-0.05-", "[1-0.0-", "[17-", "33-5-", "7-1-", "65-17-", "17-65-", "2-3-")
 
 

@@ -116,12 +116,12 @@ NO_KERNEL = re.compile(
 
 
 def cases() -> list[Any]:
-    """All of them, of which the first of each row of `LAUNCHES` is quick, but for what is not normalized."""
+    """All of them, of which the first of each row of `LAUNCHES` is quick, but for variants of a row."""
     quick: dict[tuple[str, str], str] = {}
     found = []
     for case in (case for of_op in CASES.values() for case in of_op):
         first = quick.setdefault((case.op, case.kind), case.name) == case.name
-        marks = [] if first and "raw" not in case.kind else [pytest.mark.slow]
+        marks = [] if first and ("," not in case.kind or case.op != "covariance_penalty") else [pytest.mark.slow]
         found.append(pytest.param(case, id=f"{case.op}-{case.kind}-{case.name}", marks=marks))
     return found
 
