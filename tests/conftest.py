@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock  # which torch brings
+from filelock import FileLock  # that torch brings
 from hypothesis import settings
 from torch import Tensor
 

@@ -13,6 +13,8 @@ def patch_once_a_launch() -> None:
     """
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # another Triton than 3.6 to 3.9: as slow as it is
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[int] = set()  # the modules whose functions this launch has called
 
@@ -22,8 +24,8 @@ def patch_once_a_launch() -> None:
         patched.add(id(fn.__globals__))
         return patch(fn)
 
-    def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> None:
+    def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
-        launch(self, *args, **kwargs)
+        return launch(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
