@@ -17,16 +17,19 @@ TRITON_VENV ?= .venv-triton
 # A process to each core, up to 8: most tests are one thread of Python.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test fast fuzz trust lint tidy docs bench guard sanitize cuda-check triton-check gpu dist-check install-matrix lock audit clean
+.PHONY: demo test test-slow fuzz trust lint tidy docs bench guard sanitize cuda-check triton-check gpu dist-check install-matrix lock audit clean
 
 demo: $(VENV)/.built $(VENV)/.extra-train
 	$(RUN)/bomkern train --out runs/demo --overwrite
 
+# The quick tests: every op by every implementation that serves here, errors, the trainer, commands, pages.
 test: $(VENV)/.built $(VENV)/.extra-test
-	$(RUN)/python -m pytest tests $(PARALLEL)
+	$(RUN)/python -m pytest tests $(PARALLEL) -m "not slow" --durations=20
 
-fast: $(VENV)/.built $(VENV)/.extra-test
-	$(RUN)/python -m pytest tests $(PARALLEL) -m "not slow"
+# The others: Triton's interpreter and the emulated CUDA kernels in full, builds by nvcc, runs of several processes,
+# studies and long runs.
+test-slow: $(VENV)/.built $(VENV)/.extra-test $(VENV)/.extra-bench
+	$(RUN)/python -m pytest tests $(PARALLEL) -m slow --durations=20
 
 # Cases drawn by SEED for SECONDS, every op and implementation that serves here against the reference in float64.
 SECONDS ?= 60

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock  # that torch brings
 from hypothesis import settings
 from torch import Tensor
 
 from bomkern import _impl
+from tests.interpreter import patch_once_a_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.manual_seed(0)
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # processes that share the cores would else each start a thread on every one
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+    torch.set_num_threads(THREADS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes to each of them
 settings.register_profile("bomkern", deadline=None)  # a busy machine is no failure
 settings.load_profile("bomkern")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    patch_once_a_launch()
 
 
 PAIRS = (
@@ -71,6 +83,39 @@ def outside_xdist() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
+LONG = 15  # seconds of a test that is not marked slow
+Build = Callable[[Path], None]
+
+
+@pytest.fixture(scope="session")
+def built_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, Iterable[Path], Build], Path]:
+    """``built_once(name, how, sources, build)``: the folder that ``build`` filled, by the first process that needs it.
+
+    It is kept in pytest's cache, and built anew where a source or ``how``, the words of the command, has changed.
+    """
+    cache = getattr(request.config, "cache", None)  # not there with -p no:cacheprovider
+    root = cache.mkdir("builds") if cache else tmp_path_factory.mktemp("builds")
+
+    def folder(name: str, how: str, sources: Iterable[Path], build: Build) -> Path:
+        digest = hashlib.sha256(how.encode())
+        for path in sorted(sources):
+            digest.update(path.name.encode() + path.read_bytes())
+        made: Path = root / f"{name}-{digest.hexdigest()[:16]}"
+        with FileLock(f"{root / name}.lock"):
+            if not made.exists():
+                for old in root.glob(f"{name}-*"):
+                    shutil.rmtree(old)
+                fresh = root / f"{name}-new"  # a build that fails or is killed leaves nothing that looks whole
+                fresh.mkdir()
+                build(fresh)
+                fresh.rename(made)
+        return made
+
+    return folder
+
+
 def run_again(files: str, selection: str, **environment: str) -> None:
     """Runs a selection of the tests of a file, or more, in a process of its own, with more in its environment."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files.split(), "-k", selection]
@@ -89,6 +134,16 @@ def check_no_spills(module: str, least: int) -> None:
     assert len(lines) >= least
     for line in lines:
         assert re.search(r"stack 0 local 0$", line), f"spills registers: {line}"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names what should be marked slow, or be made faster; on a busy machine that may be too many."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()) if r.when == "call"]
+    long = sorted((r for r in reports if r.duration > LONG and "slow" not in r.keywords), key=lambda r: -r.duration)
+    if long:
+        terminalreporter.section(f"not marked slow, and took over {LONG} s", sep="-")
+        for report in long:
+            terminalreporter.write_line(f"{report.duration:.0f}s {report.nodeid}")
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_compare_runs_again_only_where_one_fell(tmp_path: Path, monkeypatch: pyt
     assert compare.main([str(base), "--run", "2"]) == 1
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 8))])
 def test_what_a_run_that_was_cut_short_left_makes_a_page(tmp_path: Path, seed: int) -> None:
     """Any benches of a GPU, however few, and any ceilings."""
     chance = random.Random(seed)

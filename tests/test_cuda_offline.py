@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -86,14 +87,20 @@ ACCESSES = {
 }
 
 
-def run(*command: object) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600)
+def run(*command: object, **environment: str) -> str:
+    given = [str(c) for c in command]
+    done = subprocess.run(given, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("op", COMPANIONS)
-def test_the_emulated_kernels_agree(op: str, tmp_path: Path) -> None:
+def kernel_sources(op: str) -> list[Path]:
+    """What an op's kernels are compiled from; some include the headers of another op."""
+    return [*KERNELS.glob("*/*.h"), *(KERNELS / op).glob("*.cu")]
+
+
+def emulated(op: str, built_once: Any) -> Path:
+    """The program that checks an op's emulated kernels."""
     gxx = shutil.which("g++")
     if gxx is None:
         pytest.skip("g++ is not installed")
@@ -102,13 +109,24 @@ def test_the_emulated_kernels_agree(op: str, tmp_path: Path) -> None:
     # With the kernels that only bench/tune.py launches; `make sanitize` runs what a library has without them.
     compile_it = [gxx, "-std=c++20", "-O1", "-w", *alignment, f"-I{EMULATOR}", "-DBOMKERN_TUNE"]
     sources = [KERNELS / op / "cuda.cu", EMULATOR / f"check_{op}.cpp", *(ROOT / name for name in COMPANIONS[op])]
-    jobs = [
-        subprocess.Popen([*compile_it, "-x", "c++", "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o")])
-        for source in sources
-    ]
-    assert [job.wait(timeout=600) for job in jobs] == [0] * len(jobs)
-    run(gxx, *sorted(tmp_path.glob("*.o")), "-o", tmp_path / "check")
-    assert "agree" in run(tmp_path / "check")
+
+    def build(folder: Path) -> None:
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        for source, made in zip(sources, objects, strict=True):
+            run(*compile_it, "-x", "c++", "-c", source, "-o", made)
+        run(gxx, *objects, "-o", folder / "check")
+
+    read = {*sources, *kernel_sources(op), *EMULATOR.glob("*.h")}
+    how = " ".join([*compile_it, run(gxx, "--version")])
+    made: Path = built_once(f"emulated-{op}", how, read, build)
+    return made / "check"
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", COMPANIONS)
+def test_the_emulated_kernels_agree(op: str, every: int, built_once: Any) -> None:
+    """On one of every seven cases, and on each."""
+    assert "agree" in run(emulated(op, built_once), BOMKERN_EMULATE_EVERY=str(every))
 
 
 class Compiled(NamedTuple):
@@ -121,14 +139,20 @@ class Compiled(NamedTuple):
 @pytest.fixture(
     scope="module", params=[(op, arch) for op in COMPANIONS for arch in ("sm_80", "sm_90", "sm_120")], ids="-".join
 )
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled(request: pytest.FixtureRequest, built_once: Any) -> Compiled:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     op, arch = request.param
-    out = tmp_path_factory.mktemp(arch) / f"{op}.cubin"
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", f"-arch={arch}"]
-    return Compiled(op, arch, out, run(nvcc, *flags, "-o", out, KERNELS / op / "cuda.cu"))
+    source = KERNELS / op / "cuda.cu"
+    command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin", f"-arch={arch}"]
+
+    def build(folder: Path) -> None:
+        (folder / "log").write_text(run(*command, "-o", folder / "cubin", source))
+
+    how = " ".join([*command, run(nvcc, "--version")])
+    made: Path = built_once(f"nvcc-{op}-{arch}", how, kernel_sources(op), build)
+    return Compiled(op, arch, made / "cubin", (made / "log").read_text())
 
 
 @pytest.mark.slow

@@ -233,7 +233,6 @@ def test_the_largest_history_takes_seconds() -> None:
 # The bench, and the command.
 
 
-@pytest.mark.slow
 def test_planted_faults_are_found() -> None:
     from bench import faults
 

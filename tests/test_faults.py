@@ -26,7 +26,6 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
     assert found["equal"] and found["kills"] == 3, found
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_damaged_checkpoints(tmp_path: Path) -> None:
     found = faults.damaged(tmp_path, 10)
@@ -46,7 +45,6 @@ def test_the_checkpoint_before_is_taken_and_told_of(tmp_path: Path, caplog: pyte
         faults.run(tmp_path, steps=4, resume=True)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_a_full_disk(tmp_path: Path) -> None:
     found = faults.full_disk(tmp_path)

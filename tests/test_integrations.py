@@ -174,7 +174,6 @@ def run_example(*arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_the_plain_loop(tmp_path: Path) -> None:
     printed = run_example("plain_loop.py", cwd=tmp_path)
     assert "1000 steps" in printed and "steps 1 to 1000: the gradient went to recon" in printed
@@ -183,7 +182,6 @@ def test_the_plain_loop(tmp_path: Path) -> None:
     assert "0 steps were rejected" in printed and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_lightning_example(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_lightning")
     printed = run_example("lightning_vae.py", "--steps", "200", "--out", "run", cwd=tmp_path)

@@ -26,8 +26,7 @@ def truth() -> dict[str, dict[str, Any]]:
     return {str(dtype): ranks.alone(dtype) for dtype in (torch.float32, torch.float64)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", ranks.WORLDS)
+@pytest.mark.parametrize("world", [pytest.param(n, marks=[pytest.mark.slow] * (n != 2)) for n in ranks.WORLDS])
 def test_any_number_of_processes_is_one(world: int, truth: dict[str, dict[str, Any]]) -> None:
     wrong = []
     for rank, found in enumerate(ranks.on_ranks(world)):

@@ -361,7 +361,7 @@ def test_total_correlation_in_chunks(server: tuple[str, str]) -> None:
 def test_under_the_interpreter() -> None:
     """On Triton's interpreter, which must be chosen before triton is imported: the ways that ask a few times alone."""
     pytest.importorskip("triton")
-    few = "backward or grad-third or grad-by or grad-upstream or grad-between or vhp or func-grad or dual or jvp"
+    few = "backward-upstream or grad-third or grad-by or grad-between or vhp or func-grad or dual or jvp"
     run_again(
         "tests/test_second_derivatives.py", f"triton-cpu and ({few} or parameter or settings)", TRITON_INTERPRET="1"
     )

@@ -304,6 +304,7 @@ def test_says_why_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_compiles_for_sm_90_without_spills() -> None:
     check_no_spills(__name__, 60)
 

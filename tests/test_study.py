@@ -20,6 +20,7 @@ from bench.study.faults import DRIFT_FROM, FAULTS, lift
 from bench.study.rules import Arm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_trains(name: str) -> None:
     found = run.train(Digits(0, FAULTS["none"], 200 if name == "probed" else 4), ARMS[name].make("digits"))

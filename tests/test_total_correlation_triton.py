@@ -174,6 +174,7 @@ class TestKernels:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is that process")
 def test_under_the_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -192,6 +193,7 @@ def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_compiles_for_sm_90_without_spills() -> None:
     check_no_spills(__name__, 50)
 

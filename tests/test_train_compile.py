@@ -82,6 +82,8 @@ RULES: dict[str, dict[str, Any]] = {
     "auto": {"scales": "auto", "calibration_steps": 2},
 }
 
+MORE = (("aot_eager", "hard"), ("aot_eager", "auto"), ("inductor", "spill"))
+
 
 def gradient_of_step(run: step.Trainer, poisoned: bool, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Takes a step and returns its gradient, flat; of a poisoned step one image has a NaN."""
@@ -106,9 +108,10 @@ def gradient_of_step(run: step.Trainer, poisoned: bool, monkeypatch: pytest.Monk
     return found[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("by", "rule"), [*(("aot_eager", rule) for rule in RULES), ("inductor", "spill")], indirect=["by"]
+    ("by", "rule"),
+    [("aot_eager", "spill"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+    indirect=["by"],
 )
 def test_a_compiled_step_is_the_eager_one(by: None, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients, and then goals, history and counters; a step that is not finite changes nothing; compiled once.

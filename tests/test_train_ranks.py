@@ -149,7 +149,6 @@ def test_what_cannot_start_is_said_once(tmp_path: Path) -> None:
 # What a run of several is.
 
 
-@pytest.mark.slow
 def test_the_readmes_command(tmp_path: Path) -> None:
     command = re.search(r"^torchrun (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert command

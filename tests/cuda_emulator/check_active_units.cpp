@@ -12,6 +12,7 @@ using namespace checking;
 namespace {
 
 template <class S> void check(const Columns& s) {
+  if (emu::left_out()) return;
   const DType type = s.mixed ? any_type<S>() : number<S>();
   begin("float%d B=%lld D=%lld layout=%d data=%d type=%d", int(sizeof(S)) * 8, (long long)s.batch, (long long)s.dims,
         int(s.layout), int(s.data), int(type));

@@ -117,6 +117,7 @@ void expect_same_elsewhere(const Steps<S, PlainLibrary<S>>& steps, const bomkern
 }
 
 template <class S> void check(const Columns& s) {
+  if (emu::left_out()) return;
   const DType type = s.mixed ? any_type<S>() : number<S>();
   const int64_t B = s.batch, D = s.dims;
   const ColumnInput z(s, type);

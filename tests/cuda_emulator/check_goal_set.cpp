@@ -241,6 +241,7 @@ template <class S> void check_backward(const Case<S>& c, const std::vector<doubl
 }
 
 template <class S> void check(const Setting& s) {
+  if (emu::left_out()) return;
   begin("float%d B=%lld K=%d reduction=%d mu=%g layout=%d save=%d grouped=%d special=%d given=%d", int(sizeof(S)) * 8,
         (long long)s.batch, s.count, int(s.reduction), s.mu, int(s.lay), s.save, s.grouped, s.special, s.given);
   emu::machine.multiprocessors = chance(0.5) ? 3 : 16;

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 FOLDER = "BOMKERN_STUB_CUDA"  # set in a process that runs on the stub
 RING = 256  # of libcuda.c
+SOURCE = Path(__file__).parent / "libcuda.c"
 
 
 class Launch(NamedTuple):
@@ -47,10 +48,14 @@ def compiler() -> str | None:
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
-def build(folder: Path) -> None:
+def command(folder: Path) -> list[str]:
     include = f"{triton_folder()}/backends/nvidia/include"
-    command = [str(compiler()), "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
-    subprocess.run([*command, f"{Path(__file__).parent}/libcuda.c", "-o", f"{folder}/libcuda.so.1"], check=True)
+    options = [str(compiler()), "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
+    return [*options, str(SOURCE), "-o", f"{folder}/libcuda.so.1"]
+
+
+def build(folder: Path) -> None:
+    subprocess.run(command(folder), check=True)
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -27,7 +27,6 @@ class Case(NamedTuple):
     batch: int
     prepare: Prepare
     expanded: bool = False  # the gradient from above is one number, as `.sum()` gives it
-    slow: bool = False  # compiles more of what another case has compiled much like it
 
 
 def both_ways(case: Case, batch: int | None = None) -> tuple[Call, Call]:
@@ -89,7 +88,6 @@ def min_goal_cases() -> list[Case]:
         constraints: Any = MIXED,
         reduction: int = MEAN,
         stats: bool = True,
-        slow: bool = False,
     ) -> Case:
         def prepare(batch: int) -> tuple[Call, Sequence[Tensor]]:
             given = goals(batch)
@@ -97,27 +95,26 @@ def min_goal_cases() -> list[Case]:
             leaves = [g for g in given if g.requires_grad]
             return lambda: bridge.min_goal(given, params, curves, reduction, stats), leaves
 
-        return Case("min_goal", kind, name, batch, prepare, slow=slow)
+        return Case("min_goal", kind, name, batch, prepare)
 
     cases = []
     for lay, (word, code) in itertools.product(("rows", "columns"), REDUCTIONS.items()):
-        rare = lay == "rows" and word in ("none", "sum")
-        cases.append(case("one program", f"{lay}-{word}", 90, laid(lay), MIXED, code, slow=rare or word == "sum"))
-        cases.append(case("many programs", f"{lay}-{word}", 2000, laid(lay), MIXED, code, slow=rare))
+        cases.append(case("one program", f"{lay}-{word}", 90, laid(lay), MIXED, code))
+        cases.append(case("many programs", f"{lay}-{word}", 2000, laid(lay), MIXED, code))
     for lay, dtypes in GOAL_DTYPES.items():
-        cases.append(case("one program", f"{lay}-dtypes", 37, laid(lay, *dtypes), MIXED, MIN, slow=lay == "slice"))
-    for kind, slow in {"scores": False, "hard": False, "linear": True, "barrier": True}.items():
-        cases.append(case("one program", kind, 90, laid("columns"), CONSTRAINTS[kind], slow=slow))
+        cases.append(case("one program", f"{lay}-dtypes", 37, laid(lay, *dtypes), MIXED, MIN))
+    for kind in ("scores", "hard", "linear", "barrier"):
+        cases.append(case("one program", kind, 90, laid("columns"), CONSTRAINTS[kind]))
     for count in (1, 64):
         constraints = (MIXED * 11)[:count]
         cases.append(case("one program", f"K={count}", 40, columns(count), constraints))
-        cases.append(case("one program", f"[B, {count}]", 40, matrix(count), constraints, slow=True))
+        cases.append(case("one program", f"[B, {count}]", 40, matrix(count), constraints))
     return [
         *cases,
         case("no statistics, no reduction", "none", 2000, laid("columns"), MIXED, NONE, False),
         case("many programs", "no statistics-mean", 2000, laid("columns"), MIXED, MEAN, False),
         case("0-dim goals", "sum", 2000, laid("batch-level"), MIXED, SUM),
-        case("0-dim goals", "min", 2000, laid("batch-level", HALF), MIXED, MIN, slow=True),
+        case("0-dim goals", "min", 2000, laid("batch-level", HALF), MIXED, MIN),
         case("no gradient", "mean", 2000, detached),
         case("one program", "some gradients", 90, columns(3, 2), MIXED[2:5]),
     ]
@@ -132,7 +129,6 @@ def goal_set_cases() -> list[Case]:
         groups: Sequence[int],
         reduction: int = MEAN,
         multipliers: bool = False,
-        slow: bool = False,
     ) -> Case:
         def prepare(batch: int) -> tuple[Call, Sequence[Tensor]]:
             given = goals(batch)
@@ -142,26 +138,23 @@ def goal_set_cases() -> list[Case]:
             rest = (made.params, made.curves, groups, torch.full((), 0.1, dtype=dtype), reduction, weights)
             return lambda: bridge.goal_set(given, *rest), [g for g in given if g.requires_grad]
 
-        return Case("goal_set", kind, name, batch, prepare, slow=slow)
+        return Case("goal_set", kind, name, batch, prepare)
 
     alone, grouped, one = [0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 2, 3], [0] * 6
     cases = []
     for lay, (word, code) in itertools.product(("rows", "columns"), REDUCTIONS.items()):
-        rare = lay == "rows" and word in ("none", "sum")
-        cases.append(case("one program", f"{lay}-{word}", 90, laid(lay), grouped, code, slow=rare or word != "mean"))
-        cases.append(case("many programs", f"{lay}-{word}", 2000, laid(lay), alone, code, slow=rare))
+        cases.append(case("one program", f"{lay}-{word}", 90, laid(lay), grouped, code))
+        cases.append(case("many programs", f"{lay}-{word}", 2000, laid(lay), alone, code))
     for word, groups in {"grouped": grouped, "one group": one, "alone": alone}.items():
-        name = f"{word}-multipliers"
-        cases.append(case("many programs", name, 2000, laid("columns"), groups, SUM, True, slow=groups is not grouped))
+        cases.append(case("many programs", f"{word}-multipliers", 2000, laid("columns"), groups, SUM, True))
     for lay, dtypes in GOAL_DTYPES.items():
-        slow = lay in ("slice", "columns")
-        cases.append(case("one program", f"{lay}-dtypes", 37, laid(lay, *dtypes), grouped, MIN, slow=slow))
+        cases.append(case("one program", f"{lay}-dtypes", 37, laid(lay, *dtypes), grouped, MIN))
     for count in (1, 64):
         pairs = [k // 2 for k in range(count)]
-        cases.append(case("one program", f"K={count}", 40, columns(count), pairs, slow=count > 1))
+        cases.append(case("one program", f"K={count}", 40, columns(count), pairs))
     return [
         *cases,
-        case("many programs", "[B, 64]", 500, matrix(64), range(64), slow=True),
+        case("many programs", "[B, 64]", 500, matrix(64), range(64)),
         case("0-dim goals", "mean", 2000, laid("batch-level"), grouped),
         case("no gradient", "mean", 2000, detached, grouped),
         case("one program", "some gradients", 90, columns(3, 2), [0, 1, 1]),
@@ -201,10 +194,7 @@ def on_matrices(
 
 def hows(op: str, kind: str, batch: int, call: Callable[..., Any], dims: int, count: int, *rest: Any) -> list[Case]:
     """One call in every dtype and layout."""
-    return [
-        Case(op, kind, name, batch, on_matrices(call, dims, count, *rest, **how), slow=batch > 1000 and bool(how))
-        for name, how in HOWS.items()
-    ]
+    return [Case(op, kind, name, batch, on_matrices(call, dims, count, *rest, **how)) for name, how in HOWS.items()]
 
 
 def gaussian_kl_cases() -> list[Case]:
@@ -255,10 +245,10 @@ def latent_statistics_cases() -> list[Case]:
     ]
     for k, name in enumerate(("z", "mu", "logvar")):
         prepare = on_matrices(call, 24, 3, *units, want=1 << k)
-        cases.append(Case(op, "one program", f"{name} alone", 90, prepare, slow=k > 0))
+        cases.append(Case(op, "one program", f"{name} alone", 90, prepare))
     for field in (0, 3, 7):
         prepare = on_matrices(lambda *x, field=field: call(*x)[field], 24, 3, *units)
-        cases.append(Case(op, "one program", f"field {field} alone", 90, prepare, slow=field > 0))
+        cases.append(Case(op, "one program", f"field {field} alone", 90, prepare))
     return cases
 
 
@@ -276,7 +266,7 @@ def covariance_penalty_cases() -> list[Case]:
         cases.append(Case(op, ", ".join(words), "float", 90, prepare, expanded))
     for name in ("double", "halves", "transposed"):
         prepare = on_matrices(call, 24, 1, True, True, **HOWS[name])
-        cases.append(Case(op, "sample", name, 90, prepare, slow=name == "halves"))
+        cases.append(Case(op, "sample", name, 90, prepare))
     return [
         *cases,
         Case(op, "rows cut", "sample", 3000, on_matrices(call, 24, 1, True, True)),
@@ -292,17 +282,17 @@ def total_correlation_cases() -> list[Case]:
         return lambda: call(z, mu, logvar, 60000, True, 3), [z, mu, logvar]
 
     cases = [
-        case._replace(kind="halves" if case.name == "halves" else case.kind, slow=case.name == "double")
+        case._replace(kind="halves" if case.name == "halves" else case.kind)
         for case in hows(op, "one chunk", 90, call, 10, 3, 60000, True)
     ]
     for k, name in enumerate(("z", "mu", "logvar")):
         prepare = on_matrices(call, 10, 3, 60000, True, want=1 << k)
-        cases.append(Case(op, "one gradient", f"{name} alone", 90, prepare, slow=k > 1))
+        cases.append(Case(op, "one gradient", f"{name} alone", 90, prepare))
     return [
         *cases,
-        Case(op, "one chunk", "mws", 90, on_matrices(call, 10, 3, 60000, False), slow=True),
+        Case(op, "one chunk", "mws", 90, on_matrices(call, 10, 3, 60000, False)),
         Case(op, "one chunk", "no size", 90, on_matrices(call, 10, 3, None, False)),
-        Case(op, "one dimension", "float", 90, on_matrices(call, 1, 3, 60000, True), slow=True),
+        Case(op, "one dimension", "float", 90, on_matrices(call, 1, 3, 60000, True)),
         Case(op, "one chunk", "some rows", 90, rows),
         Case(op, "one chunk", "expanded", 90, on_matrices(call, 10, 3, 60000, True), expanded=True),
         Case(op, "two chunks", "float", 3000, on_matrices(call, 2, 3, 60000, True)),
