@@ -216,7 +216,9 @@ template <class Work> int64_t blocks_of(Work work) {
 
 // With another value of a threshold, `work` launches other grids; what it checks must hold all the same.
 template <class Work> void expect_other_grids(Setter set, const char* name, int64_t now, int64_t value, Work work) {
+  emu::every_case = true;
   const int64_t usual = blocks_of(work), before = set(name, value), other = blocks_of(work), last = set(name, now);
+  emu::every_case = false;
   begin("threshold %s", name);
   expect(before == now, "its value", 0, before, now);
   expect(last == value, "what it was set to", 0, last, value);
