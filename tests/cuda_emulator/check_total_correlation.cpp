@@ -212,6 +212,7 @@ template <class S> void check(const Setting& s);
 void check_threshold(const char* name, int64_t now, int64_t value) {
   const int here = emu::machine.multiprocessors;
   emu::machine.multiprocessors = 1;
+  emu::every_case = true;
   const auto blocks = [] {
     const int64_t before = emu::machine.blocks;
     check<float>({600, 2, Data::plain, true});
@@ -221,6 +222,7 @@ void check_threshold(const char* name, int64_t now, int64_t value) {
   expect(before == now, name, 0, before, now);
   expect(other != usual, name, value, other, usual);
   expect(bomkern_tune_total_correlation(name, now) == value, name, 0, 0, value);
+  emu::every_case = false;
   emu::machine.multiprocessors = here;
 }
 
