@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 
 # How long a thread that has nothing to do keeps its core busy: rounds of GNU's OpenMP, milliseconds of LLVM's. Their
 # own, some 300,000 and 200, leave runs on the same cores waiting for each other.
-SHORT_SPIN = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
 def keep_waiting_short(environment: MutableMapping[str, str]) -> None:

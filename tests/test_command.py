@@ -44,3 +44,11 @@ def test_it_is_set_before_torch_is_loaded() -> None:
 def _without_openmp() -> dict[str, str]:
     names = ("OMP_WAIT_POLICY", *bomkern_command.SHORT_SPIN)
     return {name: value for name, value in os.environ.items() if name not in names}
+
+
+def test_the_table_of_runs_on_the_same_cores() -> None:
+    from bench.together import table
+
+    shown = table({300_000: [5.0, 6.0, 5.5], 0: [4.0]}, {300_000: [0.5, 0.6, 0.7], 0: [2.0, 2.0, 2.0]})
+    assert shown.splitlines()[0].startswith("| GOMP_SPINCOUNT | one alone") and "3 at once" in shown
+    assert shown.splitlines()[2:] == ["| 300,000 | 5.50 | 1.80 |", "| 0 | 4.00 | 6.00 |"]
