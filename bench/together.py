@@ -1,7 +1,7 @@
 """Times trainers that share this machine's cores, by how long OpenMP's waiting threads keep their core busy.
 
 ``python -m bench.together [--runs 3] [--steps 60] [--rounds 3] [--spins 300000 1000 0]`` prints steps per second of one
-run alone, a median over rounds that take turns, and of several at once, added up. 300000 is what GNU's OpenMP does where
+run alone, a median over rounds that take turns, and of several at once, added up. 300000 is what GNU's OpenMP does when
 nothing is set; `bomkern train` sets what bomkern_command.py says.
 """
 

@@ -64,7 +64,10 @@ def try_torch(requirement: str) -> int:
         return 1
     complete = run(python, str(Path(__file__).resolve()), "--names")
     version = subprocess.run(
-        [python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
+        [python, "-c", "import importlib.metadata as m; print(m.version('torch'))"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     (venv / "constraints.txt").write_text(f"torch=={version}\n")
     os.environ["PIP_CONSTRAINT"] = f"{os.environ.get('PIP_CONSTRAINT', '')} {venv / 'constraints.txt'}".strip()
