@@ -14,6 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from ._typed import constant
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -24,12 +26,17 @@ def exactly(fn: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = _device(args[0])
-        if device is None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if device is None or not _has_autocast(device) or not torch.is_autocast_enabled(device):
             return fn(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return fn(*args, **kwargs)
 
     return run
+
+
+@constant  # torch 2.11 cannot trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _device(first: Any) -> str | None:

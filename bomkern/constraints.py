@@ -75,7 +75,7 @@ class Constraint:
 
     def _freeze(self, ramp: tuple[float, float, float, float], **arguments: float) -> None:
         text = " ".join(map(repr, ramp))
-        slots = {"ramp": ramp, "_arguments": arguments, "_hash": hash((type(self), ramp)), "_text": text}
+        slots = {"ramp": ramp, "_arguments": arguments, "_text": text}
         for slot, value in slots.items():
             object.__setattr__(self, slot, value)
 
@@ -94,7 +94,11 @@ class Constraint:
         return type(self), tuple(self._arguments.values())
 
     def __hash__(self) -> int:
-        return self._hash
+        try:
+            return self._hash
+        except AttributeError:  # only when asked for: torch 2.11 cannot trace it where a graph makes a constraint
+            object.__setattr__(self, "_hash", hash((type(self), self.ramp)))
+            return self._hash
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.ramp == other.ramp

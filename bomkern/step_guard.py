@@ -130,7 +130,9 @@ class StepGuard:
         """Without ``found_inf`` the host has to know."""
         if not self._told:
             names = " and ".join(self._waits)
-            log.warning("StepGuard: %s takes no found_inf: each step waits for the device; fused=True would not", names)
+            could = any(one.defaults.get("fused", True) in (None, False) for one in self.optimizers)
+            hint = "; fused=True would not" if could else ""
+            log.warning("StepGuard: %s takes no found_inf: each step waits for the device%s", names, hint)
             self._told = True
         for optimizer in self.optimizers if ok else ():
             optimizer.step()

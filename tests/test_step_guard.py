@@ -120,17 +120,25 @@ def test_no_host_sync(name: str) -> None:
             out.loss.backward()
             guard.step(out.finite)
             guard.zero_grad()
-        assert warm or not counter.seen.keys() - {"_to_copy"}
+        if guard._waits:  # torch 2.11's fused Adagrad reads no found_inf
+            assert name == "Adagrad" and torch.__version__.startswith("2.11.")
+        else:
+            assert warm or not counter.seen.keys() - {"_to_copy"}
 
 
-def test_an_unfused_optimizer_waits_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "what", "hint"), [("plain SGD", "SGD", "; fused=True would not"), ("RMSprop", "RMSprop", "")]
+)
+def test_an_unfused_optimizer_waits_and_says_so_once(
+    name: str, what: str, hint: str, caplog: pytest.LogCaptureFixture
+) -> None:
     net = model()
-    _, guard = make("plain SGD", net)
+    _, guard = make(name, net)
     gradients(net)
     with caplog.at_level(logging.WARNING, "bomkern"):
         guard.step(), guard.step()
     assert [r.getMessage() for r in caplog.records] == [
-        "StepGuard: SGD takes no found_inf: each step waits for the device; fused=True would not"
+        f"StepGuard: {what} takes no found_inf: each step waits for the device{hint}"
     ]
     with CountSyncs() as counter:
         guard.step()
