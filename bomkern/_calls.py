@@ -177,10 +177,9 @@ class Call:
                     raise RuntimeError(f"lazy: {name_of(self.fn)} fails for {len(picks)} of its rows: {why}") from why
                 middle = _clock(device)
                 wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad] + _parameters(alone)
-                if wanted and alone.requires_grad:
-                    grad = torch.ones_like(alone)
-                    torch.autograd.grad(alone, wanted, grad, allow_unused=True, retain_graph=True)
-                seconds.append((middle - begun, _clock(device) - middle))
+                untried = bool(wanted) and alone.requires_grad and not _try_backward(alone, wanted)
+                # Where it cannot be tried: what it is of most networks.
+                seconds.append((middle - begun, 2 * (middle - begun) if untried else _clock(device) - middle))
         # TF32, which a GPU's convolutions use unless told not to, has no more digits than a half.
         half = out.dtype in HALF or torch.is_autocast_enabled(device.type) or device.type == "cuda"
         check_rows(self.fn, alone, out[: len(picks)], few, half)
@@ -188,6 +187,17 @@ class Call:
         forward, backward = (min(part) for part in zip(*seconds, strict=True))
         facts.ratio = backward / max(forward, 1e-9)
         facts.took(forward / len(picks))
+
+
+def _try_backward(alone: Tensor, wanted: list[Tensor]) -> bool:
+    """Run the backward, and keep graphs that the function may have closed over; False where it allows no second one."""
+    try:
+        torch.autograd.grad(alone, wanted, torch.ones_like(alone), allow_unused=True, retain_graph=True)
+    except RuntimeError as why:
+        if "donated buffers" not in str(why):  # torch 2.15's compiled functions give theirs away in the first
+            raise
+        return False
+    return True
 
 
 def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor, args: Sequence[Any], half: bool) -> None:
