@@ -1,4 +1,4 @@
-"""Tries another torch, one that bomkern does not support yet: ``make next-torch TORCH='torch==X'``.
+"""Tries another torch than the one that is worked with: ``make next-torch TORCH='torch==X'``.
 
 ``python tools/next_torch.py REQUIREMENT`` makes a fresh environment named after the requirement, says which private
 names that torch lacks, builds bomkern there from a copy of the sources, prints ``bomkern info`` and runs the quick
