@@ -19,10 +19,9 @@ class Info(dict[str, Any]):
         lines = [f"bomkern {self['version']}, torch {self['torch']}, Python {self['python']}"]
         if build:
             lines.append(f"built with {build['compiler']} for torch {build['torch']}")
-            threads = (
-                f"on one thread: {build['no_openmp_because']}" if build["no_openmp_because"] else "on {threads} threads"
-            )
-            lines.append(f"CPU: {build['simd']}; this CPU runs {build['simd_here']}, {threads.format(**self)}")
+            alone = build["no_openmp_because"]
+            threads = f"one thread: {alone}" if alone else f"{self['threads']} threads"
+            lines.append(f"CPU: {build['simd']}; this CPU runs {build['simd_here']}, on {threads}")
             cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "no CUDA kernels"
             remark = build["no_cuda_because"] or build["cuda_remark"]
             lines.append(cuda + (f": {remark}" if remark else ""))

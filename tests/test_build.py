@@ -363,3 +363,8 @@ def test_files_are_named_as_they_are_compiled(capfd: pytest.CaptureFixture[str])
     with build_extension._a_line_for_each_file():
         subprocess.run(["echo", f"[3/42] c++ -O3 -c {ROOT}/csrc/min_goal.cpp -o x.o -g0\nan error"], check=True)
     assert capfd.readouterr().out == "bomkern: 3 of 42: csrc/min_goal.cpp\nan error\n"
+
+
+def test_a_compilers_words_are_plain_text_in_the_library() -> None:
+    said = build_extension.make(["one.cpp"], False, False, [], {"WHY": 'no "$x" in C:\\y'}).define_macros
+    assert ("WHY", "\"no ''x' in C:'y\"") in said

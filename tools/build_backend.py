@@ -34,8 +34,6 @@ except ImportError:
         "ninja first, or leave --no-build-isolation out."
     ) from None
 
-TORCH = "torch>=" + ".".join(map(str, build_extension.OLDEST_TORCH))
-
 
 @functools.cache
 def _target_path() -> list[str]:
@@ -64,7 +62,7 @@ def _requires(config_settings: Any = None) -> list[str]:
         build_extension.refuse_old_torch(version)
         return []
     # Where nothing can be compiled, gigabytes of torch would be fetched for nothing.
-    return [] if build_ladder.why_no_compiler() else [TORCH]
+    return [] if build_ladder.why_no_compiler() else [build_extension.TORCH]
 
 
 def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:

@@ -28,6 +28,7 @@ import build_ladder
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = (2, 11)
+TORCH = "torch>=" + ".".join(map(str, OLDEST_TORCH))
 HEADER = "csrc/torch_headers.h"  # torch's own, parsed once for all of csrc/
 CHOICES = {
     "BOMKERN_BUILD": ("", "cpu"),
@@ -49,10 +50,7 @@ def refuse_old_torch(version: str) -> None:
     """Raises SystemExit where torch is older than what bomkern works with: before anything is compiled or replaced."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and (int(found[1]), int(found[2])) < OLDEST_TORCH:
-        least = ".".join(map(str, OLDEST_TORCH))
-        raise SystemExit(
-            f"bomkern needs torch>={least} and finds torch {version}; first: pip install --upgrade 'torch>={least}'"
-        )
+        raise SystemExit(f"bomkern needs {TORCH} and finds torch {version}; first: pip install --upgrade '{TORCH}'")
 
 
 def sources(suffix: str) -> list[str]:
@@ -76,6 +74,11 @@ def _sanitizer_flags() -> list[str]:
     return [f"-fsanitize={asked}", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g", "-O1"] if asked else []
 
 
+def _as_text(text: str) -> str:
+    """Without what C++'s strings, or ninja, would take for more than a letter: a compiler's words may hold any."""
+    return re.sub(r'["\\$]', "'", text)
+
+
 def make(
     files: list[str], cuda: bool, openmp: bool, nvcc_flags: list[str], macros: dict[str, str] | None = None
 ) -> Any:
@@ -97,7 +100,7 @@ def make(
         "bomkern._C",
         files,
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[(name, '"' + text.replace('"', "'") + '"') for name, text in (macros or {}).items()],
+        define_macros=[(name, f'"{_as_text(text)}"') for name, text in (macros or {}).items()],
         extra_compile_args=compile_flags,
         extra_link_args=threads + _sanitizer_flags(),
     )
@@ -112,7 +115,7 @@ def ladder() -> build_ladder.Ladder:
             import torch
         except ModuleNotFoundError:
             raise SystemExit(
-                "bomkern: a build without isolation needs torch in the environment: pip install 'torch>=2.11' ninja "
+                f"bomkern: a build without isolation needs torch in the environment: pip install '{TORCH}' ninja "
                 "first, or leave --no-build-isolation out."
             ) from None
         refuse_old_torch(torch.__version__)

@@ -58,9 +58,8 @@ namespace emu {
 inline bool every_case = false;
 inline bool left_out() {
   static const char* const text = getenv("BOMKERN_EMULATE_EVERY");
-  static const unsigned every = text ? unsigned(atoi(text)) : 1;
   static unsigned number = 0;
-  return !every_case && number++ % every != 0;
+  return !every_case && text && number++ % unsigned(atoi(text)) != 0;
 }
 
 [[noreturn]] inline void fail(const char* why) {
