@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 import build_extension  # noqa: E402  where tools/ is on the path
 
-# Read by bomkern/_impl.py; why nothing is compiled in this installation.
+# Read by bomkern/dispatch/select.py; why nothing is compiled in this installation.
 WHY_NOT = "_not_compiled.txt"
 
 
@@ -46,7 +46,7 @@ def compiled() -> dict[str, Any]:
     return {**given, "cmdclass": {**given.get("cmdclass", {}), "build_py": BuildPython}}
 
 
-packages = ["bomkern", "bomkern._triton", "bomkern.integrations", "bomkern.reference", "bomkern.train"]
+packages = [".".join(p.parent.relative_to(ROOT).parts) for p in sorted((ROOT / "bomkern").rglob("__init__.py"))]
 kernels = ["bomkern.kernels", *(f"bomkern.kernels.{p.parent.name}" for p in (ROOT / "kernels").glob("*/__init__.py"))]
 setup(
     packages=packages + kernels,

@@ -18,8 +18,9 @@ from bench.harness import BOTH, Case, Function, Inputs, Size, about, in_turn, me
 from bench.machine import DEVICE
 from bench.regimes import GOALS, goals
 from bench.report import SHOWN
-from bomkern import Anchored, ConstraintTable, GoalSet, _impl, min_goal_loss
-from bomkern._records import record_parts
+from bomkern import Anchored, ConstraintTable, GoalSet, min_goal_loss
+from bomkern.dispatch import select
+from bomkern.goals.record import record_parts
 from bomkern.reference import MEAN
 
 RULES = ("hard", "smooth", "spill")
@@ -62,7 +63,7 @@ def fused(rule: str) -> Function:
 
     def step(*raw: Tensor, impl: str | None = None) -> Step:
         params, curves, mu, weights = _given(rule, torch.promote_types(raw[0].dtype, torch.float32))
-        serve = _impl.resolve("goal_set", DEVICE, impl)
+        serve = select.resolve("goal_set", DEVICE, impl)
         loss, _, record = serve(list(raw), params, curves, owners, mu, MEAN, weights)
         parts = record_parts(record, K, K)
         return loss, torch.stack([parts["share"], parts["level"]]), parts["raw"]

@@ -36,7 +36,7 @@ from bench.regimes import HALF, Inputs
 from bench.results import USUAL
 from bench.rounds import SLOW, least, looked_at, of_a_gpu, planned
 from bench.worst import TURNS, as_info
-from bomkern import _impl
+from bomkern.dispatch import select
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 OURS = "bomkern"  # the best implementation here; others by name, "bomkern triton"
@@ -128,8 +128,8 @@ def peer(case: Case, name: str, size: Key, regime: str = "") -> Function:
     if name in case.more:
         return case.more[name]()
     impl = name.removeprefix(OURS).strip() or None
-    best = _impl.choose(case.op, DEVICE, None).split()[-1]
-    if impl and (reason := _impl.why_not(case.op, impl, DEVICE)):
+    best = select.choose(case.op, DEVICE, None).split()[-1]
+    if impl and (reason := select.why_not(case.op, impl, DEVICE)):
         pytest.skip(f"{impl} cannot serve here: {reason}")
     if impl == best:
         pytest.skip(f"{impl} is the best here, which {OURS} is")
@@ -215,7 +215,7 @@ def measure(benchmark: Any, case: Case, name: str, size: Size, direction: str, r
     x = inputs(case, key, regime)
     info: dict[str, Any] = {"work": case.work(size, direction), "unit": case.unit, "regime": regime or case.usual}
     if name.startswith(OURS):
-        info["impl"] = name.removeprefix(OURS).strip() or _impl.choose(case.op, DEVICE, None).split()[-1]
+        info["impl"] = name.removeprefix(OURS).strip() or select.choose(case.op, DEVICE, None).split()[-1]
     try:
         call = once(case, function, x, direction != FORWARD)
         if not brief or name == "torch.compile":  # which compiles anew for halves

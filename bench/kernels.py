@@ -71,12 +71,12 @@ def run(device: str, ops: Sequence[str], impls: Sequence[str], small: bool) -> t
     Returns:
         How many were done, and how many failed.
     """
-    from bomkern import _impl
+    from bomkern.dispatch import select
 
     done = failed = 0
     for case, size, few in cases():
         for impl in impls if case.op in ops else ():
-            if reason := _impl.why_not(case.op, impl, device):
+            if reason := select.why_not(case.op, impl, device):
                 print(f"bench.kernels: {case.op} by {impl} left out: {reason}", file=sys.stderr)
                 continue
             try:

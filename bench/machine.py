@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import bomkern
-from bomkern._torch_internals import TorchDispatchMode
+from bomkern.common.torch_internals import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent

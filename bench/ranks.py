@@ -24,8 +24,9 @@ from torch import distributed as dist
 
 import bomkern
 from bench import machine
-from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, ShareGuard, Tracking, _ranks
-from bomkern.goal_set import REDUCTIONS
+from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, ShareGuard, Tracking
+from bomkern.common import process_group
+from bomkern.goals.goal_set import REDUCTIONS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ranks.json"
 WORLDS = (1, 2, 4)
@@ -173,9 +174,9 @@ class Counted:
 
     def __init__(self) -> None:
         self.numbers = 0
-        _ranks._all_gather = self.wrap(_ranks._all_gather, lambda out, x: out.numel() - x.numel())
-        _ranks._reduce_scatter = self.wrap(_ranks._reduce_scatter, lambda out, x: x.numel() - out.numel())
-        _ranks.dist.all_reduce = self.wrap(_ranks.dist.all_reduce, lambda x: 2 * x.numel())
+        process_group._all_gather = self.wrap(process_group._all_gather, lambda out, x: out.numel() - x.numel())
+        process_group._reduce_scatter = self.wrap(process_group._reduce_scatter, lambda out, x: x.numel() - out.numel())
+        process_group.dist.all_reduce = self.wrap(process_group.dist.all_reduce, lambda x: 2 * x.numel())
 
     def wrap(self, call: Callable[..., Any], count: Callable[..., int]) -> Callable[..., Any]:
         def counted(*tensors: Tensor, group: Any = None) -> Any:

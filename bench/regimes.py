@@ -160,7 +160,7 @@ def make() -> None:
     from bomkern.train import loop
     from bomkern.train.config import Config
     from bomkern.train.data import load, to_float
-    from bomkern.train.step import Trainer
+    from bomkern.train.trainer import Trainer
 
     torch.set_num_threads(1)
     config = Config(structure=96, appearance=32, device="cpu")

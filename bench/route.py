@@ -45,8 +45,8 @@ def run(plan: Plan, device: str) -> dict[str, Any]:
 
     from bench.routing import measure
     from bench.routing.variants import VARIANTS, build
-    from bomkern.train.goals import GOALS
-    from bomkern.train.record import versions
+    from bomkern.train.nine_goals import GOALS
+    from bomkern.train.recorder import versions
 
     batches, small = list(plan.rounds), min(plan.rounds)
     combinations = [(batch, reduction) for batch in batches for reduction in plan.reductions]

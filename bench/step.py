@@ -19,13 +19,13 @@ from bench.loss_section import plain_loss
 from bench.machine import DEVICE, timer
 from bomkern import LatentStatistics, Lazy, lazy, total_correlation
 from bomkern.train import features as see
-from bomkern.train import goals as goal
 from bomkern.train import loop
-from bomkern.train.compiled import compiled
+from bomkern.train import nine_goals as goal
+from bomkern.train.compiled_trainer import compiled
 from bomkern.train.config import Config
 from bomkern.train.data import Data, load
 from bomkern.train.networks import Pass
-from bomkern.train.step import Trainer, raw_values
+from bomkern.train.trainer import Trainer, raw_values
 
 SIZE = 32  # pixels
 WARM, WARM_BATCH = 40, 32  # steps before anything is measured, so that goals are as far apart as they become
@@ -43,7 +43,7 @@ def in_blocks(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 def eager_values(
     out: Pass, image: Tensor, logits: Tensor, order: Tensor, trivial: goal.Trivial, correlation: Estimate = textbook
 ) -> list[Tensor]:
-    """The nine raw values as one writes them without bomkern. See `bomkern.train.step.raw_values`."""
+    """The nine raw values as one writes them without bomkern. See `bomkern.train.trainer.raw_values`."""
     z, mu, logvar = out.z, out.mu, out.logvar
     edges, recon_edges = see.edges(image), see.edges(out.recon)
     code = LatentStatistics(*plain_statistics(z, mu, logvar))

@@ -34,7 +34,8 @@ import bomkern
 from bench import bench_covariance_penalty, bench_min_goal, kernels, machine
 from bench.harness import Case, Size, check, inputs, once
 from bench.rounds import looked_at
-from bomkern import Anchored, GoalSet, _impl
+from bomkern import Anchored, GoalSet
+from bomkern.dispatch import select
 
 RECORDED = 20  # calls of a graph
 WORTH = 1.03  # times faster, from which on another value is worth a change
@@ -292,7 +293,7 @@ def _wait(x: torch.Tensor) -> float | None:
     """Microseconds between the host's question for a small result and its answer, the GPU idle; None without one."""
     if machine.DEVICE != "cuda":
         return None
-    from bomkern._host import HostCopy
+    from bomkern.common.host_copy import HostCopy
 
     spent = []
     for _ in range(50):
@@ -343,7 +344,7 @@ def why_not(title: str) -> str | None:
     if title == "route":
         return None
     impl = "cuda" if title.startswith("cuda") else "triton"
-    return _impl.why_not("min_goal", impl, machine.DEVICE)
+    return select.why_not("min_goal", impl, machine.DEVICE)
 
 
 def main(given: Sequence[str] | None = None) -> int:

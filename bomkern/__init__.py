@@ -1,26 +1,26 @@
 """bomkern: multi-goal training by the bottleneck rule, fast and safe, in PyTorch."""
 
-from . import _info, nn
-from ._findings import Finding
-from ._info import info
-from ._lazies import Lazy
-from .active_units import active_units
-from .consistency_variance import consistency_variance
+from . import nn
+from ._version import __version__ as __version__
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
-from .covariance_penalty import covariance_penalty
-from .diagnose import Diagnosis, diagnose
-from .gaussian_kl import gaussian_kl
-from .goal_set import GoalSet
-from .history import GoalOutput, History
-from .latent_statistics import LatentStatistics, latent_statistics
-from .lazy import lazy
-from .min_goal import MinGoalStats, min_goal_loss
-from .policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Spill, Tracking
-from .probe import Payoff, probe
-from .step_guard import StepGuard
-from .total_correlation import gaussian_total_correlation, total_correlation
+from .diagnosis.diagnose import Diagnosis, diagnose
+from .diagnosis.finding import Finding
+from .dispatch.info import info, warn_if_not_compiled
+from .goals.goal_set import GoalSet
+from .goals.history import GoalOutput, History
+from .goals.policies import Anchored, Calibrated, Fixed, Group, Policy, ShareGuard, Spill, Tracking
+from .goals.probe import Payoff, probe
+from .goals.step_guard import StepGuard
+from .lazy_goals.evaluate import Lazy
+from .lazy_goals.lazy import lazy
+from .ops.active_units import active_units
+from .ops.consistency_variance import consistency_variance
+from .ops.covariance_penalty import covariance_penalty
+from .ops.gaussian_kl import gaussian_kl
+from .ops.latent_statistics import LatentStatistics, latent_statistics
+from .ops.min_goal import MinGoalStats, min_goal_loss
+from .ops.total_correlation import gaussian_total_correlation, total_correlation
 
-__version__ = "0.1.0"
 __all__ = [
     "Anchored",
     "Box",
@@ -63,4 +63,8 @@ __all__ = [
     "total_correlation",
 ]
 
-_info.warn_if_not_compiled()
+for _name in __all__:
+    if isinstance(globals()[_name], type):  # a pickle and a repr say where the class is public, not where it lives
+        globals()[_name].__module__ = __name__
+
+warn_if_not_compiled()

@@ -138,19 +138,19 @@ def _train(given: dict[str, object]) -> int:
         except ImportError as why:
             print(f"bomkern train needs {why.name or name}: pip install 'bomkern[train]'", file=sys.stderr)
             return 1
-    from .train import loop, ranks
+    from .train import loop, processes
 
     config = Config(**given)  # type: ignore[arg-type]
     try:
         summary = loop.train(config, set(given))
     except (TrainError, OSError) as why:
-        ranks.say(f"bomkern train: error: {why}", why)
+        processes.say(f"bomkern train: error: {why}", why)
         return 1
     except KeyboardInterrupt:
-        ranks.say("stopped before the first step")
+        processes.say("stopped before the first step")
         return 130
     except loop.Interrupted as why:
-        ranks.say(f"{why}; go on with: bomkern train --out {config.out} --resume")
+        processes.say(f"{why}; go on with: bomkern train --out {config.out} --resume")
         return 128 + why.number
     if summary:
         print(loop.report(summary, config.out))

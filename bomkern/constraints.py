@@ -25,10 +25,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._constants import on_device
+from .common.checks import MAX_GOALS
+from .common.graph_constants import on_device
 
 LINEAR, HARD, BARRIER = CURVES = 0, 1, 2
-MAX_GOALS = 64
 
 
 def _number(owner: str, name: str, value: object) -> float:

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ._lazies import Lazy
-from ._ranks import ranks_of
-from ._torch_internals import FullPrecisionBuffers
-from .active_units import active_units
-from .consistency_variance import consistency_variance
+from .common.process_group import ranks_of
+from .common.torch_internals import FullPrecisionBuffers
 from .constraints import Constraint, ConstraintTable
-from .covariance_penalty import covariance_penalty
-from .gaussian_kl import gaussian_kl
-from .goal_set import GoalSet
-from .latent_statistics import LatentStatistics as Statistics
-from .latent_statistics import latent_statistics
-from .min_goal import MinGoalStats, min_goal_loss
-from .total_correlation import gaussian_total_correlation, total_correlation
+from .goals.goal_set import GoalSet
+from .lazy_goals.evaluate import Lazy
+from .ops.active_units import active_units
+from .ops.consistency_variance import consistency_variance
+from .ops.covariance_penalty import covariance_penalty
+from .ops.gaussian_kl import gaussian_kl
+from .ops.latent_statistics import LatentStatistics as Statistics
+from .ops.latent_statistics import latent_statistics
+from .ops.min_goal import MinGoalStats, min_goal_loss
+from .ops.total_correlation import gaussian_total_correlation, total_correlation
 
 __all__ = [
     "ActiveUnits",

@@ -13,7 +13,7 @@ namespace bomkern {
 // gradients of the inputs, undefined where not wanted.
 using Pull = std::function<variable_list(const variable_list& grads, const std::vector<Tensor>& kept, const std::vector<bool>& want)>;
 
-// The gradients of the inputs as `Pull` gives them, by the reference (bomkern/_twice.py) and differentiable themselves; from
+// The gradients of the inputs as `Pull` gives them, by the reference (bomkern/dispatch/double_backward.py) and differentiable themselves; from
 // the inputs in their graph.
 using Again = std::function<variable_list(const variable_list& grads, const std::vector<Tensor>& inputs, const std::vector<bool>& want)>;
 

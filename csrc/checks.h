@@ -1,4 +1,4 @@
-// The checks of bomkern/_check.py for [B, D] inputs, for the implementations in C++.
+// The checks of bomkern/common/checks.py for [B, D] inputs, for the implementations in C++.
 #pragma once
 #include "op.h"
 

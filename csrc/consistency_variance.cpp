@@ -22,7 +22,7 @@ struct Problem : Shape {
   bool stacked;  // one [V, B, D] tensor, not V tensors
 };
 
-// The same checks as bomkern/_check.py makes for the implementations in Python.
+// The same checks as bomkern/common/checks.py makes for the implementations in Python.
 Problem check(TensorList views, double correction) {
   const bool stacked = views.size() == 1 && views[0].dim() == 3;
   const int64_t count = stacked ? views[0].size(0) : static_cast<int64_t>(views.size());
@@ -127,7 +127,7 @@ Tensor consistency_variance_autograd(TensorList views, double correction) {
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/_ops.py.
+// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("consistency_variance", consistency_variance<false>);
   m.impl("consistency_variance_backward", consistency_variance_backward<false>);

@@ -16,7 +16,7 @@ struct Problem {
   bool wide;    // float64
 };
 
-// The same checks as bomkern/_check.py makes for the implementations in Python.
+// The same checks as bomkern/common/checks.py makes for the implementations in Python.
 inline Problem check_goals(TensorList goals) {
   TORCH_CHECK_VALUE(!goals.empty(), "goals must name 1 to 64 goals, got an empty sequence");
   Problem p{1, static_cast<int64_t>(goals.size()), goals.size() == 1 && goals[0].dim() == 2, false};

@@ -1,4 +1,4 @@
-// Matrix products that keep float32's digits, whatever torch has been told to give up for speed: bomkern/_products.py in C++.
+// Matrix products that keep float32's digits, whatever torch has been told to give up for speed: bomkern/common/products.py in C++.
 #pragma once
 #include <torch_headers.h>
 

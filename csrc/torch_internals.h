@@ -1,4 +1,4 @@
-// All of torch's C++ that is private, in one place: for a new torch read this file, and bomkern/_torch_internals.py for
+// All of torch's C++ that is private, in one place: for a new torch read this file, and bomkern/common/torch_internals.py for
 // Python.
 //
 // Private is what lies in torch/csrc, in a namespace impl, detail, native or functorch, behind the dispatcher (at::cpu,

@@ -45,7 +45,7 @@ bomkern::Shape check_shapes(const Tensor& z, const Tensor& mu, const Tensor& log
   return shape;
 }
 
-// The same checks as bomkern/_check.py makes for the implementations in Python.
+// The same checks as bomkern/common/checks.py makes for the implementations in Python.
 Problem check(const Tensor& z, const Tensor& mu, const Tensor& logvar, std::optional<int64_t> dataset_size,
               bool stratified, std::optional<int64_t> first) {
   const Problem p{check_shapes(z, mu, logvar, first), z.size(0), first.value_or(0), dataset_size, stratified};
@@ -158,7 +158,7 @@ Result total_correlation_autograd(const Tensor& z, const Tensor& mu, const Tenso
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/_ops.py.
+// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("total_correlation", total_correlation<false>);
   m.impl("total_correlation_backward", total_correlation_backward<false>);

@@ -19,7 +19,7 @@ from filelock import FileLock  # that torch brings
 from hypothesis import settings
 from torch import Tensor
 
-from bomkern import _impl
+from bomkern.dispatch import select
 from tests.interpreter import patch_once_a_launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ PAIRS = (
 def why_skipped(op: str, impl: str, device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "no GPU here"
-    return _impl.why_not(op, impl, device)
+    return select.why_not(op, impl, device)
 
 
 def servers(op: str) -> list[object]:

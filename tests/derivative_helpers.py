@@ -20,11 +20,11 @@ from bomkern import (
     Minimize,
     MinimizeHard,
     Spill,
-    _impl,
     lazy,
     reference,
 )
-from bomkern.min_goal import REDUCTIONS
+from bomkern.dispatch import select
+from bomkern.ops.min_goal import REDUCTIONS
 from tests.statistics_helpers import codes, views
 from tests.test_min_goal import SIX
 
@@ -129,7 +129,7 @@ def goal_set_ops(reduction: str, rank: str, matrix: bool) -> Problem:
             table = ConstraintTable(SIX, device)
             mu = torch.tensor(SOFT if rank == "soft" else 0.0, dtype=DOUBLE, device=device)
             multipliers = torch.tensor(MULTIPLIERS, dtype=DOUBLE, device=device) if rank == "spill" else None
-            serve = _impl.resolve("goal_set", device, impl)
+            serve = select.resolve("goal_set", device, impl)
             settings = table.params.double(), table.curves, GROUPS, mu, REDUCTIONS[reduction], multipliers
             return serve(list(goals), *settings)[0]
 
@@ -220,7 +220,7 @@ def correlations(dataset_size: int | None, estimator: str, first: int | None = N
         def call(*given: Tensor) -> Tensor:
             if first is None:
                 return bomkern.total_correlation(*given, dataset_size, estimator, impl=impl)
-            serve = _impl.resolve("total_correlation", device, impl)
+            serve = select.resolve("total_correlation", device, impl)
             return serve(*given, dataset_size, estimator == "mss", first)
 
         return call

@@ -11,8 +11,8 @@ from bomkern import (
     History,
     diagnose,
 )
-from bomkern._digest import Column
-from bomkern.history import Layout
+from bomkern.diagnosis.run_view import Column
+from bomkern.goals.history import Layout
 
 T = 400
 

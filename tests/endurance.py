@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 import bomkern
 from bench.machine import live_bytes
-from bomkern import Anchored, Calibrated, Fixed, GoalSet, Group, ShareGuard, StepGuard, Tracking, Upper, _impl
+from bomkern import Anchored, Calibrated, Fixed, GoalSet, Group, ShareGuard, StepGuard, Tracking, Upper
+from bomkern.dispatch import select
 
 RESULTS = Path(__file__).resolve().parent / "results" / "endurance.json"
 BATCH, SIZE, LATENTS = 32, 16, 4
@@ -137,7 +138,7 @@ class Run:
 
     def __init__(self, steps: int, device: str) -> None:
         self.steps, self.device = steps, torch.device(device)
-        self.impls = [impl for impl in _impl.IMPLS if _impl.why_not("goal_set", impl, self.device.type) is None]
+        self.impls = [impl for impl in select.IMPLS if select.why_not("goal_set", impl, self.device.type) is None]
         torch.manual_seed(0)
         self.mixing = torch.randn(LATENTS, SIZE, device=device)
         self.model = Small().to(device)

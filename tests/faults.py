@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bomkern.train import checkpoint, loop, record
+from bomkern.train import checkpoint, loop, recorder
 from bomkern.train.config import TrainError
 from tests.train_helpers import config, leaves
 
@@ -80,7 +80,7 @@ def finish(process: Any, errors: Any, code: int = 0) -> None:
 
 def state(out: Path) -> dict[str, Any]:
     """All that a run will go on from, by path."""
-    found = leaves(checkpoint.load(out / record.CHECKPOINT))
+    found = leaves(checkpoint.load(out / recorder.CHECKPOINT))
     return {name: value for name, value in found.items() if not name.startswith("/config")}
 
 
@@ -100,7 +100,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     """
     rng = random.Random(seed)
     broken, straight = folder / "broken", folder / "straight"
-    path, reached, first = broken / record.CHECKPOINT, [], _first_step(folder / "measured")
+    path, reached, first = broken / recorder.CHECKPOINT, [], _first_step(folder / "measured")
     for _ in range(count):
         process, errors = start(broken, steps=ENDLESS, resume=_can_resume(path), overwrite=False)
         _wait_for_writes(process, path, rng.choice((0, 0, 1)))
@@ -114,7 +114,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     steps = max(reached, default=0) + 2
     for out in (broken, straight):
         finish(*start(out, steps=steps, resume=out == broken and _can_resume(path)))
-    written = [line["step"] for out in (straight, broken) for line in record.read_lines(out / record.METRICS)]
+    written = [line["step"] for out in (straight, broken) for line in recorder.read_lines(out / recorder.METRICS)]
     same_lines = written[: len(written) // 2] == written[len(written) // 2 :]
     return {"kills": count, "steps": reached, "equal": equal(state(straight), state(broken)) and same_lines}
 
@@ -154,7 +154,7 @@ def damaged(folder: Path, offsets: int, seed: int = 0) -> dict[str, Any]:
     rng, out = random.Random(seed), folder / "damaged"
     if not out.exists():
         run(out, steps=2)
-    path = out / record.CHECKPOINT
+    path = out / recorder.CHECKPOINT
     whole, last, older = path.read_bytes(), state(out), leaves(checkpoint.load(checkpoint.before(path)))
     older = {name: value for name, value in older.items() if not name.startswith("/config")}
     found = {"cut": offsets, "refused": 0, "flipped": offsets, "survived": 0}
@@ -179,9 +179,9 @@ def full_disk(folder: Path) -> dict[str, Any]:
     """A run whose checkpoint no longer fits stops in one line, and goes on from the one before when there is room."""
     out = folder / "full"
     run(out, steps=2)
-    size = (out / record.CHECKPOINT).stat().st_size
+    size = (out / recorder.CHECKPOINT).stat().st_size
     said = last_words(*start(out, resume=True, steps=4, limit=size // 2))
-    kept = checkpoint.load(out / record.CHECKPOINT)["step"]
+    kept = checkpoint.load(out / recorder.CHECKPOINT)["step"]
     left = [path.name for path in out.glob(".*tmp")]
     return {"said": said, "kept": kept, "left": left, "steps": run(out, resume=True, steps=4)["steps"]}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bomkern import _impl
+from bomkern.dispatch import select
 from tests.conftest import assert_as_good_as_eager
 from tests.test_total_correlation import LAYOUTS as MATRIX_LAYOUTS
 
@@ -194,7 +194,7 @@ def check_only_the_gradients_wanted(call: Call, inputs: Inputs, server: tuple[st
 
 
 def only_cpu(op: str) -> pytest.MarkDecorator:
-    reason = _impl.why_not(op, "cpu", "cpu")
+    reason = select.why_not(op, "cpu", "cpu")
     return pytest.mark.skipif(reason is not None, reason=reason or "")
 
 

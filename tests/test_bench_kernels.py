@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import kernels, machine
-from bomkern import _impl
+from bomkern.dispatch import select
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_every_op_has_a_case() -> None:
 @pytest.mark.skipif(machine.DEVICE != "cpu", reason="the benches take the GPU that is here")
 def test_a_dry_run_needs_no_gpu(quiet: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert kernels.main(["--device", "cpu"]) == 0
-    served = sum(not _impl.why_not(op, impl, "cpu") for op in kernels.OPS for impl in kernels.IMPLS["cpu"])
+    served = sum(not select.why_not(op, impl, "cpu") for op in kernels.OPS for impl in kernels.IMPLS["cpu"])
     assert f"{served} done, 0 failed" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from bench import bench_min_goal, harness, machine, page, predictions
 from bench.harness import BACKWARD, BOTH, FORWARD
 from bench.results import PREDICTIONS, Results
 from bench.tables import WIDTH
-from bomkern import _impl
+from bomkern.dispatch import select
 
 TOLD = json.loads(PREDICTIONS.read_text())
 MACHINE = {
@@ -58,7 +58,7 @@ def test_both_directions_are_the_sum_of_each() -> None:
 @pytest.mark.parametrize("plan", predictions.PLANS, ids=lambda plan: plan.case.name)
 def test_the_launches_of_a_loss_are_counted(plan: predictions.Plan) -> None:
     """Beside our two ops: where those are compiled, each operator is one."""
-    if _impl.why_not(plan.case.op, "cpu", "cpu"):
+    if select.why_not(plan.case.op, "cpu", "cpu"):
         pytest.skip("not compiled here")
     size = tuple({**plan.sizes[0], "B": 32}.items())
     step = harness.once(plan.case, plan.case.ours, harness.inputs(plan.case, size), backward=True)

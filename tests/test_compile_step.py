@@ -18,12 +18,12 @@ from bomkern import (
     ShareGuard,
     Tracking,
     Upper,
-    _impl,
     covariance_penalty,
     gaussian_kl,
     total_correlation,
 )
-from bomkern.history import ROWS
+from bomkern.dispatch import select
+from bomkern.goals.history import ROWS
 
 RULES: dict[str, dict[str, Any]] = {
     "hard": {},
@@ -137,8 +137,8 @@ def test_a_copy_of_a_compiled_set_has_its_own_history() -> None:
 
 
 def test_the_first_use_of_ops_may_be_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_impl, "_chosen", {})
-    monkeypatch.setattr(_impl, "_servers", {})
+    monkeypatch.setattr(select, "_chosen", {})
+    monkeypatch.setattr(select, "_servers", {})
     z = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 
     def both(z: Tensor, impl: str | None = None) -> Tensor:

@@ -25,15 +25,14 @@ from bomkern import (
     Minimize,
     MinimizeHard,
     Upper,
-    _constants,
-    _host,
     lazy,
-    min_goal,
     min_goal_loss,
 )
-from bomkern._constants import on_device
-from bomkern._ranks import ALONE
-from bomkern._torch_internals import TorchDispatchMode
+from bomkern.common import graph_constants, host_copy
+from bomkern.common.graph_constants import on_device
+from bomkern.common.process_group import ALONE
+from bomkern.common.torch_internals import TorchDispatchMode
+from bomkern.ops import min_goal
 
 CONSTRAINTS = (Minimize(0.5), Upper(0.25, 2.0), Box(0.0, 1.0))
 IMPLS = pytest.mark.parametrize("impl", ["reference", None])
@@ -43,8 +42,8 @@ FROM_THE_HOST = (*MADE, "lift_fresh_copy", "lift_fresh", "device_put")
 
 
 def forget() -> None:
-    _constants._made.cache_clear()
-    for kept in (vars(_constants._traced), _constants._captured, min_goal._recent):
+    graph_constants._made.cache_clear()
+    for kept in (vars(graph_constants._traced), graph_constants._captured, min_goal._recent):
         kept.clear()
 
 
@@ -281,24 +280,24 @@ def test_a_graph_that_is_captured_needs_its_tables_before(monkeypatch: pytest.Mo
     """And keeps them: of what a CUDA graph reads nothing may be freed while it can be replayed."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     gpu = torch.device("cuda", 0)
-    assert _host.capturing(gpu) and not _host.capturing(torch.device("cpu"))
+    assert host_copy.capturing(gpu) and not host_copy.capturing(torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"are not on cuda:0 yet.*before the capture"):
         on_device((1.0, 2.0), torch.float32, gpu)
     goals = goals_of()
     min_goal_loss(goals, CONSTRAINTS)
-    monkeypatch.setattr(_constants, "capturing", lambda device: True)
+    monkeypatch.setattr(graph_constants, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="before the capture"):
         min_goal_loss(goals, (Minimize(0.125),) * 3)
     for _ in range(2):
         min_goal_loss(goals, CONSTRAINTS)  # found by identity
         min_goal_loss(goals, list(CONSTRAINTS))  # found by value
     table = min_goal._packed(CONSTRAINTS, 3, goals, goals[0].device)[0]
-    assert [x is table for x in _constants._captured.values()] == [True]
+    assert [x is table for x in graph_constants._captured.values()] == [True]
 
 
 def test_lazy_goals_are_plain_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose rows they are the host could not be told."""
     x = torch.rand(6)
     assert isinstance(lazy(torch.square, x), Lazy)
-    monkeypatch.setattr(sys.modules["bomkern.lazy"], "capturing", lambda device: True)
+    monkeypatch.setattr(sys.modules["bomkern.lazy_goals.lazy"], "capturing", lambda device: True)
     assert isinstance(lazy(torch.square, x), Tensor)

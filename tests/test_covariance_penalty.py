@@ -314,7 +314,7 @@ def test_independent_columns_give_the_ideal_by_chance(server: tuple[str, str]) -
             assert value == pytest.approx((dims - 1) / (batch - 1), rel=0.15)
 
 
-@pytest.mark.skipif(bomkern._impl.extension is None, reason="not compiled")
+@pytest.mark.skipif(bomkern.dispatch.select.extension is None, reason="not compiled")
 def test_the_backward_op_reads_no_product_that_is_not_there() -> None:
     """The penalty alone has none: what is given as one might be smaller than what would be read."""
     z = torch.rand(5, 3)

@@ -26,7 +26,7 @@ from bomkern import (
     cli,
     diagnose,
 )
-from bomkern._digest import Column
+from bomkern.diagnosis.run_view import Column
 from tests.diagnose_helpers import T, clean, flat, locked, only, slope, written
 
 # Rows that are not steps, goals that are not columns, numbers that are not finite.

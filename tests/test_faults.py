@@ -13,8 +13,8 @@ pytest.importorskip("lightning_fabric")
 import torch
 
 from bomkern import Anchored, GoalSet, Minimize
-from bomkern.train import checkpoint, loop, record
-from bomkern.train import step as training
+from bomkern.train import checkpoint, loop, recorder
+from bomkern.train import trainer as training
 from bomkern.train.config import TrainError
 from tests import faults
 from tests.train_helpers import config
@@ -35,7 +35,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("plain")
 def test_the_checkpoint_before_is_taken_and_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     faults.run(tmp_path, steps=2)
-    path = tmp_path / record.CHECKPOINT
+    path = tmp_path / recorder.CHECKPOINT
     path.write_bytes(path.read_bytes()[:-100])
     assert faults.run(tmp_path, steps=3, resume=True)["steps"] == 3
     assert "is not a readable checkpoint" in caplog.text and "the one before it, at step 1" in caplog.text
@@ -66,7 +66,7 @@ def test_a_goal_that_raises_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         raw_values = training.raw_values
 
         def fail(*arguments: Any) -> Any:
-            if (tmp_path / "broken" / record.CHECKPOINT).exists():
+            if (tmp_path / "broken" / recorder.CHECKPOINT).exists():
                 raise ZeroDivisionError("in a goal")
             return raw_values(*arguments)
 
@@ -110,6 +110,6 @@ def test_a_weight_that_is_nan_stops_the_run_and_is_not_saved(
     monkeypatch.setattr(training.Trainer, "advance", plant)
     with pytest.raises(TrainError, match="not finite"):
         faults.run(tmp_path, steps=100)
-    kept = checkpoint.load(tmp_path / record.CHECKPOINT)
+    kept = checkpoint.load(tmp_path / recorder.CHECKPOINT)
     assert kept["step"] == 2
     assert all(weight.isfinite().all() for name in ("vae", "discriminator") for weight in kept[name].values())

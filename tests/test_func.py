@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 import bomkern
-from bomkern import Anchored, GoalSet, Group, Minimize, MinimizeHard, Upper, _impl, min_goal_loss, reference
+from bomkern import Anchored, GoalSet, Group, Minimize, MinimizeHard, Upper, min_goal_loss, reference
+from bomkern.dispatch import select
 from tests.conftest import run_again, servers
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
@@ -339,7 +340,7 @@ class TestGoalSet:
         torch.testing.assert_close([g[0] for g in both.values()], list(want))
 
 
-@pytest.mark.skipif(_impl.extension is None, reason="for the compiled ops")
+@pytest.mark.skipif(select.extension is None, reason="for the compiled ops")
 def test_the_ops_themselves() -> None:
     """A call of torch.ops, as a compiled graph makes it: its gradient is not lost where its level is gone."""
     _, mu, logvar = codes("cpu")
@@ -387,6 +388,6 @@ def test_compiled_transforms(server: tuple[str, str], name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(_impl.why_not("gaussian_kl", "triton", "cuda") == "triton is not installed", reason="no triton")
+@pytest.mark.skipif(select.why_not("gaussian_kl", "triton", "cuda") == "triton is not installed", reason="no triton")
 def test_under_the_interpreter() -> None:
     run_again("tests/test_func.py", "triton-cpu and (not compiled or gaussian_kl)", TRITON_INTERPRET="1")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bomkern import _impl
+from bomkern.dispatch import select
 from tests.fuzz.cases import Case, Given
 from tests.fuzz.running import OPS, draw, failure_of, main
 from tests.statistics_helpers import only_cpu
@@ -90,8 +90,8 @@ PLANTS = (a_little_more, a_gradient_a_little_wrong, an_edge_forgotten, a_written
 def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Serve], Serve]], None]:
     def plant(key: str, bug: Callable[[Serve], Serve]) -> None:
         op, impl = key.split()
-        _impl.choose(op, "cpu", impl)  # so that it is there to be replaced
-        monkeypatch.setitem(_impl._servers, key, bug(_impl._servers[key]))
+        select.choose(op, "cpu", impl)  # so that it is there to be replaced
+        monkeypatch.setitem(select._servers, key, bug(select._servers[key]))
 
     return plant
 

@@ -24,7 +24,7 @@ from bomkern import (
     min_goal_loss,
     probe,
 )
-from bomkern.history import CAPACITY, ROWS, Layout
+from bomkern.goals.history import CAPACITY, ROWS, Layout
 
 THREE = {"a": Minimize(0.5), "b": Anchored(0.2, 1.0), "c": Box(-1, 1)}
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bomkern import Anchored, GoalSet, Minimize, _impl, history
-from bomkern._impl import keeper
+from bomkern import Anchored, GoalSet, Minimize
+from bomkern.dispatch import select
+from bomkern.dispatch.select import keeper
+from bomkern.goals import history
 from bomkern.reference import goal_set_keep
 from tests.conftest import servers
 from tests.test_min_goal_bridge import COMPILED, CountSyncs
@@ -227,5 +229,5 @@ def test_spill_is_taken_back_once() -> None:
 
 def test_what_serves_it() -> None:
     assert keeper("cpu", "reference") is goal_set_keep and keeper("meta", None) is goal_set_keep
-    if _impl.extension is not None:
+    if select.extension is not None:
         assert keeper("cpu", None) is keeper("cpu", "cpu") is torch.ops.bomkern.goal_set_keep.default

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bomkern import ConstraintTable, Minimize, _impl
-from bomkern._records import record_parts
+from bomkern import ConstraintTable, Minimize
+from bomkern.dispatch import select
+from bomkern.goals.record import record_parts
 from tests.conftest import run_again
 from tests.statistics_helpers import only_cpu
 from tests.test_goal_set_op import (
@@ -313,7 +314,7 @@ def test_compiles_into_one_graph_that_sees_changed_multipliers(server: tuple[str
         torch.tensor(0.0, device=device),
         torch.tensor(THREE, device=device),
     )
-    serve = _impl.resolve("goal_set", device, impl)
+    serve = select.resolve("goal_set", device, impl)
 
     def step(goals: list[Tensor]) -> tuple[Tensor, ...]:
         return serve([g * 1.1 for g in goals], table.params, table.curves, GROUPS, mu, 1, given)
@@ -337,7 +338,7 @@ def test_no_host_sync(server: tuple[str, str], reduction: str) -> None:
         torch.tensor(0.1, device=device),
         torch.tensor(THREE, device=device),
     )
-    goals, serve = goals_of(32, device), _impl.resolve("goal_set", device, impl)
+    goals, serve = goals_of(32, device), select.resolve("goal_set", device, impl)
     with CountSyncs() as counter:
         loss, _, _ = serve(goals, table.params, table.curves, GROUPS, mu, REDUCTIONS.index(reduction), given)
         loss.sum().backward()
@@ -348,7 +349,7 @@ def test_no_host_sync(server: tuple[str, str], reduction: str) -> None:
 def test_multipliers_of_any_stride(server: tuple[str, str]) -> None:
     impl, device = server
     table, mu, goals = ConstraintTable(SIX, device), torch.tensor(0.0, device=device), goals_of(32, device)
-    serve = _impl.resolve("goal_set", device, impl)
+    serve = select.resolve("goal_set", device, impl)
     wide = torch.tensor([[x, 9.0] for x in THREE], device=device)
     for strided, plain in ((wide[:, 0], THREE), (torch.tensor(0.25, device=device).expand(3), [0.25] * 3)):
         assert not strided.is_contiguous()
@@ -374,7 +375,7 @@ def test_bad_multipliers_are_named(
 ) -> None:
     impl, device = server
     table, mu = ConstraintTable(SIX, device), torch.tensor(0.0, device=device)
-    serve = _impl.resolve("goal_set", device, impl)
+    serve = select.resolve("goal_set", device, impl)
     goals = [x.to(device) for x in raw_values(8)]
     with pytest.raises(error, match=message):
         serve(goals, table.params, table.curves, list(range(6)), mu, 1, given if given.is_meta else given.to(device))

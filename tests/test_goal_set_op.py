@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bomkern import Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, _impl, min_goal_loss
-from bomkern._records import record_parts
-from bomkern.min_goal import REDUCTIONS as CODES
+from bomkern import Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
+from bomkern.dispatch import select
+from bomkern.goals.record import record_parts
+from bomkern.ops.min_goal import REDUCTIONS as CODES
 from tests.conftest import assert_as_good_as_eager, servers
 from tests.statistics_helpers import only_cpu, shuffled
 from tests.test_min_goal import LAYOUTS, SIX
@@ -49,7 +50,7 @@ def call(
     # Through float32: a parameter is the same number to all.
     table = ConstraintTable(constraints, device)
     temperature = torch.tensor(mu, device=device).to(dtype)
-    serve = _impl.resolve("goal_set", device.type, impl)
+    serve = select.resolve("goal_set", device.type, impl)
     owners = list(range(len(constraints)) if groups is None else groups)
     given = None if multipliers is None else torch.tensor(multipliers, device=device).to(dtype)
     return serve(list(goals), table.params.to(dtype), table.curves, owners, temperature, CODES[reduction], given)

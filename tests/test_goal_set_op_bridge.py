@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bomkern
-from bomkern import ConstraintTable, _impl
-from bomkern._ops import record_size
+from bomkern import ConstraintTable
+from bomkern.dispatch import select
+from bomkern.dispatch.schemas import record_size
 from tests.conftest import run_again, servers
 from tests.test_goal_set_op import GROUPINGS, REDUCTIONS, SIX, call, raw_values, run
 from tests.test_min_goal_bridge import COMPILED, CountSyncs
@@ -84,7 +85,7 @@ def test_compile_fullgraph(server: tuple[str, str], backend: str, dynamic: bool 
     impl, device = server
     torch._dynamo.reset()
     table, mu = ConstraintTable(SIX, device), torch.tensor(0.0, device=device)
-    serve = _impl.resolve("goal_set", device, impl)
+    serve = select.resolve("goal_set", device, impl)
 
     def step(goals: list[Tensor]) -> tuple[Tensor, ...]:
         loss, bottleneck, record = serve([g * 1.1 for g in goals], table.params, table.curves, GROUPS, mu, 1)
@@ -110,7 +111,7 @@ def test_compile_fullgraph(server: tuple[str, str], backend: str, dynamic: bool 
 def test_no_host_sync(server: tuple[str, str], reduction: str) -> None:
     impl, device = server
     table, mu = ConstraintTable(SIX, device), torch.tensor(0.1, device=device)
-    goals, serve = goals_of(32, device), _impl.resolve("goal_set", device, impl)
+    goals, serve = goals_of(32, device), select.resolve("goal_set", device, impl)
     with CountSyncs() as counter:
         loss, _, _ = serve(goals, table.params, table.curves, GROUPS, mu, REDUCTIONS.index(reduction))
         loss.sum().backward()
@@ -252,7 +253,7 @@ def test_bad_input_is_named(impl: str | None, wrong: dict[str, Any], error: type
     good = {"goals": [torch.rand(3), torch.rand(3)], "params": table.params, "curves": table.curves, "groups": [0, 1]}
     arguments = {**good, "temperature": torch.tensor(0.1), **wrong}
     with pytest.raises(error, match=text):
-        _impl.resolve("goal_set", "cpu", impl)(*arguments.values(), 1)
+        select.resolve("goal_set", "cpu", impl)(*arguments.values(), 1)
 
 
 @COMPILED

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bomkern import GoalSet, Minimize, ShareGuard, history
+from bomkern import GoalSet, Minimize, ShareGuard
+from bomkern.goals import history
 from tests.test_constants import Graphs
 from tests.test_goal_set_syncs import EACH, RULES, everything
 from tests.test_min_goal_bridge import CountSyncs
@@ -77,7 +78,7 @@ def captured(goals: GoalSet, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tupl
     """A step of `goals` on the memory of x. As a capture does, it changes nothing."""
     before = {name: buffer.clone() for name, buffer in goals.named_buffers()}
     with monkeypatch.context() as patch:
-        for module in (history, sys.modules["bomkern.goal_set"]):
+        for module in (history, sys.modules["bomkern.goals.goal_set"]):
             patch.setattr(module, "capturing", lambda device: True)
         with Capture() as graph:
             made = step(goals, x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, MinimizeHard, ShareGuard, Tracking, Upper
-from bomkern.history import CAPACITY, ROWS, History, Layout
+from bomkern.goals.history import CAPACITY, ROWS, History, Layout
 
 NAN, INF = math.nan, math.inf
 

@@ -21,10 +21,9 @@ from bomkern import (
     Spill,
     Tracking,
     Upper,
-    _impl,
-    history,
-    policies,
 )
+from bomkern.dispatch import select
+from bomkern.goals import history, policies
 from tests.test_min_goal_bridge import COMPILED, CountSyncs
 
 RULES: dict[str, dict[str, Any]] = {
@@ -98,7 +97,7 @@ def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: A
     monkeypatch.setattr(history, "ROWS", 4)
     monkeypatch.setattr(history, "HostCopy", Arrives)
     if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
-        monkeypatch.setattr(_impl, "resolve", lambda op, device, impl: _impl._COMPILED[op]())
+        monkeypatch.setattr(select, "resolve", lambda op, device, impl: select._COMPILED[op]())
     goals = everything(**rule).to("meta")
     monkeypatch.setattr(Arrives, "monitor", goals.monitor, raising=False)
     raw, ok = values("meta"), torch.ones((), dtype=torch.bool, device="meta")

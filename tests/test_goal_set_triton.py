@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bomkern import ConstraintTable
-from bomkern import _triton as bridge
+from bomkern.dispatch import triton as bridge
 from tests.conftest import check_no_spills
 from tests.test_goal_set_op import GROUPINGS, REDUCTIONS, SIX, check, check_places, raw_values, run
 from tests.test_min_goal_triton import (
@@ -125,7 +125,7 @@ def test_compiles_for_sm_90_without_spills() -> None:
 def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     import bomkern.kernels.goal_set.triton as kernels
 
-    from bomkern._triton.goal_set import _allocate as allocate
+    from bomkern.dispatch.triton.goal_set import _allocate as allocate
 
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     for name in ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"):

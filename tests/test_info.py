@@ -12,18 +12,18 @@ import pytest
 import torch
 
 import bomkern
-from bomkern import _impl
+from bomkern.dispatch import select
 from tests.conftest import PAIRS, why_skipped
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("op", _impl.OPS)
+@pytest.mark.parametrize("op", select.OPS)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_is_tested_here(op: str, pair: tuple[str, str]) -> None:
     if reason := why_skipped(op, *pair):
         pytest.skip(reason)
-    assert callable(_impl.resolve(op, pair[1], pair[0]))
+    assert callable(select.resolve(op, pair[1], pair[0]))
 
 
 def test_info_reads_well() -> None:
@@ -46,7 +46,7 @@ def test_without_compiled_kernels_it_says_so_once_and_works() -> None:
         "import warnings; warnings.simplefilter('always')\n"
         "import torch, bomkern\n"
         "print(bomkern.min_goal_loss(torch.tensor([[0.5, 0.25]])).item(), bomkern.info()['ops']['min_goal']['cpu'])\n"
-        "import bomkern.min_goal\n"
+        "import bomkern.ops.min_goal\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr.count("RuntimeWarning") == 1 and "compiler" in done.stderr
@@ -69,8 +69,8 @@ def test_what_lacks_is_told_with_the_way_to_get_it(found: Any, told: str, monkey
             raise found
         return found
 
-    monkeypatch.setattr(_impl.importlib, "import_module", import_module)
-    module, why = _impl._load()
+    monkeypatch.setattr(select.importlib, "import_module", import_module)
+    module, why = select._load()
     assert module is None and told in why and why.endswith("--no-cache-dir")
 
 

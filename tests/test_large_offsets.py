@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bomkern import ConstraintTable, Minimize, MinimizeHard, _impl
+from bomkern import ConstraintTable, Minimize, MinimizeHard
+from bomkern.dispatch import select
 from tests.conftest import run_again, servers
 from tests.statistics_helpers import OPS, Call, Inputs, check, codes
 
@@ -117,7 +118,7 @@ def test_goal_set_reads_far_apart(
 
     def call(x: Tensor, impl: str | None = None) -> Tensor:
         params = table.params.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        serve = _impl.resolve("goal_set", x.device.type, impl)
+        serve = select.resolve("goal_set", x.device.type, impl)
         mu = params.new_tensor(0.1)
         return serve(as_columns(x), params, table.curves, list(range(5)), mu, 0)[0]  # type: ignore[no-any-return]
 
@@ -145,7 +146,7 @@ def room(request: pytest.FixtureRequest) -> None:
     needed = request.param
     if os.environ.get("BOMKERN_LARGE") != "1":
         pytest.skip("takes many gigabytes: BOMKERN_LARGE=1 runs it")
-    if _impl.extension is None:
+    if select.extension is None:
         pytest.skip("not compiled")
     try:
         free = free_memory()
@@ -269,7 +270,7 @@ def test_goal_set_writes_past_2_to_31() -> None:
     values, last = column(batch, 1)[:, 0], column(batch, 2)[:, 0].requires_grad_()
     given = [*[values] * (goals - 1), last]
     table = ConstraintTable([Minimize(1.0)] * goals)
-    serve: Call = _impl.resolve("goal_set", "cpu", "cpu")
+    serve: Call = select.resolve("goal_set", "cpu", "cpu")
     loss = serve(given, table.params, table.curves, list(range(goals)), torch.tensor(0.0), 2)[0]
     (grad,) = torch.autograd.grad(loss, last)
     assert torch.equal(grad, (last.detach() > values).to(grad.dtype))

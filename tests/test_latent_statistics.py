@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bomkern import active_units, gaussian_kl, latent_statistics
-from bomkern.latent_statistics import LatentStatistics
+from bomkern.ops.latent_statistics import LatentStatistics
 from tests.conftest import servers
 from tests.statistics_helpers import (
     LARGE,

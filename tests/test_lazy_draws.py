@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bomkern import lazy, min_goal_loss
-from bomkern._calls import facts_of
+from bomkern.lazy_goals.call import facts_of
 from tests.test_lazy import size
 from tests.test_lazy_edges import DOUBLE, ONE, check, linear, rivals, rows, step_alone
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bomkern import Lazy, Minimize, lazy, min_goal_loss
-from bomkern._calls import facts_of
-from bomkern._settle import LOOK
+from bomkern.lazy_goals.call import facts_of
+from bomkern.lazy_goals.owned_rows import LOOK
 from tests.test_lazy import Wrap, error, plain, size
 
 DOUBLE = torch.float64

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import bomkern
 from bomkern import ConstraintTable, Minimize, min_goal_loss
-from bomkern._torch_internals import TorchDispatchMode
+from bomkern.common.torch_internals import TorchDispatchMode
 from tests.conftest import grad_of, run_again, servers
 from tests.test_min_goal import REDUCTIONS, SIX, leaf
 
 IMPLS = pytest.mark.parametrize("server", servers("min_goal"))
-COMPILED = pytest.mark.skipif(bomkern._impl.extension is None, reason="not compiled")
+COMPILED = pytest.mark.skipif(bomkern.dispatch.select.extension is None, reason="not compiled")
 
 
 def goals_of(batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -87,7 +87,7 @@ def test_a_winner_that_is_no_goal_gets_nothing() -> None:
 @pytest.mark.parametrize("impl", ["reference", None])
 def test_curves_without_params_are_refused(impl: str | None) -> None:
     with pytest.raises(ValueError, match=r"^curves must be empty where params is None"):
-        bomkern._impl.resolve("min_goal", "cpu", impl)([torch.rand(3), torch.rand(3)], None, [0], 1, False)
+        bomkern.dispatch.select.resolve("min_goal", "cpu", impl)([torch.rand(3), torch.rand(3)], None, [0], 1, False)
 
 
 @IMPLS

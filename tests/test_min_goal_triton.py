@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bomkern import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, reference
-from bomkern import _triton as bridge
+from bomkern.dispatch import triton as bridge
 from tests.conftest import assert_as_good_as_eager, check_no_spills
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -315,7 +315,7 @@ class Recorder:
 def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     import bomkern.kernels.min_goal.triton as kernels
 
-    from bomkern._triton.min_goal import _allocate as allocate
+    from bomkern.dispatch.triton.min_goal import _allocate as allocate
 
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     for name in ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"):

@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bomkern
 from bomkern import GoalSet, Group, Minimize, covariance_penalty, gaussian_total_correlation
-from bomkern._products import loses_digits, matmul
-from bomkern._torch_internals import TorchDispatchMode
+from bomkern.common.products import loses_digits, matmul
+from bomkern.common.torch_internals import TorchDispatchMode
 from tests.conftest import servers
 
 IMPLS = pytest.mark.parametrize("server", servers("covariance_penalty"))
-COMPILED = pytest.mark.skipif(bomkern._impl.extension is None, reason="not compiled")
+COMPILED = pytest.mark.skipif(bomkern.dispatch.select.extension is None, reason="not compiled")
 LOWER = pytest.mark.parametrize("precision", ["high", "medium"])
 SETTINGS = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 CALLS: dict[str, Callable[..., Tensor]] = {

@@ -14,7 +14,8 @@ from torch import distributed as dist
 
 import bomkern
 from bench import ranks
-from bomkern import Anchored, GoalSet, Minimize, StepGuard, _ranks
+from bomkern import Anchored, GoalSet, Minimize, StepGuard
+from bomkern.common import process_group
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 # Policies and history are float32 whatever the goals are.
@@ -50,11 +51,11 @@ def test_parts_are_not_the_whole(truth: dict[str, dict[str, Any]]) -> None:
 
 def test_shapes_are_not_compared_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would wait for the device; the steps before the capture have compared them."""
-    several = _ranks.Ranks()
+    several = process_group.Ranks()
     several.group = object()
     with pytest.raises(Exception, match="object"):  # asks the others
         several.check_shape("x", torch.rand(3))
-    monkeypatch.setattr(_ranks, "capturing", lambda device: True)
+    monkeypatch.setattr(process_group, "capturing", lambda device: True)
     several.check_shape("x", torch.rand(3))
 
 
@@ -170,7 +171,7 @@ def _twice(group: Any) -> None:
         value = value + bomkern.active_units(code.mu, process_group=group)[0]
         (grad,) = torch.autograd.grad(value, w, create_graph=True)
         if group is not None:  # as the parameters' gradients are averaged, so must what is made of them be
-            grad = bomkern._ranks.ranks_of(group).total(grad) / dist.get_world_size(group)
+            grad = bomkern.common.process_group.ranks_of(group).total(grad) / dist.get_world_size(group)
         grad.square().sum().backward()
         return ranks.averaged(w.grad, group)
 

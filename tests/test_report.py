@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bomkern import Box, Calibrated, History, Lower, Payoff, Upper, cli, diagnose
-from bomkern._charts import DARK, DASHES, LIGHT, POINTS, Chart, colour, dash, lanes, thin, thin_extremes, ticks
-from bomkern.report import KINDS, write_report
+from bomkern.report.charts import DARK, DASHES, LIGHT, POINTS, Chart, colour, dash, lanes, thin, thin_extremes, ticks
+from bomkern.report.page import KINDS, write_report
 from tests.diagnose_helpers import clean, flat, locked, slope, written
 
 EVIL = '<script>alert("1")</script>&'

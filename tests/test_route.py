@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bomkern import GoalSet, Group, Minimize, _impl, min_goal_loss
-from bomkern.min_goal import REDUCTIONS
+from bomkern import GoalSet, Group, Minimize, min_goal_loss
+from bomkern.dispatch import select
+from bomkern.ops.min_goal import REDUCTIONS
 from tests.conftest import servers
 
 IMPLS = pytest.mark.parametrize("server", servers("min_goal"))
 SET_IMPLS = pytest.mark.parametrize("server", servers("goal_set"))
 EACH_REDUCTION = pytest.mark.parametrize("reduction", REDUCTIONS)
-COMPILED = pytest.mark.skipif(_impl.extension is None, reason="not compiled")
+COMPILED = pytest.mark.skipif(select.extension is None, reason="not compiled")
 NAMES = ("a", "b", "c", "d")
 Goals = Callable[[Sequence[Tensor]], Tensor]
 

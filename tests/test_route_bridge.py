@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bomkern import ConstraintTable, GoalSet, Minimize, _impl, _route, min_goal_loss
-from bomkern.min_goal import REDUCTIONS
+from bomkern import ConstraintTable, GoalSet, Minimize, min_goal_loss
+from bomkern.common.process_group import several_ranks
+from bomkern.dispatch import routing, select
+from bomkern.ops.min_goal import REDUCTIONS
 from tests.test_route import (
     ALL,
     COMPILED,
@@ -229,19 +231,19 @@ def test_under_function_transforms(server: tuple[str, str]) -> None:
 
 def test_auto_leaves_nothing_out_where_others_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = Branches(), samples()
-    server = ("cpu" if _impl.extension else "reference", "cpu")
-    assert not _route.several_ranks()
+    server = ("cpu" if select.extension else "reference", "cpu")
+    assert not several_ranks()
     for world, expected in ((1, 4), (2, 0)):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda world=world: world)
-        assert _route.several_ranks() == (world == 2)
-        assert _route.rows_too("auto") == _route.rows_too("always") == (world == 1)
+        assert several_ranks() == (world == 2)
+        assert routing.rows_too("auto") == routing.rows_too("always") == (world == 1)
         for make in ALL:
             grads = gradients(make(server), net, x)
             assert sum(g is None for g in grads) == expected
             assert sum(g is None for g in gradients(make(server, route="always"), net, x)) == 4
             assert sum(g is None for g in gradients(make(server, route="never"), net, x)) == 0
-    assert not _route.rows_too("never")
+    assert not routing.rows_too("never")
 
 
 # Not static_graph=True, a promise that routing breaks: there one rank is left without what another has a gradient of.

@@ -21,7 +21,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from bomkern import ConstraintTable, GoalSet, Minimize, _impl, reference, total_correlation
+from bomkern import ConstraintTable, GoalSet, Minimize, reference, total_correlation
+from bomkern.dispatch import select
 from tests.conftest import run_again, servers
 from tests.derivative_helpers import FAMILIES, PROBLEMS, Inputs, Loss, Problem, raw_values
 from tests.statistics_helpers import codes
@@ -335,7 +336,7 @@ def test_settings_that_change_before_the_second(server: tuple[str, str], change:
         }
         settings = held["params"], ConstraintTable(SIX).curves, range(6), held["temperature"], 1
         given = held["multipliers"] if change == "multipliers" else None
-        loss = _impl.resolve("goal_set", device, impl)(leaves, *settings, given)[0].square()
+        loss = select.resolve("goal_set", device, impl)(leaves, *settings, given)[0].square()
         held[change].mul_(factor)
         made = grads_of(loss, leaves, create_graph=True)
         held[change].mul_(factor)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from bomkern import History, cli
-from bomkern._load import load_plain
+from bomkern.common.files import load_plain
 from bomkern.report import diagnose_folder
 from bomkern.train.config import TrainError
 

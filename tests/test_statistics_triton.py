@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bomkern import _triton as bridge
+from bomkern.dispatch import triton as bridge
 from tests import test_min_goal_triton
 from tests.conftest import check_no_spills
 from tests.statistics_helpers import OPS, Inputs, check, check_far, check_second_derivative, codes, leaves, run, views
@@ -329,9 +329,9 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         kernels = importlib.import_module(f"bomkern.kernels.{module}")
         for name in names:
             setattr(kernels, name, Recorder(getattr(kernels, name), launches))
-    bridge.load = functools.cache(lambda op, _: importlib.import_module(f"bomkern.kernels.{op}.triton"))  # type: ignore[attr-defined]
+    load = functools.cache(lambda op, _: importlib.import_module(f"bomkern.kernels.{op}.triton"))
     for name in OPS:
-        sys.modules[f"bomkern._triton.{name}"].load = bridge.load  # type: ignore[attr-defined]
+        sys.modules[f"bomkern.dispatch.triton.{name}"].load = load  # type: ignore[attr-defined]
 
     def both(call: Any, *inputs: Tensor, pull: Any = torch.ones_like) -> None:
         inputs = tuple(x.requires_grad_() for x in inputs)

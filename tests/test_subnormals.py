@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bomkern import Anchored, GoalSet, _impl
+from bomkern import Anchored, GoalSet
+from bomkern.dispatch import select
 
-COMPILED = pytest.mark.skipif(_impl.extension is None, reason="not compiled")
+COMPILED = pytest.mark.skipif(select.extension is None, reason="not compiled")
 LIMIT = 1.15  # times as long as with such numbers flushed; what was mended took 1.4 to 10 times as long
 ROUNDS = 12
 Step = Callable[[], tuple[Tensor, ...]]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bomkern import _torch_internals as internals
+from bomkern.common import torch_internals as internals
 
 ROOT = Path(__file__).resolve().parent.parent
-HOME = ROOT / "bomkern" / "_torch_internals.py"
+HOME = ROOT / "bomkern" / "common/torch_internals.py"
 HEADER = ROOT / "csrc" / "torch_internals.h"
 PYTHON = sorted(path for folder in ("bomkern", "kernels") for path in (ROOT / folder).rglob("*.py") if path != HOME)
 CPP = sorted(
@@ -139,7 +139,7 @@ def test_no_other_python_reaches_private_torch() -> None:
         for path in PYTHON
         for line, name in OURS.uses(ast.parse(path.read_text()))
     ]
-    assert not found, "reach these through bomkern/_torch_internals.py:\n" + "\n".join(found)
+    assert not found, "reach these through bomkern/common/torch_internals.py:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize(

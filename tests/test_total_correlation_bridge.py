@@ -14,7 +14,7 @@ from tests.test_min_goal_bridge import CountSyncs
 from tests.test_total_correlation import ESTIMATORS, latents, leaves, run
 
 IMPLS = pytest.mark.parametrize("server", servers("total_correlation"))
-COMPILED = pytest.mark.skipif(bomkern._impl.extension is None, reason="not compiled")
+COMPILED = pytest.mark.skipif(bomkern.dispatch.select.extension is None, reason="not compiled")
 
 
 @COMPILED

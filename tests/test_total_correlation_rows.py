@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bomkern import _impl, reference
+from bomkern import reference
+from bomkern.dispatch import select
 from tests.conftest import assert_as_good_as_eager
 from tests.test_total_correlation import ESTIMATORS, IMPLS, latents, leaves
 
@@ -31,7 +32,7 @@ def rows_of(
 def test_rows(server: tuple[str, str], cut: tuple[int, int], which: str) -> None:
     impl, device = server
     inputs = latents(130, 9 if server == ("triton", "cpu") else 37)  # minutes under Triton's interpreter
-    serve = _impl.resolve("total_correlation", device, impl)
+    serve = select.resolve("total_correlation", device, impl)
     got = rows_of(serve, leaves(inputs, device=device), ESTIMATORS[which], cut)
     eager = rows_of(reference.total_correlation, leaves(inputs), ESTIMATORS[which], cut)
     exact = rows_of(reference.total_correlation, leaves(inputs, torch.float64), ESTIMATORS[which], cut)
@@ -47,7 +48,7 @@ def test_rows(server: tuple[str, str], cut: tuple[int, int], which: str) -> None
 def test_parts_are_the_whole(server: tuple[str, str], which: str) -> None:
     """Row by row the values of one call for all, and gradients that add up to its."""
     impl, device = server
-    serve = _impl.resolve("total_correlation", device, impl)
+    serve = select.resolve("total_correlation", device, impl)
     inputs = leaves(latents(96, 6, torch.float64), device=device)
     size, estimator = ESTIMATORS[which]
     value = serve(*inputs, size, estimator == "mss")
@@ -65,7 +66,7 @@ def test_larger_than_every_tile(server: tuple[str, str]) -> None:
     if server in (("triton", "cpu"), ("reference", "cpu")):
         pytest.skip("hours under Triton's interpreter; the reference has no tiles")
     inputs, cut, which = latents(1500, 24), (700, 1300), (5000, "mss")
-    serve = _impl.resolve("total_correlation", device, impl)
+    serve = select.resolve("total_correlation", device, impl)
     got = rows_of(serve, leaves(inputs, device=device), which, cut)
     eager = rows_of(reference.total_correlation, leaves(inputs), which, cut)
     exact = rows_of(reference.total_correlation, leaves(inputs, torch.float64), which, cut)
@@ -76,7 +77,7 @@ def test_larger_than_every_tile(server: tuple[str, str]) -> None:
 @IMPLS
 def test_bad_rows(server: tuple[str, str]) -> None:
     impl, device = server
-    serve = _impl.resolve("total_correlation", device, impl)
+    serve = select.resolve("total_correlation", device, impl)
     z, mu, logvar = (x.to(device) for x in latents(8, 3))
     for first, rows in ((-1, 4), (5, 4), (0, 9)):
         many = z[torch.arange(rows) % 8]

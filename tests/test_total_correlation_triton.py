@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bomkern import _triton as bridge
 from bomkern import reference
+from bomkern.dispatch import triton as bridge
 from tests.conftest import assert_as_good_as_eager, check_no_spills
 from tests.test_min_goal_triton import (
     BF16,
@@ -205,7 +205,7 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     import bomkern.kernels.total_correlation.triton as kernels
     import bomkern.kernels.total_correlation.triton_tiles as tiles
 
-    from bomkern._triton.total_correlation import _allocate as allocate
+    from bomkern.dispatch.triton.total_correlation import _allocate as allocate
 
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     tiles.prepare = Recorder(tiles.prepare, launches)

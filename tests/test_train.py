@@ -15,10 +15,10 @@ pytest.importorskip("lightning_fabric")
 import torch
 
 from bomkern import History, cli
-from bomkern.train import checkpoint, loop, record
+from bomkern.train import checkpoint, loop, recorder
 from bomkern.train.config import SPILL, Config, TrainError
-from bomkern.train.goals import GOALS, anchors
-from bomkern.train.scales import DIAGNOSIS
+from bomkern.train.nine_goals import GOALS, anchors
+from bomkern.train.presets import DIAGNOSIS
 from tests.train_helpers import SMALL, assert_same, config, leaves
 
 PARTS = {"raw", "level", "share", "deficit", "ideal", "scale"}
@@ -42,8 +42,8 @@ def test_every_preset_runs_and_leaves_its_folder(tmp_path: Path, scales: str, re
     how = {"calibration_steps": 2, "eval_every": 2, "probe": 2 * (scales == "probed")}
     summary = loop.train(config(out, scales=scales, reduction=reduction, **how))
     names = {path.name for path in out.iterdir()}
-    own = set(record.OWN) - ({record.PAYOFF} if scales != "probed" else set())
-    own.remove(checkpoint.before(Path(record.CHECKPOINT)).name)  # the run saved once
+    own = set(recorder.OWN) - ({recorder.PAYOFF} if scales != "probed" else set())
+    own.remove(checkpoint.before(Path(recorder.CHECKPOINT)).name)  # the run saved once
     assert own <= names and any(name.startswith("events.out.tfevents") for name in names)
     assert not [name for name in names if name.endswith(".tmp")]
 
@@ -59,7 +59,7 @@ def test_every_preset_runs_and_leaves_its_folder(tmp_path: Path, scales: str, re
     assert summary["impl"] in ("cpu", "reference")
     assert json.loads((out / "config.json").read_text())["scales"] == scales
 
-    lines = record.read_lines(out / "metrics.jsonl")
+    lines = recorder.read_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 3]
     assert set(lines[0]["goals"]) == set(GOALS) and set(lines[0]["goals"]["realism"]) == PARTS
     assert lines[0]["psnr"] > 0 and lines[0]["loss"] == lines[0]["loss"]
@@ -76,7 +76,7 @@ def test_pictures_are_pictures(tmp_path: Path) -> None:
     from PIL import Image
 
     loop.train(config(tmp_path / "run", image_size=64))
-    for name in record.PICTURES:
+    for name in recorder.PICTURES:
         with Image.open(tmp_path / "run" / name) as image:
             assert image.width > 400 and image.height > 200 and len(image.convert("RGB").getcolors(2**24) or []) > 50
 
@@ -100,7 +100,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         loop.train(config(tmp_path / "file" / "run"))
     with pytest.raises(TrainError, match="nothing to resume"):
         loop.train(config(tmp_path / "absent", resume=True))
-    monkeypatch.setattr(record, "ROOM", 2**70)
+    monkeypatch.setattr(recorder, "ROOM", 2**70)
     with pytest.raises(TrainError, match="MiB free, a run needs"):
         loop.train(config(tmp_path / "full"))
 
@@ -132,17 +132,17 @@ def test_resuming_is_bit_for_bit(tmp_path: Path, scales: str) -> None:
     torch.manual_seed(1234)  # nothing hangs on the global generator
     loop.train(Config(out=str(parts), steps=6, resume=True), {"out", "steps", "resume"})
 
-    a, b = (leaves(checkpoint.load(out / record.CHECKPOINT)) for out in (straight, parts))
+    a, b = (leaves(checkpoint.load(out / recorder.CHECKPOINT)) for out in (straight, parts))
     for name in ("/config/out", "/config/steps", "/config/resume"):
         a.pop(name), b.pop(name)
     assert_same(a, b)
-    lines = [record.read_lines(out / record.METRICS) for out in (straight, parts)]
+    lines = [recorder.read_lines(out / recorder.METRICS) for out in (straight, parts)]
     for line in lines[0] + lines[1]:
         walked = line.pop("walked", 1.0)  # weighed by measured times
         assert 0 < walked < 1 if scales == "auto" else walked == 1
     assert lines[0] == lines[1]
     if scales == "probed":
-        assert (straight / record.PAYOFF).read_text() == (parts / record.PAYOFF).read_text()
+        assert (straight / recorder.PAYOFF).read_text() == (parts / recorder.PAYOFF).read_text()
 
 
 @pytest.mark.usefixtures("plain")
@@ -158,7 +158,7 @@ def test_what_must_not_change_when_resuming(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("plain")
 def test_checkpoints_are_loaded_with_weights_only_and_written_whole(tmp_path: Path) -> None:
     loop.train(config(tmp_path, steps=1))
-    path = tmp_path / record.CHECKPOINT
+    path = tmp_path / recorder.CHECKPOINT
     state = torch.load(path, weights_only=True)
     assert state["step"] == 1 and {"vae", "average", "discriminator", "optimizers", "goals", "tally"} <= set(state)
     before = path.read_bytes()
@@ -245,7 +245,7 @@ def test_the_top_finding_is_printed_and_the_rest_can_be_asked_for(
     capsys.readouterr()
     assert cli.main(["diagnose", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == summary["diagnosis"]
-    assert len(History.load(tmp_path / record.HISTORY)) == 40
+    assert len(History.load(tmp_path / recorder.HISTORY)) == 40
 
     finding = {
         "kind": "locked",
@@ -272,7 +272,7 @@ def test_a_run_that_is_still_going_can_be_diagnosed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(loop, "_finish", lambda *_: {})  # as if it had been killed after its last checkpoint
     loop.train(config(tmp_path, steps=5, checkpoint_every=2))
     assert cli.main(["diagnose", str(tmp_path), "--no-report"]) == 0
-    assert len(History.load(tmp_path / record.HISTORY)) == 5
+    assert len(History.load(tmp_path / recorder.HISTORY)) == 5
 
 
 @pytest.mark.usefixtures("plain")
@@ -285,7 +285,7 @@ def test_a_run_is_not_lost_over_its_report(
     monkeypatch.setattr(loop, "diagnose_folder", fail)
     summary = loop.train(config(tmp_path))
     assert caplog.messages == ["the run is complete, but its diagnosis failed: ValueError: no room, nowhere"]
-    assert summary["diagnosis"] is None and summary["psnr"] > 0 and (tmp_path / record.SUMMARY).is_file()
+    assert summary["diagnosis"] is None and summary["psnr"] > 0 and (tmp_path / recorder.SUMMARY).is_file()
     assert "diagnosis" not in loop.report(summary, str(tmp_path))
 
 

@@ -17,11 +17,11 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from bomkern import Lazy, cli
-from bomkern.train import checkpoint, compiled, data, loop, record, step
+from bomkern.train import checkpoint, compiled_trainer, data, loop, recorder, trainer
 from bomkern.train import features as see
 from bomkern.train.config import Config, TrainError
 from bomkern.train.networks import VAE, Pass
-from tests.train_helpers import assert_same, config, leaves, trainer
+from tests.train_helpers import assert_same, config, leaves, make_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +38,10 @@ def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=request.param))
 
 
-def compiled_trainer(**changes: Any) -> compiled.CompiledTrainer:
+def make_compiled(**changes: Any) -> compiled_trainer.CompiledTrainer:
     run = config(Path("unused"), compile=True, **changes)
     images = data.load(None, run.image_size).train
-    return compiled.CompiledTrainer(run, Fabric(accelerator="cpu", devices=1), images)
+    return compiled_trainer.CompiledTrainer(run, Fabric(accelerator="cpu", devices=1), images)
 
 
 # The other form, in float64.
@@ -54,7 +54,7 @@ def test_the_networks_are_the_same(batch: int, size: int) -> None:
     image, view = torch.rand(2, batch, 3, size, size, dtype=torch.double)
     noise, shake = torch.randn(2, batch, 10, dtype=torch.double)
     want = Pass(*Lazy.tensors(vae(image, view, noise, shake)))
-    got = compiled.forward(vae, image, view, noise, shake)
+    got = compiled_trainer.forward(vae, image, view, noise, shake)
     weights = [torch.randn_like(x) for x in want]
     grads = [torch.autograd.grad(out, list(vae.parameters()), weights) for out in (got, want)]
     for a, b in zip((*got, *grads[0]), (*want, *grads[1]), strict=True):
@@ -85,7 +85,7 @@ RULES: dict[str, dict[str, Any]] = {
 MORE = (("aot_eager", "hard"), ("aot_eager", "auto"), ("inductor", "spill"))
 
 
-def gradient_of_step(run: step.Trainer, poisoned: bool, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def gradient_of_step(run: trainer.Trainer, poisoned: bool, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Takes a step and returns its gradient, flat; of a poisoned step one image has a NaN."""
     found: list[Tensor] = []
     images, apply = run.images, run._apply
@@ -118,7 +118,7 @@ def test_a_compiled_step_is_the_eager_one(by: None, rule: str, monkeypatch: pyte
 
     Each step starts at the same weights: Adam makes much of what rounding made of a gradient near 0.
     """
-    ours, theirs = compiled_trainer(**RULES[rule]), trainer(**RULES[rule])
+    ours, theirs = make_compiled(**RULES[rule]), make_trainer(**RULES[rule])
     for k in range(4):
         got, want = (gradient_of_step(run, k == 2, monkeypatch) for run in (ours, theirs))
         assert bool(got.isfinite().all()) == bool(want.isfinite().all()) == (k != 2)
@@ -135,7 +135,7 @@ def test_a_compiled_step_is_the_eager_one(by: None, rule: str, monkeypatch: pyte
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["aot_eager"], indirect=True)
 def test_bf16(by: None) -> None:
-    ours, theirs = (make(precision="bf16-mixed") for make in (compiled_trainer, trainer))
+    ours, theirs = (make(precision="bf16-mixed") for make in (make_compiled, make_trainer))
     (a, judge_a), (b, judge_b) = ours._walk(), theirs._walk()
     torch.testing.assert_close(a["raw"], b["raw"], rtol=0.05, atol=0.05)
     torch.testing.assert_close(judge_a, judge_b, rtol=0.02, atol=0.02)
@@ -151,7 +151,7 @@ def test_a_compiled_run_resumes_to_the_bit(tmp_path: Path) -> None:
     assert summary["compile"] and summary["first_seconds"] > 0 and summary["steps_per_second"] > 0
     loop.train(config(parts, steps=2, compile=True, probe=1))
     loop.train(Config(out=str(parts), steps=4, resume=True), {"out", "steps", "resume"})
-    a, b = (leaves(checkpoint.load(out / record.CHECKPOINT)) for out in (straight, parts))
+    a, b = (leaves(checkpoint.load(out / recorder.CHECKPOINT)) for out in (straight, parts))
     for name in ("/config/out", "/config/steps", "/config/resume"):
         a.pop(name), b.pop(name)
     assert_same(a, b)
@@ -171,7 +171,7 @@ def test_what_cannot_be_compiled_is_one_line() -> None:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("No working C++ compiler found\nand many lines more")
 
-    run = compiled_trainer()
+    run = make_compiled()
     run._losses = broken
     with pytest.raises(TrainError) as why:
         run.advance()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bomkern import LatentStatistics, latent_statistics
 from bomkern.train import features as see
-from bomkern.train import goals as goal
+from bomkern.train import nine_goals as goal
 
 B, D, S = 16, 6, 32
 

@@ -13,10 +13,10 @@ pytest.importorskip("lightning_fabric")
 import torch
 
 import bomkern
-from bomkern.train import loop, record
+from bomkern.train import loop, recorder
 from bomkern.train.config import Config, TrainError
-from bomkern.train.goals import GOALS
-from tests.train_helpers import config, trainer
+from bomkern.train.nine_goals import GOALS
+from tests.train_helpers import config, make_trainer
 
 
 @pytest.mark.usefixtures("plain")
@@ -28,15 +28,15 @@ def test_a_probe_leaves_no_trace_but_its_table_and_is_not_made_again(
     plain = loop.train(config(tmp_path / "plain", steps=4))
     summary = loop.train(config(tmp_path / "probed", steps=2, probe=3))
     assert summary["probe_updates"] == 27 and plain["probe_updates"] == 0 and calls == [3]
-    table = json.loads((tmp_path / "probed" / record.PAYOFF).read_text())
+    table = json.loads((tmp_path / "probed" / recorder.PAYOFF).read_text())
     assert table["goals"] == list(GOALS) and table["updates"] == 27
     again = loop.train(Config(out=str(tmp_path / "probed"), steps=4, resume=True), {"out", "steps", "resume"})
     assert calls == [3] and again["probe_updates"] == 27
-    metrics = [(tmp_path / name / record.METRICS).read_text() for name in ("plain", "probed")]
+    metrics = [(tmp_path / name / recorder.METRICS).read_text() for name in ("plain", "probed")]
     assert metrics[0] == metrics[1]
-    assert "Payoff table" in (tmp_path / "probed" / record.REPORT).read_text()
+    assert "Payoff table" in (tmp_path / "probed" / recorder.REPORT).read_text()
     loop.train(config(tmp_path / "probed", steps=1, overwrite=True))
-    assert not (tmp_path / "probed" / record.PAYOFF).exists()
+    assert not (tmp_path / "probed" / recorder.PAYOFF).exists()
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, table: torch.Tensor) -> None:
@@ -49,7 +49,7 @@ def test_a_goal_of_which_a_probe_says_nothing_keeps_its_anchors(
     table = 2 - torch.eye(9)
     table[GOALS.index("realism"), GOALS.index("realism")] = 2.5  # better whenever another goal is trained
     fake(monkeypatch, table)
-    run = trainer(scales="probed", probe=7)
+    run = make_trainer(scales="probed", probe=7)
     loop._probe(run)
     assert run.goals.anchors()["realism"] == (0.5, 0.5) and run.goals.anchors()["consistency"] == pytest.approx((1, 1))
     assert caplog.messages == [

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("lightning_fabric")
 
 from bomkern import History
-from bomkern.train import checkpoint, loop, record
+from bomkern.train import checkpoint, loop, recorder
 from bomkern.train.config import Config
 from tests.train_helpers import SMALL
 
@@ -29,7 +29,7 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) ->
         text=True,
     )
     try:
-        metrics = tmp_path / record.METRICS
+        metrics = tmp_path / recorder.METRICS
         deadline = time.monotonic() + 120
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
             assert process.poll() is None and time.monotonic() < deadline
@@ -40,7 +40,7 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) ->
         process.kill()
     assert process.returncode == 128 + number
     assert f"by {number.name}" in errors and "--resume" in errors and "Traceback" not in errors
-    reached = checkpoint.load(tmp_path / record.CHECKPOINT)["step"]
+    reached = checkpoint.load(tmp_path / recorder.CHECKPOINT)["step"]
     assert reached >= 2
     summary = loop.train(Config(out=str(tmp_path), steps=reached + 1, resume=True), {"out", "steps", "resume"})
     assert summary["steps"] == reached + 1
@@ -54,8 +54,8 @@ def test_two_processes_train_one_model(tmp_path: Path, strategy: str) -> None:
     command = [sys.executable, "-m", "bomkern", "train", "--out", str(tmp_path), *shape, *launch]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in record.read_lines(tmp_path / record.METRICS)] == [2, 4]
-    assert json.loads((tmp_path / record.SUMMARY).read_text())["steps"] == 4
-    assert {record.PAYOFF, record.HISTORY, record.REPORT} <= {path.name for path in tmp_path.iterdir()}
-    assert len(History.load(tmp_path / record.HISTORY)) == 4
+    assert [line["step"] for line in recorder.read_lines(tmp_path / recorder.METRICS)] == [2, 4]
+    assert json.loads((tmp_path / recorder.SUMMARY).read_text())["steps"] == 4
+    assert {recorder.PAYOFF, recorder.HISTORY, recorder.REPORT} <= {path.name for path in tmp_path.iterdir()}
+    assert len(History.load(tmp_path / recorder.HISTORY)) == 4
     assert done.stderr.count("--probe 1 is short") <= 1  # one of the two says it

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bomkern import History
-from bomkern.train import checkpoint, loop, ranks, record
+from bomkern.train import checkpoint, loop, processes, recorder
 from bomkern.train.config import Config, TrainError
 from tests.conftest import ROOT
 from tests.train_helpers import SMALL, assert_same, config, leaves
@@ -52,13 +52,13 @@ def said(out: Path) -> str:
 def finish(out: Path, *arguments: str, change: str = "nothing", several: bool = True) -> list[dict[str, float]]:
     """Such a run to its end; returns its lines."""
     assert start(out, *arguments, change=change, several=several).wait(timeout=300) == 0, said(out)[-3000:]
-    return record.read_lines(out / record.METRICS)
+    return recorder.read_lines(out / recorder.METRICS)
 
 
 def until(out: Path, lines: int, run: subprocess.Popen[str]) -> None:
     """Waits until a run has logged so many lines."""
     deadline = time.monotonic() + 120
-    while len(record.read_lines(out / record.METRICS)) < lines:
+    while len(recorder.read_lines(out / recorder.METRICS)) < lines:
         assert run.poll() is None and time.monotonic() < deadline, said(out)[-3000:]
         time.sleep(0.05)
 
@@ -91,7 +91,7 @@ def nothing_is_left_running() -> Iterator[None]:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As torchrun starts the one process of a run."""
-    for name, value in zip(ranks.GIVEN, ("0", "1", "0", "localhost", "29400"), strict=True):
+    for name, value in zip(processes.GIVEN, ("0", "1", "0", "localhost", "29400"), strict=True):
         monkeypatch.setenv(name, value)
     yield
 
@@ -127,12 +127,12 @@ def test_contradictions_with_torchrun(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainError, match=re.escape(message)):
-        ranks.launch(config(Path("unused"), **changes))
+        processes.launch(config(Path("unused"), **changes))
 
 
 def test_one_gpu_is_not_two() -> None:
     with pytest.raises(TrainError, match="--device cuda:1 is one GPU for 2 processes"):
-        ranks.launch(config(Path("unused"), device="cuda:1", devices=2))
+        processes.launch(config(Path("unused"), device="cuda:1", devices=2))
 
 
 @pytest.mark.slow
@@ -159,11 +159,11 @@ def test_the_readmes_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("held-out PSNR") == done.stdout.count("pictures, metrics, checkpoint") == 1
     out = tmp_path / arguments[arguments.index("--out") + 1]
-    summary = json.loads((out / record.SUMMARY).read_text())
+    summary = json.loads((out / recorder.SUMMARY).read_text())
     assert summary["ranks"] == 2 and summary["rejected_steps"] == 0
     steps = int(arguments[arguments.index("--steps") + 1])
-    assert [line["step"] for line in record.read_lines(out / record.METRICS)] == list(range(10, steps + 1, 10))
-    own = {*record.OWN} - {record.PAYOFF, checkpoint.before(Path(record.CHECKPOINT)).name}  # the run saved once
+    assert [line["step"] for line in recorder.read_lines(out / recorder.METRICS)] == list(range(10, steps + 1, 10))
+    own = {*recorder.OWN} - {recorder.PAYOFF, checkpoint.before(Path(recorder.CHECKPOINT)).name}  # the run saved once
     assert own <= {path.name for path in out.iterdir()}
     assert "Warning" not in done.stderr and "deprecated" not in done.stderr
 
@@ -198,10 +198,10 @@ def test_any_strategy_and_number_of_processes_computes_the_same(tmp_path: Path) 
                 loop.train(run, {"steps", "resume", "devices", "strategy"})
             else:
                 finish(out, "--strategy", strategy, "--steps", str(steps), *["--resume"] * again)
-        lines = record.read_lines(out / record.METRICS)
+        lines = recorder.read_lines(out / recorder.METRICS)
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
         losses[chain] = [line["loss"] for line in lines]
-        state = checkpoint.load(out / record.CHECKPOINT)
+        state = checkpoint.load(out / recorder.CHECKPOINT)
         assert state["total"] == 8
         states[chain] = leaves({name: state[name] for name in ("average", "discriminator", "optimizers")})
     for chain, state in states.items():
@@ -235,14 +235,14 @@ def test_a_killed_run_goes_on_in_another_number_of_processes(tmp_path: Path, bef
     for process in killed:
         os.kill(process, signal.SIGKILL)
     assert run.wait(timeout=120) != 0
-    reached = checkpoint.load(out / record.CHECKPOINT)["step"]
+    reached = checkpoint.load(out / recorder.CHECKPOINT)["step"]
     assert reached >= 6
     devices = ["--devices", "1"] if after == 1 else []
     lines = finish(out, "--resume", "--steps", str(reached + 5), *devices, several=after == 2)
     assert [line["step"] for line in lines] == [*range(1, reached + 6)]
     assert all(math.isfinite(line["loss"]) for line in lines)
-    assert len(History.load(out / record.HISTORY)) == reached + 5
-    summary = json.loads((out / record.SUMMARY).read_text())
+    assert len(History.load(out / recorder.HISTORY)) == reached + 5
+    summary = json.loads((out / recorder.SUMMARY).read_text())
     assert summary["ranks"] == after and summary["samples_per_step"] == 8
 
 
@@ -274,7 +274,7 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path: Path) -> None:
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=60) != 0
     assert said(out).count("by SIGTERM; go on with: bomkern train") == 1
-    assert checkpoint.load(out / record.CHECKPOINT)["step"] >= 2
+    assert checkpoint.load(out / recorder.CHECKPOINT)["step"] >= 2
 
 
 # What is kept, and what is put together.
@@ -282,10 +282,10 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path: Path) -> None:
 
 def test_how_many_samples_a_step_takes_is_kept() -> None:
     assert loop.total_steps(Config(epochs=2.5), 100, 16) == 16 and loop.total_steps(Config(steps=7), 100, 16) == 7
-    assert [loop.shared(24, processes) for processes in (1, 2, 3, 4, 6)] == [24] * 5
-    for processes in (5, 8):
-        with pytest.raises(TrainError, match=rf"24 samples a step, which {processes} .* go on in 1, 2, 3, 4 or 6$"):
-            loop.shared(24, processes)
+    assert [loop.shared(24, n) for n in (1, 2, 3, 4, 6)] == [24] * 5
+    for n in (5, 8):
+        with pytest.raises(TrainError, match=rf"24 samples a step, which {n} .* go on in 1, 2, 3, 4 or 6$"):
+            loop.shared(24, n)
     with pytest.raises(TrainError, match=r"go on in 1$"):
         loop.shared(5, 5)
 
@@ -303,7 +303,7 @@ def test_what_is_sharded_is_saved_whole_and_loaded_in_parts() -> None:
         net: nn.Module = nn.Sequential(nn.Conv2d(3, 5, 2), nn.Flatten(), nn.Linear(5, 1))
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if sharded:
-            ranks._shard(net, mesh)
+            processes._shard(net, mesh)
         return net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
 
     def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -313,21 +313,21 @@ def test_what_is_sharded_is_saved_whole_and_loaded_in_parts() -> None:
 
     plain, sharded, again = make(0, False), make(1, True), make(2, False)
     step(*plain)
-    ranks.load_module(sharded[0], plain[0].state_dict())
-    ranks.load_optimizer(sharded[1], copy.deepcopy(plain[1].state_dict()))  # which torch would share
+    processes.load_module(sharded[0], plain[0].state_dict())
+    processes.load_optimizer(sharded[1], copy.deepcopy(plain[1].state_dict()))  # which torch would share
     assert all(isinstance(p, DTensor) for p in sharded[0].parameters())
-    state = [ranks.whole(part.state_dict()) for part in sharded]
+    state = [processes.whole(part.state_dict()) for part in sharded]
     assert_same(leaves(state), leaves([part.state_dict() for part in plain]))
-    ranks.load_module(again[0], state[0])
-    ranks.load_optimizer(again[1], copy.deepcopy(state[1]))
+    processes.load_module(again[0], state[0])
+    processes.load_optimizer(again[1], copy.deepcopy(state[1]))
     for pair in (plain, sharded, again):
         step(*pair)
     for other in (sharded, again):
-        after = leaves([ranks.whole(part.state_dict()) for part in other])
+        after = leaves([processes.whole(part.state_dict()) for part in other])
         for name, value in leaves([part.state_dict() for part in plain]).items():
             torch.testing.assert_close(after[name], value, msg=name)
-    shards_left = ranks.local(next(iter(sharded[0].parameters())))
-    assert not isinstance(shards_left, DTensor) and ranks.local(state[0]["0.weight"]) is state[0]["0.weight"]
+    shards_left = processes.local(next(iter(sharded[0].parameters())))
+    assert not isinstance(shards_left, DTensor) and processes.local(state[0]["0.weight"]) is state[0]["0.weight"]
 
 
 def test_what_fails_on_one_rank_is_raised() -> None:
@@ -335,7 +335,7 @@ def test_what_fails_on_one_rank_is_raised() -> None:
         raise OSError("no space left")
 
     with pytest.raises(TrainError, match="no space left"):
-        ranks.together(full)
-    assert ranks.together(lambda: 3) == 3
-    with pytest.raises(RuntimeError, match="gloo"), ranks.watch():  # one process has nobody to lose
+        processes.together(full)
+    assert processes.together(lambda: 3) == 3
+    with pytest.raises(RuntimeError, match="gloo"), processes.watch():  # one process has nobody to lose
         raise RuntimeError("gloo")

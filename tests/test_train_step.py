@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from bomkern import Lazy, lazy
-from bomkern._torch_internals import TorchDispatchMode
-from bomkern.train import loop, step
+from bomkern.common.torch_internals import TorchDispatchMode
+from bomkern.train import loop, trainer
 from bomkern.train.config import TrainError
-from bomkern.train.goals import GOALS
 from bomkern.train.networks import VAE, Discriminator
-from tests.train_helpers import assert_same, config, leaves, trainer
+from bomkern.train.nine_goals import GOALS
+from tests.train_helpers import assert_same, config, leaves, make_trainer
 
 # Rejected steps.
 
 
-def poison_image(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def poison_image(run: trainer.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def images() -> Tensor:
         image = torch.rand(4, 3, 32, 32)
         image[1, 0, 5, 5] = torch.nan
@@ -33,9 +33,9 @@ def poison_image(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "images", images)
 
 
-def poison_goal(name: str, value: float) -> Callable[[step.Trainer, pytest.MonkeyPatch], None]:
-    def poison(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-        true = step.raw_values
+def poison_goal(name: str, value: float) -> Callable[[trainer.Trainer, pytest.MonkeyPatch], None]:
+    def poison(run: trainer.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        true = trainer.raw_values
 
         def raw_values(*arguments: Any) -> list[Tensor | Lazy]:
             raw = true(*arguments)
@@ -43,12 +43,12 @@ def poison_goal(name: str, value: float) -> Callable[[step.Trainer, pytest.Monke
             raw[k] = raw[k] * factor if isinstance(raw[k], Tensor) else lazy(torch.mul, raw[k], factor)
             return raw
 
-        monkeypatch.setattr(step, "raw_values", raw_values)
+        monkeypatch.setattr(trainer, "raw_values", raw_values)
 
     return poison
 
 
-def poison_gradient(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def poison_gradient(run: trainer.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     next(run.vae.decoder.parameters()).register_hook(lambda gradient: gradient * torch.nan)
 
 
@@ -61,7 +61,7 @@ def poison_gradient(run: step.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     monkeypatch: pytest.MonkeyPatch, poison: Callable[..., None], scales: str
 ) -> None:
-    run = trainer(scales=scales, calibration_steps=3)
+    run = make_trainer(scales=scales, calibration_steps=3)
     run.advance()
     run.advance()
     before = leaves(run.state_dict())
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("scales", ["anchored", "auto"])
 def test_no_host_sync_in_a_step(scales: str) -> None:
-    run = trainer(scales=scales)
+    run = make_trainer(scales=scales)
     run.goals.route = "never"  # as on a GPU: rows are chosen on the host
     run.advance()
     with Watch() as watch:
@@ -132,7 +132,7 @@ def test_no_host_sync_in_a_step(scales: str) -> None:
 
 
 def test_nothing_is_decoded_twice() -> None:
-    run = trainer()
+    run = make_trainer()
     sizes: dict[str, list[int]] = {"encoder": [], "decoder": [], "discriminator": []}
     run.vae.encoder.register_forward_pre_hook(lambda _, x: sizes["encoder"].append(len(x[0])))
     run.vae.decoder.register_forward_pre_hook(lambda _, x: sizes["decoder"].append(len(x[0])))
@@ -143,11 +143,11 @@ def test_nothing_is_decoded_twice() -> None:
 
 
 def test_each_goal_reaches_what_it_should() -> None:
-    run = trainer()
+    run = make_trainer()
     image = run.images()
     noise, shake, view, order = run._noise()
-    out = run.vae(image, step.see.photometric(image, view), noise, shake)
-    raw = Lazy.tensors(step.raw_values(out, image, lazy(run.discriminator, out.recon), order, run.trivial))
+    out = run.vae(image, trainer.see.photometric(image, view), noise, shake)
+    raw = Lazy.tensors(trainer.raw_values(out, image, lazy(run.discriminator, out.recon), order, run.trivial))
     assert len(raw) == 9 and all(value.shape == (4,) for value in raw)
     encoder, decoder = run.vae.encoder.head.weight, run.vae.decoder.out.weight
     for name, value in zip(GOALS, raw, strict=True):
@@ -170,7 +170,7 @@ def test_rows_are_independent() -> None:
 
 
 def test_auto_scales_are_the_largest_values_seen() -> None:
-    run = trainer(scales="auto", calibration_steps=2)
+    run = make_trainer(scales="auto", calibration_steps=2)
     slopes = []
     for _ in range(4):
         run.advance()
@@ -182,7 +182,7 @@ def test_auto_scales_are_the_largest_values_seen() -> None:
 
 
 def test_seeds_decide() -> None:
-    runs = [trainer(seed=seed) for seed in (1, 1, 2)]
+    runs = [make_trainer(seed=seed) for seed in (1, 1, 2)]
     for run in runs:
         run.advance()
     a, b, c = (leaves(run.vae.state_dict()) for run in runs)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bomkern._trends import BEST_T, ramp, rise, smooth, stretches, trend
+from bomkern.diagnosis.trends import BEST_T, ramp, rise, smooth, stretches, trend
 from tests.diagnose_helpers import noise
 
 

@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bomkern.train import data, step
+from bomkern.train import data, trainer
 from bomkern.train.config import Config
 
 TINY: dict[str, Any] = {"width": 8, "structure": 6, "appearance": 4, "batch_size": 4, "device": "cpu", "log_every": 2}
@@ -24,9 +24,9 @@ def config(out: Path, **changes: Any) -> Config:
     return Config(**{**TINY, "out": str(out), "steps": 3, **changes})
 
 
-def trainer(**changes: Any) -> step.Trainer:
+def make_trainer(**changes: Any) -> trainer.Trainer:
     run = config(Path("unused"), **changes)
-    return step.Trainer(run, Fabric(accelerator="cpu", devices=1), data.load(None, run.image_size).train)
+    return trainer.Trainer(run, Fabric(accelerator="cpu", devices=1), data.load(None, run.image_size).train)
 
 
 def leaves(state: Any, name: str = "") -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from bomkern import cli
-from bomkern.train import plots, ranks, step
-from bomkern.train.goals import GOALS
+from bomkern.train import plots, processes, trainer
+from bomkern.train.nine_goals import GOALS
 
 
 def bad() -> None:
     """On rank 1 alone a goal is not finite."""
-    true = step.raw_values
+    true = trainer.raw_values
 
     def raw_values(*arguments: Any) -> Any:
         raw: Any = true(*arguments)
@@ -23,12 +23,12 @@ def bad() -> None:
         raw[k] = raw[k] * (torch.nan if torch.distributed.get_rank() else 1.0)
         return raw
 
-    step.raw_values = raw_values
+    trainer.raw_values = raw_values
 
 
 def impatient() -> None:
     """Waits seconds, not minutes."""
-    ranks.TIMEOUT = timedelta(seconds=20)
+    processes.TIMEOUT = timedelta(seconds=20)
 
 
 def nothing() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from check_dist import ROOT, tracked
 
-INTERNALS = ROOT / "bomkern" / "_torch_internals.py"
+INTERNALS = ROOT / "bomkern" / "common/torch_internals.py"
 
 
 def folder_of(requirement: str) -> str:
@@ -39,7 +39,9 @@ def missing_names() -> list[str]:
 
 def print_names() -> int:
     lines = missing_names()
-    print("\n".join(lines) if lines else "this torch has every private name that bomkern/_torch_internals.py lists")
+    print(
+        "\n".join(lines) if lines else "this torch has every private name that bomkern/common/torch_internals.py lists"
+    )
     return 1 if lines else 0
 
 

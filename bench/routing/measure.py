@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench.machine import resident, seconds
 from bomkern import Anchored, GoalSet
-from bomkern.train.goals import GOALS, anchors
+from bomkern.train.nine_goals import GOALS, anchors
 
 from .variants import VARIANTS, build
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bomkern.train.goals import GOALS
+from bomkern.train.nine_goals import GOALS
 
 WALKED, IDLE, LEAD = "#2a6fbb", "#d9dce1", "#c8401e"
 OWNER = "cross_recon"

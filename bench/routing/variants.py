@@ -13,11 +13,11 @@ from torch import Tensor
 from bench.loss_section import plain_loss
 from bomkern import Lazy, latent_statistics
 from bomkern.train import features as see
-from bomkern.train import goals as goal
 from bomkern.train import loop
+from bomkern.train import nine_goals as goal
 from bomkern.train.config import Config
 from bomkern.train.data import Data, load
-from bomkern.train.step import AVERAGE, Trainer
+from bomkern.train.trainer import AVERAGE, Trainer
 
 SIZE = 64  # pixels
 VARIANTS = ("plain", "walked", "branches", "rows")

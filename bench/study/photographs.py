@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bomkern import Lazy, active_units, lazy
 from bomkern.train import features as see
-from bomkern.train import goals as goal
+from bomkern.train import nine_goals as goal
 from bomkern.train.data import Data, load, to_float
 from bomkern.train.networks import VAE, Discriminator
-from bomkern.train.step import raw_values
+from bomkern.train.trainer import raw_values
 
 from .problem import Anchor, Problem, transport
 
@@ -32,7 +32,7 @@ def _data() -> tuple[Data, goal.Trivial, dict[str, Tensor]]:
 
 
 class Photographs(Problem):
-    """Nine goals, raw values as in `bomkern.train.goals`."""
+    """Nine goals, raw values as in `bomkern.train.nine_goals`."""
 
     rate, steps = 1e-3, 320
     blocked = "latent_stats"

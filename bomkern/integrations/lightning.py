@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diagnose import diagnose
-from ..goal_set import GoalSet
+from ..diagnosis.diagnose import diagnose
+from ..goals.goal_set import GoalSet
 from .loggers import log_goals
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # two names of one code, whose classes do not know each other

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
-from ..goal_set import GoalSet
+from ..goals.goal_set import GoalSet
 
 PER_GOAL = ("share", "level", "deficit")  # parts of a record with one number a goal; raw has one a column
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._autocast import exactly
-from .._check import check_goals, check_groups, check_multipliers, check_params, check_temperature
-from .._constants import on_device
-from .goals import MIN, codes_of, deficit, matrix_of, reduced, worst_of
+from ..common.autocast import exactly
+from ..common.checks import check_goals, check_groups, check_multipliers, check_params, check_temperature
+from ..common.graph_constants import on_device
+from .min_goal import MIN, codes_of, deficit, matrix_of, reduced, worst_of
 
 
 def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def goal_set(
     With ``multipliers`` lambda [G], constants >= 0, it is ``sum_g lambda_g D_bg`` whatever mu, and the shares are
     ``lambda / sum(lambda)``, 0 where all are 0.
 
-    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`, and `_records.record_parts` for the record.
+    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`; the record's parts are in goals/record.py.
     """
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)

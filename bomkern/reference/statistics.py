@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._autocast import exactly
-from .._check import check_estimator, check_latents, check_matrices, check_prior, check_rows, check_units, check_views
-from .._products import matmul
-from .._ranks import ALONE, Ranks
-from .._torch_internals import under_transform
+from ..common.autocast import exactly
+from ..common.checks import (
+    check_estimator,
+    check_latents,
+    check_matrices,
+    check_prior,
+    check_rows,
+    check_units,
+    check_views,
+)
+from ..common.process_group import ALONE, Ranks
+from ..common.products import matmul
+from ..common.torch_internals import under_transform
 
 
 def log_weights(rows: Tensor, batch: int, dataset_size: int | None, stratified: bool) -> Tensor:

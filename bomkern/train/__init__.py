@@ -1,5 +1,5 @@
 """The trainer behind `bomkern train`: a VAE with nine goals on photographs. Needs ``pip install 'bomkern[train]'``.
 
-`goals` holds the nine goals, `networks` the model, `data` the crops, `scales` the presets, `step` one step, `loop` a
-run, `record` and `plots` what it leaves behind.
+`nine_goals` holds the goals, `presets` their anchors, `networks` the model, `data` the crops, `trainer` one step,
+`loop` a run, `recorder` and `plots` its files.
 """

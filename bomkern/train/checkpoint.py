@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bomkern._load import load_plain
+from bomkern.common.files import load_plain, write_atomically
 
 from .config import TrainError
 
@@ -21,26 +20,6 @@ log = logging.getLogger("bomkern")
 def before(path: Path) -> Path:
     """Where the checkpoint before that at ``path`` is kept."""
     return path.with_suffix(f".previous{path.suffix}")
-
-
-def write_atomically(path: Path, write: Any, keep: Path | None = None) -> None:
-    """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, and rename it into place.
-
-    Args:
-        keep: where to move what was at ``path``.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bomkern._typed import constant
+from bomkern.common.decorators import constant
 
 BINS = 8  # thresholds of the colour distribution, per channel
 ORIENTATIONS = 4

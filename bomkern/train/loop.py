@@ -18,16 +18,17 @@ from lightning_fabric import Fabric
 from tqdm import tqdm
 
 import bomkern
-from bomkern.diagnose import NOTHING
+from bomkern.common.files import write_atomically
 from bomkern.report import diagnose_folder
+from bomkern.report.page import NOTHING
 
-from . import checkpoint, evaluate, ranks, record
+from . import checkpoint, evaluate, processes, recorder
 from .config import LEAST_BATCH, REDUCTIONS, SCALES, Config, TrainError
 from .data import Crops, Data, DataError, load, to_float
-from .goals import GOALS, anchors
 from .networks import VAE
-from .ranks import launch
-from .step import REJECTED_IN_A_ROW, Trainer
+from .nine_goals import GOALS, anchors
+from .processes import launch
+from .trainer import REJECTED_IN_A_ROW, Trainer
 
 DEFAULT_STEPS = 1000
 log = logging.getLogger("bomkern")
@@ -99,9 +100,9 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
         TrainError: one line on why the run cannot start or go on.
         Interrupted: a signal came; a checkpoint was saved.
     """
-    ranks.join()
-    with ranks.watch():
-        settled, stored = ranks.from_rank_0(lambda: _settle(config, given if given is not None else set()))
+    processes.join()
+    with processes.watch():
+        settled, stored = processes.from_rank_0(lambda: _settle(config, given if given is not None else set()))
         return _run(settled, launch(settled), stored)
 
 
@@ -109,9 +110,9 @@ def _settle(config: Config, given: set[str]) -> tuple[Config, dict[str, Any] | N
     """The run's settings, checked, and the checkpoint that it goes on from."""
     stored = None
     if config.resume:
-        stored = checkpoint.load(Path(config.out) / record.CHECKPOINT)
+        stored = checkpoint.load(Path(config.out) / recorder.CHECKPOINT)
         config = config.merged(stored["config"], given)
-        if ranks.by_torchrun() and "devices" not in given:
+        if processes.by_torchrun() and "devices" not in given:
             config.devices = None  # as many as there are now
     if config.scales not in SCALES or config.reduction not in REDUCTIONS:
         raise TrainError(f"unknown --scales {config.scales} or --reduction {config.reduction}")
@@ -134,14 +135,14 @@ def _prepare(config: Config, fabric: Fabric) -> tuple[str, Data]:
     if fabric.is_global_zero:
         if data.skipped:
             fabric.print(f"skipped {len(data.skipped)} files of {config.data}:", *data.skipped, sep="\n  ")
-        record.prepare(Path(config.out), config.overwrite, config.resume)
+        recorder.prepare(Path(config.out), config.overwrite, config.resume)
     return impl, data
 
 
 def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[str, Any]:
     """Train, in processes that have found each other."""
     folder, chief = Path(config.out), fabric.is_global_zero
-    impl, data = ranks.together(lambda: _prepare(config, fabric))
+    impl, data = processes.together(lambda: _prepare(config, fabric))
     trainer = _trainer(config, fabric, data.train, shared(stored["total"], fabric.world_size) if stored else None)
     if stored:
         trainer.load_state_dict(stored)
@@ -149,18 +150,18 @@ def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[
     if trainer.step > steps:
         raise TrainError(f"the run in {folder} is at step {trainer.step} already: ask for more than {steps} steps")
     if chief:
-        record.write_json(folder / record.CONFIG, {**config.to_dict(), "total_steps": steps, "images": data.names})
+        recorder.write_json(folder / recorder.CONFIG, {**config.to_dict(), "total_steps": steps, "images": data.names})
     if config.probe and not stored:
         payoff = _probe(trainer)
         if chief:
-            record.write_json(folder / record.PAYOFF, payoff.to_dict())
+            recorder.write_json(folder / recorder.PAYOFF, payoff.to_dict())
     images = to_float(data.held_out.grid(evaluate.HELD_OUT_CROPS), trainer.device)
-    recorder, stop = record.Recorder(folder, trainer.step, chief), Stop()
+    metrics, stop = recorder.Recorder(folder, trainer.step, chief), Stop()
     try:
-        speed = _steps(trainer, steps, images, recorder, stop, folder)
+        speed = _steps(trainer, steps, images, metrics, stop, folder)
     finally:
         stop.restore()
-        recorder.close()
+        metrics.close()
     average = trainer.averaged()
     return _finish(trainer, average, images, folder, speed, impl) if chief else {}
 
@@ -168,7 +169,7 @@ def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[
 def _trainer(config: Config, fabric: Fabric, crops: Crops, total: int | None) -> Trainer:
     if not config.compile:
         return Trainer(config, fabric, crops, total)
-    from .compiled import CompiledTrainer
+    from .compiled_trainer import CompiledTrainer
 
     fabric.print("compiling: the first step takes a minute or more")
     return CompiledTrainer(config, fabric, crops, total)
@@ -199,7 +200,7 @@ def _probe(trainer: Trainer) -> bomkern.Payoff:
 
 
 def _steps(
-    trainer: Trainer, steps: int, images: torch.Tensor, recorder: record.Recorder, stop: Stop, folder: Path
+    trainer: Trainer, steps: int, images: torch.Tensor, metrics: recorder.Recorder, stop: Stop, folder: Path
 ) -> float | None:
     """Train up to ``steps``; returns steps per second without evaluation, checkpoints and compilation."""
     config, fabric = trainer.config, trainer.fabric
@@ -226,7 +227,7 @@ def _steps(
                 average = trainer.averaged()
                 line |= evaluate.quality(average, images) if chief else {}
             if len(line) > 1:
-                recorder.line(line)
+                metrics.line(line)
             asked = stop.asked if fabric.world_size == 1 or log else 0
             if fabric.world_size > 1 and log:  # every rank must leave at the same step
                 most: Any = fabric.all_reduce(torch.tensor(float(asked), device=trainer.device), reduce_op="max")
@@ -241,7 +242,7 @@ def _steps(
     seconds = time.perf_counter() - begun - aside - trainer.first_seconds
     # After the checkpoint, which keeps the open window for a run that goes on.
     if steps % config.log_every and (window := trainer.window()):
-        recorder.line({"step": steps, **window, "partial": True})
+        metrics.line({"step": steps, **window, "partial": True})
     timed = steps - first - (trainer.first_seconds > 0)
     return timed / seconds if timed > 0 else None
 
@@ -249,16 +250,16 @@ def _steps(
 def _save(trainer: Trainer, folder: Path) -> None:
     """The checkpoint and the history, by rank 0. What is sharded is put together first."""
     chief = trainer.fabric.is_global_zero
-    state = ranks.whole(trainer.state_dict()) if chief or trainer.sharded else {}
+    state = processes.whole(trainer.state_dict()) if chief or trainer.sharded else {}
 
     def write() -> None:
         for name in ("vae", "discriminator"):
             if not all(weight.isfinite().all() for weight in state[name].values()):
                 raise TrainError(f"a weight of the {name} is not finite at step {trainer.step}: it is not saved")
-        checkpoint.save(folder / record.CHECKPOINT, state)
-        checkpoint.write_atomically(folder / record.HISTORY, trainer.goals.history.save)
+        checkpoint.save(folder / recorder.CHECKPOINT, state)
+        write_atomically(folder / recorder.HISTORY, trainer.goals.history.save)
 
-    ranks.together(write if chief else lambda: None)
+    processes.together(write if chief else lambda: None)
 
 
 def _check(trainer: Trainer) -> None:
@@ -278,7 +279,7 @@ def _finish(
 
     found = {**evaluate.quality(average, images), **evaluate.baseline(images)}
     totals = trainer.tally.totals()
-    lines = [line for line in record.read_lines(folder / record.METRICS) if "goals" in line]
+    lines = [line for line in recorder.read_lines(folder / recorder.METRICS) if "goals" in line]
     last = lines[-1]["goals"] if lines else {}
     config = trainer.config
     summary = {
@@ -305,21 +306,21 @@ def _finish(
         "ranks": trainer.fabric.world_size,
         "samples_per_step": trainer.total,
         "threads": torch.get_num_threads(),
-        "versions": record.versions(),
+        "versions": recorder.versions(),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         plots.curves(folder)
         plots.contact_sheets(folder, average, images, found)
     summary["diagnosis"] = _diagnosis(trainer, folder)
-    record.write_json(folder / record.SUMMARY, summary)
+    recorder.write_json(folder / recorder.SUMMARY, summary)
     return summary
 
 
 def _diagnosis(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
     """What `bomkern diagnose` finds, and its report; a run is not lost over them."""
     try:
-        checkpoint.write_atomically(folder / record.HISTORY, trainer.goals.history.save)
+        write_atomically(folder / recorder.HISTORY, trainer.goals.history.save)
         return diagnose_folder(folder)[0].to_dict()
     except Exception as why:
         reason = " ".join(f"{type(why).__name__}: {why}".split())
@@ -348,7 +349,7 @@ def report(summary: dict[str, Any], folder: str) -> str:
             f"{summary['longest_starvation'][name]:>13} steps"
         )
     rows += ["", *_top_finding(summary["diagnosis"], folder)]
-    return "\n".join([*rows, f"pictures, metrics, checkpoint and {record.REPORT}: {folder}"])
+    return "\n".join([*rows, f"pictures, metrics, checkpoint and {recorder.REPORT}: {folder}"])
 
 
 def _top_finding(diagnosis: dict[str, Any] | None, folder: str) -> list[str]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bomkern import Lazy, lazy
-from bomkern._route import several_ranks
+from bomkern.common.process_group import several_ranks
 
 SMALLEST = 4  # side of the innermost feature map, in pixels
 JOINT = 2**20  # numbers in images that are decoded in one call on a CPU

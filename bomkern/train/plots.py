@@ -13,11 +13,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .checkpoint import write_atomically
+from bomkern.common.files import write_atomically
+
 from .evaluate import reconstruct
-from .goals import GOALS
 from .networks import VAE
-from .record import METRICS, read_lines
+from .nine_goals import GOALS
+from .recorder import METRICS, read_lines
 
 # Okabe & Ito's palette, told apart by colour-blind readers, and a second cue in the line style.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#000000", "#7F3C8D")

@@ -1,4 +1,4 @@
-// Float types of inputs, in the order of FLOATS in bomkern/_check.py. No torch here.
+// Float types of inputs, in the order of FLOATS in bomkern/common/checks.py. No torch here.
 #pragma once
 #include <stdint.h>
 

@@ -282,7 +282,7 @@ def launch_forward(
     dtype: torch.dtype,
     outputs: Sequence[Tensor],
 ) -> None:
-    """Fills ``outputs``: loss, winner, slope, bottleneck, share, level, finite, as `bomkern._triton` allocates them.
+    """Fills ``outputs``: loss, winner, slope, bottleneck, share, level, finite, as its caller allocates them.
 
     Args:
         goals: one [B, K] tensor, or K tensors [B] or [].

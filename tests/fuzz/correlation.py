@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bomkern import _impl, gaussian_total_correlation, reference, total_correlation
+from bomkern import gaussian_total_correlation, reference, total_correlation
+from bomkern.dispatch import select
 from tests.fuzz.cases import Case, alike, size, tensor
 from tests.fuzz.ops import Drawn, Errors, Op, Outputs
 from tests.fuzz.statistics import matrix_sizes
@@ -57,7 +58,7 @@ class TotalCorrelation(Op):
         options = dict(case.options)
         if "first" not in options:
             return {"value": total_correlation(*tensors, **options, impl=impl)}
-        serve = _impl.resolve("total_correlation", tensors[0].device.type, impl)
+        serve = select.resolve("total_correlation", tensors[0].device.type, impl)
         stratified = options.get("estimator", "mws") == "mss"
         return {"value": serve(*tensors, options.get("dataset_size"), stratified, options["first"])}
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bomkern import Constraint, GoalSet, Group, _impl
-from bomkern._impl import keeper
+from bomkern import Constraint, GoalSet, Group
+from bomkern.dispatch import select
+from bomkern.dispatch.select import keeper
 from tests.fuzz.cases import Case, laid_out, tensor, values_of
 from tests.fuzz.goals import GoalSetOp, made
 from tests.fuzz.ops import Drawn, Errors, Op, Outputs
@@ -22,7 +23,7 @@ class Module(GoalSetOp):
     name = "GoalSet"
 
     def serves(self, impl: str, device: str) -> bool:
-        return _impl.why_not("goal_set", impl, device) is None
+        return select.why_not("goal_set", impl, device) is None
 
     def draw(self, source: Random, tiny: bool) -> Drawn:
         sizes, given, options = super().draw(source, tiny)
@@ -98,7 +99,7 @@ class Keep(Op):
     needs: ClassVar = {}
 
     def serves(self, impl: str, device: str) -> bool:
-        return impl in ("reference", device) and _impl.why_not("goal_set", impl, device) is None
+        return impl in ("reference", device) and select.why_not("goal_set", impl, device) is None
 
     def draw(self, source: Random, tiny: bool) -> Drawn:
         sizes = {"N": source.choice([1, 2, 7, 31, 64, 450]), "G": source.choice([1, 2, 3, 8, 9, 63, 64])}

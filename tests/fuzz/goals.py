@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bomkern import ConstraintTable, _impl, reference
-from bomkern._records import record_parts
+from bomkern import ConstraintTable, reference
 from bomkern.constraints import Constraint
-from bomkern.min_goal import REDUCTIONS
+from bomkern.dispatch import select
+from bomkern.goals.record import record_parts
+from bomkern.ops.min_goal import REDUCTIONS
 from tests.fuzz.cases import Case, Given, alike, size, tensor
 from tests.fuzz.ops import Drawn, Errors, Op, Outputs
 
@@ -258,7 +259,7 @@ class GoalSetOp(Goals):
 
     def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
         options, device = case.options, tensors[0].device if tensors else torch.device("cpu")
-        serve = _impl.resolve("goal_set", device.type, impl)
+        serve = select.resolve("goal_set", device.type, impl)
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
         own = torch.float64 if case.wide and not narrow else torch.float32
         number = lambda x: torch.tensor(x, dtype=own, device=device).to(dtype)  # noqa: E731

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bomkern import _impl
+from bomkern.dispatch import select
 from tests.fuzz.cases import Case, Given
 
 Outputs = dict[str, Tensor]
@@ -29,7 +29,7 @@ class Op:
     per_sample = False  # a row of inputs decides its row of outputs, and nothing else
 
     def serves(self, impl: str, device: str) -> bool:
-        return _impl.why_not(self.name, impl, device) is None
+        return select.why_not(self.name, impl, device) is None
 
     def draw(self, source: Random, tiny: bool) -> Drawn:
         raise NotImplementedError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bomkern import ConstraintTable
-from bomkern import _triton as bridge
+from bomkern.dispatch import triton as bridge
 from tests.test_min_goal_triton import BF16, CONSTRAINTS, DOUBLE, FLOAT, HALF, MEAN, MIN, MIXED, NONE, SUM, make, table
 
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM, "min": MIN}

@@ -1,0 +1,1 @@
+"""Findings about a run, from its history alone."""

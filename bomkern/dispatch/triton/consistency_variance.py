@@ -1,0 +1,80 @@
+"""Ops, fakes and autograd of `consistency_variance` by Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ...common.checks import check_views
+from .launcher import guard, load
+from .library import Grads, by_reference, register
+
+
+def _apart(views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """V tensors [B, D], of one [V, B, D] too."""
+    return views[0].unbind(0) if len(views) == 1 else views
+
+
+def _allocate(views: Sequence[Tensor], correction: float) -> Tensor:
+    _, batch, _, dtype = check_views(views, correction)
+    return views[0].new_empty((batch,), dtype=dtype)
+
+
+def _forward(views: Sequence[Tensor], correction: float) -> Tensor:
+    out = _allocate(views, correction)
+    kernels = load("consistency_variance", out.device.type)
+    with guard(out):
+        kernels.launch_forward(_apart(views), correction, out)
+    return out
+
+
+def _new_grads(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
+    """A contiguous gradient of each tensor, with no elements where not wanted."""
+    return [x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(views, want, strict=True)]
+
+
+def _backward(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
+    made = _new_grads(grad, views, correction, want)
+    grads = _apart(made) if len(made) == 1 else [g if w else None for g, w in zip(made, want, strict=True)]
+    kernels = load("consistency_variance", grad.device.type)
+    with guard(grad):
+        kernels.launch_backward(grad, _apart(views), correction, grads)
+    return made
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    views, ctx.correction = inputs
+    ctx.save_for_backward(*views)
+
+
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    views = list(ctx.saved_tensors)
+    made: Grads = torch.ops.bomkern.consistency_variance_triton_backward(grads[0], views, ctx.correction, want)
+    return made
+
+
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    def results(*views: Tensor) -> Any:
+        return reference.consistency_variance(views, ctx.correction)
+
+    return by_reference(ctx.saved_tensors, results, grads, want)
+
+
+_library = register(
+    "consistency_variance",
+    ("(Tensor[] views, float correction) -> Tensor", _forward, _allocate),
+    ("(Tensor grad, Tensor[] views, float correction, bool[] want) -> Tensor[]", _backward, _new_grads),
+    _save,
+    _pull,
+    _again,
+)
+
+
+def consistency_variance(views: Sequence[Tensor], correction: float) -> Tensor:
+    """`bomkern.reference.consistency_variance` by Triton kernels: same arguments, same results, no stack."""
+    made: Tensor = torch.ops.bomkern.consistency_variance_triton(list(views), correction)
+    return made

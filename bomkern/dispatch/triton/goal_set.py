@@ -1,0 +1,169 @@
+"""Ops, fakes and autograd of `goal_set` by Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ...common.checks import FLOATS, check_goals, check_groups, check_multipliers, check_params, check_temperature
+from ...reference import NONE
+from ..schemas import record_size
+from .launcher import guard, load
+from .library import Aside, Grads, by_reference, register
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _allocate(
+    goals: Sequence[Tensor],
+    params: Tensor,
+    curves: Sequence[int],
+    groups: Sequence[int],
+    temperature: Tensor,
+    reduction: int,
+    multipliers: Tensor | None,
+    save: bool,
+) -> Outputs:
+    """Fresh loss, bottleneck, record and weight, the last with no elements unless it is to be saved."""
+    batch, count, dtype = check_goals(goals)
+    check_params(params, curves, count, dtype, goals[0].device)
+    check_groups(groups, count)
+    check_temperature(temperature, params)
+    check_multipliers(multipliers, groups, params)
+    new = params.new_empty
+    return (
+        new((batch,) if reduction == NONE else ()),
+        new((batch,), dtype=torch.int64),
+        new((record_size(groups[-1] + 1, count),)),
+        new((count, batch) if save else (0,)),
+    )
+
+
+def _forward(
+    goals: Sequence[Tensor],
+    params: Tensor,
+    curves: Sequence[int],
+    groups: Sequence[int],
+    temperature: Tensor,
+    reduction: int,
+    multipliers: Tensor | None,
+    save: bool,
+) -> Outputs:
+    out = _allocate(goals, params, curves, groups, temperature, reduction, multipliers, save)
+    kernels = load("goal_set", params.device.type)
+    with guard(params):
+        kernels.launch_forward(
+            goals,
+            params.contiguous(),
+            curves,
+            groups,
+            temperature,
+            reduction,
+            None if multipliers is None else multipliers.contiguous(),
+            kernels.Outputs(*out),
+        )
+    return out
+
+
+def _new_grads(
+    grad: Tensor, weight: Tensor, index: Sequence[int], dim: Sequence[int], dtype: Sequence[int]
+) -> list[Tensor]:
+    """For each gradient wanted: index of its goal, dim of that tensor (2: the [B, K] matrix), place of its dtype."""
+    count, batch = weight.shape
+    shapes: dict[int, tuple[int, ...]] = {0: (), 1: (batch,), 2: (batch, count)}
+    return [weight.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]
+
+
+def _backward(
+    grad: Tensor, weight: Tensor, index: Sequence[int], dim: Sequence[int], dtype: Sequence[int]
+) -> list[Tensor]:
+    made = _new_grads(grad, weight, index, dim, dtype)
+    grads: list[Tensor | None] = [None] * weight.shape[0]
+    for k, g in zip(index, made, strict=True):
+        grads[k] = g
+    kernels = load("goal_set", weight.device.type)
+    with guard(weight):
+        kernels.launch_backward(grads, grad, weight)
+    return made
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    goals, params, ctx.curves, ctx.groups, temperature, ctx.reduction, multipliers, ctx.saved = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.dim = [g.dim() for g in goals]
+    ctx.dtype = [FLOATS.index(g.dtype) for g in goals]
+    ctx.save_for_backward(output[3])
+    if ctx.saved:
+        # Copies: a GoalSet changes them in place after its forward, and a second derivative comes later.
+        settings = [params.reshape(-1), temperature.reshape(1), *([] if multipliers is None else [multipliers])]
+        ctx.given = Aside.keep(*goals, torch.cat(settings))
+
+
+def _saved(ctx: Any) -> Tensor:
+    """weight. Raises where there is none, or where a backward has freed it."""
+    if not ctx.saved:
+        raise RuntimeError("bomkern::goal_set_triton was called with save=False, so it has no gradient.")
+    weight: Tensor = ctx.saved_tensors[0]
+    return weight
+
+
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    weight = _saved(ctx)
+    index = [k for k, wanted in enumerate(want) if wanted]
+    dim, dtype = [ctx.dim[k] for k in index], [ctx.dtype[k] for k in index]
+    made = iter(torch.ops.bomkern.goal_set_triton_backward(grads[0], weight, index, dim, dtype))
+    return [next(made) if wanted else None for wanted in want]
+
+
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    _saved(ctx)
+    *goals, settings = Aside.kept(ctx.given)
+    columns = len(ctx.curves)
+    params, temperature, multipliers = settings.split([4 * columns, 1, len(settings) - 4 * columns - 1])
+
+    def results(*goals: Tensor) -> Any:
+        rest = [ctx.reduction, multipliers if len(multipliers) else None]
+        return reference.goal_set(goals, params.view(columns, 4), ctx.curves, ctx.groups, temperature[0], *rest)[0]
+
+    return by_reference(goals, results, grads[:1], want)
+
+
+_library = register(
+    "goal_set",
+    (
+        "(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction,"
+        " Tensor? multipliers, bool save)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _forward,
+        _allocate,
+    ),
+    (
+        "(Tensor grad, Tensor weight, int[] index, int[] dim, int[] dtype) -> Tensor[]",
+        _backward,
+        _new_grads,
+    ),
+    _save,
+    _pull,
+    _again,
+)
+
+
+def goal_set(
+    goals: Sequence[Tensor],
+    params: Tensor,
+    curves: Sequence[int],
+    groups: Sequence[int],
+    temperature: Tensor,
+    reduction: int,
+    multipliers: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`bomkern.reference.goal_set` by Triton kernels: same arguments, same results, no stack of the inputs."""
+    save = torch.is_grad_enabled() and any(g.requires_grad for g in goals)
+    loss, bottleneck, record, _ = torch.ops.bomkern.goal_set_triton(
+        list(goals), params, list(curves), list(groups), temperature, reduction, multipliers, save
+    )
+    return loss, bottleneck, record

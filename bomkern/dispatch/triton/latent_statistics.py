@@ -1,0 +1,100 @@
+"""Ops, fakes and autograd of `latent_statistics` by Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ...common.checks import check_latents, check_units
+from .launcher import guard, load
+from .library import Grads, by_reference, register
+
+Three = tuple[Tensor, Tensor, Tensor]
+FIELDS = 9  # of `bomkern.LatentStatistics`
+
+
+def _allocate(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
+    """Fresh outputs: the fields, then what backward needs of each column, [4, D]."""
+    batch, dims, dtype = check_latents(z, mu, logvar, least=2)
+    check_units(threshold, temperature)
+    shapes: tuple[tuple[int, ...], ...] = (*[(batch,)] * 3, *[(dims,)] * 4, (), (), (4, dims))
+    return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _forward(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
+    outputs = _allocate(z, mu, logvar, threshold, temperature)
+    kernels = load("latent_statistics", z.device.type)
+    with guard(z):
+        kernels.launch_forward(z, mu, logvar, threshold, temperature, outputs)
+    return outputs
+
+
+def _new_grads(
+    grads: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, columns: Tensor, want: Sequence[bool]
+) -> Three:
+    """A contiguous gradient of each input, with no elements where not wanted."""
+    first, second, third = (
+        x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((z, mu, logvar), want, strict=True)
+    )
+    return first, second, third
+
+
+def _backward(
+    grads: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, columns: Tensor, want: Sequence[bool]
+) -> Three:
+    made = _new_grads(grads, z, mu, logvar, columns, want)
+    grads = [g if g is None else g.resolve_neg() for g in grads]  # in such a list the dispatcher does not do it
+    kernels = load("latent_statistics", z.device.type)
+    with guard(z):
+        kernels.launch_backward(grads, z, mu, logvar, columns, made, want)
+    return made
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *latents, ctx.threshold, ctx.temperature = inputs
+    ctx.mark_non_differentiable(output[FIELDS])
+    ctx.save_for_backward(*latents, output[FIELDS])
+
+
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
+    given = list(grads[:FIELDS])
+    made: Three = torch.ops.bomkern.latent_statistics_triton_backward(given, *ctx.saved_tensors, want)
+    return made
+
+
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    def results(z: Tensor, mu: Tensor, logvar: Tensor) -> Any:
+        return reference.latent_statistics(z, mu, logvar, ctx.threshold, ctx.temperature)
+
+    return by_reference(ctx.saved_tensors[:3], results, grads, want)
+
+
+_library = register(
+    "latent_statistics",
+    (
+        f"(Tensor z, Tensor mu, Tensor logvar, float threshold, float temperature) -> ({', '.join(['Tensor'] * 10)})",
+        _forward,
+        _allocate,
+    ),
+    (
+        "(Tensor?[] grads, Tensor z, Tensor mu, Tensor logvar, Tensor columns, bool[3] want)"
+        " -> (Tensor, Tensor, Tensor)",
+        _backward,
+        _new_grads,
+    ),
+    _save,
+    _pull,
+    _again,
+)
+
+
+def latent_statistics(
+    z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float
+) -> tuple[Tensor, ...]:
+    """`bomkern.reference.latent_statistics` by Triton kernels: same arguments, same results, one read of each input."""
+    made: tuple[Tensor, ...] = torch.ops.bomkern.latent_statistics_triton(z, mu, logvar, threshold, temperature)
+    return made[:FIELDS]

@@ -1,0 +1,123 @@
+"""Ops, fakes and autograd of `total_correlation` by Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ...common.checks import check_estimator, check_rows
+from .launcher import guard, load
+from .library import Grads, register
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _allocate(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
+) -> Three:
+    """Fresh outputs: the result [R], then what backward needs of the joint [2, R] and of the marginals [2, D, R]."""
+    batch, dims, dtype = check_rows(z, mu, logvar, first)
+    check_estimator(batch, dataset_size, stratified)
+    rows = z.shape[0]
+    shapes: tuple[tuple[int, ...], ...] = ((rows,), (2, rows), (2, dims, rows))
+    out, joint, marginal = (z.new_empty(shape, dtype=dtype) for shape in shapes)
+    return out, joint, marginal
+
+
+def _forward(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
+) -> Three:
+    outputs = _allocate(z, mu, logvar, dataset_size, stratified, first)
+    kernels = load("total_correlation", z.device.type)
+    with guard(z):
+        kernels.launch_forward(z, mu, logvar, dataset_size, stratified, first or 0, *outputs)
+    return outputs
+
+
+def _backward(
+    grad: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    joint: Tensor,
+    marginal: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None,
+    want: Sequence[bool],
+) -> Three:
+    kernels = load("total_correlation", z.device.type)
+    with guard(z):
+        made = kernels.launch_backward(grad, z, mu, logvar, joint, marginal, dataset_size, stratified, first or 0, want)
+    grad_z, grad_mu, grad_logvar = (
+        x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(made, (z, mu, logvar), strict=True)
+    )
+    return grad_z, grad_mu, grad_logvar
+
+
+def _backward_fake(
+    grad: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    joint: Tensor,
+    marginal: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None,
+    want: Sequence[bool],
+) -> Three:
+    grad_z, grad_mu, grad_logvar = (
+        x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((z, mu, logvar), want, strict=True)
+    )
+    return grad_z, grad_mu, grad_logvar
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+    z, mu, logvar, *ctx.settings = inputs
+    _, joint, marginal = output
+    ctx.mark_non_differentiable(joint, marginal)
+    ctx.save_for_backward(z, mu, logvar, joint, marginal)
+
+
+def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
+    made: Three = torch.ops.bomkern.total_correlation_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings, want)
+    return made
+
+
+def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+    (grad, *_), (z, mu, logvar, *_) = grads, ctx.saved_tensors
+    assert grad is not None  # of the only result that has a gradient
+    return reference.total_correlation_gradients(grad, z, mu, logvar, *ctx.settings)
+
+
+_library = register(
+    "total_correlation",
+    (
+        "(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified, int? first=None)"
+        " -> (Tensor, Tensor, Tensor)",
+        _forward,
+        _allocate,
+    ),
+    (
+        "(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginal, int? dataset_size,"
+        " bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)",
+        _backward,
+        _backward_fake,
+    ),
+    _save,
+    _pull,
+    _again,
+)
+
+
+def total_correlation(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
+) -> Tensor:
+    """`bomkern.reference.total_correlation` by Triton kernels: same arguments, same results, memory O(B D)."""
+    made: Tensor = torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified, first)[0]
+    return made

@@ -1,0 +1,67 @@
+"""Raw values by name, as a `bomkern.GoalSet` is given them, and errors that name the goal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_goals
+from ..lazy_goals.evaluate import Lazy
+
+Raw = Mapping[str, "Tensor | Lazy | Mapping[str, Tensor | Lazy]"]
+
+
+class RawValues:
+    """Turns a mapping into the tensors of the columns, in order.
+
+    Args:
+        names: the goals. members: of each group. columns: what errors call each tensor.
+    """
+
+    def __init__(self, names: list[str], members: dict[str, list[str]], columns: list[str]) -> None:
+        self.names, self.known, self.members, self.labels = names, set(names), members, columns
+
+    def columns(self, raw: Raw) -> list[Tensor]:
+        """Raises KeyError or TypeError where a goal is missing, unknown, or no mapping where it must be one."""
+        if not isinstance(raw, Mapping):
+            raise TypeError(f"raw must be a mapping of goals' names to tensors, got {type(raw).__name__}")
+        if raw.keys() != self.known:
+            self._refuse("goal", raw, self.names)
+        tensors: list[Any] = []
+        for name in self.names:
+            value = raw[name]
+            if name not in self.members:
+                tensors.append(value)
+                continue
+            if not isinstance(value, Mapping):
+                raise TypeError(f"{name} is a Group: its raw value must be a mapping, got {type(value).__name__}")
+            if value.keys() != set(self.members[name]):
+                self._refuse(f"member of {name}", value, self.members[name])
+            tensors += [value[member] for member in self.members[name]]
+        return tensors
+
+    @staticmethod
+    def _refuse(what: str, given: Mapping[str, Any], known: list[str]) -> None:
+        missing, unknown = [n for n in known if n not in given], [str(n) for n in given if n not in known]
+        parts = [f"no raw value for {', '.join(missing)}"] * bool(missing)
+        parts += [f"no {what} is called {', '.join(unknown)} (there are {', '.join(known)})"] * bool(unknown)
+        raise KeyError("; ".join(parts))
+
+    def explain(self, tensors: list[Tensor], device: torch.device) -> None:
+        """Raises by the goal's name the error for which the op named a place in a list; returns where there is none."""
+        rows = [t for t in tensors if isinstance(t, Tensor) and t.dim() == 1]
+        for name, t in zip(self.labels, tensors, strict=True):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"the raw value of {name} must be a tensor, got {type(t).__name__}")
+            if t.dim() > 1:
+                raise ValueError(f"the raw value of {name} must have shape [B] or [], got {list(t.shape)}")
+            if t.dim() == 1 and len(t) != len(rows[0]):
+                raise ValueError(f"the raw value of {name} has {len(t)} samples, others have {len(rows[0])}")
+            if not t.is_floating_point():
+                raise TypeError(f"the raw value of {name} must be a floating-point tensor, got {t.dtype}")
+            if t.device != device:
+                raise ValueError(f"the raw value of {name} is on {t.device}, the GoalSet on {device}: move it")
+        check_goals(tensors)

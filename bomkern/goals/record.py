@@ -1,0 +1,54 @@
+"""The record of a step of `bomkern.goal_set`: what its numbers are, and one record of several ranks' ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.process_group import Ranks
+from ..reference import MIN, NONE, SUM, worst_of
+
+
+def record_parts(record: Tensor, goals: int, columns: int) -> dict[str, Tensor]:
+    """The parts of records [..., size] of `goal_set`, views of its last axis.
+
+    Of each of G goals ``share`` (who gets the gradient: its mean weight over the samples taken into the loss),
+    ``level`` (mean score) and ``deficit`` (mean); of each of K columns ``raw`` (mean), ``highest`` (the largest finite
+    raw value, -inf if there is none), ``ideal`` and ``slope`` (the first two parameters: 1 / slope is the scale);
+    ``loss`` (its mean over samples where it is one per sample) and ``finite`` (1 or 0).
+    """
+    names = ("share", "level", "deficit", "raw", "highest", "ideal", "slope", "loss", "finite")
+    parts = record.split([goals] * 3 + [columns] * 4 + [1, 1], dim=-1)
+    found = dict(zip(names, parts, strict=True))
+    return {**found, "loss": found["loss"][..., 0], "finite": found["finite"][..., 0]}
+
+
+def share_record(
+    loss: Tensor, record: Tensor, goals: int, columns: int, reduction: int, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The loss and the record of the whole batch from those of each rank's part, by one gather.
+
+    Args:
+        loss: 0-dim, or [B] where ``reduction`` is NONE: then it stays as it is. record: [size].
+
+    Returns:
+        The loss, equal on all ranks, whose gradient is a rank's part of it in a mean over the ranks; the record.
+    """
+    own = loss.detach().mean().to(record.dtype)
+    gathered = ranks.gather(torch.cat([record.detach(), own[None]]))  # [W, size + 1]
+    losses, together = gathered[:, -1], gathered[:, :-1].mean(0)
+    parts = record_parts(gathered[:, :-1], goals, columns)
+    merged = record_parts(together, goals, columns)
+    merged["highest"].copy_(parts["highest"].amax(0))
+    merged["finite"].copy_(parts["finite"].amin(0))
+    if reduction == NONE:
+        return loss, together
+    known, weight = losses.mean(), torch.ones_like(own)
+    if reduction == SUM:
+        known, weight = losses.sum(), weight * ranks.size
+    elif reduction == MIN:
+        worst = worst_of(losses, 0).reshape(1)
+        known, weight = losses.index_select(0, worst)[0], (worst[0] == ranks.rank) * weight * ranks.size
+        merged["share"].copy_(parts["share"].index_select(0, worst)[0])
+    merged["loss"].copy_(known)
+    return ranks.shared(loss, known, weight), together

@@ -1,0 +1,196 @@
+"""Charts for `bomkern.report`: stretchable SVG for what is drawn, HTML for the words, legible at any width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..diagnosis.trends import blocks
+
+POINTS = 240  # of a curve: more than a phone has pixels for
+UNIT = 1000  # the SVG's own size on both axes; the browser stretches it
+# Okabe & Ito's palette and line styles, as in bomkern.train.plots; the second row is for dark pages.
+LIGHT = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#000000", "#7F3C8D")
+DARK = ("#4FA3E0", "#F5B83D", "#2CC79B", "#E7A3CB", "#9AD8FF", "#FF8A3D", "#DCCB2A", "#C5CCD3", "#C08FD6")
+DASHES = ("", "6 4", "8 3 2 3", "2 3", "10 2", "", "6 4", "8 3 2 3", "2 3")
+LINE = 13  # CSS pixels
+WIDTH_OF_A_LETTER = 1.9  # percent of a phone's width, for labels that must not lie on each other
+
+
+def thin(series: Tensor) -> Tensor:
+    """[T, ...] -> at most `POINTS` means."""
+    return blocks(series, POINTS) if len(series) > POINTS else series
+
+
+def thin_extremes(series: Tensor) -> tuple[list[float], list[float]]:
+    """The least and the largest of the rows behind each point of `thin`, [T] only; NaN where all are."""
+    count = min(POINTS, len(series))
+    edges = torch.linspace(0, len(series), count + 1).round().long().tolist()
+    runs = [series[a:b][series[a:b].isfinite()] for a, b in pairwise(edges)]
+    least = [run.min().item() if len(run) else math.nan for run in runs]
+    return least, [run.max().item() if len(run) else math.nan for run in runs]
+
+
+def short(value: float) -> str:
+    """A number for a tick or a table."""
+    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-")
+
+
+def colour(index: int) -> str:
+    return f"var(--c{index % len(LIGHT)})"
+
+
+def dash(index: int) -> str:
+    """Where the colours begin anew, goals differ in their dashes."""
+    return DASHES[(index + index // len(LIGHT)) % len(DASHES)]
+
+
+def swatch(index: int) -> str:
+    """The line of a goal, for legends."""
+    return (
+        f'<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true"><line x1="0" y1="5" x2="28" y2="5" '
+        f'stroke="{colour(index)}" stroke-dasharray="{dash(index)}"/></svg>'
+    )
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers within a range, about so many."""
+    rough = (high - low) / count
+    if not rough > 0 or not math.isfinite(rough):
+        return [low]
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+class Chart:
+    """Axes onto which curves are drawn.
+
+    Args:
+        label: what the picture shows, for those who cannot see it.
+        x, y: the ranges of the axes.
+        height: in CSS pixels.
+        y_name: what the y axis shows.
+    """
+
+    def __init__(
+        self, label: str, x: tuple[float, float], y: tuple[float, float], height: int, y_name: str = ""
+    ) -> None:
+        self.label, self.x, self.y, self.height, self.y_name = label, x, y, height, y_name
+        self._shapes: list[str] = []
+        self._notes: list[tuple[float, str]] = []
+
+    def _across(self, value: float) -> float:
+        return UNIT * (value - self.x[0]) / max(self.x[1] - self.x[0], 1e-12)
+
+    def _down(self, value: float) -> float:
+        share = (value - self.y[0]) / max(self.y[1] - self.y[0], 1e-300)
+        return UNIT * (1 - min(max(share, -1.0), 2.0))
+
+    def _points(self, xs: Sequence[float], ys: Sequence[float]) -> str:
+        """An SVG path, interrupted where a value is missing."""
+        path, pen = [], "M"
+        for x, y in zip(xs, ys, strict=True):
+            if not math.isfinite(y):
+                pen = "M"
+                continue
+            path.append(f"{pen}{self._across(x):.0f} {self._down(y):.0f}")
+            pen = "L"
+        return "".join(path)
+
+    def line(self, xs: Sequence[float], ys: Sequence[float], stroke: str, dash: str = "", width: float = 2) -> None:
+        self._shapes.append(
+            f'<path class="line" d="{self._points(xs, ys)}" stroke="{stroke}" stroke-width="{width:g}" '
+            f'stroke-dasharray="{dash}"/>'
+        )
+
+    def area(self, xs: Sequence[float], low: Sequence[float], high: Sequence[float], fill: str, name: str = "") -> None:
+        both = [(x, a, b) for x, a, b in zip(xs, low, high, strict=True) if math.isfinite(a) and math.isfinite(b)]
+        if not both:
+            return
+        there = self._points([x for x, _, _ in both], [b for _, _, b in both])
+        back = self._points([x for x, _, _ in reversed(both)], [a for _, a, _ in reversed(both)])
+        title = f"<title>{escape(name)}</title>" * bool(name)
+        self._shapes.append(f'<path class="area" d="{there}L{back[1:]}Z" fill="{fill}">{title}</path>')
+
+    def span(self, first: float, last: float) -> None:
+        """A light shade over a range of x."""
+        left, right = self._across(first), self._across(last)
+        self._shapes.append(f'<rect class="span" x="{left:.0f}" y="0" width="{right - left:.0f}" height="{UNIT}"/>')
+
+    def note(self, y: float, text: str) -> None:
+        """A word at the right end of a height; words that would lie on each other share a line."""
+        top = min(max(100 * self._down(y) / UNIT, 0.0), 100.0)
+        for i, (other, said) in enumerate(self._notes):
+            if abs(other - top) * self.height < 100 * LINE:
+                self._notes[i] = other, f"{said}, {text}"
+                return
+        self._notes.append((top, text))
+
+    def _step(self, x: float, x_name: str) -> str:
+        """A label of the x axis; at the right edge it ends there."""
+        across = self._across(x) / UNIT
+        side = "right:0;transform:none" if across > 0.97 else f"left:{across:.2%}"
+        return f'<span class="x" style="{side}">{x_name}{short(x) if x >= 1e5 else f"{x:.0f}"}</span>'
+
+    def html(
+        self, x_ticks: Sequence[float] = (), y_ticks: Sequence[float] = (), percent: bool = False, x_name: str = ""
+    ) -> str:
+        """The figure. ``x_name`` goes before the first label of the x axis."""
+        grid = "".join(
+            f'<line class="grid" x1="0" x2="{UNIT}" y1="{self._down(y):.0f}" y2="{self._down(y):.0f}"/>'
+            for y in y_ticks
+        )
+        heights = "".join(
+            f'<span class="y" style="top:{self._down(y) / UNIT:.2%}">{f"{y:.0%}" if percent else short(y)}</span>'
+            for y in y_ticks
+        )
+        steps = "".join(self._step(x, f"{x_name} " * bool(x_name and not i)) for i, x in enumerate(x_ticks))
+        notes = "".join(f'<span class="note" style="top:{y:.1f}%">{escape(text)}</span>' for y, text in self._notes)
+        name = f'<span class="y-name">{escape(self.y_name)}</span>' * bool(self.y_name)
+        return (
+            f'<div class="plot" style="height:{self.height}px">'
+            f'<svg viewBox="0 0 {UNIT} {UNIT}" preserveAspectRatio="none" role="img" aria-label="{escape(self.label)}">'
+            f"{grid}{''.join(self._shapes)}</svg>"
+            f'<div aria-hidden="true">{heights}{steps}{notes}{name}</div></div>'
+        )
+
+
+def lanes(marks: Sequence[tuple[float, float, str, int]], x: tuple[float, float]) -> str:
+    """Labelled bars over a chart's x axis: (first, last, label, colour). Bars that would touch go to further rows."""
+    rows: list[list[tuple[float, float]]] = []
+    parts = []
+    for first, last, label, index in marks:
+        left, right = (100 * (v - x[0]) / max(x[1] - x[0], 1e-12) for v in (first, last))
+        right = max(right, left + 1)
+        need = WIDTH_OF_A_LETTER * len(label)
+        from_right = left + need > 100  # its label ends where the bar does, or at the edge
+        taken = (min(left, right - need), right) if from_right else (left, max(right, left + need))
+        row = next((r for r, busy in enumerate(rows) if all(taken[1] < a or taken[0] > b for a, b in busy)), len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(taken)
+        side = f"right:{100 - right:.1f}%" if from_right else f"left:{left:.1f}%"
+        parts.append(
+            f'<span class="bar" style="top:{22 * row + 17}px;left:{left:.1f}%;width:{right - left:.1f}%;'
+            f'background:{colour(index)}"></span>'
+            f'<span class="tag" style="top:{22 * row}px;{side}">{escape(label)}</span>'
+        )
+    return f'<div class="lanes" style="height:{22 * len(rows) + 4}px" aria-hidden="true">{"".join(parts)}</div>'
+
+
+def extent(*series: Tensor) -> tuple[float, float]:
+    """The range of all finite values, with a little air; (0, 1) where there are none."""
+    values = torch.cat([s.reshape(-1) for s in series])
+    values = values[values.isfinite()]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = values.min().item(), values.max().item()
+    air = 0.05 * (high - low) or max(abs(high), 1e-6) * 0.1
+    return low - air, high + air

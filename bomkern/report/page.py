@@ -1,0 +1,305 @@
+"""`write_report`: one HTML file that shows a run and what is wrong with it. It needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diagnosis.diagnose import NOTHING as NOTHING
+from ..diagnosis.diagnose import Diagnosis
+from ..diagnosis.run_view import Column, payoff_of
+from ..diagnosis.trends import smooth
+from ..goals.history import History
+from .charts import Chart, colour, dash, extent, lanes, short, swatch, thin, thin_extremes, ticks
+from .style import style
+
+OWN = ' class="own"'
+MARKED = 8  # findings that are marked on the charts; all are in the table
+MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
+KINDS = {
+    "not finite": "steps were lost to NaN or infinity",
+    "infeasible box": "raw cannot get inside",
+    "miscalibrated": "its scale does not fit its values",
+    "moving target": "gets worse although it has the gradient",
+    "locked": "holds the gradient at a floor",
+    "collapse": "the latent code is shut",
+    "conflict": "the gain of one is the loss of the other",
+    "starved": "no gradient while it gets worse",
+    "idle": "satisfied; for information",
+}
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    history: History,
+    diagnosis: Diagnosis,
+    *,
+    payoff: Any = None,
+    pictures: Mapping[str, str | os.PathLike[str]] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a self-contained page: findings, water levels and shares with the findings marked, raw values, and more.
+
+    Args:
+        path: of the HTML file; what is there is replaced.
+        history: of the run.
+        diagnosis: what `bomkern.diagnose` found in it.
+        payoff: what `bomkern.probe` returned, or ``{"goals": K names, "table": K x K raw values}``.
+        pictures: PNG, JPEG or SVG files by caption; they are embedded.
+        config: settings of the run, shown as they are.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot serve, named in the message.
+        OSError: a picture cannot be read, or the file not be written.
+    """
+    if not isinstance(history, History):
+        raise TypeError(f"history must be a History, got {type(history).__name__}")
+    if not isinstance(diagnosis, Diagnosis):
+        raise TypeError(f"diagnosis must be a Diagnosis, got {type(diagnosis).__name__}")
+    parts = [_head(history, diagnosis), _findings(diagnosis)]
+    if len(history):
+        parts += [_goals(history), _levels(history, diagnosis), _shares(history, diagnosis), _raw(history, diagnosis)]
+    if payoff is not None:
+        parts.append(_payoff(payoff))
+    if pictures:
+        parts.append(_pictures(pictures))
+    if config:
+        parts.append(_config(config))
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>bomkern: which bucket has a hole?</title><style>{style()}</style></head><body><main>"
+        f"{''.join(parts)}</main></body></html>\n"
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _section(title: str, body: str, lead: str = "") -> str:
+    lead = f'<p class="lead">{lead}</p>' if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
+
+
+def _head(history: History, diagnosis: Diagnosis) -> str:
+    first, last = diagnosis.steps
+    count, idle = len(diagnosis.faults), len(diagnosis) - len(diagnosis.faults)
+    verdict = diagnosis.note or (f"{count} finding{'s' * (count != 1)}" if count else NOTHING)
+    verdict += f", and {idle} for information" * bool(count and idle)
+    over = f"steps {first} to {last}" if last >= first else "no step yet"
+    held = f"<p>{escape(diagnosis.held[0].upper() + diagnosis.held[1:])}.</p>" if diagnosis.held else ""
+    return (
+        f"<header><h1>Which bucket has a hole?</h1><p><strong>{escape(verdict[0].upper() + verdict[1:])}.</strong> "
+        f"{len(history.layout.goals)} goals, {over}.</p>{held}{_pull(diagnosis)}</header>"
+    )
+
+
+def _pull(diagnosis: Diagnosis) -> str:
+    """Where the norm of the gradient, as estimated, goes elsewhere than the samples."""
+    name = max(diagnosis.pull, key=lambda goal: diagnosis.pull[goal] - diagnosis.share[goal], default=None)
+    if name is None or diagnosis.pull[name] - diagnosis.share[name] < 0.3:
+        return ""
+    return (
+        f"<p>By the range of its values, {escape(name)} has about {diagnosis.pull[name]:.0%} of the gradient's norm "
+        f"with {diagnosis.share[name]:.0%} of the samples (an estimate: a history holds no gradients).</p>"
+    )
+
+
+def _table(name: str, heads: Sequence[str], bodies: str) -> str:
+    row = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    return f'<table class="{name}"><thead><tr>{row}</tr></thead>{bodies}</table>'
+
+
+def _breakable(name: str) -> str:
+    """A name that may be broken after its underscores, on a phone."""
+    return escape(name).replace("_", "_<wbr>")
+
+
+def _prose(text: str) -> str:
+    """A sentence, whose arrows are not broken."""
+    return escape(text).replace("-&gt;", '<span class="whole">-&gt;</span>')
+
+
+def _findings(diagnosis: Diagnosis) -> str:
+    if not len(diagnosis):
+        return ""
+    bodies = []
+    for n, f in enumerate(diagnosis, 1):
+        calm = ' class="calm"' if f.kind == "idle" else ""
+        bodies.append(
+            f'<tbody{calm}><tr><th scope="row">{n}</th><td><strong>{escape(f.kind)}</strong><br>'
+            f'<small>{escape(KINDS.get(f.kind, ""))}</small></td><td class="name">{_breakable(f.goal)}</td>'
+            f"<td>{f.first}\u2013{f.last}</td><td>{f.confidence:.0%}</td></tr>"
+            f'<tr class="more"><td></td><td colspan="4">{_prose(f.evidence)}.<br><strong>Change:</strong> '
+            f"{_prose(f.suggestion)}.</td></tr></tbody>"
+        )
+    lead = (
+        "Worst first. \u201cSure\u201d comes from the evidence alone: the trend beyond the noise, the length of the "
+        "window, the share held. It can be wrong."
+    )
+    heads = ("#", "Finding", "Goal", "Steps", "Sure")
+    return _section("Findings", _table("findings", heads, "".join(bodies)), lead)
+
+
+def _goals(history: History) -> str:
+    """The legend of the charts, once, with each goal's constraint."""
+    layout, items = history.layout, []
+    for g, name in enumerate(layout.goals):
+        own = [c for c, o in zip(layout.constraints, layout.owner, strict=True) if o == g]
+        items.append(f"<li>{swatch(g)}<span><b>{escape(name)}</b> <small>{escape('; '.join(own))}</small></span></li>")
+    return _section("Goals", f'<ul class="legend">{"".join(items)}</ul>')
+
+
+def _marks(history: History, diagnosis: Diagnosis) -> list[tuple[int, int, str, int]]:
+    goals = history.layout.goals
+    return [
+        (f.first, f.last, f"{n} {f.kind}: {f.goal}", goals.index(f.goals[0]) if f.goals else 7)
+        for n, f in enumerate(diagnosis, 1)
+        if f.kind != "idle"
+    ][:MARKED]
+
+
+def _x(history: History) -> tuple[float, float]:
+    return float(history.first + 1), float(max(int(history.steps[-1]), history.first + 2))
+
+
+def _steps(history: History) -> list[float]:
+    middles = history.steps.double() - (history.stride - 1) / 2
+    return [float(x) for x in thin(middles).tolist()]
+
+
+def _chart(history: History, diagnosis: Diagnosis, chart: Chart, y_ticks: list[float], percent: bool = False) -> str:
+    x = _x(history)
+    return (
+        f"<figure>{lanes(_marks(history, diagnosis), x)}{chart.html(ticks(*x, 5), y_ticks, percent)}"
+        '<figcaption class="axis">step</figcaption></figure>'
+    )
+
+
+def _levels(history: History, diagnosis: Diagnosis) -> str:
+    level = smooth(history["level"].double(), max(1, len(history) // 60))
+    top = max(1.05, min(extent(level)[1], 2.0))
+    ends = ", ".join(f"{n} {_end(values):.2f}" for n, values in zip(history.layout.goals, level.T, strict=True))
+    label = f"Water level of each goal over the steps. At the end: {ends}"
+    chart = Chart(label, _x(history), (0, top), 260, "mean score")
+    for first, last, _, _ in _marks(history, diagnosis)[:3]:
+        if last - first < 0.9 * (chart.x[1] - chart.x[0]):  # a shade over everything says nothing
+            chart.span(first, last)
+    for g, values in enumerate(thin(level).T.tolist()):
+        chart.line(_steps(history), values, colour(g), dash(g))
+    body = _chart(history, diagnosis, chart, ticks(0, top))
+    return _section("Water levels", body, "Mean score of each goal; 1 is its ideal, 0.37 its nadir.")
+
+
+def _shares(history: History, diagnosis: Diagnosis) -> str:
+    share = smooth(history["share"].double(), max(1, len(history) // 60)).nan_to_num()
+    total = ", ".join(f"{n} {v:.0%}" for n, v in zip(history.layout.goals, share.mean(0).tolist(), strict=True))
+    label = f"Share of the gradient of each goal over the steps. On average: {total}"
+    chart = Chart(label, _x(history), (0, 1), 260, "share")
+    tops = thin(share.cumsum(1))
+    below = torch.cat([torch.zeros_like(tops[:, :1]), tops[:, :-1]], dim=1)
+    for g, name in enumerate(history.layout.goals):
+        chart.area(_steps(history), below[:, g].tolist(), tops[:, g].tolist(), colour(g), name)
+    body = _chart(history, diagnosis, chart, [0, 0.25, 0.5, 0.75, 1], percent=True)
+    lead = "Who got the gradient: each goal's part of the samples, or its weight. First goal at the bottom."
+    return _section("Shares of the gradient", body, lead)
+
+
+def _raw(history: History, diagnosis: Diagnosis) -> str:
+    layout = history.layout
+    columns = [Column(*c) for c in zip(layout.columns, layout.owner, layout.constraints, strict=True)]
+    figures = "".join(_panel(history, diagnosis, k, column) for k, column in enumerate(columns))
+    lead = (
+        "Mean over the batch: the band spans single rows, the line is their moving mean. Dashed: ideal; dotted: nadir, "
+        "or the limits of a box. Shaded: findings about the goal."
+    )
+    return _section("Raw values", f'<div class="grid">{figures}</div>', lead)
+
+
+def _end(values: Tensor) -> float:
+    """The last that there is, NaN where there is none."""
+    there = values[~values.isnan()]
+    return float(there[-1]) if len(there) else math.nan
+
+
+def _guides(history: History, k: int, column: Column) -> list[tuple[str, Tensor]]:
+    """The lines that raw is to be read against: a name and [T] values each."""
+    ideal, scale = history["ideal"][:, k].double(), history["scale"][:, k].double()
+    if column.box:
+        return [(name, torch.full_like(ideal, column.arguments[name])) for name in ("lower", "upper")]
+    if column.kind in ("Upper", "Lower"):
+        return [("limit", torch.full_like(ideal, column.arguments.get("limit", _end(ideal))))]
+    return [("ideal", ideal), ("nadir", ideal + scale)]
+
+
+def _panel(history: History, diagnosis: Diagnosis, k: int, column: Column) -> str:
+    raw = history["raw"][:, k].double()
+    raw = torch.where(raw.isfinite(), raw, torch.nan)
+    calm = smooth(raw, max(1, len(raw) // 40))
+    low, high = extent(raw)
+    guides, room = _guides(history, k, column), high - low
+    near = [(n, v) for n, v in guides if low - room <= _end(v) <= high + room]
+    low, high = extent(raw, *(torch.tensor([_end(values)]) for _, values in near))
+    end = short(_end(calm)) if calm.isfinite().any() else "none"
+    said = ", ".join(f"{n} {short(_end(v))}" + " (off the scale)" * (n not in dict(near)) for n, v in guides)
+    chart = Chart(f"Raw value of {column.name}, at the end {end}; {said}", _x(history), (low, high), 110)
+    name = history.layout.goals[column.goal]
+    for finding in diagnosis.faults:
+        if name in finding.goals:
+            chart.span(finding.first, finding.last)
+    xs = _steps(history)
+    chart.area(xs, *thin_extremes(raw), colour(column.goal))
+    chart.line(xs, thin(calm).tolist(), colour(column.goal))
+    for guide, values in near:
+        chart.line(xs, thin(values).tolist(), "var(--ink)", "5 4" if guide == "ideal" else "1.5 3", 1.2)
+        chart.note(_end(values), guide)
+    return (
+        f"<figure><figcaption>{swatch(column.goal)} <b>{escape(column.name)}</b> {end}<br><small>{escape(said)}</small>"
+        f"</figcaption>{chart.html(ticks(*chart.x, 3), ticks(low, high, 2), x_name='step')}</figure>"
+    )
+
+
+def _payoff(payoff: Any) -> str:
+    values = payoff_of(payoff)
+    names = list(dict.fromkeys(trained for trained, _ in values))
+    rows = ""
+    for trained in names:
+        cells = "".join(f"<td{OWN * (seen == trained)}>{escape(short(values[trained, seen]))}</td>" for seen in names)
+        rows += f'<tr><th scope="row">{escape(trained)}</th>{cells}</tr>'
+    table = _table("numbers", ("trained on", *names), f"<tbody>{rows}</tbody>")
+    lead = "Raw values after training on each goal alone: on the diagonal its ideal, worst in its column its nadir."
+    return _section(
+        "Payoff table", f'<div class="scroll" tabindex="0" role="region" aria-label="Payoff table">{table}</div>', lead
+    )
+
+
+def _pictures(pictures: Mapping[str, str | os.PathLike[str]]) -> str:
+    figures = ""
+    for caption, given in pictures.items():
+        path = Path(given)
+        if path.suffix.lower() not in MIME:
+            raise ValueError(f"pictures: {path.name} must be one of {', '.join(MIME)}")
+        data = base64.b64encode(path.read_bytes()).decode()
+        text = escape(caption)
+        figures += (
+            f'<figure><img alt="{text}" src="data:{MIME[path.suffix.lower()]};base64,{data}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+    return _section("Pictures", figures)
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    rows = ""
+    for name, value in config.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        rows += f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(text)}</td></tr>'
+    return _section("Configuration", _table("config", ("Setting", "Value"), f"<tbody>{rows}</tbody>"))

@@ -1,0 +1,261 @@
+"""One training step, without a host sync: networks, optimisers, scales and counters, and what a step does with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from bomkern import GoalOutput, GoalSet, Lazy, StepGuard, latent_statistics, lazy
+
+from . import features as see
+from . import nine_goals as goal
+from . import processes
+from .config import Config
+from .counters import Tally
+from .data import Crops, to_float
+from .networks import VAE, Discriminator, Pass
+from .presets import policies
+
+CROPS, NOISE, TRIVIAL = 0, 1, 2  # streams of random numbers
+TRIVIAL_CROPS = 256
+AVERAGE = 0.01  # weight of a step in the moving average of the weights
+REJECTED_IN_A_ROW = 50  # after so many, training stops
+
+
+def raw_values(
+    out: Pass,
+    image: Tensor,
+    logits: Tensor | Lazy,
+    order: Tensor,
+    trivial: goal.Trivial,
+    impl: str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> list[Tensor | Lazy]:
+    """The nine raw values of a step, each [B], in the order of `goals.GOALS`; those of images are lazy.
+
+    Args:
+        out: the forward pass. image: [B, 3, S, S]. logits: the discriminator's for ``out.recon``.
+        order: [B, D] int64, a permutation of the rows for each latent.
+        trivial: errors of trivial answers.
+        impl: the implementation of the statistics that have kernels. group: the ranks that share the batch.
+    """
+    recon_edges, swap_edges, moved_edges = (lazy(see.edges, x) for x in (out.recon, out.swap, out.moved_appearance))
+    colour, moved_colour = (lazy(see.mean_colour, x) for x in (out.recon, out.moved_structure))
+    edges = see.edges(image)
+    code = latent_statistics(out.z, out.mu, out.logvar, process_group=group, impl=impl)
+    return [
+        goal.kl_divergence(code),
+        goal.disentanglement(out.z, out.mu, out.logvar, order, impl, group),
+        goal.capacity(code),
+        lazy(goal.behavioral_separation, colour, moved_colour, recon_edges, moved_edges, trivial),
+        goal.latent_stats(out.z, code, impl, group),
+        lazy(goal.reconstruction, out.recon, image, recon_edges, edges, trivial),
+        lazy(goal.cross_recon, out.swap, swap_edges, edges, image.roll(-1, 0), trivial),
+        lazy(goal.realism, logits),
+        goal.consistency(out.views, code.mu_variance[: out.views.shape[2]], impl),
+    ]
+
+
+class Trainer:
+    """The state of a run and its step. Every random number is a function of (seed, stream, step): there is no generator
+    state to keep, a resumed run draws what the run it continues would have drawn, and each rank takes its rows of it.
+
+    Args:
+        config: the run.
+        fabric: launched.
+        crops: training crops.
+        total: samples a step of all ranks together; None: ``config.batch_size`` of each.
+
+    Attributes:
+        vae, discriminator: the networks, as they are trained.
+        average: moving average of the VAE's weights over about 100 steps, which is what gets evaluated and pictured.
+        step: how many steps are done.
+        sharded: whether each rank holds a part of every weight (FSDP2).
+        first_seconds: of a first step that compiles the others, else 0.
+        partial: whether losses may leave parameters out, as a probe's do; they then get zeros, which DDP waits for.
+    """
+
+    def __init__(self, config: Config, fabric: Fabric, crops: Crops, total: int | None = None) -> None:
+        self.config, self.fabric, self.crops = config, fabric, crops
+        self.device = fabric.device
+        self.total = total or config.batch_size * fabric.world_size
+        own = self.total // fabric.world_size
+        self._rows = slice(fabric.global_rank * own, (fabric.global_rank + 1) * own)
+        self.step, self.partial, self.sharded = 0, False, processes.shards(fabric)
+        self.first_seconds = 0.0
+        self._walked: list[float] = []  # since the last `window`
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.vae = self._vae()
+            self.discriminator = Discriminator(config.width // 2)
+        self.average = copy.deepcopy(self.vae).requires_grad_(False).to(self.device)
+        self.model, self.judge = fabric.setup_module(self.vae), fabric.setup_module(self.discriminator)
+        if self.sharded:
+            fabric.setup_module(self.average)
+        # Fused, because that step takes `found_inf` from the device and leaves everything alone where it is 1.
+        self.optimizers = [
+            torch.optim.AdamW(self.vae.parameters(), lr=config.lr, fused=True),
+            torch.optim.AdamW(
+                self.discriminator.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.99), fused=True
+            ),
+        ]
+        self.group = group = dist.group.WORLD if fabric.world_size > 1 else None
+        hard = config.temperature == 0 and config.spill_ratio == 0  # a sample gives gradient to one goal alone
+        chosen = policies(config.scales, self.total, config.calibration_steps)
+        self.goals = GoalSet(
+            chosen,
+            reduction=config.reduction,
+            temperature=config.temperature,
+            spill=config.spill_ratio,
+            impl=config.impl,
+            # Not "auto", which times things: a run that is resumed gives the bits of one that was not. Not on a GPU,
+            # where the host would have to wait for the rows, and nobody has measured what that costs.
+            route="always" if hard and self.device.type == "cpu" and group is None else "never",
+            process_group=group,
+        )
+        self.goals.to(self.device)
+        self.guard = StepGuard(*self.optimizers, goals=self.goals, process_group=group)
+        self.tally = Tally(self.device)
+        sample = crops.batch(TRIVIAL_CROPS, self._host_rng(TRIVIAL, 0))
+        self.trivial = goal.trivial_answers(to_float(sample, self.device))
+
+    def _vae(self) -> VAE:
+        config = self.config
+        return VAE(config.image_size, config.structure, config.appearance, config.width)
+
+    def _entropy(self, stream: int, step: int) -> list[int]:
+        return [self.config.seed, stream, step, 0]
+
+    def _host_rng(self, stream: int, step: int) -> np.random.Generator:
+        return np.random.default_rng(self._entropy(stream, step))
+
+    def images(self) -> Tensor:
+        """The crops of the coming step, [B, 3, S, S]."""
+        return to_float(self.crops.batch(self.total, self._host_rng(CROPS, self.step), self._rows), self.device)
+
+    def _noise(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Posterior noise [B, D], shake [B, D], view [B, 6], order [B, D] of the coming step."""
+        latents = self.config.structure + self.config.appearance
+        seed = int(np.random.SeedSequence(self._entropy(NOISE, self.step)).generate_state(1, np.uint32)[0])
+        source = torch.Generator(self.device).manual_seed(seed)
+        normal = torch.randn(self.total, 2 * latents + 6, generator=source, device=self.device)[self._rows]
+        noise, shake, view = normal.split([latents, latents, 6], dim=1)
+        order = torch.rand(self.total, latents, generator=source, device=self.device)[self._rows].argsort(0)
+        return noise, shake, view, order
+
+    def raw(self) -> tuple[Mapping[str, Tensor | Lazy], Tensor, Tensor | Lazy]:
+        """Raw values of the coming step by goal, its images, and what was reconstructed of them."""
+        image = self.images()
+        noise, shake, view, order = self._noise()
+        out = self.model(image, see.photometric(image, view), noise, shake)
+        self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the judge's weights
+        with self.fabric.autocast():
+            logits = lazy(self.discriminator, out.recon)
+        values = raw_values(out, image, logits, order, self.trivial, self.config.impl, self.group)
+        return dict(zip(goal.GOALS, values, strict=True)), image, out.recon
+
+    def _walk(self) -> tuple[GoalOutput, Tensor]:
+        """Forward and backward of the coming step, of both networks; returns the discriminator's loss too."""
+        raw, image, recon = self.raw()
+        out = self.goals(raw)
+        loss = out.loss
+        if self.partial:
+            loss = loss + 0 * torch.stack([p.sum() for p in self.vae.parameters()]).sum()
+        self.fabric.backward(loss)
+
+        self.discriminator.requires_grad_(True)
+        fakes = recon.value if isinstance(recon, Lazy) else recon.detach()
+        real, fake = self.judge(torch.cat([image, fakes])).float().chunk(2)
+        judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
+        self.fabric.backward(judge_loss)
+        return out, judge_loss
+
+    def advance(self) -> None:
+        """One step of the VAE and one of the discriminator, or of neither where anything is not finite."""
+        out, judge_loss = self._walk()
+        ok = self._apply(out.finite & judge_loss.isfinite())
+        bad = ~out["raw"].isfinite()
+        bad[goal.GOALS.index("realism")] |= ~judge_loss.isfinite()
+        share = out.share
+        self.tally.add(ok, share, torch.where(bad.any(), bad, share == share.max()))
+        self._walked.append(1.0 if out.walked is None else out.walked)
+        self.step += 1
+
+    def stuck(self) -> str | None:
+        """The goal at fault, if too many steps in a row were rejected."""
+        return self.tally.blamed() if self.guard.rejected_in_a_row >= REJECTED_IN_A_ROW else None
+
+    @torch.no_grad()
+    def remeasure(self, images: Tensor) -> None:
+        """Move the anchors of goals whose difficulty moves, by held-out crops [n, 3, S, S]."""
+        if self.config.scales == "moving":
+            real, flat = (goal.realism(self.discriminator(x).float()) for x in (images, see.flat(images)))
+            self.goals.remeasure({"realism": (real, flat)})
+            self.goals.drift()  # warns once
+
+    def window(self) -> dict[str, Any]:
+        """Means over the accepted steps since the last call, read from the device; empty if there was none."""
+        records = self.goals.monitor.take()
+        records = records[records[:, -1] > 0]
+        if not len(records):
+            return {}
+        parts = self.goals.layout.parts(records.double().mean(0))
+        names = ("raw", "level", "share", "deficit", "ideal", "scale")
+        columns = {name: parts[name].tolist() for name in names}
+        goals = {g: {name: columns[name][k] for name in names} for k, g in enumerate(goal.GOALS)}
+        walked, self._walked = self._walked, []
+        return {"loss": float(parts["loss"]), "walked": sum(walked) / max(1, len(walked)), "goals": goals}
+
+    def _apply(self, finite: Tensor) -> Tensor:
+        """Update both networks, or neither; returns whether, as a 0-dim bool on the device, the same on all ranks."""
+        ok = self.guard.step(finite)
+        self.guard.zero_grad()
+        # A rejected step has weight 0; the first steps weigh more, or the average would remember the untrained weights.
+        weight = ok.float() * max(AVERAGE, 1 / (self.step + 1))
+        for mean, now in zip(self.average.parameters(), self.vae.parameters(), strict=True):
+            processes.local(mean).lerp_(processes.local(now.detach()), weight)
+        return ok
+
+    def averaged(self) -> VAE:
+        """`average` with whole weights. Where they are sharded, all ranks must call it."""
+        if not self.sharded:
+            return self.average
+        with torch.device("meta"):
+            vae = self._vae()
+        vae.load_state_dict(processes.whole(self.average.state_dict()), assign=True)
+        return vae.to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on, in any number of processes once it is `ranks.whole`."""
+        return {
+            "step": self.step,
+            "total": self.total,
+            "config": self.config.to_dict(),
+            "vae": self.vae.state_dict(),
+            "average": self.average.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "goals": self.goals.state_dict(),
+            "guard": self.guard.state_dict(),
+            "tally": self.tally.state_dict(),
+            "trivial": self.trivial._asdict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        for name in ("vae", "average", "discriminator"):
+            processes.load_module(getattr(self, name), state[name])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            processes.load_optimizer(optimizer, stored)
+        self.goals.load_state_dict(state["goals"])
+        self.guard.load_state_dict(state["guard"])
+        self.tally.load_state_dict(state["tally"])
+        self.trivial = goal.Trivial(**{name: t.to(self.device) for name, t in state["trivial"].items()})
