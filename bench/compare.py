@@ -3,7 +3,7 @@
 python -m bench.compare BASE NEW [NEW ...]    # exit status 1 where a ratio fell by more than 15%
 python -m bench.compare BASE --run 3          # runs the three-minute subset for it, up to three times where one fell
 
-The subset measures each case on the worst kind of data for it (bench/bench_guard.py). It fails, too, where bomkern's
+The subset, bench/ops/bench_guard.py, measures each case on the worst kind of data for it. It fails, too, where our
 slowest kind of data takes more than 1.3 times as long as its fastest.
 Files are those of ``--benchmark-json`` or of bench/results. Of several NEW files, runs of the same benches, each ratio
 counts at its best: what a busy neighbour takes away in one run is no fault of the code. Ratios of different processors
@@ -19,8 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench.report.worst import LIMIT
 from bench.results import Results, read
-from bench.worst import LIMIT
 
 ROOT = Path(__file__).resolve().parent.parent
 FALL, FALL_ELSEWHERE = 0.15, 0.5
@@ -81,13 +81,13 @@ def compare(base: Results, news: list[Results]) -> tuple[list[str], bool]:
 
 
 def run(to: Path) -> Results:
-    """The subset, bench/bench_guard.py, in a process of its own.
+    """The subset, bench/ops/bench_guard.py, in a process of its own.
 
     Raises:
         subprocess.CalledProcessError: a bench failed.
     """
     options = ["--benchmark-only", "--benchmark-json", str(to)]
-    subprocess.run([sys.executable, "-m", "pytest", "bench/bench_guard.py", *options], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "pytest", "bench/ops/bench_guard.py", *options], check=True, cwd=ROOT)
     return read([to])
 
 

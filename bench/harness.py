@@ -33,9 +33,9 @@ from torch import Tensor
 from bench import machine
 from bench.machine import DEVICE
 from bench.regimes import HALF, Inputs
+from bench.report.worst import TURNS, as_info
 from bench.results import USUAL
 from bench.rounds import SLOW, least, looked_at, of_a_gpu, planned
-from bench.worst import TURNS, as_info
 from bomkern.dispatch import select
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"

@@ -1,6 +1,6 @@
 """Keeps each bench as soon as it ends, so that whoever stops the run, SIGKILL too, takes the bench in flight alone.
 
-pytest bench/bench_min_goal.py --benchmark-only --keep FILE   # again and again: it goes on where it was
+pytest bench/ops/bench_min_goal.py --benchmark-only --keep FILE   # again and again: it goes on where it was
 python -m bench.report FILE [FILE ...]                        # reads such files as those of --benchmark-json
 
 FILE holds a JSON object a line, each on the disk before the next bench begins; many bench files may share one:

@@ -40,7 +40,7 @@ OPS = (
 
 def cases() -> list[tuple[Any, dict[str, int], dict[str, int]]]:
     """A case of each op, in the order of `OPS`, its size for a profiler, and a small one."""
-    from bench import (
+    from bench.ops import (
         bench_active_units,
         bench_consistency_variance,
         bench_covariance_penalty,

@@ -6,7 +6,7 @@ python -m bench.predictions --check  # exit status 1 where the file says somethi
 Nothing here was measured, and no GPU was at hand. A *floor* is a count: launches, and the work that the bench itself
 counts (`Case.work`) at the rate of the device below. What stays in the L2 cache can pass it, and so would a product on
 the tensor cores. A *prediction* adds what the kernels' machine code and launch plans say. Once there are results of
-that GPU, the report prints both beside them (bench/page.py): a prediction that misses by more than 1.5x is a finding.
+that GPU, the report prints both beside them (report/page.py): a prediction that misses by more than 1.5x is a finding.
 
 Backward includes the bench's own loss, so that it is what forward and backward together take less forward.
 """
@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bench import (
+from bench.harness import BACKWARD, BOTH, FORWARD, Case, traffic
+from bench.ops import (
     bench_active_units,
     bench_consistency_variance,
     bench_covariance_penalty,
@@ -30,7 +31,6 @@ from bench import (
     bench_min_goal,
     bench_total_correlation,
 )
-from bench.harness import BACKWARD, BOTH, FORWARD, Case, traffic
 from bench.results import PREDICTED, PREDICTIONS
 
 MADE = "2026-11-30"

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bench_consistency_variance import plain as plain_consistency
-from bench.bench_covariance_penalty import plain_batch as plain_covariance
-from bench.bench_latent_statistics import plain as plain_statistics
-from bench.bench_total_correlation import textbook
 from bench.loss_section import plain_loss
 from bench.machine import DEVICE, timer
+from bench.ops.bench_consistency_variance import plain as plain_consistency
+from bench.ops.bench_covariance_penalty import plain_batch as plain_covariance
+from bench.ops.bench_latent_statistics import plain as plain_statistics
+from bench.ops.bench_total_correlation import textbook
 from bomkern import LatentStatistics, Lazy, lazy, total_correlation
 from bomkern.train import features as see
 from bomkern.train import loop

@@ -31,8 +31,9 @@ from typing import Any
 import torch
 
 import bomkern
-from bench import bench_covariance_penalty, bench_min_goal, kernels, machine
+from bench import kernels, machine
 from bench.harness import Case, Size, check, inputs, once
+from bench.ops import bench_covariance_penalty, bench_min_goal
 from bench.rounds import looked_at
 from bomkern import Anchored, GoalSet
 from bomkern.dispatch import select

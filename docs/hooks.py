@@ -2,7 +2,7 @@
 
 A page says where, in a line of its own:
 
-    <!-- bench CASE -->         time and memory of a case of bench/page.py, for each machine whose results are kept
+    <!-- bench CASE -->         time and memory of a case of bench/report/page.py, for each machine with results
     <!-- report PART -->        a part of the report: one of `PARTS`
     <!-- faults -->             how well `bomkern.diagnose` finds faults that were planted
     <!-- ranks -->              one batch on several processes: differences, and what is sent
@@ -22,10 +22,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import page as report  # noqa: E402
-from bench import worst  # noqa: E402
+from bench.report import page as report  # noqa: E402
+from bench.report import worst  # noqa: E402
+from bench.report.tables import Lines, by_size, memory, table, text, time  # noqa: E402
 from bench.results import HERE, Results, committed  # noqa: E402
-from bench.tables import Lines, by_size, memory, table, text, time  # noqa: E402
 
 MARKER = re.compile(r"^<!-- (bench|report|faults|ranks|from)\b ?(.*?) -->$", re.MULTILINE)
 PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
@@ -57,7 +57,7 @@ def _measured(results: Results) -> Lines:
 
 def bench(case: str) -> Lines:
     if case not in report.CASES:
-        raise Missing(f"bench/page.py has no case {case!r}: there are {', '.join(report.CASES)}")
+        raise Missing(f"bench/report/page.py has no case {case!r}: there are {', '.join(report.CASES)}")
     lines = []
     for results in committed():
         both = results.of(case, report.BOTH)

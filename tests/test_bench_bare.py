@@ -46,7 +46,7 @@ def test_every_file_of_benches_is_collected_or_says_what_it_needs() -> None:
 
 
 def test_a_file_that_is_skipped_is_no_failure() -> None:
-    done = pytest_with("bench/bench_step.py", "--benchmark-only")
+    done = pytest_with("bench/ops/bench_step.py", "--benchmark-only")
     assert done.returncode == 0 and "1 skipped" in done.stdout, done.stdout + done.stderr
 
 
@@ -54,7 +54,7 @@ def test_a_file_that_is_skipped_is_no_failure() -> None:
 def test_benches_are_timed_kept_and_reported(tmp_path: Path) -> None:
     chosen = "B512 and forward and step_0 or B512 and test_regimes_in_turn"  # on codes of a real run, too
     kept = tmp_path / "bench.jsonl"
-    done = pytest_with("bench/bench_gaussian_kl.py", "--benchmark-only", "-k", chosen, f"--keep={kept}", "-rs")
+    done = pytest_with("bench/ops/bench_gaussian_kl.py", "--benchmark-only", "-k", chosen, f"--keep={kept}", "-rs")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
     done = bare(f"from bench import report; sys.exit(report.main([{str(kept)!r}, '--results', {str(tmp_path)!r}]))")
     assert done.returncode == 0 and "no pictures" in done.stderr, done.stdout + done.stderr

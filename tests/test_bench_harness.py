@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_step, harness, machine, page, rounds, step
-from bench.bench_gaussian_kl import CASE, plain
-from bench.bench_min_goal import CASES
+from bench import harness, machine, rounds, step
 from bench.loss_section import plain_loss
+from bench.ops import bench_step
+from bench.ops.bench_gaussian_kl import CASE, plain
+from bench.ops.bench_min_goal import CASES
+from bench.report import page
 from bomkern import Anchored, GoalSet
 
 SIZE = (("B", 64), ("D", 8))

@@ -7,10 +7,12 @@ import re
 
 import pytest
 
-from bench import bench_min_goal, harness, machine, page, predictions
+from bench import harness, machine, predictions
 from bench.harness import BACKWARD, BOTH, FORWARD
+from bench.ops import bench_min_goal
+from bench.report import page
+from bench.report.tables import WIDTH
 from bench.results import PREDICTIONS, Results
-from bench.tables import WIDTH
 from bomkern.dispatch import select
 
 TOLD = json.loads(PREDICTIONS.read_text())

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import (
+from bench import compare, harness, machine, regimes, rounds
+from bench.ops import (
     bench_active_units,
     bench_consistency_variance,
     bench_covariance_penalty,
@@ -22,15 +23,8 @@ from bench import (
     bench_latent_statistics,
     bench_min_goal,
     bench_total_correlation,
-    compare,
-    harness,
-    machine,
-    page,
-    regimes,
-    report,
-    rounds,
-    worst,
 )
+from bench.report import page, worst, write
 from bench.results import USUAL, Results, read
 from bomkern import min_goal_loss
 from tests.test_bench_report import MACHINE, made, results, row
@@ -180,18 +174,18 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("case", report.SHOWN)
+@pytest.mark.parametrize("case", write.SHOWN)
 def test_what_the_readme_shows_is_benched_in_every_regime(case: str) -> None:
     module: Any = MODULES[case]
     made = benches(module.test_peers)
     made += benches(module.test_large) if case == "total_correlation" else []
     asked = regimes.GOALS if "goal" in case else regimes.CODES
-    for batch in report.SHOWN[case]:
+    for batch in write.SHOWN[case]:
         for regime in ("", *asked):
             found = {n for size, r, d, n in made if size["B"] == batch and r == regime and d == BOTH}
             assert found >= set(harness.COMPARED), (batch, regime)
     other = [size["B"] for size, regime, direction, _ in made if regime and direction == BOTH]
-    assert set(other) == set(report.SHOWN[case])
+    assert set(other) == set(write.SHOWN[case])
 
 
 def in_regimes(**times: dict[str, Any]) -> Results:
@@ -224,7 +218,7 @@ def test_the_worst_regime_is_what_is_shown() -> None:
     assert found.least["eager"] == (pytest.approx(5), "sharp")
     assert found.least["torch.compile"] == (pytest.approx(1.8), "half")
     assert found.least["KeOps"] == (pytest.approx(100), "busy and idle")
-    table = report.readme_table(SEEN)
+    table = write.readme_table(SEEN)
     assert "| `gaussian_kl`, B = 512 | 140 us | **1.40x** | 5.0x | 1.8x | 100x | sharp |" in table
     assert "In bold: more than the 1.3x that is allowed." in table
     text = page.page([SEEN])
@@ -236,7 +230,7 @@ def test_the_worst_regime_is_what_is_shown() -> None:
     ):
         assert line in text
     held = in_regimes(busy_and_idle={"bomkern": 1e-4}, sharp={"bomkern": 1.2e-4}, half={"bomkern": 1e-5})
-    assert "It holds everywhere." in " ".join(page.page([held]).split()) and "**" not in report.readme_table(held)
+    assert "It holds everywhere." in " ".join(page.page([held]).split()) and "**" not in write.readme_table(held)
     assert worst.spread({"normal": 1.0, "sharp": 1.5, "half": 2.0}) == (1.5, "sharp")
     assert worst.spread({"normal": 1.0, "half": 1.5}) is None and worst.as_info({"half": 1.0}) == {}
 
@@ -254,7 +248,7 @@ def test_what_is_wrong_is_kept_and_never_a_time(tmp_path: Path) -> None:
 def test_results_from_before_there_were_regimes_are_of_the_usual_one() -> None:
     old = results()
     assert all("regime" not in one for one in old.rows)
-    assert "Kinds of data" not in page.page([old]) and "**" not in report.readme_table(old)
+    assert "Kinds of data" not in page.page([old]) and "**" not in write.readme_table(old)
     sizes = old.regimes("gaussian_kl", BOTH).values()
     assert all(list(regime) == ["busy and idle"] for regime in sizes)
     new = Results(MACHINE, "", "", [{**one, "regime": USUAL.get(one["op"])} for one in old.rows])

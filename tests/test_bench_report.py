@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from bench import compare, figures, growth, kernels, page, report, tables
+from bench import compare, kernels
+from bench.report import figures, growth, page, tables, write
 from bench.results import HERE, Results, committed, read
 
 MACHINE = {
@@ -151,25 +152,25 @@ def test_what_a_run_that_was_cut_short_left_makes_a_page(tmp_path: Path, seed: i
         ceilings = {unit: chance.choice([None, 1e9]) for unit in MACHINE["ceilings"]}
         found = Results({**GPU, "ceilings": ceilings}, whole.date, whole.command, rows, tmp_path)
         assert page.page([found], tmp_path).startswith("# What the benches measured")
-        report.readme_table(found)
+        write.readme_table(found)
     figures.draw(found, tmp_path)
 
 
 def test_another_folder_leaves_the_kept_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def kept() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in (report.README, *HERE.rglob("*")) if path.is_file()}
+        return {path: path.read_bytes() for path in (write.README, *HERE.rglob("*")) if path.is_file()}
 
     before, folder, run = kept(), tmp_path / "not" / "there", made(tmp_path / "run.json", results(GPU), GPU)
-    assert report.main([str(run), "--results", str(folder)]) == 0 and kept() == before
+    assert write.main([str(run), "--results", str(folder)]) == 0 and kept() == before
     names = {path.name for path in folder.iterdir()}
     assert names >= {"NVIDIA-H200.json", "README.md", "NVIDIA-H200_time.png"}
     text = (folder / "README.md").read_text()
     assert "# NVIDIA H200" in text and "Xeon" not in text and "policies.md" not in text
     launch = {"kernel": "min_goal_forward", "us": 9.5, "sm": 20.0, "dram": 81.0, "occupancy": 60.0}
     (folder / "NVIDIA-H200_kernels.json").write_text(json.dumps([launch]))
-    assert report.main(["--check", "--results", str(folder)]) == 1  # the page does not show the profile
-    assert report.main(["--results", str(folder)]) == 0 and "min_goal_forward" in (folder / "README.md").read_text()
-    assert report.main(["--check", "--results", str(folder)]) == 0 and kept() == before
+    assert write.main(["--check", "--results", str(folder)]) == 1  # the page does not show the profile
+    assert write.main(["--results", str(folder)]) == 0 and "min_goal_forward" in (folder / "README.md").read_text()
+    assert write.main(["--check", "--results", str(folder)]) == 0 and kept() == before
 
 
 def test_without_matplotlib_there_are_pages_alone(
@@ -178,7 +179,7 @@ def test_without_matplotlib_there_are_pages_alone(
     monkeypatch.delitem(sys.modules, "bench.figures")
     monkeypatch.delattr("bench.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert report.main([str(made(tmp_path / "run.json", results())), "--results", str(tmp_path)]) == 0
+    assert write.main([str(made(tmp_path / "run.json", results())), "--results", str(tmp_path)]) == 0
     assert "no pictures, for there is no matplotlib" in capsys.readouterr().err
     assert (tmp_path / "README.md").exists() and not list(tmp_path.glob("*.png"))
 
@@ -224,24 +225,24 @@ def test_times_are_written_in_their_unit(seconds: float, written: str) -> None:
 def test_the_pages_show_what_is_kept() -> None:
     """Of the README the table, of bench/results/README.md everything."""
     assert committed(), "no results are kept in bench/results"
-    for path, text in report.pages().items():
+    for path, text in write.pages().items():
         assert path.read_text() == text, f"{path} says something else: run python -m bench.report"
 
 
 def test_a_changed_figure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = tmp_path / "README.md"
-    text = report.README.read_text()
-    begin = text.index(report.BEGIN)
+    text = write.README.read_text()
+    begin = text.index(write.BEGIN)
     changed = text[:begin] + re.sub(r"(\d)x \|", "9\\1x |", text[begin:], count=1)
     assert changed != text
     readme.write_text(changed)
-    monkeypatch.setattr(report, "README", readme)
-    assert report.main(["--check"]) == 1
+    monkeypatch.setattr(write, "README", readme)
+    assert write.main(["--check"]) == 1
     readme.write_text(text)
-    assert report.main(["--check"]) == 0
+    assert write.main(["--check"]) == 0
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="has no"):
-        report.main(["--check"])
+        write.main(["--check"])
 
 
 def test_nothing_kept_names_a_machine_or_a_path() -> None:
@@ -253,4 +254,4 @@ def test_a_compiled_step_is_told_beside_the_eager_one() -> None:
     assert "the step with spill is 1.6x as fast as it is eager; its first call, which compiles, took 1 s." in " ".join(
         page.page([results()]).split()
     )
-    assert "| the same, spill 1/2, compiled against not, B = 64 | 125 ms |  | 1.6x |" in report.readme_table(results())
+    assert "| the same, spill 1/2, compiled against not, B = 64 | 125 ms |  | 1.6x |" in write.readme_table(results())

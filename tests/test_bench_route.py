@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import route
 from bench.results import HERE
+from bench.route import command
 
-report = pytest.importorskip("bench.routing.report")
+report = pytest.importorskip("bench.route.report")
 
 
 def test_the_kept_page_is_that_of_the_kept_figures() -> None:
@@ -28,29 +28,29 @@ def test_a_gpu_has_its_name_and_its_waits_on_the_page() -> None:
 def test_what_a_gpu_left_is_drawn_elsewhere(tmp_path: Path) -> None:
     found = json.loads((HERE / "route.json").read_text())
     (tmp_path / "Some-GPU_route.json").write_text(json.dumps({**found, "gpu": "Some GPU", "waits": {"64": 12.0}}))
-    assert route.main(["--report", "--results", str(tmp_path)]) == 0
+    assert command.main(["--report", "--results", str(tmp_path)]) == 0
     assert "](Some-GPU_route.png)" in (tmp_path / "Some-GPU_route.md").read_text()
     assert (tmp_path / "Some-GPU_route.png").stat().st_size > 10_000
 
 
 def test_a_dry_run_does_not_go_where_results_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        route.main(["--quick"])
+        command.main(["--quick"])
     assert "give it --results FOLDER" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(route.torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.skipif(command.torch.cuda.is_available(), reason="a GPU is here")
 def test_a_gpu_is_asked_for(tmp_path: Path) -> None:
-    assert route.main(["--device", "cuda", "--results", str(tmp_path)]) == 2 and not list(tmp_path.iterdir())
+    assert command.main(["--device", "cuda", "--results", str(tmp_path)]) == 2 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_a_dry_run_makes_the_page_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.routing import measure, variants
+    from bench.route import measure, variants
 
     monkeypatch.setattr(variants, "SIZE", 32)  # a quarter of the pixels
     monkeypatch.setattr(measure, "memory", measure.memory_here)  # a process of its own would have them all
-    assert route.main(["--quick", "--results", str(tmp_path)]) == 0
+    assert command.main(["--quick", "--results", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"route.json", "route.md", "route.png"}
     found = json.loads((tmp_path / "route.json").read_text())
     assert found["times"][0]["batch"] == 9 and len(found["memory"]) == 4 and "gpu" not in found

@@ -234,12 +234,12 @@ def test_the_largest_history_takes_seconds() -> None:
 
 
 def test_planted_faults_are_found() -> None:
-    from bench import faults
+    from bench.faults import command
 
-    cases = [faults.run((fault, 77)) for fault in ("floor", "conflict", "adversary", "clean")]
-    figures = faults.judge(cases)
+    cases = [command.run((fault, 77)) for fault in ("floor", "conflict", "adversary", "clean")]
+    figures = command.judge(cases)
     assert figures["recall"] == 1 and figures["clean runs with an alarm"] == 0
-    assert "floor" in faults.show(figures) and json.dumps(faults._plain(figures), allow_nan=False)
+    assert "floor" in command.show(figures) and json.dumps(command._plain(figures), allow_nan=False)
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,11 @@ import torch
 
 pytest.importorskip("torchjd")
 
-from bench import policies
-from bench.study import peers, report, run
-from bench.study.arms import ARMS, BRIGHT, DEFAULT, TUNED
-from bench.study.digits import Digits
-from bench.study.faults import DRIFT_FROM, FAULTS, lift
-from bench.study.rules import Arm
+from bench.policies import command, peers, report, run
+from bench.policies.arms import ARMS, BRIGHT, DEFAULT, TUNED
+from bench.policies.digits import Digits
+from bench.policies.faults import DRIFT_FROM, FAULTS, lift
+from bench.policies.rules import Arm
 
 
 @pytest.mark.slow
@@ -89,23 +88,23 @@ def record(arm: str, seed: int, psnr: float, worst: float, fault: str = "none") 
 
 
 def test_the_tuned_sums_are_the_best_of_the_random_ones(tmp_path: Path) -> None:
-    lines = [record(f"sum {n}", policies.TUNING, 10 + n / 10, 0.5 + abs(n - 12) / 10) for n in range(peers.SUMS)]
+    lines = [record(f"sum {n}", command.TUNING, 10 + n / 10, 0.5 + abs(n - 12) / 10) for n in range(peers.SUMS)]
     path = tmp_path / "runs.jsonl"
     path.write_text("\n".join(map(json.dumps, lines[:-1])) + '\n{"data": "dig')  # interrupted
-    assert policies.picks(policies.read(path), "digits") == {}
+    assert command.picks(command.read(path), "digits") == {}
     path.write_text("\n".join(map(json.dumps, lines)))
     # By its worst goal number 12; by PSNR the last of those that leave no goal worse than nothing.
-    assert policies.picks(policies.read(path), "digits") == {TUNED: "sum 12", BRIGHT: "sum 16"}
+    assert command.picks(command.read(path), "digits") == {TUNED: "sum 12", BRIGHT: "sum 16"}
 
 
 def test_the_report_gives_paired_differences_and_verdicts(tmp_path: Path) -> None:
-    lines = [record(f"sum {n}", policies.TUNING, 15.0, 0.6) for n in range(peers.SUMS)]
+    lines = [record(f"sum {n}", command.TUNING, 15.0, 0.6) for n in range(peers.SUMS)]
     for seed in (1, 2, 3):
         lines += [record("sum 4", seed, 15 + seed, 0.6), record(DEFAULT, seed, 16 + seed, 0.4)]
         lines += [record("auto", seed, 10 + seed, 2.0), record(DEFAULT, seed, 15 + seed, 0.5, "floor")]
         lines += [{**record("auto", seed, 9 + seed, 2.0, "floor"), "reported": 7 if seed < 3 else None}]
     records = {run.Job(*(line[field] for field in run.Job._fields)): line for line in lines}
-    page = report.write(records, {"digits": {TUNED: "sum 4"}}, (1, 2, 3), policies.TUNING, tmp_path / "out")
+    page = report.write(records, {"digits": {TUNED: "sum 4"}}, (1, 2, 3), command.TUNING, tmp_path / "out")
     assert page == (tmp_path / "out.md").read_text()
     assert "PSNR +1.00 (+1.00, +1.00) dB, worst goal -0.200" in page
     assert "Of the 30 random sums it dominates 30, and 0 dominate it." in page

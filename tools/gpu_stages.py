@@ -172,7 +172,7 @@ def benched(keep: str, *names: str, dry: str) -> Callable[[Call], Command]:
     """Benches by their names; a dry run takes the ``dry`` ones of the first file."""
 
     def command(call: Call) -> Command:
-        files = [f"bench/bench_{name}.py" for name in (names[:1] if call.dry else names)]
+        files = [f"bench/ops/bench_{name}.py" for name in (names[:1] if call.dry else names)]
         kept = ["--benchmark-only", "--keep", str(call.work / "bench.jsonl")]
         return call.pytest(*files, *kept, keep=f"{keep} and {dry}" if call.dry else keep, spread=False)
 

@@ -1,0 +1,122 @@
+"""The whole nine-goal step of the trainer against plain PyTorch, a weighted sum, and Jacobian descent (TorchJD).
+
+Networks, discriminator and updates included, 32 px. Each variant's gradient is checked before it is timed: those of the
+hard minimum against each other, the compiled step's against that of the eager one, those of other rules by the losses
+they descend on.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import machine
+from bench.harness import about, timed
+from bench.machine import DEVICE
+from bench.report.page import PARTS
+
+try:
+    from bench import step
+    from bomkern.train.data import DataError
+except ModuleNotFoundError as why:  # something of the trainer's
+    pytest.skip(f"the trainer needs {why.name}: pip install 'bomkern[train]'", allow_module_level=True)
+
+BATCHES = (64, 512, 2048)
+# At each: rounds, and steps in parts, of which the first is a warm-up where there are more.
+REPEATS = {64: (15, 4), 512: (5, 3), 2048: (1, 1)} if DEVICE == "cpu" else dict.fromkeys(BATCHES, (0, 6))
+WALKS_MANY = ("UPGrad", "MGDA")  # a backward for each goal: at the smallest batch alone
+HARD = ("bomkern lazy", "bomkern routed", "bomkern", "plain", step.BLOCKS)
+LEFT_OUT = {64: (step.BLOCKS,), 512: (step.BLOCKS, *step.RULES), 2048: (step.SPILL, step.COMPILED, *step.RULES)}
+CASES = [(batch, variant) for batch in BATCHES for variant in step.VARIANTS if variant not in LEFT_OUT[batch]]
+SAMPLE, TERM = 8e6, 40.0  # bytes that a sample takes in the networks, and an element of B x B x D in eager statistics
+
+
+@functools.lru_cache(maxsize=1)
+def expected(batch: int) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients of the hard minimum, and the mean deficits, by bomkern with every graph walked."""
+    run = step.Run("bomkern", batch, step.started())
+    with torch.no_grad():
+        values = run.statistics(*run.networks())
+    return run.gradients(), run.deficits(dict(zip(step.goal.GOALS, values, strict=True)))
+
+
+@functools.lru_cache(maxsize=1)
+def uncompiled(batch: int) -> list[Tensor | None]:
+    """Gradients of the weights by rank."""
+    return step.Run(step.SPILL, batch, step.started()).gradients()
+
+
+def check(run: step.Run) -> None:
+    batch = run.config.batch_size
+    want, deficits = expected(batch)
+    if run.variant in (*HARD, step.COMPILED):
+        want = uncompiled(batch) if run.variant == step.COMPILED else want
+        grads = run.gradients()
+        off = sum(float((_of(a, b) - b).norm()) ** 2 for a, b in zip(grads, want, strict=True) if b is not None)
+        assert off**0.5 <= 1e-3 * sum(float(b.norm()) ** 2 for b in want if b is not None) ** 0.5
+    else:
+        with torch.no_grad():
+            values = run.statistics(*run.networks())
+        seen = run.deficits(dict(zip(step.goal.GOALS, values, strict=True)))
+        assert torch.allclose(seen, deficits, rtol=1e-3, atol=1e-4)
+
+
+def _of(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def room(batch: int, name: str) -> None:
+    """Skip what would not fit: a CPU's memory gives no error that could be caught."""
+    if DEVICE == "cuda" or not (info := Path("/proc/meminfo")).exists():
+        return
+    free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1])  # type: ignore[index]
+    eager = not name.startswith("bomkern") and name != step.BLOCKS
+    need = SAMPLE * batch + eager * TERM * batch**2 * 64
+    if need > free:
+        pytest.skip(f"{name} at B = {batch:,} needs some {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+
+
+@pytest.mark.parametrize(("batch", "name"), CASES, ids=[f"B{b}-{v.replace(' ', '-')}" for b, v in CASES])
+def test_step(benchmark: Any, batch: int, name: str) -> None:
+    if name in WALKS_MANY:
+        pytest.importorskip("torchjd", reason="TorchJD is not installed; pip install 'bomkern[bench]'")
+    room(batch, name)
+    try:
+        step.data()
+    except DataError as why:
+        pytest.skip(str(why))
+    try:
+        run = step.Run(name, batch, step.started())
+        check(run)
+        measure(benchmark, run)
+    except torch.OutOfMemoryError:
+        pytest.skip(f"{name} at B = {batch:,} does not fit into the GPU's memory")
+
+
+def measure(benchmark: Any, run: step.Run) -> None:
+    batch, info = run.config.batch_size, benchmark.extra_info
+    about(benchmark, "step", "nine-goal step", "whole", run.variant, {"B": batch})
+    rounds, cuts = REPEATS[batch]
+    if run.variant not in (*WALKS_MANY, "bomkern lazy", step.COMPILED):  # none has a loss that stands between two cuts
+        parts: list[dict[str, float]] = []
+        for _ in range(cuts):
+            run.in_parts(clock := step.Clock())
+            parts.append(clock.seconds)
+        info["parts"] = {p: statistics.median(x[p] for x in parts[1:] or parts) for p in PARTS}
+    if run.variant == step.COMPILED:
+        info["first_seconds"] = run.first_seconds
+    elif batch == BATCHES[0]:
+        info.update(machine.counted(run.whole))
+    if DEVICE == "cuda":
+        info["peak_bytes"] = machine.peak_bytes(run.whole)
+        timed(benchmark, [run.whole], graph=False)  # optimisers that are not capturable
+    else:
+        # To read it takes no time from the step that it is read around.
+        info["peak_bytes"] = machine.peak_bytes(lambda: benchmark.pedantic(run.whole, rounds=rounds), 1)

@@ -1,0 +1,72 @@
+"""The photographs of `bomkern train`, its networks at half the width, and its nine goals."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.policies.problem import Anchor, Problem, transport
+from bomkern import Lazy, active_units, lazy
+from bomkern.train import features as see
+from bomkern.train import nine_goals as goal
+from bomkern.train.data import Data, load, to_float
+from bomkern.train.networks import VAE, Discriminator
+from bomkern.train.trainer import raw_values
+
+BATCH, SIZE, WIDTH, STRUCTURE, APPEARANCE = 16, 32, 16, 36, 12
+LATENTS = STRUCTURE + APPEARANCE
+CPU = torch.device("cpu")
+
+
+@lru_cache
+def _data() -> tuple[Data, goal.Trivial, dict[str, Tensor]]:
+    data = load(None, SIZE)
+    trivial = goal.trivial_answers(to_float(data.train.batch(256, np.random.default_rng(0)), CPU))
+    held = to_float(data.held_out.grid(210), CPU)
+    return data, trivial, {"validation": held[::2], "test": held[1::2]}
+
+
+class Photographs(Problem):
+    """Nine goals, raw values as in `bomkern.train.nine_goals`."""
+
+    rate, steps = 1e-3, 320
+    blocked = "latent_stats"
+    anchors: ClassVar = {name: Anchor(*pair) for name, pair in goal.anchors(BATCH).items()}
+
+    def build(self) -> None:
+        self.model = VAE(SIZE, STRUCTURE, APPEARANCE, WIDTH)
+        self.judge = Discriminator(WIDTH // 2)
+        self.last = self.model.decoder.out.weight
+
+    def batch(self) -> Tensor:
+        seed = int(torch.randint(2**31, (1,), generator=self.draw))
+        return to_float(_data()[0].train.batch(BATCH, np.random.default_rng(seed)), CPU)
+
+    def images(self, split: str) -> Tensor:
+        return _data()[2][split]
+
+    def forward(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        noise = torch.randn(len(image), 2 * LATENTS + 6, generator=draw)
+        posterior, shake, view = noise.split([LATENTS, LATENTS, 6], 1)
+        order = torch.rand(len(image), LATENTS, generator=draw).argsort(0)
+        out = self.model(image, see.photometric(image, view), posterior, shake)
+        self.code = [out.mu, out.logvar, out.views]
+        self.active = active_units(out.mu.detach())[0]
+        raw = raw_values(out, image, lazy(self.judge, out.recon), order, _data()[1])
+        *values, recon = Lazy.tensors([*raw, out.recon])
+        return dict(zip(goal.GOALS, values, strict=True)), recon
+
+    def decode_means(self, image: Tensor) -> Tensor:
+        return self.model.decode(self.model.encoder(image)[0])
+
+    def realism_outside(self, recon: Tensor, image: Tensor) -> float:
+        def features(x: Tensor) -> list[Tensor]:
+            return [part.movedim(1, -1).flatten(0, 2) for part in see.early_vision(x)]
+
+        real, flat = features(image), features(see.flat(image))
+        parts = [transport(a, b) / transport(c, b) for a, b, c in zip(features(recon), real, flat, strict=True)]
+        return float(torch.stack(parts).mean())

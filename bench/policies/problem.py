@@ -1,0 +1,175 @@
+"""What the study trains on: two small VAEs, on scikit-learn's digits and on the trainer's photographs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.policies.faults import Fault, lift
+from bomkern.train import features as see
+
+JUDGE_LR = 3e-4
+
+
+class Anchor(NamedTuple):
+    """Deficit 0 at ``ideal``, 1 at ``nadir``: `Problem.anchors` are the outside targets that every arm is judged by."""
+
+    ideal: float
+    nadir: float
+
+
+class Problem:
+    """A model, its goals and a live discriminator.
+
+    A subclass sets what is below, and defines `batch`, `forward`, `images` and `realism_outside`.
+
+    Attributes:
+        anchors: outside ideal and nadir of every goal, known before training and the same for every arm.
+        drifting, blocked: the goals that faults act on.
+        model, judge: networks. rate, steps: of the model.
+        code: the [B, D] tensors that all goals of the last `raw` go through. last: the weight of the output layer.
+    """
+
+    anchors: ClassVar[dict[str, Anchor]]
+    drifting = "consistency"
+    blocked: str
+    model: nn.Module
+    judge: nn.Module
+    rate: float
+    steps: int
+    code: list[Tensor]
+    last: Tensor
+
+    def __init__(self, seed: int, fault: Fault, steps: int | None = None) -> None:
+        self.fault, self.step = fault, 0
+        self.steps = steps or self.steps
+        torch.manual_seed(seed)
+        self.build()
+        self.draw = torch.Generator().manual_seed(1000 + seed)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.rate)
+        self.judge_optimizer = torch.optim.AdamW(
+            self.judge.parameters(), lr=JUDGE_LR * fault.judge_speed, betas=(0.5, 0.99)
+        )
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        for _ in range(fault.warm_up):
+            with torch.no_grad():
+                real = self.batch()
+                fake = self.forward(real, self.draw)[1]
+            self._train_judge(real, fake)
+
+    def build(self) -> None:
+        raise NotImplementedError
+
+    def batch(self) -> Tensor:
+        """Training images of the next step."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Raw values of every goal, [B] each, and the reconstructions that the judge sees."""
+        raise NotImplementedError
+
+    def images(self, split: str) -> Tensor:
+        """The images of "validation" or "test"."""
+        raise NotImplementedError
+
+    def decode_means(self, image: Tensor) -> Tensor:
+        """Reconstructions from the posterior means."""
+        raise NotImplementedError
+
+    def realism_outside(self, recon: Tensor, image: Tensor) -> float:
+        """Distance between the distributions of fixed features of both, over that of the trivial answer: 0 to 1."""
+        raise NotImplementedError
+
+    # One step.
+
+    def raw(self) -> dict[str, Tensor]:
+        """[B] each, with the planted fault in them."""
+        self.image, self.before = self.batch(), self.draw.get_state()
+        values, self.recon = self.forward(self.image, self.draw)
+        drift, floor = lift(self.fault, self.step / self.steps)
+        for name, amount in ((self.drifting, drift), (self.blocked, floor)):
+            if amount:
+                values[name] = values[name] + amount * (self.anchors[name].nadir - self.anchors[name].ideal)
+        return values
+
+    def outside(self, raw: dict[str, Tensor]) -> Tensor:
+        """[K]: the batch's mean outside deficits."""
+        return torch.stack(
+            [(raw[name].detach().mean() - a.ideal) / (a.nadir - a.ideal) for name, a in self.anchors.items()]
+        )
+
+    def again(self) -> dict[str, Tensor]:
+        """The values of the same batch and noise with the model as it is now, without gradient or fault."""
+        draw = torch.Generator()
+        draw.set_state(self.before)
+        with torch.no_grad():
+            return self.forward(self.image, draw)[0]
+
+    def update(self) -> None:
+        """What follows a backward: the model's step, then the judge's."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        with torch.no_grad():
+            weight = max(0.01, 1 / (self.step + 1))
+            for name, p in self.model.named_parameters():
+                self.average[name].lerp_(p, weight)
+        if self.step > self.fault.judge_from:
+            self._train_judge(self.image, self.recon.detach())
+
+    def _train_judge(self, real: Tensor, fake: Tensor) -> None:
+        for p in self.judge.parameters():
+            p.requires_grad_(True)
+        yes, no = self.judge(torch.cat([real, fake])).flatten(1).mean(1).chunk(2)
+        loss = (F.softplus(-yes) + F.softplus(no)).mean() / 2
+        loss.backward()
+        self.judge_optimizer.step()
+        self.judge_optimizer.zero_grad()
+        for p in self.judge.parameters():
+            p.requires_grad_(False)  # the model's step needs no gradient of the judge's weights
+
+    # For `bomkern.probe`.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "draw": self.draw.get_state(), "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.average = state["step"], state["average"]
+        self.draw.set_state(state["draw"])
+
+    # What is measured.
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Of the averaged weights, on a held-out split, without any planted lift: PSNR in dB, SSIM, and every goal's
+        outside deficit ``(raw - ideal) / (nadir - ideal)``; realism's by `realism_outside`, as arms train judges of
+        their own. ``worst`` is the largest."""
+        trained = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self._load(self.average)
+        image = self.images(split)
+        raw, _ = self.forward(image, torch.Generator().manual_seed(7))
+        recon = self.decode_means(image)
+        self._load(trained)
+        deficits = dict(zip(self.anchors, self.outside(raw).tolist(), strict=True))
+        deficits["realism"] = self.realism_outside(recon, image)
+        return {
+            "psnr": float(-10 * (recon - image).square().mean().log10()),
+            "ssim": 1 - float(see.dissimilarity(recon, image).mean()),
+            "worst": max(deficits.values()),
+            "deficits": deficits,
+            "kl": float(raw["kl_divergence"].mean()),
+            "active": float(self.active),
+        }
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.model.named_parameters():
+            p.copy_(weights[name])
+
+
+def transport(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over the columns of the Wasserstein-1 distance of two samples [n, F]."""
+    return (a.sort(0).values - b.sort(0).values).abs().mean()

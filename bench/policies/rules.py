@@ -1,0 +1,115 @@
+"""The rules of bomkern as the study trains by them: every policy and option of a `GoalSet`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.policies.faults import CALIBRATION
+from bench.policies.problem import Problem
+from bomkern import Anchored, Calibrated, Constraint, GoalSet, Minimize, Policy, probe
+
+Goals = Callable[[Problem], Mapping[str, Constraint | Policy]]
+
+
+class Arm:
+    """Turns the raw values of a step into gradients.
+
+    Attributes:
+        spent: updates used before the first step, to be left out of the run.
+        goals: the `GoalSet` inside, if there is one.
+    """
+
+    spent = 0
+    goals: GoalSet | None = None
+
+    def start(self, problem: Problem) -> None:
+        """What is done before the first step."""
+
+    def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
+        """Put gradients in place. Returns who got them, [K], summing to 1: fractions of the samples whose loss a goal
+        is, for weighted losses the weights of the outside deficits."""
+        raise NotImplementedError
+
+    def after(self, problem: Problem) -> None:
+        """What is done after the update."""
+
+
+# The rules of bomkern.
+
+
+class Bottleneck(Arm):
+    """A `GoalSet`.
+
+    Args:
+        goals: makes its goals. probes: steps of `bomkern.probe` for each goal, 0 for none.
+        schedule: temperature when a fraction of the run is done. remeasure: steps between measurements of moving goals.
+        options: of the GoalSet.
+    """
+
+    def __init__(
+        self,
+        goals: Goals,
+        *,
+        probes: int = 0,
+        schedule: Callable[[float], float] | None = None,
+        remeasure: int = 0,
+        **options: Any,
+    ) -> None:
+        self.make, self.probes, self.schedule, self.options = goals, probes, schedule, options
+        self.remeasure = remeasure
+
+    def start(self, problem: Problem) -> None:
+        self.goals = GoalSet(self.make(problem), **self.options)
+        if self.probes:
+            self.goals.anchor(probe=self._probe(problem))
+
+    def _probe(self, problem: Problem) -> Any:
+        def step() -> None:
+            self.backward(problem, problem.raw())
+            problem.update()
+
+        state = [problem.model, problem.judge, problem.optimizer, problem.judge_optimizer, problem]
+        found = probe(step, self.goals, self.probes, state=state, progress=False)
+        self.spent = found.updates
+        return found
+
+    def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
+        if self.schedule is not None:
+            self.goals.temperature.fill_(self.schedule(problem.step / problem.steps))
+        out = self.goals(raw)
+        out.loss.backward()
+        return out.share
+
+    def after(self, problem: Problem) -> None:
+        if self.remeasure and problem.step % self.remeasure == 0:
+            with torch.no_grad():
+                image = problem.images("validation")
+                flat = image.mean((0, 2, 3), keepdim=True).expand_as(image)
+                pair = [(1 - torch.sigmoid(problem.judge(x).flatten(1))).mean(1) for x in (image, flat)]
+            self.goals.remeasure({"realism": (pair[0], pair[1])})
+
+
+def anchored(problem: Problem) -> dict[str, Policy]:
+    return {name: Anchored(*anchor) for name, anchor in problem.anchors.items()}
+
+
+def probed(problem: Problem) -> dict[str, Policy]:
+    return {name: Anchored("probe", "probe") for name in problem.anchors}
+
+
+def moving(problem: Problem) -> dict[str, Policy]:
+    return {name: Anchored(*anchor, moving=name == "realism") for name, anchor in problem.anchors.items()}
+
+
+def every(policy: Callable[[], Policy]) -> Goals:
+    return lambda problem: {name: policy() for name in problem.anchors}
+
+
+def by_hand(problem: Problem) -> dict[str, Constraint | Policy]:
+    """The page that bomkern began with: automatic scales, but for goals whose difficulty moves."""
+    hand = {"realism": 2.0, "consistency": 500.0, "capacity": 0.4}
+    return {name: Minimize(hand[name]) if name in hand else Calibrated(CALIBRATION) for name in problem.anchors}

@@ -1,0 +1,114 @@
+"""One run of the study: train a problem by an arm, measure it held out."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.policies.arms import ARMS
+from bench.policies.digits import Digits
+from bench.policies.faults import DRIFT_FROM, FAULTS
+from bench.policies.peers import Weighted, drawn
+from bench.policies.photographs import Photographs
+from bench.policies.problem import Problem
+from bench.policies.rules import Arm
+from bomkern import diagnose
+
+PROBLEMS: dict[str, type[Problem]] = {"digits": Digits, "photographs": Photographs}
+STARVED, WORSENED = 0.01, 0.05  # share, and scales by which a goal got worse meanwhile
+ALARM = 0.5  # a finding that is at least so confident is a report
+LOOKS = 20  # at the history, to find when a fault was first reported
+
+
+class Job(NamedTuple):
+    """A run: a data set, a fault, an arm (or "sum 7", the seventh random weighting) and a seed."""
+
+    data: str
+    fault: str
+    arm: str
+    seed: int
+
+
+class Starvation:
+    """The longest time that a goal had under `STARVED` of the gradient and got worse, though it was at least half as
+    badly off as the worst; by moving averages over some 10 steps, and counted from its best since it lost the
+    gradient."""
+
+    def __init__(self, goals: int) -> None:
+        self.share, self.deficit = torch.full((goals,), 1 / goals), torch.full((goals,), torch.nan)
+        self.best, self.since = torch.full((goals,), torch.inf), torch.zeros(goals)
+        self.longest = 0.0
+
+    def add(self, share: Tensor, deficit: Tensor) -> None:
+        self.share.lerp_(share, 0.1)
+        self.deficit = torch.where(self.deficit.isnan(), deficit, self.deficit.lerp(deficit, 0.1))
+        fed = self.share >= STARVED
+        better = fed | (self.deficit < self.best)
+        self.best = torch.where(better, self.deficit, self.best)
+        self.since = torch.where(better, 0, self.since + 1)
+        badly = self.deficit >= self.deficit.max() / 2
+        starved = torch.where(badly & (self.deficit > self.best + WORSENED), self.since, 0)
+        self.longest = max(self.longest, float(starved.max()))
+
+
+def train(problem: Problem, arm: Arm) -> dict[str, Any]:
+    """Train and evaluate; all numbers of the run. The updates that an arm spends beforehand are left out of the run."""
+    arm.start(problem)
+    steps = problem.steps - arm.spent
+    if steps < 1:
+        raise ValueError(f"steps must exceed the {arm.spent} updates of the probes, got {problem.steps}")
+    starvation = Starvation(len(problem.anchors))
+    total, seconds = torch.zeros(len(problem.anchors)), 0.0
+    begun = time.process_time()
+    for _ in range(steps):
+        raw = problem.raw()
+        before = time.process_time()
+        share = arm.backward(problem, raw).detach().float()
+        seconds += time.process_time() - before
+        problem.update()
+        arm.after(problem)
+        total += share
+        starvation.add(share, problem.outside(raw))
+    spent = time.process_time() - begun
+    share = total / total.sum()
+    return {
+        "validation": problem.evaluate("validation"),
+        "test": problem.evaluate("test"),
+        "share": dict(zip(problem.anchors, share.tolist(), strict=True)),
+        "entropy": float(-(share * share.clamp(min=1e-12).log()).sum() / math.log(len(share))),
+        "starvation": starvation.longest / steps,
+        "backward_ms": 1000 * seconds / steps,
+        "step_ms": 1000 * spent / steps,
+        "probes": arm.spent,
+    }
+
+
+def reported(problem: Problem, arm: Arm) -> int | None:
+    """Steps from the onset of the fault until `bomkern.diagnose` first names the goal; None if it never does."""
+    fault, history = problem.fault, arm.goals.history
+    guilty = problem.drifting if fault.drift else problem.blocked if fault.floor else "realism"
+    onset = int(DRIFT_FROM * problem.steps) if fault.drift else 0
+    for look in range(1, LOOKS + 1):
+        rows = len(history) * look // LOOKS
+        found = diagnose(history.first_rows(rows))
+        if any(guilty in f.goals and f.confidence >= ALARM for f in found.faults):
+            return max(0, rows * history.stride - onset)
+    return None
+
+
+def run(job: Job, steps: int | None = None) -> dict[str, Any]:
+    """Everything that is kept of a run."""
+    torch.set_num_threads(1)
+    problem = PROBLEMS[job.data](job.seed, FAULTS[job.fault], steps)
+    if job.arm.startswith("sum "):
+        arm: Arm = Weighted(drawn(int(job.arm[4:]), len(problem.anchors)))
+    else:
+        arm = ARMS[job.arm].make(job.data)
+    found = train(problem, arm)
+    if arm.goals is not None and job.fault != "none":
+        found["reported"] = reported(problem, arm)
+    return {**job._asdict(), **found}

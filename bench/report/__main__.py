@@ -1,0 +1,5 @@
+import sys
+
+from bench.report.write import main
+
+sys.exit(main())

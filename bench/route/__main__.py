@@ -1,0 +1,5 @@
+import sys
+
+from bench.route.command import main
+
+sys.exit(main())
