@@ -86,7 +86,7 @@ cuda-check: $(CUDA_VENV)/.ready
 
 # Every launch by Triton on a libcuda that runs nothing, and no spills, with TRITON_OLD beside what $(VENV) has.
 triton-check: $(TRITON_VENV)/.ready
-	$(TRITON_VENV)/bin/python -m pytest tests/test_triton_launch.py tests/test_*_triton.py $(PARALLEL) -rP -k "on_a_stub or spills"
+	$(TRITON_VENV)/bin/python -m pytest tests/dispatch/test_triton_launch.py tests/ops/test_*_triton.py $(PARALLEL) -rP -k "on_a_stub or spills"
 
 # Another torch, TORCH='torch==X', in an environment of its own: the private names that it lacks, a build, the quick tests.
 .PHONY: next-torch

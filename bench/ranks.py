@@ -4,7 +4,7 @@
 
 starts gloo processes on the CPU, each with its part of the batch, runs every case below in float32 and float64,
 averages the gradients as DistributedDataParallel does, compares with one process that has the whole batch, and writes
-bench/results/ranks.json. tests/test_ranks.py holds the differences to rounding.
+bench/results/ranks.json. tests/goals/test_process_group.py holds the differences to rounding.
 """
 
 from __future__ import annotations

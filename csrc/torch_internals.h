@@ -3,7 +3,7 @@
 //
 // Private is what lies in torch/csrc, in a namespace impl, detail, native or functorch, behind the dispatcher (at::cpu,
 // at::cuda, c10::Dispatcher) or in the keys that it dispatches on. No other file of csrc/ includes or names it, which
-// tests/test_torch_internals.py checks. A name that a torch lacks is an error of the compiler here.
+// tests/dispatch/test_torch_internals.py checks. A name that a torch lacks is an error of the compiler here.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>

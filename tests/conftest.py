@@ -20,7 +20,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from bomkern.dispatch import select
-from tests.interpreter import patch_once_a_launch
+from tests.support.interpreter import patch_once_a_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.manual_seed(0)
@@ -53,7 +53,7 @@ def why_skipped(op: str, impl: str, device: str) -> str | None:
 
 
 def servers(op: str) -> list[object]:
-    """The (impl, device) pairs that can serve here, for parametrize. tests/test_info.py reports the others."""
+    """The (impl, device) pairs that can serve here, for parametrize. tests/dispatch/test_info.py reports the others."""
     return [pytest.param(pair, id="-".join(pair)) for pair in PAIRS if why_skipped(op, *pair) is None]
 
 

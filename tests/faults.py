@@ -2,7 +2,7 @@
 
     python -m tests.faults [--kills 20] [--offsets 50]
 
-does each as often as asked and writes tests/results/faults.json; tests/test_faults.py does each a few times.
+does each as often as asked and writes tests/results/faults.json; tests/train/test_faults.py does each a few times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from bomkern.train import checkpoint, loop, recorder
 from bomkern.train.config import TrainError
-from tests.train_helpers import config, leaves
+from tests.support.training import config, leaves
 
 RESULTS = Path(__file__).resolve().parent / "results" / "faults.json"
 ENDLESS = 10**6  # steps: a run of so many has not ended when it is killed, however late that is

@@ -148,7 +148,7 @@ def arguments(found: build_ladder.Ladder) -> dict[str, Any]:
     }
     files = sources(".cpp")
     if wish("BOMKERN_SANITIZE") == "thread":
-        files.append("tests/sanitizers/openmp_threads.cpp")
+        files.append("tests/native/sanitizers/openmp_threads.cpp")
     nvcc_flags = []
     if not found.cuda:
         files, nvcc_flags = files + sources(".cu"), build_ladder.architecture_flags(found.architectures)

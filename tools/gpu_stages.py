@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FAKES = ROOT / "tests" / "gpu_tools"  # stand-ins for compute-sanitizer and ncu, for a dry run
+FAKES = ROOT / "tests" / "support" / "gpu_tools"  # stand-ins for compute-sanitizer and ncu, for a dry run
 PYTHON = sys.executable
 OPS = (
-    "min_goal", "goal_set_op", "total_correlation", "gaussian_kl", "consistency_variance", "active_units",
+    "min_goal", "goal_set", "total_correlation", "gaussian_kl", "consistency_variance", "active_units",
     "latent_statistics", "covariance_penalty",
 )  # fmt: skip
 # The figures that most is asked of first, should the time run out.
@@ -91,7 +91,7 @@ class Call:
 
     def pytest(self, *given: str, keep: str = "", most: int | None = None, spread: bool = True) -> Command:
         """Tests that stop in time, and whose failures are in a file as soon as they come."""
-        command = [PYTHON, "-m", "pytest", *given, "-p", "no:cacheprovider", "-p", "tests.deadline", "-rf"]
+        command = [PYTHON, "-m", "pytest", *given, "-p", "no:cacheprovider", "-p", "tests.support.deadline", "-rf"]
         command += ["--tb=short", "--stop-at", f"{self.stop_at:.0f}", "--failures", str(self.work / "failed.txt")]
         command += ["-k", keep] if keep else []
         command += ["--at-most", str(most)] if most else []
@@ -140,7 +140,7 @@ def sanitized(tool: str) -> Callable[[Call], Command | str]:
             return "there is no compute-sanitizer here"
         told = subprocess.run([path, "--help"], capture_output=True, text=True).stdout
         only_ours = ["--kernel-name", "kns=bomkern"] if "--kernel-name" in told else ["--kernel-regex", "kns=bomkern"]
-        files = [f"tests/test_{op}.py" for op in OPS]
+        files = [f"tests/ops/test_{op}.py" for op in OPS]
         keep = f"{call.pair('cuda-cuda')} and (oracle or layouts) and not 20000"
         tests = call.pytest(*files, keep=keep, most=8 if call.dry else 40, spread=False)
         return [path, "--tool", tool, "--error-exitcode", "1", *only_ours, *tests]
@@ -188,7 +188,7 @@ def report(call: Call) -> Command | str:
 
 def replayed(call: Call) -> Command:
     """A dry run has no graphs: it collects the tests, so that their names are right."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "cuda_graph" in path.read_text()]
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "cuda_graph" in path.read_text()]
     tests = call.pytest(*(str(path.relative_to(ROOT)) for path in files), keep="cuda_graph", spread=False)
     return [*tests, "--collect-only"] if call.dry else tests
 
@@ -207,7 +207,7 @@ def trained(*more: str) -> Callable[[Call], Command | None]:
 
 def routing_table(call: Call) -> Command | None:
     if call.dry:
-        return None  # tests/test_bench_route.py runs it dry, on a quarter of the pixels
+        return None  # tests/bench/test_route.py runs it dry, on a quarter of the pixels
     return [PYTHON, "-m", "bench.route", "--device", "cuda", "--results", str(call.work / "results")]
 
 
@@ -225,7 +225,7 @@ def tuned(name: str, what: str, dry: str) -> Callable[[Call], Command]:
 def again(call: Call) -> Command | None:
     """What failed in the calls before."""
     sys.path.insert(0, str(ROOT))
-    from tests.deadline import failed_in
+    from tests.support.deadline import failed_in
 
     names = failed_in(call.found_before("failed.txt"))
     return call.pytest(*names[:FAILED]) if names else None

@@ -5,7 +5,7 @@
 
 planted    An error of each kind, which has to be reported. Without it no silence means anything.
 kernels    Every CPU kernel, for each instruction set here, from plain C++: memory of exactly its size, then threads.
-emulator   Every CUDA kernel under the emulator of tests/cuda_emulator, with all memory that is no kernel's forbidden.
+emulator   Every CUDA kernel under tests/native/cuda_emulator, with all memory that is no kernel's forbidden.
 memory     The extension in PyTorch with AddressSanitizer and UndefinedBehaviorSanitizer: the ops' tests, impl cpu.
 threads    The extension in PyTorch with ThreadSanitizer: the same tests, fewer of them.
 
@@ -31,8 +31,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / ".sanitize"
-SANITIZERS = ROOT / "tests" / "sanitizers"
-EMULATOR = ROOT / "tests" / "cuda_emulator"
+SANITIZERS = ROOT / "tests" / "native" / "sanitizers"
+EMULATOR = ROOT / "tests" / "native" / "cuda_emulator"
 JOBS = int(os.environ.get("MAX_JOBS", "0")) or len(os.sched_getaffinity(0))
 
 MEMORY, THREADS = "address,undefined", "thread"
@@ -47,8 +47,8 @@ REPORT = re.compile(r"ERROR: AddressSanitizer|ERROR: LeakSanitizer|runtime error
 OPS = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/cuda.cu"))
 TESTS = (
     *("gaussian_kl", "consistency_variance", "active_units", "latent_statistics", "covariance_penalty"),
-    *("total_correlation", "total_correlation_rows", "total_correlation_bridge", "statistics_bridge"),
-    *("min_goal", "min_goal_bridge", "goal_set_op", "goal_set_op_bridge", "large_offsets"),
+    *("total_correlation", "total_correlation_rows", "total_correlation_in_pytorch", "statistics_in_pytorch"),
+    *("min_goal", "min_goal_in_pytorch", "goal_set", "goal_set_in_pytorch", "large_offsets"),
 )
 NEVER = "compile or opcheck or fakes or triton or instruction_sets or process"  # no C++ of ours, or a Python without it
 PICKED = {
@@ -180,7 +180,7 @@ def extension(sanitizer: str, *libraries: str) -> list[Done]:
     (made,) = (copy / "bomkern").glob("_C*.so")
     if f"__{sanitizer[0]}san_".encode() not in made.read_bytes():
         sys.exit(f"{made} was built without {sanitizer}")
-    files = [f"tests/test_{name}.py" for name in TESTS]
+    files = [f"tests/ops/test_{name}.py" for name in TESTS]
     command = [
         sys.executable,
         "-m",

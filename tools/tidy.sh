@@ -28,7 +28,7 @@ export TIDY TORCH OPENMP NOT_CUDA
 check() {
   case $1 in
     # A thread's place in its tile is 32 bits by design: registers. What they add up to is int64.
-    *.cu) set -- "$1" "$NOT_CUDA" -x c++ -Itests/cuda_emulator ;;
+    *.cu) set -- "$1" "$NOT_CUDA" -x c++ -Itests/native/cuda_emulator ;;
     csrc/*) set -- "$1" -fopenmp $TORCH "$OPENMP" ;;
   esac
   local file=$1 only=()

@@ -1,8 +1,8 @@
 """All private names of torch that bomkern uses. For a new torch read this file, and csrc/torch_internals.h for C++.
 
 Private is a name with a leading underscore, and what torch calls internal or experimental. No other file of bomkern/
-or kernels/ reaches such a name, which tests/test_torch_internals.py checks. `NEEDED` lists them all, and `missing`
-returns those that the installed torch lacks. A missing name stops neither the import nor what does not need it. What
+or kernels/ reaches such a name (tests/dispatch/test_torch_internals.py). `NEEDED` lists them all, and `missing` returns
+those that the installed torch lacks. A missing name stops neither the import nor what does not need it. What
 needs it takes another path or, where there is none, raises `NotImplementedError`.
 
 This file imports torch alone, so that tools/next_torch.py can run it before bomkern is built.

@@ -7,7 +7,7 @@
 #define BOMKERN_ISA cuda
 #define BOMKERN_HD __device__ __forceinline__
 
-// A block's dynamic shared memory (tests/cuda_emulator brings its own).
+// A block's dynamic shared memory (tests/native/cuda_emulator brings its own).
 #ifndef BOMKERN_SHARED_BYTES
 #define BOMKERN_SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
 #endif

@@ -153,7 +153,7 @@ inline VecF log1p_rest(VecF f) {
   return (square * f) * p - 0.5f * square;
 }
 
-// log x for x > 0, subnormals included; inf and NaN pass through. Below 1 ulp (tests/test_simd.py).
+// log x for x > 0, subnormals included; inf and NaN pass through. Below 1 ulp (tests/native/test_simd.py).
 inline VecF log_of(VecF x) {
   const Split s = split_of(x);
   // ln 2 in two parts; the first has few enough bits that exponent * part is exact.
@@ -162,7 +162,7 @@ inline VecF log_of(VecF x) {
   return x < __builtin_inff() ? value : x;
 }
 
-// log2 x, as log_of. Below 1.5 ulp (tests/test_simd.py).
+// log2 x, as log_of. Below 1.5 ulp (tests/native/test_simd.py).
 inline VecF log2_of(VecF x) {
   const Split s = split_of(x);
   // log2(e) and the fraction in two parts each, the first of 12 bits: their product is exact.
@@ -180,7 +180,7 @@ enum class Low { floor, bounded, zero };
 constexpr float zero_unit = 0x1p63f;
 
 // 2^x = x * scale for N vectors at once, x changed in place: whoever sums them multiplies and adds in one instruction.
-// For x <= 127, and 2^0 is 1. NaN passes through. Below 2.2 ulp (tests/test_simd.py). Stage by stage, because a chain of
+// For x <= 127, and 2^0 is 1. NaN passes through. Below 2.2 ulp (tests/native/test_simd.py). Stage by stage, because a chain of
 // a dozen dependent instructions does not fill the machine on its own.
 template <Low low = Low::floor, int N> inline void exp2_parts(VecF (&x)[N], VecF (&scale)[N]) {
   constexpr int bias = low == Low::zero ? 64 : 127;
@@ -201,7 +201,7 @@ template <Low low = Low::floor, int N> inline void exp2_parts(VecF (&x)[N], VecF
   for (int i = 0; i < N; ++i) scale[i] = bits<VecF>(bits<VecI>(scale[i]) << 23);
 }
 
-// exp x; above 88.7228 inf, below -86.6 zero, NaN passes through. Below 1 ulp (tests/test_simd.py).
+// exp x; above 88.7228 inf, below -86.6 zero, NaN passes through. Below 1 ulp (tests/native/test_simd.py).
 inline VecF exp_of(VecF x) {
   const VecF clamped = x > 88.8f ? splat<VecF>(88.8f) : (x < -86.6f ? splat<VecF>(-86.6f) : x);
   const VecF shifted = clamped * 1.44269504f + 0x1.8p23f;
@@ -220,7 +220,7 @@ inline VecF exp_of(VecF x) {
 }
 
 // e^x for N vectors at once, in place, stage by stage as exp2_parts. For x <= 88; below -87 it stays at e^-87. NaN passes
-// through. Below 1.2 ulp (tests/test_simd.py).
+// through. Below 1.2 ulp (tests/native/test_simd.py).
 template <int N> inline void exp_all(VecF (&x)[N]) {
   constexpr float magic = 0x1.8p23f + 127;
   VecF scale[N], n[N], p[N];

@@ -1,0 +1,147 @@
+"""Second derivatives where torch.compile is involved: the definition's number, or an error that says what is missing.
+
+A compiled loss has one derivative: torch refuses a second `backward`. One that is asked for by `autograd.grad` it does
+not see where the compiled backward reads no input, as that of ``x.exp().sum()``, and gives a wrong number. That is a
+fault of torch 2.13 for its own functions too, which nothing here can mend: there is no test of it. What has second
+derivatives is torch.func, around a compiled loss or inside a compiled function.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import functional
+from torch.func import grad, hessian, jacfwd, jvp
+
+from tests.conftest import servers
+from tests.dispatch.test_second_derivatives import (
+    NAMES,
+    by_backward,
+    differs,
+    directions,
+    dual,
+    first,
+    flat,
+    func_pulled,
+    func_slope,
+    grads_of,
+    matrix_of,
+    of_all,
+    pushed,
+    rows,
+    size_of,
+    slope,
+    twice_jacrev,
+)
+from tests.support.derivatives import PROBLEMS, Inputs, Loss
+
+Ask = Callable[[Loss, Inputs], Any]
+# The first derivative of a compiled function has no graph of its own, which torch 2.11 says in other words.
+TWICE = "torch.compile with aot_autograd does not currently support double backward|does not require grad"
+FORWARD = "{name} has no forward-mode derivative"
+NO_JVP = "You must implement the jvp function for custom autograd.Function"  # of a compiled graph, whatever it holds
+SERVED = ""
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    torch.compiler.reset()
+    return torch.compile(fn, backend="aot_eager")  # type: ignore[no-any-return]
+
+
+def around(ask: Ask, loss: Loss, inputs: Inputs) -> Any:
+    """``ask`` of a compiled loss."""
+    return ask(compiled(loss), inputs)
+
+
+def inside(ask: Ask, loss: Loss, inputs: Inputs) -> Any:
+    """``ask`` as a compiled function of the inputs."""
+    return compiled(lambda *x: ask(loss, x))(*(x.detach() for x in inputs))
+
+
+def as_matrix(ask: Ask) -> Ask:
+    return lambda loss, inputs: matrix_of(ask(loss, inputs), inputs)
+
+
+def then_autograd(loss: Loss, inputs: Inputs) -> Inputs:
+    n = tuple(range(len(inputs)))
+    return grads_of(compiled(lambda *x: size_of(grad(loss, n)(*x)))(*inputs), inputs)
+
+
+def by_jvp(loss: Loss, inputs: Inputs) -> Tensor:
+    return jvp(loss, inputs, directions(inputs))[1]
+
+
+# (what is wanted, how it is asked for, what the compiled implementations say, what the reference says)
+WAYS: dict[str, tuple[Ask, Ask, str, str]] = {
+    "backward-around": (slope, partial(around, by_backward), TWICE, TWICE),
+    "jvp-around": (pushed, partial(around, lambda f, x: functional.jvp(f, x, directions(x))[1]), TWICE, TWICE),
+    "dual-around": (pushed, partial(around, partial(dual, of_gradient=False)), f"{NO_JVP}|{FORWARD}", NO_JVP),
+    "func-grad-around": (slope, partial(around, func_slope), SERVED, SERVED),
+    "func-jvp-around": (pushed, partial(around, by_jvp), FORWARD, SERVED),
+    "func-grad": (slope, partial(inside, func_slope), SERVED, SERVED),
+    "func-vjp": (slope, partial(inside, func_pulled), SERVED, SERVED),
+    "func-then-autograd": (slope, then_autograd, SERVED, SERVED),
+    "func-jacrev": (rows, as_matrix(partial(inside, of_all(twice_jacrev))), SERVED, SERVED),
+    "func-hessian": (rows, as_matrix(partial(inside, of_all(hessian))), FORWARD, SERVED),
+    "func-jacfwd": (first, partial(inside, of_all(jacfwd)), FORWARD, SERVED),
+    "func-jvp": (pushed, partial(inside, by_jvp), FORWARD, SERVED),
+}
+NAMED = (
+    "gaussian_kl blocks",
+    "consistency_variance",
+    "active_units",
+    "latent_statistics",
+    "covariance_penalty sample normalized",
+    "total_correlation mss",
+    "min_goal_loss mean six",
+    "min_goal_loss none scores matrix",
+    "goal_set mean soft",
+    "goal_set none spill matrix",
+    "GoalSet mean soft",
+    "GoalSet mean spill",
+    "lazy GoalSet always",
+)
+QUICK = (
+    ("total_correlation mss", "func-grad"),
+    ("goal_set mean soft", "func-vjp"),
+    ("goal_set mean soft", "backward-around"),
+    ("min_goal_loss mean six", "func-then-autograd"),
+)
+
+
+def cases() -> Iterator[Any]:
+    """Every name with every way, by one implementation after another; by all of them what is quick, and func-grad."""
+    for (i, name), (j, way) in itertools.product(enumerate(NAMED), enumerate(WAYS)):
+        some = servers(PROBLEMS[name].op)
+        quick = (name, way) in QUICK
+        for s in some if quick or way == "func-grad" else some[(i + j) % len(some) :][:1]:
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(name, s.values[0], way, id=f"{name}-{s.id}-{way}", marks=marks)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "server", "way"), [*cases()])
+def test_right_or_refused(name: str, server: tuple[str, str], way: str) -> None:
+    (impl, device), problem, (want, ask, ours, theirs) = server, PROBLEMS[name], WAYS[way]
+    inputs, loss = problem.leaves(device), problem.loss(impl, device)
+    refused = theirs if impl == "reference" else ours
+    refused = refused.format(name=NAMES.get(problem.op, problem.op))
+    if impl == "triton" and way.startswith("func-"):  # where a graph breaks there, eager mode serves
+        try:
+            got = ask(loss, inputs)
+        except Exception as error:
+            assert re.search(f"cannot serve \\w+ in a compiled torch.func transform|{refused or '^$'}", str(error))
+            return
+    elif refused:
+        with pytest.raises(Exception, match=refused):
+            ask(loss, inputs)
+        return
+    else:
+        got = ask(loss, inputs)
+    assert differs(flat(got), flat(want(problem.definition, problem.leaves()))) is None

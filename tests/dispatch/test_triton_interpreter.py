@@ -1,0 +1,21 @@
+"""Every op on Triton's interpreter against its definition, in a few sizes; slow tests of each op run many more."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from tests.conftest import run_again
+from tests.support.statistics import OPS
+
+FILES = ("min_goal", "goal_set", "goal_set_multipliers", "total_correlation", *OPS)
+# As the tests call them: goals in batches of one sample and of more than a warp, matrices wide and high.
+SIZES = ("raw-17-", "scores-64-", "raw-1-", "17-0.05-", "1-0.0-", "17-", "33-5-", "7-1-", "65-17-", "17-65-", "2-3-")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_op_agrees_with_its_definition() -> None:
+    tests = " ".join(f"tests/ops/test_{name}.py::test_oracle" for name in FILES)
+    sizes = " or ".join(f"test_oracle[{size}" for size in SIZES)
+    run_again(tests, f"triton-cpu and ({sizes})", TRITON_INTERPRET="1")

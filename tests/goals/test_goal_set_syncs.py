@@ -1,0 +1,159 @@
+"""No step of a `GoalSet` makes the host wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bomkern import (
+    Anchored,
+    Calibrated,
+    Fixed,
+    GoalSet,
+    Group,
+    MinimizeHard,
+    Policy,
+    ShareGuard,
+    Spill,
+    Tracking,
+    Upper,
+)
+from bomkern.dispatch import select
+from bomkern.goals import history, policies
+from tests.ops.test_min_goal_in_pytorch import COMPILED, CountSyncs
+
+RULES: dict[str, dict[str, Any]] = {
+    "hard": {},
+    "global": {"reduction": "min"},
+    "smooth": {"temperature": 0.1},
+    "spill": {"spill": Spill(0.5)},
+    "guard": {"guard": ShareGuard(0.1, 0.3)},
+    "guarded": {"guard": ShareGuard(0.1, 0.3), "temperature": 0.1, "reduction": "none"},
+    "spilling, guarded": {"guard": ShareGuard(0.1, 0.3), "spill": 0.5, "reduction": "sum"},
+}
+EACH = pytest.mark.parametrize("rule", RULES)
+
+
+def everything(**rule: Any) -> GoalSet:
+    """Every policy and a group, of which each process of many would have its own values."""
+    goals: dict[str, Policy | Group] = {
+        "max": Calibrated(4),
+        "quantile": Calibrated(4, statistic=0.9),
+        "hard": Fixed(MinimizeHard(1.0)),
+        "tracking": Tracking(halflife=3),
+        "moving": Anchored(0.5, 1.0, moving=True),
+        "both": Group(a=Anchored(0.0, 2.0), b=Fixed(Upper(1.0, 0.5))),
+    }
+    return GoalSet(goals, **rule)
+
+
+def values(device: str) -> dict[str, Any]:
+    def raw() -> Tensor:
+        return torch.rand(8, device=device, requires_grad=True)
+
+    return {**{n: raw() for n in ("max", "quantile", "hard", "tracking", "moving")}, "both": {"a": raw(), "b": raw()}}
+
+
+def step(goals: GoalSet, raw: dict[str, Any], ok: Tensor) -> None:
+    out = goals(raw)
+    out.loss.sum().backward()
+    goals.accept(ok & out.finite)
+    _ = out.share, out.level, out["scale"]
+    goals.remeasure({"moving": (raw["moving"].detach(), raw["moving"].detach() + 1)})
+    goals.temperature.mul_(0.9)
+    goals["hard"] = MinimizeHard(0.5)
+
+
+@EACH
+def test_no_host_sync_in_a_step(rule: str) -> None:
+    goals, raw, ok = everything(**RULES[rule]), values("cpu"), torch.tensor(True)
+    with CountSyncs() as counter:
+        for _ in range(6):  # through the end of the calibration
+            step(goals, raw, ok)
+    assert not counter.seen.keys() - {"_to_copy"}  # of numbers, to where the goals are: here the host itself
+    assert goals.steps == 6
+
+
+class Arrives:
+    """In place of the copies of the ring and of its place, which a GPU makes without waiting."""
+
+    monitor: Any
+
+    def __init__(self, source: Tensor) -> None:
+        self.host = torch.zeros(source.shape)
+        if source.dtype is torch.int64:  # the place: how many records there have been
+            self.host += self.monitor._count.known
+
+    def wait(self) -> Tensor:
+        return self.host
+
+
+def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: Any) -> GoalSet:
+    """On a device whose tensors have no values, where whatever reads or copies one raises; past the ring's end."""
+    monkeypatch.setattr(history, "ROWS", 4)
+    monkeypatch.setattr(history, "HostCopy", Arrives)
+    if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
+        monkeypatch.setattr(select, "resolve", lambda op, device, impl: select._COMPILED[op]())
+    goals = everything(**rule).to("meta")
+    monkeypatch.setattr(Arrives, "monitor", goals.monitor, raising=False)
+    raw, ok = values("meta"), torch.ones((), dtype=torch.bool, device="meta")
+    for _ in range(10):  # through the end of the calibration
+        step(goals, raw, ok)
+    return goals
+
+
+SERVED = pytest.mark.parametrize("served", ["reference", pytest.param("compiled", marks=[COMPILED])])
+
+
+@SERVED
+@EACH
+def test_nothing_depends_on_values(monkeypatch: pytest.MonkeyPatch, rule: str, served: str) -> None:
+    goals = steps_without_values(monkeypatch, served, **RULES[rule])
+    assert goals.steps == 10 and len(goals.history) == 10
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x.amax().item(),
+    "float": lambda x: float(x.amax()),
+    "tolist": lambda x: x.tolist(),
+    "if": lambda x: 1 if x.amax() > 0 else 0,
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "cpu": lambda x: x.cpu(),
+    "copy_": lambda x: torch.empty(x.shape).copy_(x),
+    "equal": lambda x: torch.equal(x, x),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_policy_that_reads_is_found(monkeypatch: pytest.MonkeyPatch, read: str) -> None:
+    def update(self: Tracking, raw: Tensor, *rest: Any) -> Any:
+        READS[read](raw)
+        return policies.Found
+
+    monkeypatch.setattr(Tracking, "update", update)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        steps_without_values(monkeypatch, "reference")
+
+
+def test_the_copy_of_the_ring_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real one it is what raises, at the end of the ring and not before."""
+    real = history.HostCopy
+    monkeypatch.setattr(Arrives, "__new__", lambda cls, rows: real(rows))
+    with pytest.raises(NotImplementedError, match="meta"):
+        steps_without_values(monkeypatch, "reference")
+
+
+def test_the_history_is_copied_once_in_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To pinned memory, behind an event that is waited for when the next copy is made."""
+    made = []
+    copy = history.HostCopy
+    monkeypatch.setattr(history, "HostCopy", lambda rows: made.append(len(rows)) or copy(rows))
+    goals, raw = everything(), values("cpu")
+    for _ in range(2 * history.ROWS + 1):
+        goals(raw)
+    assert made == [history.ROWS, 1] * 2  # with the place

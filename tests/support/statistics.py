@@ -1,0 +1,232 @@
+"""What the tests of the five statistics share: their inputs, and how a call is held against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import bomkern
+from bomkern.dispatch import select
+from tests.conftest import assert_as_good_as_eager
+from tests.ops.test_total_correlation import LAYOUTS as MATRIX_LAYOUTS
+
+Inputs = tuple[Tensor, ...]
+Lay = Callable[[Tensor], Tensor]
+Call = Callable[..., "Tensor | tuple[Tensor, ...]"]  # (*inputs, impl=)
+
+SHAPES = [(2, 1), (2, 3), (3, 70), (7, 1), (17, 33), (64, 16), (65, 17), (130, 300), (1030, 9)]  # B >= 2
+LARGE = [(3001, 70), (600, 300), (5, 2050)]  # beyond every tile
+LAYOUTS: dict[str, Lay] = {
+    **MATRIX_LAYOUTS,
+    "flipped": lambda x: x.flip(0, 1),
+    "flipped, transposed": lambda x: x.T.flip(0).T,
+}
+
+
+def codes(batch: int, dims: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """z, mu and logvar of a code some of whose dimensions have collapsed: variances of mu from 0.001 to 4."""
+    generator = torch.Generator().manual_seed(batch * 1000 + dims)
+    mu, wide, noise = torch.randn(3, batch, dims, generator=generator, dtype=torch.float64)
+    mu = mu * torch.logspace(-1.5, 0.3, dims, dtype=torch.float64)
+    logvar = wide * 0.5 - 1
+    return (mu + torch.exp(logvar / 2) * noise).to(dtype), mu.to(dtype), logvar.to(dtype)
+
+
+def views(batch: int, dims: int, count: int = 3, dtype: torch.dtype = torch.float32) -> Inputs:
+    """One code per sample, seen so many times with noise."""
+    generator = torch.Generator().manual_seed(batch * 1000 + dims + count)
+    code, *noise = torch.randn(count + 1, batch, dims, generator=generator, dtype=torch.float64)
+    return tuple((code + 0.3 * x).to(dtype) for x in noise)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op as the shared tests call it: ``call(*inputs, impl=)`` on the inputs that ``make(B, D)`` gives."""
+
+    name: str
+    make: Callable[[int, int], Inputs]
+    call: Call
+    arguments: tuple[str, ...]
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("gaussian_kl", lambda b, d: codes(b, d)[1:], bomkern.gaussian_kl, ("mu", "logvar")),
+        Op(
+            "consistency_variance",
+            views,
+            lambda *given, impl=None: bomkern.consistency_variance(given, impl=impl),
+            ("views[0]", "views[1]", "views[2]"),
+        ),
+        Op("active_units", lambda b, d: codes(b, d)[1:2], bomkern.active_units, ("mu",)),
+        Op("latent_statistics", codes, bomkern.latent_statistics, ("z", "mu", "logvar")),
+        Op("covariance_penalty", lambda b, d: codes(b, d)[:1], bomkern.covariance_penalty, ("z",)),
+    )
+}
+
+
+def leaves(inputs: Sequence[Tensor], dtype: torch.dtype | None = None, device: str = "cpu") -> Inputs:
+    return tuple(x.detach().to(device=device, dtype=dtype or x.dtype).clone().requires_grad_() for x in inputs)
+
+
+def values_of(result: Tensor | tuple[Tensor, ...]) -> Inputs:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def ramp(value: Tensor) -> Tensor:
+    """A weight for each element, of either sign."""
+    return torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+
+
+def _strided(value: Tensor) -> Tensor:
+    return torch.stack([ramp(value), ramp(value) * 9, ramp(value) * 7], -1)[..., 0]
+
+
+PULLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "weights": ramp,
+    "sum": lambda value: value.new_ones(()).expand(value.shape),
+    "mean": lambda value: (value.new_ones(()) / value.numel()).expand(value.shape),
+    "strided": _strided,
+    "a lazy minus": lambda value: torch._neg_view(-ramp(value)),  # as conjugates make it: memory holds the opposite
+    "offset": lambda value: torch.cat([value.new_full((5,), 1e3), ramp(value).reshape(-1)])[5:].reshape(value.shape),
+}
+
+
+def run(
+    call: Call,
+    inputs: Inputs,
+    impl: str | None,
+    *,
+    pull: Callable[[Tensor], Tensor] = ramp,
+    fields: Sequence[int] | None = None,
+    lay: Lay = lambda x: x,
+) -> tuple[Inputs, Inputs]:
+    """Values, and the gradients of the inputs for ``pull`` of each value, or of the values named by ``fields``."""
+    values = values_of(call(*(lay(x) for x in inputs), impl=impl))
+    used = [v for k, v in enumerate(values) if v.requires_grad and (fields is None or k in fields)]
+    wanted = [x for x in inputs if x.requires_grad]
+    grads = torch.autograd.grad(used, wanted, [pull(value) for value in used], materialize_grads=True)
+    return tuple(value.detach() for value in values), grads
+
+
+def check(
+    call: Call,
+    inputs: Inputs,
+    server: tuple[str, str],
+    *,
+    slack: float = 1e-6,
+    unit: float = 0.0,
+    pull: Callable[[Tensor], Tensor] = ramp,
+    fields: Sequence[int] | None = None,
+    lay: Lay = lambda x: x,
+) -> None:
+    """Values and gradients of ``server``, as near to float64 as twice eager float32; float64 itself within slack."""
+    impl, device = server
+    wide = any(x.dtype == torch.float64 for x in inputs)
+    how = {"pull": pull, "fields": fields, "lay": lay}
+    exact = run(call, leaves(inputs, torch.float64), "reference", **how)  # type: ignore[arg-type]
+    eager = exact if wide else run(call, leaves(inputs, torch.float32), "reference", **how)  # type: ignore[arg-type]
+    values, grads = run(call, leaves(inputs, device=device), impl, **how)  # type: ignore[arg-type]
+    assert all(value.dtype == (torch.float64 if wide else torch.float32) for value in values)
+    assert [g.dtype for g in grads] == [x.dtype for x in inputs]
+    assert [g.shape for g in grads] == [x.shape for x in inputs]
+    for kind, ours, theirs, truth in zip(("value", "gradient"), (values, grads), eager, exact, strict=True):
+        for k, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
+            # A half gradient is the float32 one, rounded once.
+            rounding = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: max(slack, 1e-6)}.get(a.dtype, slack)
+            try:
+                assert_as_good_as_eager(a, b, c, rounding, unit)
+            except AssertionError as error:
+                raise AssertionError(f"{kind} {k}: {error}") from error
+
+
+def check_far(call: Call, inputs: Inputs, server: tuple[str, str]) -> None:
+    """Means of 1e4, deviations of 1: each largest error is below 1e-4 of the largest value."""
+    impl, device = server
+    ours = run(call, leaves(inputs, device=device), impl)
+    exact = run(call, leaves(inputs, torch.float64), "reference")
+    for kind, some, truths in zip(("value", "gradient"), ours, exact, strict=True):
+        for k, (a, b) in enumerate(zip(some, truths, strict=True)):
+            error, size = (a.double().cpu() - b).abs().max(), b.abs().max()
+            assert error < 1e-4 * size, f"{kind} {k}: error {error:.3g} of {size:.3g}"
+
+
+def check_places(
+    call: Call, inputs: Inputs, server: tuple[str, str], where: dict[tuple[int, ...], float], **how: Sequence[int]
+) -> list[Tensor]:
+    """With numbers put at [input, row, column], what is not finite is so where the reference's is, and nowhere else.
+
+    Returns the masks of what is not finite: those of the values, then those of the gradients.
+    """
+    impl, device = server
+    inputs = tuple(x.clone() for x in inputs)
+    for (k, row, column), number in where.items():
+        inputs[k][row, column] = number
+    ours = [x.cpu() for part in run(call, leaves(inputs, device=device), impl, **how) for x in part]  # type: ignore[arg-type]
+    exact = [x for part in run(call, leaves(inputs, torch.float64), "reference", **how) for x in part]  # type: ignore[arg-type]
+    for k, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        finite = b.isfinite()
+        assert torch.equal(a.isfinite(), finite), f"result {k}: {a[a.isfinite() != finite]}"
+        if all(number != number for number in where.values()):
+            assert torch.equal(a.isnan(), b.isnan()), f"result {k}"
+        size = b[finite].abs().max() if finite.any() else torch.tensor(0.0)
+        assert torch.allclose(a.double()[finite], b[finite], rtol=1e-4, atol=1e-5 * size.item()), f"result {k}"
+    return [~x.isfinite() for x in exact]
+
+
+def check_only_the_gradients_wanted(call: Call, inputs: Inputs, server: tuple[str, str]) -> None:
+    """For each choice of inputs that require grad, the same bits as with all of them, and none for the others."""
+    impl, device = server
+    every = leaves(inputs, device=device)
+    values, grads = run(call, every, impl)
+    for choice in range(1, 2 ** len(inputs)):
+        wanted = [bool(choice >> k & 1) for k in range(len(inputs))]
+        some = tuple(x if w else x.detach() for x, w in zip(every, wanted, strict=True))
+        again, got = run(call, some, impl)
+        assert all(torch.equal(a, b) for a, b in zip(again, values, strict=True))
+        expected = [g for g, w in zip(grads, wanted, strict=True) if w]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), wanted
+
+
+def only_cpu(op: str) -> pytest.MarkDecorator:
+    reason = select.why_not(op, "cpu", "cpu")
+    return pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
+def check_same_bits(call: Call, inputs: Inputs) -> None:
+    """impl="cpu" gives the same bits at any number of threads, forward and backward."""
+    inputs, before, results = leaves(inputs), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            values, grads = run(call, inputs, "cpu")
+            results.append([*values, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def shuffled(size: int, seed: int, device: str) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def check_second_derivative(call: Call, inputs: Inputs, impl: str) -> None:
+    """First derivatives with and without ``create_graph``, and second ones, are the reference's; in float64."""
+
+    def once(which: str, again: bool) -> Inputs:
+        value = sum(x.square().sum() for x in values_of(call(*inputs, impl=which)))
+        return torch.autograd.grad(value, inputs, create_graph=again)  # type: ignore[arg-type]
+
+    def twice(first: Inputs) -> Inputs:
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)  # type: ignore[arg-type]
+
+    plain, ours, theirs = once(impl, False), once(impl, True), once("reference", True)
+    for made, want in ((ours, plain), (ours, theirs), (twice(ours), twice(theirs))):
+        for a, b in zip(made, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,109 @@
+"""The pages of docs/: names, links and markers. `make docs` builds them; nothing here needs mkdocs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bomkern
+
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = DOCS.parent / "bench" / "results"
+PAGES = sorted(DOCS.rglob("*.md"))
+OPS = sorted((DOCS / "ops").glob("*.md"))
+
+
+def _load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = _load("hooks")
+
+
+def by_name(paths: list[Path]) -> list[Any]:
+    return [pytest.param(path, id=str(path.relative_to(DOCS))) for path in paths]
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    told = set(re.findall(r"\[`(\w+)`\]", (DOCS / "api.md").read_text()))
+    assert told == set(bomkern.__all__)
+
+
+def test_every_public_name_is_documented_once() -> None:
+    shown = [name for page in PAGES for name in re.findall(r"^::: bomkern\.(\S+)$", page.read_text(), re.MULTILINE)]
+    assert sorted(shown) == sorted(bomkern.__all__)
+
+
+def test_every_module_is_on_its_page() -> None:
+    members = re.search(r"members: \[(.*)\]", (DOCS / "modules.md").read_text())
+    assert members
+    assert sorted([*members[1].split(", "), "GoalSet"]) == sorted(bomkern.nn.__all__)
+
+
+@pytest.mark.parametrize("page", by_name(OPS))
+def test_every_op_has_its_figures(page: Path) -> None:
+    text = page.read_text()
+    cases = re.findall(r"^<!-- bench (\S+)", text, re.MULTILINE)
+    assert set(cases) == {page.stem.removesuffix("_loss")}
+    assert hooks.expand(text).count("\n|---|") > len(cases)
+
+
+def test_every_case_is_on_a_page() -> None:
+    shown = [case for page in PAGES for case in re.findall(r"^<!-- bench (.+) -->$", page.read_text(), re.MULTILINE)]
+    assert sorted(shown) == sorted(hooks.report.CASES)
+
+
+@pytest.mark.parametrize("page", by_name(PAGES))
+def test_markers_are_replaced(page: Path) -> None:
+    assert "<!--" not in hooks.expand(page.read_text())
+
+
+@pytest.mark.parametrize("page", by_name(PAGES))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert "://" not in target, target
+        path = (page.parent / target).resolve()
+        if DOCS / "results" in path.parents:  # where the hook puts them
+            path = DOCS.parent / "tests" / "README.md" if path.name == "tests.md" else RESULTS / path.name
+        assert path.is_file(), target
+
+
+@pytest.mark.parametrize(
+    ("marker", "why"),
+    [
+        ("bench nothing", "no case 'nothing'"),
+        ("report nothing", "no part 'nothing'"),
+        ("from nothing.md: Heading", r"nothing\.md is not there"),
+        ("from route.md: Nothing", "no section 'Nothing'"),
+    ],
+)
+def test_what_is_not_there_is_refused(marker: str, why: str) -> None:
+    with pytest.raises(hooks.Missing, match=why):
+        hooks.expand(f"# Page\n\n<!-- {marker} -->\n")
+
+
+def test_a_case_without_results_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "committed", list)
+    for marker in ("bench gaussian_kl", "report whole step"):
+        with pytest.raises(hooks.Missing, match="make bench"):
+            hooks.expand(f"<!-- {marker} -->")
+
+
+def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
+    assert code
+    exec(code[1], {})
+    assert "recon" in capsys.readouterr().out
+
+
+def test_the_plain_loop_of_the_readme_is_the_example() -> None:
+    root = DOCS.parent
+    assert (root / "examples" / "plain_loop.py").read_text().strip() in (root / "README.md").read_text()
