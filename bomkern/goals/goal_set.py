@@ -21,10 +21,12 @@ from ..lazy_goals.evaluate import Lazy
 from ..lazy_goals.owned_rows import Settled
 from ..ops.min_goal import REDUCTIONS
 from .anchors import Columns
-from .history import GoalOutput, History, Layout, Monitor
-from .policies import MOST_NUDGE, STATE, Group, Policy, ShareGuard, Spill, policy_of
+from .history import GoalOutput, History
+from .monitor import Monitor
+from .policies import MOST_NUDGE, STATE, Policy, policy_of
 from .raw_values import Raw, RawValues
-from .record import share_record
+from .record import Layout, share_record
+from .rules import Group, ShareGuard, Spill
 from .table import table
 
 SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by rank

@@ -1,67 +1,21 @@
-"""What happened in the steps of a `bomkern.GoalSet`: a ring of records on the device, and their history on the host."""
+"""What happened in the steps of a `bomkern.GoalSet`, on the host, and what one step returns."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import weakref
-from collections.abc import Sequence
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from ..common.decorators import fake
 from ..common.files import load_plain
-from ..common.host_copy import HostCopy, capturing
-from ..common.torch_internals import FullPrecisionBuffers, buffers_of
-from ..dispatch.schemas import _library, record_size
-from ..dispatch.select import keeper
-from .record import record_parts
+from .record import Layout
 
-ROWS = 128  # records kept on the device before they are copied to the host
 CAPACITY = 4096  # rows of a history; when it is full, neighbours are joined and each row stands for twice the steps
 
 
-class Layout:
-    """Whose numbers a record holds.
-
-    Attributes:
-        goals: G names.
-        columns: K names: a goal's own, or "goal.member".
-        owner: the goal's index of each column.
-        constraints: how each column's constraint or policy prints.
-        most: the largest share that a goal can hold: less than 1 where the rule gives every goal a part.
-    """
-
-    def __init__(
-        self,
-        goals: Sequence[str],
-        columns: Sequence[str],
-        owner: Sequence[int],
-        constraints: Sequence[str],
-        most: float = 1.0,
-    ) -> None:
-        self.most = most
-        self.goals, self.columns = list(goals), list(columns)
-        self.owner, self.constraints = list(owner), list(constraints)
-
-    @property
-    def size(self) -> int:
-        return record_size(len(self.goals), len(self.columns))
-
-    def parts(self, records: Tensor) -> dict[str, Tensor]:
-        """See `record.record_parts`; ``scale`` in place of ``slope``."""
-        found = record_parts(records, len(self.goals), len(self.columns))
-        found["scale"] = 1 / found.pop("slope")
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-class _Pile:
-    """Rows [n, size] that are put together only when somebody looks at them."""
+class Rows:
+    """Rows [n, size] that are joined only when they are read."""
 
     def __init__(self, rows: Tensor) -> None:
         self.parts, self.count = [rows], len(rows)
@@ -97,11 +51,11 @@ class History:
 
     @property
     def _rows(self) -> Tensor:
-        return self._pile.rows()
+        return self._kept.rows()
 
     @_rows.setter
     def _rows(self, rows: Tensor) -> None:
-        self._pile = _Pile(rows)
+        self._kept = Rows(rows)
 
     @classmethod
     def from_rows(cls, layout: Layout, rows: Tensor, first: int = 0, stride: int = 1) -> History:
@@ -118,7 +72,7 @@ class History:
         """Take in the records of the next steps, [n, size], on the host."""
         rows = torch.cat([self._open, records.float()])
         whole = len(rows) // self.stride * self.stride
-        self._pile.add(self._join(rows[:whole], self.stride))
+        self._kept.add(self._join(rows[:whole], self.stride))
         self._open = rows[whole:].clone()
         while len(self) >= CAPACITY:
             even = len(self._rows) // 2 * 2
@@ -148,7 +102,7 @@ class History:
         return joined
 
     def __len__(self) -> int:
-        return self._pile.count
+        return self._kept.count
 
     def __getitem__(self, part: str) -> Tensor:
         return self.layout.parts(self._rows)[part]
@@ -222,154 +176,3 @@ class GoalOutput:
 
     def __repr__(self) -> str:
         return f"GoalOutput(loss={self.loss!r}, goals {', '.join(self._layout.goals)})"
-
-
-class _Count:
-    """Steps that the host knows of, whose records it has sent for, and has taken in. Outside the module, whose
-    ``__setattr__`` would cost more than the ring."""
-
-    __slots__ = ("known", "sent", "taken")
-
-    def __init__(self, steps: int = 0) -> None:
-        self.known = self.sent = self.taken = steps
-
-
-_handles = itertools.count()
-_handled: weakref.WeakValueDictionary[int, Monitor] = weakref.WeakValueDictionary()
-
-
-class Monitor(FullPrecisionBuffers):
-    """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting.
-
-    Steps are counted on the device, so that those of a replayed CUDA graph, of which the host knows nothing, are kept
-    too: the last `ROWS` of them before the history is read.
-
-    Attributes:
-        ring: [ROWS, size]. place: [1] int64, training steps so far, whose remainder is the row of the next record.
-    """
-
-    ring: Tensor
-    place: Tensor
-
-    def __init__(self, layout: Layout, impl: str | None = None) -> None:
-        super().__init__()
-        self.layout, self.impl, self._count, self._history = layout, impl, _Count(), History(layout)
-        self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and what was known then
-        # Rows on the host that `take` has not returned yet.
-        self._fresh = _Pile(torch.empty(0, layout.size, dtype=torch.float32))
-        self.register_buffer("ring", torch.zeros(ROWS, layout.size, dtype=torch.float32), persistent=False)
-        self.register_buffer("place", torch.zeros(1, dtype=torch.int64), persistent=False)
-        self._register()
-
-    def _register(self) -> None:
-        """Take a number, by which an op finds this monitor where a compiled graph runs."""
-        self._handle = next(_handles)
-        _handled[self._handle] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._register()  # a copy has its own
-
-    @property
-    def steps(self) -> int:
-        """Added so far, those of a replayed CUDA graph once the history has been read."""
-        return self._count.known
-
-    def add(
-        self,
-        record: Tensor,
-        deficit: Tensor | None = None,
-        by_rank: Tensor | None = None,
-        rate: float = 0.0,
-        spill: Sequence[Tensor] = (),
-    ) -> None:
-        """Keep the record of a step, [size]; the rest is of `Spill`, see `reference.goal_set_keep`."""
-        held = buffers_of(self)
-        ring, place = held["ring"], held["place"]
-        keep = keeper(ring.device.type, self.impl)
-        if torch.compiler.is_compiling():
-            torch.ops.bomkern.goal_set_notice(place, self._handle)  # which is called when the rest runs
-        elif not capturing(ring.device):  # what is captured has not happened yet; its replays are counted on the device
-            self.notice()
-        keep(record, ring, place, deficit, by_rank, rate, spill)
-
-    def notice(self) -> None:
-        """A record is about to be put into the ring: send the ring to the host where it is full."""
-        count = self._count
-        if count.known - count.sent == ROWS:
-            self._send()
-        count.known += 1
-
-    def reject(self, ok: Tensor) -> None:
-        """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
-        count = self._count
-        inside = count.known > count.sent or capturing(self.ring.device)
-        if inside or int(HostCopy(self.place).wait()) > count.taken:  # replayed steps, which the host does not know
-            last = (self.place - 1) % len(self.ring)
-            finite = self.ring[:, -1]
-            finite.index_copy_(0, last, finite.index_select(0, last) * ok)
-        elif count.known and not ok:  # the history has been read since the step: its record is on the host
-            self._history.reject_last()
-            fresh = self._fresh.rows().clone()
-            fresh[-1:, -1] = 0
-            self._fresh = _Pile(fresh)
-
-    def _send(self) -> None:
-        """Send the ring to the host, and take in what was sent the time before."""
-        count = self._count
-        arrived, self._copy = self._copy, (HostCopy(self.ring), HostCopy(self.place), count.known)
-        count.sent = count.known
-        if arrived is not None:
-            self._arrive(*arrived)
-
-    def _arrive(self, ring: HostCopy, place: HostCopy, known: int) -> None:
-        rows, until, count = ring.wait(), int(place.wait()), self._count
-        last = torch.arange(max(count.taken, until - len(rows)), until) % len(rows)
-        records = rows.index_select(0, last)  # rows[last] would wake all threads for it
-        count.taken, replayed = until, max(0, until - known)
-        count.known, count.sent = count.known + replayed, count.sent + replayed
-        self._history.append(records)
-        self._fresh.add(records.float())
-        if self._fresh.count > 2 * CAPACITY:
-            self._fresh = _Pile(self._fresh.rows()[-CAPACITY:])
-
-    def take(self) -> Tensor:
-        """The records since the last call, at most `CAPACITY`, [n, size] on the host. Waits for the device."""
-        _ = self.history
-        fresh = self._fresh.rows()[-CAPACITY:]
-        self._fresh = _Pile(fresh[:0])
-        return fresh
-
-    @property
-    def history(self) -> History:
-        """All steps so far. Reading it waits for the device."""
-        while self._copy is not None or int(HostCopy(self.place).wait()) != self._count.taken:
-            if self._copy is None:
-                self._send()
-            else:
-                arrived, self._copy = self._copy, None
-                self._arrive(*arrived)
-        return self._history
-
-    def __getstate__(self) -> dict[str, Any]:
-        _ = self.history  # rows on their way to the host come with an event, which cannot be copied or pickled
-        return self.__dict__.copy()
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh.rows()[-CAPACITY:]}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._count, self._copy = _Count(state["steps"]), None
-        self.place.fill_(state["steps"])
-        self._history.load_state_dict(state)
-        self._fresh = _Pile(state["fresh"].clone())
-
-
-@torch.library.impl(_library, "goal_set_notice", "CompositeExplicitAutograd")
-def _notice(place: Tensor, handle: int) -> None:
-    """Runs where a compiled graph runs, not where it is traced; in a capture, for nothing, as in `Monitor.add`."""
-    if not capturing(place.device) and (monitor := _handled.get(handle)) is not None:
-        monitor.notice()
-
-
-fake("goal_set_notice", _library)(lambda place, handle: None)

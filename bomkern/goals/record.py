@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..common.process_group import Ranks
+from ..dispatch.schemas import record_size
 from ..reference import MIN, NONE, SUM, worst_of
 
 
@@ -21,6 +25,43 @@ def record_parts(record: Tensor, goals: int, columns: int) -> dict[str, Tensor]:
     parts = record.split([goals] * 3 + [columns] * 4 + [1, 1], dim=-1)
     found = dict(zip(names, parts, strict=True))
     return {**found, "loss": found["loss"][..., 0], "finite": found["finite"][..., 0]}
+
+
+class Layout:
+    """Whose numbers a record holds.
+
+    Attributes:
+        goals: G names.
+        columns: K names: a goal's own, or "goal.member".
+        owner: the goal's index of each column.
+        constraints: how each column's constraint or policy prints.
+        most: the largest share that a goal can hold: less than 1 where the rule gives every goal a part.
+    """
+
+    def __init__(
+        self,
+        goals: Sequence[str],
+        columns: Sequence[str],
+        owner: Sequence[int],
+        constraints: Sequence[str],
+        most: float = 1.0,
+    ) -> None:
+        self.most = most
+        self.goals, self.columns = list(goals), list(columns)
+        self.owner, self.constraints = list(owner), list(constraints)
+
+    @property
+    def size(self) -> int:
+        return record_size(len(self.goals), len(self.columns))
+
+    def parts(self, records: Tensor) -> dict[str, Tensor]:
+        """See `record_parts`; ``scale`` in place of ``slope``."""
+        found = record_parts(records, len(self.goals), len(self.columns))
+        found["scale"] = 1 / found.pop("slope")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
 
 
 def share_record(

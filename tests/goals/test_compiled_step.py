@@ -23,7 +23,7 @@ from bomkern import (
     total_correlation,
 )
 from bomkern.dispatch import select
-from bomkern.goals.history import ROWS
+from bomkern.goals.monitor import ROWS
 
 RULES: dict[str, dict[str, Any]] = {
     "hard": {},

@@ -24,7 +24,9 @@ from bomkern import (
     min_goal_loss,
     probe,
 )
-from bomkern.goals.history import CAPACITY, ROWS, Layout
+from bomkern.goals.history import CAPACITY
+from bomkern.goals.monitor import ROWS
+from bomkern.goals.record import Layout
 
 THREE = {"a": Minimize(0.5), "b": Anchored(0.2, 1.0), "c": Box(-1, 1)}
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bomkern import GoalSet, Minimize, ShareGuard
-from bomkern.goals import history
+from bomkern.goals import monitor
 from tests.dispatch.test_graph_constants import Graphs
 from tests.goals.test_goal_set_syncs import EACH, RULES, everything
 from tests.ops.test_min_goal_in_pytorch import CountSyncs
@@ -78,7 +78,7 @@ def captured(goals: GoalSet, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tupl
     """A step of `goals` on the memory of x. As a capture does, it changes nothing."""
     before = {name: buffer.clone() for name, buffer in goals.named_buffers()}
     with monkeypatch.context() as patch:
-        for module in (history, sys.modules["bomkern.goals.goal_set"]):
+        for module in (monitor, sys.modules["bomkern.goals.goal_set"]):
             patch.setattr(module, "capturing", lambda device: True)
         with Capture() as graph:
             made = step(goals, x)
@@ -129,7 +129,7 @@ def test_a_replayed_step_is_rejected_after_a_look_at_the_history(monkeypatch: py
     x = torch.ones(4)
     goals({"a": x})
     with Capture() as graph, monkeypatch.context() as patch:
-        patch.setattr(history, "capturing", lambda device: True)
+        patch.setattr(monitor, "capturing", lambda device: True)
         goals({"a": x})
     goals.monitor.place.fill_(1)
     assert len(goals.history) == 1
@@ -220,7 +220,7 @@ def test_cuda_graph_trees_replay_eager_steps() -> None:
     torch._dynamo.utils.counters.clear()
     ours, theirs = (everything(spill=0.5).to("cuda") for _ in range(2))
     compiled = torch.compile(lambda x: ours(raw_of(x)).loss, fullgraph=True, mode="reduce-overhead")
-    for batch in batches(history.ROWS + END):
+    for batch in batches(monitor.ROWS + END):
         torch.compiler.cudagraph_mark_step_begin()
         leaf, other = (batch.cuda().requires_grad_() for _ in range(2))
         loss, want = compiled(leaf), theirs(raw_of(other)).loss

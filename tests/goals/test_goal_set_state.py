@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, MinimizeHard, ShareGuard, Tracking, Upper
-from bomkern.goals.history import CAPACITY, ROWS, History, Layout
+from bomkern.goals.history import CAPACITY, History
+from bomkern.goals.monitor import ROWS
+from bomkern.goals.record import Layout
 
 NAN, INF = math.nan, math.inf
 

@@ -23,7 +23,7 @@ from bomkern import (
     Upper,
 )
 from bomkern.dispatch import select
-from bomkern.goals import history, policies
+from bomkern.goals import monitor, policies
 from tests.ops.test_min_goal_in_pytorch import COMPILED, CountSyncs
 
 RULES: dict[str, dict[str, Any]] = {
@@ -94,8 +94,8 @@ class Arrives:
 
 def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: Any) -> GoalSet:
     """On a device whose tensors have no values, where whatever reads or copies one raises; past the ring's end."""
-    monkeypatch.setattr(history, "ROWS", 4)
-    monkeypatch.setattr(history, "HostCopy", Arrives)
+    monkeypatch.setattr(monitor, "ROWS", 4)
+    monkeypatch.setattr(monitor, "HostCopy", Arrives)
     if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
         monkeypatch.setattr(select, "resolve", lambda op, device, impl: select._COMPILED[op]())
     goals = everything(**rule).to("meta")
@@ -142,7 +142,7 @@ def test_a_policy_that_reads_is_found(monkeypatch: pytest.MonkeyPatch, read: str
 
 def test_the_copy_of_the_ring_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real one it is what raises, at the end of the ring and not before."""
-    real = history.HostCopy
+    real = monitor.HostCopy
     monkeypatch.setattr(Arrives, "__new__", lambda cls, rows: real(rows))
     with pytest.raises(NotImplementedError, match="meta"):
         steps_without_values(monkeypatch, "reference")
@@ -151,9 +151,9 @@ def test_the_copy_of_the_ring_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -
 def test_the_history_is_copied_once_in_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """To pinned memory, behind an event that is waited for when the next copy is made."""
     made = []
-    copy = history.HostCopy
-    monkeypatch.setattr(history, "HostCopy", lambda rows: made.append(len(rows)) or copy(rows))
+    copy = monitor.HostCopy
+    monkeypatch.setattr(monitor, "HostCopy", lambda rows: made.append(len(rows)) or copy(rows))
     goals, raw = everything(), values("cpu")
-    for _ in range(2 * history.ROWS + 1):
+    for _ in range(2 * monitor.ROWS + 1):
         goals(raw)
-    assert made == [history.ROWS, 1] * 2  # with the place
+    assert made == [monitor.ROWS, 1] * 2  # with the place

@@ -13,7 +13,7 @@ from torch import Tensor
 from bomkern import Anchored, GoalSet, Minimize
 from bomkern.dispatch import select
 from bomkern.dispatch.select import keeper
-from bomkern.goals import history
+from bomkern.goals import monitor
 from bomkern.reference import goal_set_keep
 from tests.conftest import servers
 from tests.ops.test_min_goal_in_pytorch import COMPILED, CountSyncs
@@ -152,20 +152,20 @@ def values(seed: float) -> dict[str, Tensor]:
 
 def test_steps_that_the_host_did_not_see_are_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after the replay of a CUDA graph, of which only the device knows."""
-    monkeypatch.setattr(history, "ROWS", 8)
+    monkeypatch.setattr(monitor, "ROWS", 8)
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0))
     goals(values(1.0))
-    monitor = goals.monitor
+    kept = goals.monitor
     seen = goals(values(0.0))
     for k in range(3):
         seen.record[0] = k  # its first share
-        goal_set_keep(seen.record, monitor.ring, monitor.place, None, None, 0.0, ())
+        goal_set_keep(seen.record, kept.ring, kept.place, None, None, 0.0, ())
     assert goals.steps == 2  # nobody has looked
     assert goals.history["share"][:, 0].tolist() == [1, 0, 0, 1, 2] and goals.steps == 5
     goals(values(1.0))
     assert len(goals.history) == goals.steps == 6
     for _ in range(20):  # more than the ring holds: the last are kept
-        goal_set_keep(seen.record, monitor.ring, monitor.place, None, None, 0.0, ())
+        goal_set_keep(seen.record, kept.ring, kept.place, None, None, 0.0, ())
     assert len(goals.history) == 6 + 8 and goals.steps == 26
     assert len(goals.monitor.take()) == 14
 
@@ -176,7 +176,7 @@ def test_what_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> N
     goals(values(1.0))
     ring, place = goals.monitor.ring.clone(), goals.monitor.place.clone()
     with monkeypatch.context() as patch:
-        patch.setattr(history, "capturing", lambda device: True)
+        patch.setattr(monitor, "capturing", lambda device: True)
         for _ in range(3):
             goals(values(2.0))
             with CountSyncs() as counter:
@@ -190,13 +190,13 @@ def test_what_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_compiled_step_that_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a compiled graph calls in place of the host asks as `Monitor.add` does."""
-    monkeypatch.setattr(history, "ROWS", 2)
+    monkeypatch.setattr(monitor, "ROWS", 2)
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0))
     step = torch.compile(lambda raw: goals(raw).loss, backend="aot_eager")
     step(values(1.0))
     with monkeypatch.context() as patch:
-        patch.setattr(history, "capturing", lambda device: True)
-        patch.setattr(history, "HostCopy", None)  # nothing is sent to the host
+        patch.setattr(monitor, "capturing", lambda device: True)
+        patch.setattr(monitor, "HostCopy", None)  # nothing is sent to the host
         for _ in range(5):
             step(values(2.0))
     assert goals.monitor._count.known == 1
@@ -204,7 +204,7 @@ def test_a_compiled_step_that_is_captured_has_not_happened(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("read_at", [(), (1, 7), (8,), (3, 8, 9, 17)])
 def test_every_step_is_in_the_history_once(read_at: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "ROWS", 8)
+    monkeypatch.setattr(monitor, "ROWS", 8)
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0))
     for step in range(1, 30):
         goals(values(float(step)))

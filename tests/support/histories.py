@@ -12,7 +12,7 @@ from bomkern import (
     diagnose,
 )
 from bomkern.diagnosis.run_view import Column
-from bomkern.goals.history import Layout
+from bomkern.goals.record import Layout
 
 T = 400
 
