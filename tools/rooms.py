@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bomkern"
+KERNELS = PACKAGE.parent / "kernels"  # installed as bomkern.kernels
 # From the ground up. A room imports from lower floors, and from what its own entry in ALSO names.
 FLOORS = (
     ("_version", "common"),
-    ("constraints",),
+    ("constraints", "kernels"),
     ("reference",),
     ("dispatch", "lazy_goals"),
     ("ops",),
@@ -47,9 +48,10 @@ def room_of(module: str) -> str:
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
     """Return the files of the package by the name of their module."""
     found = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for folder, name in ((package, "bomkern"), (KERNELS, "bomkern.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = (name, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._products import matmul
+from ...common.products import matmul
 from ..active_units.triton_moments import first_of
 from ..common.triton_matrix import cast, div, load, options, tile
 from .triton_columns import Columns, added, measure, pulled, stride_of

@@ -30,7 +30,18 @@ def test_long():
 
 def test_after(): assert 3 == 4
 """
-PLUGIN = [sys.executable, "-m", "pytest", "-p", "tests.deadline", "-p", "no:cacheprovider", "-q", "-rf", "--tb=short"]
+PLUGIN = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-p",
+    "tests.support.deadline",
+    "-p",
+    "no:cacheprovider",
+    "-q",
+    "-rf",
+    "--tb=short",
+]
 
 
 @pytest.fixture
