@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, outside_xdist
+from tests.support.processes import ROOT, outside_xdist
 
 ABSENT = (
     *(
