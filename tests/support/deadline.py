@@ -1,6 +1,6 @@
 """A pytest plugin for a run that has so much time and no more, and keeps what it found however it ends.
 
-    python -m pytest tests -p tests.deadline --stop-at 1767225600 --failures failed.txt --at-most 40
+    python -m pytest tests -p tests.support.deadline --stop-at 1767225600 --failures failed.txt --at-most 40
 
 - ``--stop-at``: seconds since 1970 after which no test is begun; the others are skipped, and counted at the end.
 - ``--failures``: a file that gets each failure as it comes, its traceback shortened; `failed_in` reads the names.
