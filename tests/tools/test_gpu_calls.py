@@ -30,8 +30,18 @@ def test_long():
 
 def test_after(): assert 3 == 4
 """
-OPTIONS = "-p tests.support.deadline -p no:cacheprovider -q -rf --tb=short"
-PLUGIN = [sys.executable, "-m", "pytest", *OPTIONS.split()]
+PLUGIN = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-p",
+    "tests.support.deadline",
+    "-p",
+    "no:cacheprovider",
+    "-q",
+    "-rf",
+    "--tb=short",
+]
 
 
 @pytest.fixture
