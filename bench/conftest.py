@@ -22,6 +22,9 @@ def pytest_addoption(parser: Any) -> None:
     parser.getgroup("benchmark").addoption(
         "--keep", type=Path, metavar="FILE", help="write each bench to FILE as it ends; those in FILE are not run again"
     )
+    parser.getgroup("benchmark").addoption(
+        "--trial", action="store_true", help="take one round of a whole step: to see that the bench runs"
+    )
 
 
 def pytest_configure(config: Any) -> None:

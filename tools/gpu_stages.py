@@ -125,10 +125,13 @@ def info(call: Call) -> Command:
     return [PYTHON, "-m", "bomkern", "info"]
 
 
-def quick_tests(pair: str) -> Callable[[Call], Command]:
+def quick_tests(pair: str, dry: str = "tests") -> Callable[[Call], Command]:
+    """The quick tests of a pair; a dry run takes a few of those in ``dry``."""
+
     def command(call: Call) -> Command:
         seed = ["--hypothesis-seed=0"]  # one set of examples, the same every time
-        return call.pytest("tests", "-m", "not slow", *seed, keep=call.pair(pair), most=4 if call.dry else None)
+        where, most = (dry, 4) if call.dry else ("tests", None)
+        return call.pytest(where, "-m", "not slow", *seed, keep=call.pair(pair), most=most)
 
     return command
 
@@ -168,12 +171,12 @@ def read_profile(call: Call) -> str:
     return f"{len(json.loads(made.stdout))} launches"
 
 
-def benched(keep: str, *names: str, dry: str) -> Callable[[Call], Command]:
-    """Benches by their names; a dry run takes the ``dry`` ones of the first file."""
+def benched(keep: str, *names: str, dry: str, dry_name: str = "") -> Callable[[Call], Command]:
+    """Benches by their names; a dry run takes the ``dry`` ones of one file, the first or ``dry_name``."""
 
     def command(call: Call) -> Command:
-        files = [f"bench/ops/bench_{name}.py" for name in (names[:1] if call.dry else names)]
-        kept = ["--benchmark-only", "--keep", str(call.work / "bench.jsonl")]
+        files = [f"bench/ops/bench_{name}.py" for name in ([dry_name or names[0]] if call.dry else names)]
+        kept = ["--benchmark-only", "--keep", str(call.work / "bench.jsonl"), *(["--trial"] if call.dry else [])]
         return call.pytest(*files, *kept, keep=f"{keep} and {dry}" if call.dry else keep, spread=False)
 
     return command
@@ -198,7 +201,11 @@ def trained(*more: str) -> Callable[[Call], Command | None]:
         if call.dry and more:
             return None  # the same run again, as a CPU is not asked to compile
         out = call.work.with_name(f"{call.work.name}-run{''.join(more)}")  # its pictures need not come home
-        length = ["--steps", "2", "--batch-size", "16"] if call.dry else ["--steps", "200"]
+        length = (
+            ["--steps", "2", "--batch-size", "4", "--structure", "4", "--appearance", "4"]
+            if call.dry
+            else ["--steps", "200"]
+        )
         where = ["--device", "cpu" if call.dry else "cuda", "--out", str(out), "--overwrite", *length]
         return [PYTHON, "-m", "bomkern", "train", *where, *more]
 
@@ -234,6 +241,7 @@ def again(call: Call) -> Command | None:
 # With the kernels that only bench/tune.py launches; the others are the same machine code without them.
 TUNABLE = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -DBOMKERN_TUNE".strip()
 BUILD = Stage("build", 120, build, environment={"NVCC_APPEND_FLAGS": TUNABLE})
+ONE_COMPILED = "forward+backward-torch.compile-B512-D128]"  # of an op that Inductor has soon compiled
 OURS_AND_EAGER = "not compile and not KeOps and not TorchJD"
 CALLS: dict[int, tuple[Stage, ...]] = {
     1: (
@@ -248,8 +256,10 @@ CALLS: dict[int, tuple[Stage, ...]] = {
     ),
     2: (  # what the README calls unmeasured, and the first call leaves so
         BUILD,
-        Stage("triton", 70, quick_tests("triton-cuda")),
-        Stage("compiled_peers", 70, benched("compile", *BENCHES, dry="D16")),
+        Stage(
+            "triton", 70, quick_tests("triton-cuda", dry="tests/ops/test_gaussian_kl.py")
+        ),  # the first call collects all
+        Stage("compiled_peers", 70, benched("compile", *BENCHES, dry=ONE_COMPILED, dry_name="gaussian_kl")),
         Stage("loss_section", 25, benched("loss_section", "loss_section", dry="B64")),
         Stage("graphs", 45, replayed),
         Stage("train", 25, trained()),

@@ -83,8 +83,17 @@ def room(batch: int, name: str) -> None:
         pytest.skip(f"{name} at B = {batch:,} needs some {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
 
 
+@pytest.fixture
+def trial(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Tell whether this is a trial (`--trial`), which hardly warms up."""
+    wanted = bool(request.config.getoption("--trial"))
+    if wanted:
+        monkeypatch.setattr(step, "WARM", 2)
+    return wanted
+
+
 @pytest.mark.parametrize(("batch", "name"), CASES, ids=[f"B{b}-{v.replace(' ', '-')}" for b, v in CASES])
-def test_step(benchmark: Any, batch: int, name: str) -> None:
+def test_step(benchmark: Any, trial: bool, batch: int, name: str) -> None:
     if name in WALKS_MANY:
         pytest.importorskip("torchjd", reason="TorchJD is not installed; pip install 'bomkern[bench]'")
     room(batch, name)
@@ -95,15 +104,15 @@ def test_step(benchmark: Any, batch: int, name: str) -> None:
     try:
         run = step.Run(name, batch, step.started())
         check(run)
-        measure(benchmark, run)
+        measure(benchmark, run, trial)
     except torch.OutOfMemoryError:
         pytest.skip(f"{name} at B = {batch:,} does not fit into the GPU's memory")
 
 
-def measure(benchmark: Any, run: step.Run) -> None:
+def measure(benchmark: Any, run: step.Run, trial: bool) -> None:
     batch, info = run.config.batch_size, benchmark.extra_info
     about(benchmark, "step", "nine-goal step", "whole", run.variant, {"B": batch})
-    rounds, cuts = REPEATS[batch]
+    rounds, cuts = (1, 1) if trial else REPEATS[batch]
     if run.variant not in (*WALKS_MANY, "bomkern lazy", step.COMPILED):  # none has a loss that stands between two cuts
         parts: list[dict[str, float]] = []
         for _ in range(cuts):

@@ -13,7 +13,7 @@ import pytest
 
 from bench import harness, keep, machine
 from bench.results import kept_lines, read, row_of
-from tests.conftest import outside_xdist
+from tests.support.processes import outside_xdist
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = """

@@ -27,7 +27,7 @@ from bench.ops import (
 from bench.report import page, worst, write
 from bench.results import USUAL, Results, read
 from bomkern import min_goal_loss
-from tests.bench.test_bench_report import MACHINE, made, results, row
+from tests.support.bench_results import MACHINE, made, results, row
 
 GOAL_CASES = [*bench_min_goal.CASES.values(), *bench_goal_set.CASES.values()]
 CODE_CASES = [

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from bomkern import (
     Anchored,
@@ -33,12 +32,11 @@ from bomkern.common.graph_constants import on_device
 from bomkern.common.process_group import ALONE
 from bomkern.common.torch_internals import TorchDispatchMode
 from bomkern.ops import min_goal
+from tests.support.graphs import MADE, Graphs
 
 CONSTRAINTS = (Minimize(0.5), Upper(0.25, 2.0), Box(0.0, 1.0))
 IMPLS = pytest.mark.parametrize("impl", ["reference", None])
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
-MADE = ("tensor", "as_tensor", "new_tensor", "from_numpy", "asarray")
-FROM_THE_HOST = (*MADE, "lift_fresh_copy", "lift_fresh", "device_put")
 
 
 def forget() -> None:
@@ -57,40 +55,6 @@ def fresh() -> Iterator[None]:
 
 def goals_of(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.rand(8, device=device, dtype=dtype, requires_grad=True) for _ in CONSTRAINTS]
-
-
-def values_of(node: Any) -> Any:
-    return node.meta.get("val", node.meta.get("example_value"))
-
-
-class Graphs:
-    """A backend that keeps the graphs it is given, as Dynamo or as AOTAutograd made them, and runs them as they are."""
-
-    def __init__(self, aot: bool) -> None:
-        self.seen: list[Any] = []
-        self.aot = aot
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        if not self.aot:
-            return self._keep(graph, inputs)
-        from torch._dynamo.backends.common import aot_autograd
-
-        return aot_autograd(fw_compiler=self._keep)(graph, inputs)
-
-    def _keep(self, graph: Any, inputs: Any) -> Any:
-        self.seen.append(graph)
-        return graph.forward
-
-    def from_the_host(self, device: str) -> set[str]:
-        """What makes tensors of numbers, or has a tensor that is not on this device."""
-        assert self.seen
-        return {
-            str(node)
-            for graph in self.seen
-            for node in graph.graph.nodes
-            if getattr(getattr(node.target, "overloadpacket", node.target), "__name__", node.target) in FROM_THE_HOST
-            or any(x.device.type != device for x in tree_leaves(values_of(node)) if isinstance(x, Tensor))
-        }
 
 
 @DEVICES

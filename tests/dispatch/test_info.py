@@ -13,7 +13,7 @@ import torch
 
 import bomkern
 from bomkern.dispatch import select
-from tests.conftest import PAIRS, why_skipped
+from tests.support.servers import PAIRS, why_skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 

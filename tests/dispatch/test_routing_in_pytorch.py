@@ -16,9 +16,8 @@ from bomkern import ConstraintTable, GoalSet, Minimize, min_goal_loss
 from bomkern.common.process_group import several_ranks
 from bomkern.dispatch import routing, select
 from bomkern.ops.min_goal import REDUCTIONS
-from tests.dispatch.test_routing import (
+from tests.support.routing import (
     ALL,
-    COMPILED,
     EACH_REDUCTION,
     EACH_WAY,
     IMPLS,
@@ -31,6 +30,7 @@ from tests.dispatch.test_routing import (
     plain_goals,
     samples,
 )
+from tests.support.servers import COMPILED
 
 
 @IMPLS

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -16,16 +16,35 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, functional
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils import _pytree as pytree
+from torch.autograd import functional
+from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from bomkern import ConstraintTable, GoalSet, Minimize, reference, total_correlation
 from bomkern.dispatch import select
-from tests.conftest import run_again, servers
-from tests.ops.test_min_goal import SIX
 from tests.support.derivatives import FAMILIES, PROBLEMS, Inputs, Loss, Problem, raw_values
+from tests.support.goals import SIX
+from tests.support.processes import run_tests
+from tests.support.second_derivatives import (
+    NAMES,
+    by_backward,
+    differs,
+    directions,
+    dual,
+    first,
+    flat,
+    func_pulled,
+    func_slope,
+    grads_of,
+    matrix_of,
+    of_all,
+    pushed,
+    rows,
+    size_of,
+    slope,
+    twice_jacrev,
+)
+from tests.support.servers import servers
 from tests.support.statistics import codes
 
 
@@ -43,7 +62,6 @@ class Way:
     some: bool = False  # of some inputs, on the way to which there may be nothing to refuse
 
 
-NAMES = {"min_goal": "min_goal_loss"}  # as an error calls an op
 LISTS = ("min_goal", "goal_set", "consistency_variance", "latent_statistics")  # ops that take lists, or give them
 
 
@@ -73,60 +91,13 @@ SERVERS = [
 # What is asked for.
 
 
-def flat(parts: Any) -> Tensor:
-    """Tensors, nested as they come, in one vector."""
-    return torch.cat([x.detach().reshape(-1) for x in pytree.tree_leaves(parts)])
-
-
-def matrix_of(rows: Any, inputs: Inputs) -> Tensor:
-    """[N, N] of the blocks of a Hessian."""
-    sizes = [x.numel() for x in inputs]
-    found = []
-    for n, row in zip(sizes, rows, strict=True):
-        found.append(torch.cat([block.reshape(n, m) for m, block in zip(sizes, row, strict=True)], 1))
-    return torch.cat(found)
-
-
-def size_of(grads: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(k + 1) * g.square().sum() for k, g in enumerate(grads)]).sum()
-
-
-def directions(inputs: Inputs) -> Inputs:
-    return tuple(
-        torch.linspace(-1, 1.5 + k, x.numel(), dtype=x.dtype, device=x.device).view_as(x) for k, x in enumerate(inputs)
-    )
-
-
-def grads_of(value: Tensor, inputs: Sequence[Tensor], **how: Any) -> Inputs:
-    return torch.autograd.grad(value, inputs, materialize_grads=True, **how)
-
-
-def first(loss: Loss, inputs: Inputs) -> Inputs:
-    return grads_of(loss(*inputs), inputs)
-
-
-def slope(loss: Loss, inputs: Inputs, by: slice = slice(None)) -> Inputs:
-    """The gradient of the size of the gradient, which is by some inputs or by all."""
-    return grads_of(size_of(grads_of(loss(*inputs), inputs[by], create_graph=True)), inputs)
-
-
 def third(loss: Loss, inputs: Inputs) -> Inputs:
     made = grads_of(loss(*inputs), inputs, create_graph=True)
     return grads_of(size_of(grads_of(size_of(made), inputs, create_graph=True)), inputs)
 
 
-def rows(loss: Loss, inputs: Inputs) -> Tensor:
-    """The Hessian, [N, N], one row after another."""
-    grads = torch.cat([g.reshape(-1) for g in grads_of(loss(*inputs), inputs, create_graph=True)])
-    return torch.stack([flat(grads_of(g, inputs, retain_graph=True)) for g in grads])
-
-
 def times_directions(loss: Loss, inputs: Inputs) -> Tensor:
     return rows(loss, inputs) @ flat(directions(inputs))
-
-
-def pushed(loss: Loss, inputs: Inputs) -> Tensor:
-    return flat(first(loss, inputs)) @ flat(directions(inputs))
 
 
 def true(loss: Loss, inputs: Inputs) -> Tensor:
@@ -134,18 +105,6 @@ def true(loss: Loss, inputs: Inputs) -> Tensor:
 
 
 # How.
-
-
-def by_backward(loss: Loss, inputs: Inputs, **how: Any) -> Inputs:
-    def taken(value: Tensor, **more: Any) -> Inputs:
-        value.backward(**more)
-        made = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
-        for x in inputs:
-            x.grad = None
-        return tuple(made)
-
-    named = {"inputs": inputs} if how.get("named") else {}
-    return taken(size_of(taken(loss(*inputs), create_graph=True, **named)), **named)
 
 
 def upstream(ask: Callable[[Loss, Inputs], Any], loss: Loss, inputs: Inputs) -> Any:
@@ -188,42 +147,12 @@ def checked(loss: Loss, inputs: Inputs) -> Tensor:
     return torch.full((1,), float(found), dtype=torch.float64)
 
 
-def func_slope(loss: Loss, inputs: Inputs) -> Any:
-    n = tuple(range(len(inputs)))
-    return grad(lambda *x: size_of(grad(loss, n)(*x)), n)(*inputs)
-
-
-def func_pulled(loss: Loss, inputs: Inputs) -> Any:
-    def made(*x: Tensor) -> Tensor:
-        value, pull = vjp(loss, *x)
-        return size_of(pull(torch.ones_like(value)))
-
-    value, pull = vjp(made, *inputs)
-    return pull(torch.ones_like(value))
-
-
 def func_then_autograd(loss: Loss, inputs: Inputs) -> Inputs:
     return grads_of(size_of(grad(loss, tuple(range(len(inputs))))(*inputs)), inputs)
 
 
 def func_vmapped(loss: Loss, inputs: Inputs) -> Any:
     return vmap(lambda *x: func_slope(loss, x))(*(x[None] for x in inputs))
-
-
-def of_all(transform: Callable[..., Any]) -> Callable[[Loss, Inputs], Any]:
-    return lambda loss, inputs: transform(loss, tuple(range(len(inputs))))(*inputs)
-
-
-def twice_jacrev(loss: Loss, n: tuple[int, ...]) -> Any:
-    return jacrev(jacrev(loss, n), n)
-
-
-def dual(loss: Loss, inputs: Inputs, of_gradient: bool) -> Any:
-    with forward_ad.dual_level():
-        pairs = [forward_ad.make_dual(x, v) for x, v in zip(inputs, directions(inputs), strict=True)]
-        value = loss(*pairs)
-        made = grads_of(value, pairs, create_graph=True) if of_gradient else [value]
-        return [forward_ad.unpack_dual(x).tangent for x in made]
 
 
 WAYS: dict[str, Way] = {
@@ -287,14 +216,6 @@ def verdict(name: str, server: tuple[str, str], way: str) -> str | None:
     if refused and not may:
         return f"was served, where it should say {refused!r}"
     return differs(got, wanted(name, way))
-
-
-def differs(got: Tensor, want: Tensor) -> str | None:
-    got, error = got.cpu(), (got.cpu() - want).abs()
-    if (error <= 1e-9 * want.abs() + 1e-11 * (1 + want.abs().max())).all():  # NaN is not
-        return None
-    k = int(error.argmax())
-    return f"number {k} is {got[k].item():.9g}, should be {want[k].item():.9g}"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -363,7 +284,7 @@ def test_under_the_interpreter() -> None:
     """On Triton's interpreter, which must be chosen before triton is imported: the ways that ask a few times alone."""
     pytest.importorskip("triton")
     few = "backward-upstream or grad-third or grad-by or grad-between or vhp or func-grad or dual or jvp"
-    run_again(
+    run_tests(
         "tests/dispatch/test_second_derivatives.py",
         f"triton-cpu and ({few} or parameter or settings)",
         TRITON_INTERPRET="1",

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd import functional
 from torch.func import grad, hessian, jacfwd, jvp
 
-from tests.conftest import servers
-from tests.dispatch.test_second_derivatives import (
+from tests.support.derivatives import PROBLEMS, Inputs, Loss
+from tests.support.second_derivatives import (
     NAMES,
     by_backward,
     differs,
@@ -40,7 +40,7 @@ from tests.dispatch.test_second_derivatives import (
     slope,
     twice_jacrev,
 )
-from tests.support.derivatives import PROBLEMS, Inputs, Loss
+from tests.support.servers import servers
 
 Ask = Callable[[Loss, Inputs], Any]
 # The first derivative of a compiled function has no graph of its own, which torch 2.11 says in other words.

@@ -14,7 +14,8 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 import bomkern
 from bomkern import Anchored, GoalSet, Group, Minimize, MinimizeHard, Upper, min_goal_loss, reference
 from bomkern.dispatch import select
-from tests.conftest import run_again, servers
+from tests.support.processes import run_tests
+from tests.support.servers import servers
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
 Call = Callable[..., tuple[Tensor, ...]]
@@ -390,4 +391,4 @@ def test_compiled_transforms(server: tuple[str, str], name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(select.why_not("gaussian_kl", "triton", "cuda") == "triton is not installed", reason="no triton")
 def test_under_the_interpreter() -> None:
-    run_again("tests/dispatch/test_transforms.py", "triton-cpu and (not compiled or gaussian_kl)", TRITON_INTERPRET="1")
+    run_tests("tests/dispatch/test_transforms.py", "triton-cpu and (not compiled or gaussian_kl)", TRITON_INTERPRET="1")

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from tests.conftest import run_again
+from tests.support.processes import run_tests
 from tests.support.statistics import OPS
 
 FILES = ("min_goal", "goal_set", "goal_set_multipliers", "total_correlation", *OPS)
@@ -18,4 +18,4 @@ SIZES = ("raw-17-", "scores-64-", "raw-1-", "17-0.05-", "1-0.0-", "17-", "33-5-"
 def test_every_op_agrees_with_its_definition() -> None:
     tests = " ".join(f"tests/ops/test_{name}.py::test_oracle" for name in FILES)
     sizes = " or ".join(f"test_oracle[{size}" for size in SIZES)
-    run_again(tests, f"triton-cpu and ({sizes})", TRITON_INTERPRET="1")
+    run_tests(tests, f"triton-cpu and ({sizes})", TRITON_INTERPRET="1")

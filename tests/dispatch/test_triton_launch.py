@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from tests.conftest import ROOT
-from tests.ops.test_min_goal_triton import needs_triton
 from tests.support import stub_cuda
+from tests.support.processes import ROOT
 from tests.support.stub_cuda.cases import CASES, Case, both_ways
+from tests.support.triton_device import needs_triton
 
 # Kernels by Triton of a call and of its backward; then those of PyTorch beside them, in either.
 LAUNCHES = {

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from bomkern import GoalSet, Minimize, ShareGuard
 from bomkern.goals import monitor
-from tests.dispatch.test_graph_constants import Graphs
-from tests.goals.test_goal_set_syncs import EACH, RULES, everything
-from tests.ops.test_min_goal_in_pytorch import CountSyncs
+from tests.support.goal_sets import EACH_RULE, RULES, every_policy
+from tests.support.graphs import Graphs
+from tests.support.syncs import CountSyncs
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-STEPS, END = 9, 4  # of which `everything` calibrates the first END
+STEPS, END = 9, 4  # of which `every_policy` calibrates the first END
 BUFFERS = ("params", "policy_state", "log_nudge", "guard_share", "average", "multipliers")
 
 
@@ -87,11 +87,11 @@ def captured(goals: GoalSet, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tupl
     return graph, made
 
 
-@EACH
+@EACH_RULE
 @pytest.mark.parametrize("warm", [1, END + 1], ids=["calibrating", "calibrated"])
 def test_replays_are_eager_steps(rule: str, warm: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration ends at its step, whenever the capture was; a step is taken back; all of it is in the history."""
-    ours, theirs = (everything(**RULES[rule], route="never") for _ in range(2))
+    ours, theirs = (every_policy(**RULES[rule], route="never") for _ in range(2))
     x = torch.empty(7, 8)
     for k, batch in enumerate(batches()):
         x.copy_(batch)
@@ -108,7 +108,7 @@ def test_replays_are_eager_steps(rule: str, warm: int, monkeypatch: pytest.Monke
 
 
 def test_replays_go_on_from_what_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = (everything(route="never") for _ in range(2))
+    ours, theirs = (every_policy(route="never") for _ in range(2))
     x = torch.empty(7, 8)
     for k, batch in enumerate(batches()):
         step(theirs, batch)
@@ -157,7 +157,7 @@ def test_inductor_is_told_what_no_graph_can_replay() -> None:
 def test_a_compiled_step_has_no_number_of_the_host(device: str) -> None:
     """Nothing comes from the host, and no step makes a new graph."""
     torch._dynamo.reset()
-    goals, backend = everything(guard=ShareGuard(0.1, 0.3), spill=0.5).to(device), Graphs(aot=True)
+    goals, backend = every_policy(guard=ShareGuard(0.1, 0.3), spill=0.5).to(device), Graphs(aot=True)
     compiled = torch.compile(lambda x: goals(raw_of(x)).loss, fullgraph=True, dynamic=True, backend=backend)
     with torch._inductor.config.patch("triton.cudagraphs", True):
         for _ in range(END + 2):
@@ -177,7 +177,7 @@ def test_inductor_leaves_the_host_out_of_its_graphs(monkeypatch: pytest.MonkeyPa
         compile_fx, "get_first_incompatible_cudagraph_node", lambda gm: found.append(ask(gm)) or found[-1]
     )
     torch._dynamo.reset()
-    goals, x = everything(spill=0.5), batches(1)[0]
+    goals, x = every_policy(spill=0.5), batches(1)[0]
     options = {"triton.cudagraphs": True, "graph_partition": False, "fx_graph_cache": False}
     compiled = torch.compile(lambda x: goals(raw_of(x)).loss, fullgraph=True, options=options)
     for training in (True, False):
@@ -190,9 +190,9 @@ def test_inductor_leaves_the_host_out_of_its_graphs(monkeypatch: pytest.MonkeyPa
 
 
 @NEEDS_GPU
-@EACH
+@EACH_RULE
 def test_cuda_graph_replays_are_eager_steps(rule: str) -> None:
-    ours, theirs = (everything(**RULES[rule]).to("cuda") for _ in range(2))
+    ours, theirs = (every_policy(**RULES[rule]).to("cuda") for _ in range(2))
     x, side = torch.empty(7, 8, device="cuda"), torch.cuda.Stream()
     for k, batch in enumerate(batches()):
         x.copy_(batch)
@@ -218,7 +218,7 @@ def test_cuda_graph_trees_replay_eager_steps() -> None:
     """Compiled for the least overhead; past the end of the ring, which the host empties between the graphs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    ours, theirs = (everything(spill=0.5).to("cuda") for _ in range(2))
+    ours, theirs = (every_policy(spill=0.5).to("cuda") for _ in range(2))
     compiled = torch.compile(lambda x: ours(raw_of(x)).loss, fullgraph=True, mode="reduce-overhead")
     for batch in batches(monitor.ROWS + END):
         torch.compiler.cudagraph_mark_step_begin()

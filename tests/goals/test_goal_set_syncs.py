@@ -10,45 +10,15 @@ import torch
 from torch import Tensor
 
 from bomkern import (
-    Anchored,
-    Calibrated,
-    Fixed,
     GoalSet,
-    Group,
     MinimizeHard,
-    Policy,
-    ShareGuard,
-    Spill,
     Tracking,
-    Upper,
 )
 from bomkern.dispatch import select
 from bomkern.goals import monitor, policies
-from tests.ops.test_min_goal_in_pytorch import COMPILED, CountSyncs
-
-RULES: dict[str, dict[str, Any]] = {
-    "hard": {},
-    "global": {"reduction": "min"},
-    "smooth": {"temperature": 0.1},
-    "spill": {"spill": Spill(0.5)},
-    "guard": {"guard": ShareGuard(0.1, 0.3)},
-    "guarded": {"guard": ShareGuard(0.1, 0.3), "temperature": 0.1, "reduction": "none"},
-    "spilling, guarded": {"guard": ShareGuard(0.1, 0.3), "spill": 0.5, "reduction": "sum"},
-}
-EACH = pytest.mark.parametrize("rule", RULES)
-
-
-def everything(**rule: Any) -> GoalSet:
-    """Every policy and a group, of which each process of many would have its own values."""
-    goals: dict[str, Policy | Group] = {
-        "max": Calibrated(4),
-        "quantile": Calibrated(4, statistic=0.9),
-        "hard": Fixed(MinimizeHard(1.0)),
-        "tracking": Tracking(halflife=3),
-        "moving": Anchored(0.5, 1.0, moving=True),
-        "both": Group(a=Anchored(0.0, 2.0), b=Fixed(Upper(1.0, 0.5))),
-    }
-    return GoalSet(goals, **rule)
+from tests.support.goal_sets import EACH_RULE, RULES, every_policy
+from tests.support.servers import COMPILED
+from tests.support.syncs import CountSyncs
 
 
 def values(device: str) -> dict[str, Any]:
@@ -68,9 +38,9 @@ def step(goals: GoalSet, raw: dict[str, Any], ok: Tensor) -> None:
     goals["hard"] = MinimizeHard(0.5)
 
 
-@EACH
+@EACH_RULE
 def test_no_host_sync_in_a_step(rule: str) -> None:
-    goals, raw, ok = everything(**RULES[rule]), values("cpu"), torch.tensor(True)
+    goals, raw, ok = every_policy(**RULES[rule]), values("cpu"), torch.tensor(True)
     with CountSyncs() as counter:
         for _ in range(6):  # through the end of the calibration
             step(goals, raw, ok)
@@ -98,7 +68,7 @@ def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: A
     monkeypatch.setattr(monitor, "HostCopy", Arrives)
     if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
         monkeypatch.setattr(select, "resolve", lambda op, device, impl: select._COMPILED[op]())
-    goals = everything(**rule).to("meta")
+    goals = every_policy(**rule).to("meta")
     monkeypatch.setattr(Arrives, "monitor", goals.monitor, raising=False)
     raw, ok = values("meta"), torch.ones((), dtype=torch.bool, device="meta")
     for _ in range(10):  # through the end of the calibration
@@ -110,7 +80,7 @@ SERVED = pytest.mark.parametrize("served", ["reference", pytest.param("compiled"
 
 
 @SERVED
-@EACH
+@EACH_RULE
 def test_nothing_depends_on_values(monkeypatch: pytest.MonkeyPatch, rule: str, served: str) -> None:
     goals = steps_without_values(monkeypatch, served, **RULES[rule])
     assert goals.steps == 10 and len(goals.history) == 10
@@ -153,7 +123,7 @@ def test_the_history_is_copied_once_in_many_steps(monkeypatch: pytest.MonkeyPatc
     made = []
     copy = monitor.HostCopy
     monkeypatch.setattr(monitor, "HostCopy", lambda rows: made.append(len(rows)) or copy(rows))
-    goals, raw = everything(), values("cpu")
+    goals, raw = every_policy(), values("cpu")
     for _ in range(2 * monitor.ROWS + 1):
         goals(raw)
     assert made == [monitor.ROWS, 1] * 2  # with the place

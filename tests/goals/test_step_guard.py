@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bomkern import Anchored, GoalSet, StepGuard
-from tests.ops.test_min_goal_in_pytorch import CountSyncs
+from tests.support.syncs import CountSyncs
 
 FUSED: dict[str, Any] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bomkern import Calibrated, GoalSet, lazy, probe
-from tests.lazy_goals.test_lazy import Wrap, error, plain, size
-from tests.lazy_goals.test_lazy_edges import ONE, Net, linear, rivals, rows
+from tests.support.lazy_problem import Wrap, error, plain, size
+from tests.support.lazy_rows import ONE, Net, linear, rivals, rows
 
 
 @pytest.mark.parametrize("when", ["first", "again"])

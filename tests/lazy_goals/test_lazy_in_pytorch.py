@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import bomkern
 from bomkern import Anchored, GoalSet, Lazy, Minimize, lazy, min_goal_loss
 from bomkern.lazy_goals.call import facts_of
-from tests.lazy_goals.test_lazy import REDUCTIONS, Problem, Wrap, check, error, of_list, plain, size
+from tests.support.lazy_problem import REDUCTIONS, Problem, Wrap, check, error, of_list, plain, size
 
 # Random numbers, gradients inside, autocast.
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bomkern import lazy, min_goal_loss
 from bomkern.lazy_goals.call import facts_of
-from tests.lazy_goals.test_lazy import size
-from tests.lazy_goals.test_lazy_edges import DOUBLE, ONE, check, linear, rivals, rows, step_alone
+from tests.support.lazy_problem import size
+from tests.support.lazy_rows import DOUBLE, ONE, check, linear, rivals, rows, step_alone
 
 # How far rows may differ.
 

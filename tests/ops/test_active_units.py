@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bomkern import active_units
-from tests.conftest import servers
+from tests.support.servers import only_cpu, servers
 from tests.support.statistics import (
     LARGE,
     LAYOUTS,
@@ -24,7 +24,6 @@ from tests.support.statistics import (
     check_same_bits,
     codes,
     leaves,
-    only_cpu,
     run,
     shuffled,
 )

@@ -23,7 +23,7 @@ from bomkern import (
     min_goal_loss,
     total_correlation,
 )
-from tests.conftest import servers
+from tests.support.servers import servers
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

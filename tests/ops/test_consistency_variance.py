@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bomkern import consistency_variance
-from tests.conftest import servers
+from tests.support.servers import only_cpu, servers
 from tests.support.statistics import (
     LARGE,
     LAYOUTS,
@@ -24,7 +24,6 @@ from tests.support.statistics import (
     check_places,
     check_same_bits,
     leaves,
-    only_cpu,
     ramp,
     shuffled,
     views,

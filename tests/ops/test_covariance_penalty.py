@@ -13,7 +13,7 @@ from torch import Tensor
 
 import bomkern
 from bomkern import covariance_penalty
-from tests.conftest import servers
+from tests.support.servers import only_cpu, servers
 from tests.support.statistics import (
     LARGE,
     LAYOUTS,
@@ -25,7 +25,6 @@ from tests.support.statistics import (
     check_same_bits,
     codes,
     leaves,
-    only_cpu,
     run,
     shuffled,
 )

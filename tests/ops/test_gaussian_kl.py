@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from bomkern import gaussian_kl
-from tests.conftest import servers
+from tests.support.servers import only_cpu, servers
 from tests.support.statistics import (
     LARGE,
     LAYOUTS,
@@ -25,7 +25,6 @@ from tests.support.statistics import (
     check_same_bits,
     codes,
     leaves,
-    only_cpu,
     run,
     shuffled,
 )

@@ -13,18 +13,14 @@ import bomkern
 from bomkern import ConstraintTable
 from bomkern.dispatch import select
 from bomkern.dispatch.schemas import record_size
-from tests.conftest import run_again, servers
-from tests.ops.test_goal_set import GROUPINGS, REDUCTIONS, SIX, call, raw_values, run
-from tests.ops.test_min_goal_in_pytorch import COMPILED, CountSyncs
+from tests.support.goal_set_op import GROUPINGS, KERNELS, call, goals_of, raw_values, run
+from tests.support.goals import REDUCTIONS, SIX
+from tests.support.processes import run_tests
+from tests.support.servers import COMPILED, servers
+from tests.support.syncs import CountSyncs
 
 IMPLS = pytest.mark.parametrize("server", servers("goal_set"))
-KERNELS = pytest.mark.parametrize("server", [s for s in servers("goal_set") if s.values[0][0] != "reference"])
 GROUPS = GROUPINGS["grouped"]
-
-
-def goals_of(batch: int, device: str = "cpu") -> list[Tensor]:
-    raw = [*raw_values(batch)[:5], torch.tensor(0.3)]
-    return [x.to(device).requires_grad_() for x in raw]
 
 
 @COMPILED
@@ -309,7 +305,7 @@ def test_other_instruction_sets(simd: str) -> None:
     """The oracle tests again, on the narrower vectors that another CPU would use."""
     if simd not in bomkern.info()["build"]["simd"].split():
         pytest.skip(f"{simd} is not built for this processor")
-    run_again("tests/ops/test_goal_set.py", "cpu-cpu and not properties and not gradcheck", BOMKERN_SIMD=simd)
+    run_tests("tests/ops/test_goal_set.py", "cpu-cpu and not properties and not gradcheck", BOMKERN_SIMD=simd)
 
 
 @pytest.mark.slow
@@ -317,4 +313,4 @@ def test_triton_passes_the_same_oracle_tests() -> None:
     """tests/ops/test_goal_set.py on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
     minutes = "9000 or 5000 or properties or gradcheck or copies or 33 or 64"
-    run_again("tests/ops/test_goal_set.py", f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")
+    run_tests("tests/ops/test_goal_set.py", f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")

@@ -15,8 +15,8 @@ from bomkern.dispatch import select
 from bomkern.dispatch.select import keeper
 from bomkern.goals import monitor
 from bomkern.reference import goal_set_keep
-from tests.conftest import servers
-from tests.ops.test_min_goal_in_pytorch import COMPILED, CountSyncs
+from tests.support.servers import COMPILED, servers
+from tests.support.syncs import CountSyncs
 
 IMPLS = pytest.mark.parametrize("server", servers("goal_set"))
 RATE = 0.25

@@ -16,27 +16,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bomkern import ConstraintTable, Minimize
 from bomkern.dispatch import select
 from bomkern.goals.record import record_parts
-from tests.conftest import run_again
-from tests.ops.test_goal_set import (
+from tests.support.goal_set_op import (
     BAD,
-    EACH,
+    EACH_GROUPING,
     GROUPINGS,
-    IMPLS,
-    LAYOUTS,
-    REDUCTIONS,
-    SIX,
+    KERNELS,
     Places,
     call,
     check,
     check_places,
+    goals_of,
     numbers,
     raw_values,
     run,
 )
-from tests.ops.test_goal_set_in_pytorch import KERNELS, goals_of
-from tests.ops.test_min_goal_in_pytorch import COMPILED, CountSyncs
-from tests.support.statistics import only_cpu
+from tests.support.goals import LAYOUTS, REDUCTIONS, SIX
+from tests.support.processes import run_tests
+from tests.support.servers import COMPILED, only_cpu, servers
+from tests.support.syncs import CountSyncs
 
+IMPLS = pytest.mark.parametrize("server", servers("goal_set"))
 EACH_REDUCTION = pytest.mark.parametrize("reduction", REDUCTIONS)
 GROUPS = GROUPINGS["grouped"]
 THREE = [0.5, 0.0, 0.5]
@@ -54,7 +53,7 @@ def some_of(groups: Sequence[int], *, total: float = 1.0) -> list[float]:
 
 
 @IMPLS
-@EACH
+@EACH_GROUPING
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("batch", [1, 17, 513, 9000])
 def test_oracle(server: tuple[str, str], batch: int, reduction: str, groups: list[int]) -> None:
@@ -97,7 +96,7 @@ def test_what_is_not_finite(server: tuple[str, str], value: float, column: int) 
 
 
 @IMPLS
-@EACH
+@EACH_GROUPING
 @EACH_REDUCTION
 @pytest.mark.parametrize("places", BAD)
 def test_any_sum_and_what_is_not_finite(
@@ -231,7 +230,7 @@ def test_without_them_finite_is_the_worst_deficits(server: tuple[str, str]) -> N
 
 
 @IMPLS
-@EACH
+@EACH_GROUPING
 @EACH_REDUCTION
 def test_gradcheck(server: tuple[str, str], reduction: str, groups: list[int]) -> None:
     impl, device = server
@@ -387,4 +386,4 @@ def test_bad_multipliers_are_named(
 def test_other_instruction_sets(simd: str) -> None:
     """The oracle tests again, on the narrower vectors that another CPU would use."""
     selection = "cpu-cpu and (oracle or number or layouts or dtypes or finite or overflows)"
-    run_again("tests/ops/test_goal_set_multipliers.py", selection, BOMKERN_SIMD=simd)
+    run_tests("tests/ops/test_goal_set_multipliers.py", selection, BOMKERN_SIMD=simd)

@@ -17,21 +17,12 @@ import torch
 from torch import Tensor
 
 from bomkern import ConstraintTable
-from bomkern.dispatch import triton as bridge
-from tests.conftest import check_no_spills
-from tests.ops.test_goal_set import GROUPINGS, REDUCTIONS, SIX, check, check_places, raw_values, run
-from tests.ops.test_min_goal_triton import (
-    BF16,
-    DEVICE,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    INTERPRET,
-    ROOT,
-    Recorder,
-    compile_all,
-    needs_triton,
-)
+from bomkern.dispatch import triton as triton_ops
+from tests.support.goal_set_op import GROUPINGS, check, check_places, raw_values, run
+from tests.support.goals import REDUCTIONS, SIX
+from tests.support.processes import ROOT
+from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton
+from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
 
 SERVER = ("triton", DEVICE)
 
@@ -92,7 +83,7 @@ class TestKernels:
         table, mu = ConstraintTable(SIX, DEVICE), torch.tensor(0.2, device=DEVICE)
 
         def step(goals: list[Tensor]) -> tuple[Tensor, ...]:
-            return bridge.goal_set([g * 1.5 for g in goals], table.params, table.curves, [0, 0, 1, 2, 2, 3], mu, 1)
+            return triton_ops.goal_set([g * 1.5 for g in goals], table.params, table.curves, [0, 0, 1, 2, 2, 3], mu, 1)
 
         compiled = torch.compile(step, fullgraph=True, backend=backend)
         for batch in (5, 8):  # the second size makes B symbolic

@@ -18,7 +18,8 @@ from torch import Tensor
 import bomkern
 from bomkern import ConstraintTable, Minimize, MinimizeHard
 from bomkern.dispatch import select
-from tests.conftest import run_again, servers
+from tests.support.processes import run_tests
+from tests.support.servers import servers
 from tests.support.statistics import OPS, Call, Inputs, check, codes
 
 PAST = 2**31 + 2**20
@@ -127,7 +128,7 @@ def test_goal_set_reads_far_apart(
 
 @pytest.mark.slow
 def test_triton_reads_far_apart() -> None:
-    run_again("tests/ops/test_large_offsets.py", "triton-cpu and far_apart", TRITON_INTERPRET="1")
+    run_tests("tests/ops/test_large_offsets.py", "triton-cpu and far_apart", TRITON_INTERPRET="1")
 
 
 # What is written: B x D half gradients, 4.3 GB. A number to each sample, the same in all D dimensions.

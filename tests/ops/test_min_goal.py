@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bomkern import (
     Box,
-    BoxAsymmetric,
     ConstraintTable,
     Lower,
     MinGoalStats,
@@ -21,22 +20,11 @@ from bomkern import (
     Upper,
     min_goal_loss,
 )
-from tests.conftest import assert_as_good_as_eager, grad_of, servers
+from tests.support.goals import LAYOUTS, REDUCTIONS, SIX, grad_of, leaf
+from tests.support.servers import servers
+from tests.support.tolerances import assert_as_good_as_eager
 
 IMPLS = pytest.mark.parametrize("server", servers("min_goal"))
-REDUCTIONS = ("none", "mean", "sum", "min")
-SIX = (
-    Minimize(0.4),
-    MinimizeHard(0.3),
-    Upper(0.5, 0.1),
-    Lower(0.5, 0.1),
-    Box(-0.1, 1.2),
-    BoxAsymmetric(-0.2, 0.3, 1.4),
-)
-
-
-def leaf(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    return x.to(device=device, dtype=dtype).detach().clone().requires_grad_()
 
 
 def run(
@@ -106,19 +94,6 @@ def test_mixed_dtypes(server: tuple[str, str], reduction: str) -> None:
     check_against_oracle(raw, SIX, reduction, server, as_is)
     raw[1] = raw[1].double()
     check_against_oracle(raw, SIX, reduction, server, as_is)
-
-
-LAYOUTS = {
-    "matrix": lambda g: torch.stack(g, 1),
-    "transposed matrix": lambda g: torch.stack(g, 0).t(),
-    "matrix slice": lambda g: torch.stack([*g, g[0]], 1)[:, :-1],
-    "every other row": lambda g: torch.stack(g, 1).repeat_interleave(2, 0)[::2],
-    "columns of a matrix": lambda g: list(torch.stack(g, 1).unbind(1)),
-    "offset": lambda g: [torch.cat([x[:3], x])[3:] for x in g],
-    "strided": lambda g: [x.repeat_interleave(3)[::3] for x in g],
-    "reversed twice": lambda g: [x.flip(0).flip(0) for x in g],
-    "tuple": tuple,
-}
 
 
 @IMPLS

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import bomkern
 from bomkern import ConstraintTable, Minimize, min_goal_loss
-from bomkern.common.torch_internals import TorchDispatchMode
-from tests.conftest import grad_of, run_again, servers
-from tests.ops.test_min_goal import REDUCTIONS, SIX, leaf
+from tests.support.goals import REDUCTIONS, SIX, grad_of, leaf
+from tests.support.processes import run_tests
+from tests.support.servers import COMPILED, servers
+from tests.support.syncs import CountSyncs
 
 IMPLS = pytest.mark.parametrize("server", servers("min_goal"))
-COMPILED = pytest.mark.skipif(bomkern.dispatch.select.extension is None, reason="not compiled")
 
 
 def goals_of(batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -128,23 +128,6 @@ def test_compile_with_a_table_sees_changes(server: tuple[str, str]) -> None:
     assert compiled(x).item() == 1.5
 
 
-class CountSyncs(TorchDispatchMode):
-    """Counts the calls that would make the host wait for a device."""
-
-    syncs = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        to_host = name in ("_to_copy", "copy_") and str((kwargs or {}).get("device", "")) == "cpu"
-        if name in self.syncs or to_host:
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @IMPLS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_host_sync(server: tuple[str, str], reduction: str) -> None:
@@ -206,7 +189,7 @@ def test_other_instruction_sets(simd: str) -> None:
     """The oracle tests again, on the narrower vectors that another CPU would use."""
     if simd not in bomkern.info()["build"]["simd"].split():
         pytest.skip(f"{simd} is not built for this processor")
-    run_again(
+    run_tests(
         "tests/ops/test_min_goal.py",
         "cpu-cpu and (oracle or layouts or nan or infeasible or dtypes)",
         BOMKERN_SIMD=simd,
@@ -348,7 +331,7 @@ def test_cuda_graph_replay_sees_a_changed_scale() -> None:
 def test_triton_passes_the_same_oracle_tests() -> None:
     """tests/ops/test_min_goal.py on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
-    run_again(
+    run_tests(
         "tests/ops/test_min_goal.py",
         "triton-cpu and not properties and not 20000 and not gradcheck",
         TRITON_INTERPRET="1",

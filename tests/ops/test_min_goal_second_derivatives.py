@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from bomkern import min_goal_loss
-from tests.ops.test_min_goal import REDUCTIONS, SIX, leaf
-from tests.ops.test_min_goal_in_pytorch import IMPLS
+from tests.support.goals import REDUCTIONS, SIX, leaf
+from tests.support.servers import servers
+
+IMPLS = pytest.mark.parametrize("server", servers("min_goal"))
 
 
 @IMPLS

@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,70 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bomkern import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, reference
-from bomkern.dispatch import triton as bridge
-from tests.conftest import assert_as_good_as_eager, check_no_spills
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
-NONE, MEAN, SUM, MIN = range(4)
-HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
-
-MIXED = [
-    Minimize(0.7, 0.1),
-    MinimizeHard(0.5),
-    Upper(0.2, 0.31),
-    Lower(0.4, 0.21),
-    Box(-0.5, 1.0),
-    BoxAsymmetric(-1, 0.2, 0.9),
-]
-CONSTRAINTS: dict[str, list[Constraint] | None] = {
-    "scores": None,
-    "linear": [Minimize(s / 7) for s in range(1, 7)],
-    "hard": [MinimizeHard(s / 7) for s in range(1, 7)],
-    "barrier": [Box(-s / 7, s / 5) for s in range(1, 7)],
-    "mixed": MIXED,
-}
-LAYOUTS = ("rows", "slice", "transposed", "columns", "strided", "batch-level")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-def make(layout: str, batch: int, dtypes: list[torch.dtype], low: float = 0.01, high: float = 1.6) -> list[Tensor]:
-    """Six goals, leaves that require grad, in one of LAYOUTS; the first dtype where they are one tensor."""
-    x = torch.rand(batch, 6, generator=torch.Generator().manual_seed(batch)) * (high - low) + low
-    if layout in ("rows", "slice", "transposed"):
-        x = x.to(dtypes[0])
-        if layout == "slice":
-            x = torch.full((2 * batch + 3, 9), 7.0, dtype=x.dtype)[3::2, 2:8].copy_(x)
-        elif layout == "transposed":
-            x = x.t().contiguous().t()
-        return [x.to(DEVICE).requires_grad_() if layout == "rows" else on_device(x)]
-    goals = [x[:, k].to(dtypes[k % len(dtypes)]) for k in range(6)]
-    if layout == "strided":
-        goals = [torch.full((3 * batch,), 7.0, dtype=g.dtype)[::3].copy_(g) for g in goals]
-        goals[2] = goals[2][:1].expand(batch)
-    elif layout == "batch-level":
-        goals = [g[0].clone() if k in (1, 4) else g.contiguous() for k, g in enumerate(goals)]
-    else:
-        goals = [g.contiguous() for g in goals]
-    return [on_device(g) for g in goals]
-
-
-def on_device(x: Tensor) -> Tensor:
-    """x there with its strides kept."""
-    return (
-        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x).requires_grad_()
-        if x.dim() and 0 not in x.stride()
-        else x.detach().to(DEVICE).requires_grad_()
-    )
-
-
-def table(constraints: list[Constraint] | None, dtype: torch.dtype) -> tuple[Tensor | None, list[int]]:
-    if constraints is None:
-        return None, []
-    made = ConstraintTable(constraints, DEVICE, dtype)
-    return made.params, made.curves
+from bomkern import Box, Constraint, Minimize, MinimizeHard, Upper, reference
+from bomkern.dispatch import triton as triton_ops
+from tests.support.processes import ROOT
+from tests.support.tolerances import assert_as_good_as_eager
+from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton
+from tests.support.triton_goals import CONSTRAINTS, LAYOUTS, MEAN, MIN, MIXED, NONE, SUM, make, on_device, table
+from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
 
 
 def call(fn: Any, goals: list[Tensor], constraints: list[Constraint] | None, reduction: int) -> tuple[Any, Any]:
@@ -96,7 +38,7 @@ def call(fn: Any, goals: list[Tensor], constraints: list[Constraint] | None, red
 
 def compare(goals: list[Tensor], constraints: list[Constraint] | None, reduction: int) -> None:
     before = [g.detach().clone() for g in goals]
-    mine, my_grads = call(bridge.min_goal, goals, constraints, reduction)
+    mine, my_grads = call(triton_ops.min_goal, goals, constraints, reduction)
     eager, eager_grads = call(reference.min_goal, goals, constraints, reduction)
     doubles = [g.detach().double().requires_grad_() for g in goals]
     exact, exact_grads = call(reference.min_goal, doubles, constraints, reduction)
@@ -197,12 +139,14 @@ class TestKernels:
         wall = torch.linspace(-1.2, 1.2, 97)
         compare([on_device(wall[:, None])], [Box(-1.01, 1.02)], NONE)
         tiny = torch.tensor([1e-30, 2e-38, 1e-39, 1e-44, 1.0, 0.9999999, 1.5])
-        out = [fn([tiny[:, None].to(DEVICE)], None, [], NONE, False)[0] for fn in (bridge.min_goal, reference.min_goal)]
+        out = [
+            fn([tiny[:, None].to(DEVICE)], None, [], NONE, False)[0] for fn in (triton_ops.min_goal, reference.min_goal)
+        ]
         torch.testing.assert_close(*out, rtol=3e-7, atol=1e-7)
 
     def test_infeasible_sample_stops_any_gradient(self) -> None:
         x = on_device(torch.tensor([[float("inf"), 1.0], [0.5, 1.0]]))
-        (loss,) = bridge.min_goal([x], *table([Minimize(1.0)] * 2, FLOAT), NONE, False)
+        (loss,) = triton_ops.min_goal([x], *table([Minimize(1.0)] * 2, FLOAT), NONE, False)
         (grad,) = torch.autograd.grad(loss, x, torch.tensor([float("nan"), 2.0], device=DEVICE))
         assert grad.tolist() == [[0.0, 0.0], [0.0, 2.0]]
 
@@ -210,14 +154,14 @@ class TestKernels:
         goals = make("batch-level", 9, [FLOAT])
         for k in (0, 4):
             goals[k].requires_grad_(False)
-        loss, *_ = bridge.min_goal(goals, *table(MIXED, FLOAT), MEAN, True)
+        loss, *_ = triton_ops.min_goal(goals, *table(MIXED, FLOAT), MEAN, True)
         loss.backward()
         assert [g.grad is None for g in goals] == [True, False, False, False, True, False]
         with torch.no_grad():
-            assert not bridge.min_goal(goals, *table(MIXED, FLOAT), MEAN, False)[0].requires_grad
+            assert not triton_ops.min_goal(goals, *table(MIXED, FLOAT), MEAN, False)[0].requires_grad
 
     def test_equal_inputs_give_equal_bits(self) -> None:
-        first, second = (call(bridge.min_goal, make("batch-level", 1500, [FLOAT]), MIXED, MEAN) for _ in range(2))
+        first, second = (call(triton_ops.min_goal, make("batch-level", 1500, [FLOAT]), MIXED, MEAN) for _ in range(2))
         for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
             assert torch.equal(a, b)
 
@@ -227,7 +171,7 @@ class TestKernels:
     def test_gradcheck(self, reduction: int, layout: str) -> None:
         params, curves = table(MIXED, DOUBLE)
         goals = make(layout, 5, [DOUBLE])
-        torch.autograd.gradcheck(lambda *g: bridge.min_goal(g, params, curves, reduction, False), goals)
+        torch.autograd.gradcheck(lambda *g: triton_ops.min_goal(g, params, curves, reduction, False), goals)
 
     @pytest.mark.parametrize(
         ("reduction", "layout"), [(NONE, "rows"), (MEAN, "batch-level"), (SUM, "columns"), (MIN, "batch-level")]
@@ -235,14 +179,14 @@ class TestKernels:
     def test_gradgradcheck(self, reduction: int, layout: str) -> None:
         params, curves = table(MIXED, DOUBLE)
         goals = make(layout, 5, [DOUBLE])
-        torch.autograd.gradgradcheck(lambda *g: bridge.min_goal(g, params, curves, reduction, False), goals)
+        torch.autograd.gradgradcheck(lambda *g: triton_ops.min_goal(g, params, curves, reduction, False), goals)
 
     def test_new_parameters_need_no_new_call(self) -> None:
         params, curves = table(MIXED, FLOAT)
         goals = make("columns", 5, [FLOAT])
-        before = bridge.min_goal(goals, params, curves, SUM, False)[0].item()
+        before = triton_ops.min_goal(goals, params, curves, SUM, False)[0].item()
         params[:, 1:3] *= 2
-        assert bridge.min_goal(goals, params, curves, SUM, False)[0].item() != before
+        assert triton_ops.min_goal(goals, params, curves, SUM, False)[0].item() != before
 
     @pytest.mark.parametrize(("reduction", "layout"), [(NONE, "rows"), (MIN, "batch-level")])
     def test_opcheck(self, reduction: int, layout: str) -> None:
@@ -260,7 +204,7 @@ class TestKernels:
         params, curves = table(MIXED, FLOAT)
 
         def step(goals: list[Tensor]) -> tuple[Tensor, ...]:
-            return bridge.min_goal([g * 1.5 for g in goals], params, curves, MEAN, True)
+            return triton_ops.min_goal([g * 1.5 for g in goals], params, curves, MEAN, True)
 
         compiled = torch.compile(step, fullgraph=True, backend=backend)
         for batch in (5, 8):  # the second size makes B symbolic
@@ -285,12 +229,12 @@ def test_under_the_interpreter() -> None:
 def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if importlib.util.find_spec("triton") is not None:
-        assert "TRITON_INTERPRET" in str(bridge.why_not("cpu"))
+        assert "TRITON_INTERPRET" in str(triton_ops.why_not("cpu"))
         with pytest.raises(RuntimeError, match="impl 'triton' cannot serve here: triton serves cuda tensors, not cpu"):
-            bridge.min_goal([torch.rand(3)], None, [], MEAN, False)
-        assert (bridge.why_not("cuda") is None) == torch.cuda.is_available()
+            triton_ops.min_goal([torch.rand(3)], None, [], MEAN, False)
+        assert (triton_ops.why_not("cuda") is None) == torch.cuda.is_available()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert bridge.why_not("cuda") == "triton is not installed"
+    assert triton_ops.why_not("cuda") == "triton is not installed"
 
 
 @needs_triton
@@ -300,16 +244,6 @@ def test_compiles_for_sm_90_without_spills() -> None:
 
 
 # What follows runs as a script: every launch that the launchers make is recorded, and compiled for a device not here.
-
-
-class Recorder:
-    """Stands in for a kernel: keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
 def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -340,56 +274,6 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     both([torch.empty(many, 9, dtype=DOUBLE)], MIXED + MIXED[:3], MEAN)
     both([torch.empty(many, dtype=d) for d in (HALF, BF16, DOUBLE)], MIXED[:3], MEAN)
     return launches
-
-
-def source(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What Triton's own launcher would compile for these arguments."""
-    from triton.compiler import ASTSource
-
-    names = {HALF: "fp16", BF16: "bf16", FLOAT: "fp32", DOUBLE: "fp64", torch.int64: "i64"}
-    names.update({torch.uint8: "u8", torch.bool: "i1"})
-    constants: dict[tuple[int, ...], Any] = {}
-    hints: dict[tuple[int, ...], Any] = {}
-
-    def describe(value: Any, path: tuple[int, ...], plain: bool) -> Any:
-        if isinstance(value, tuple):
-            return tuple(describe(v, (*path, i), plain) for i, v in enumerate(value))
-        if value is None or (isinstance(value, int) and value == 1 and not plain):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor) or (value % 16 == 0 and not plain):
-            hints[path] = [["tt.divisibility", 16]]
-        return f"*{names[value.dtype]}" if isinstance(value, Tensor) else "i32"
-
-    given = enumerate(zip(kernel.params, args, strict=False))
-    signature = {p.name: describe(v, (i,), p.do_not_specialize) for i, (p, v) in given}
-    for i, parameter in enumerate(kernel.params[len(args) :], len(args)):
-        signature[parameter.name] = "constexpr"
-        constants[(i,)] = kwargs[parameter.name]
-    return ASTSource(kernel, signature, constants, hints)
-
-
-def compile_all(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], shown: tuple[str, ...]) -> None:
-    """Prints the registers of each distinct launch, what it keeps in local memory, and the arguments ``shown``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    seen = set()
-    for kernel, args, kwargs in launches:
-        options = {name: kwargs[name] for name in ("num_warps", "enable_fp_fusion")}
-        asked = source(kernel, args, kwargs)
-        if asked.hash() in seen:
-            continue
-        seen.add(asked.hash())
-        built = triton.compile(asked, target=GPUTarget("cuda", 90, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True).stdout
-        used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        shape = " ".join(f"{n}={kwargs[n]}" for n in shown if n in kwargs)
-        print(f"{kernel.__name__} {shape}: {used['REG']} registers, stack {used['STACK']} local {used['LOCAL']}")
 
 
 if __name__ == "__main__":

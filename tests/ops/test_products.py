@@ -16,7 +16,7 @@ import bomkern
 from bomkern import GoalSet, Group, Minimize, covariance_penalty, gaussian_total_correlation
 from bomkern.common.products import loses_digits, matmul
 from bomkern.common.torch_internals import TorchDispatchMode
-from tests.conftest import servers
+from tests.support.servers import servers
 
 IMPLS = pytest.mark.parametrize("server", servers("covariance_penalty"))
 COMPILED = pytest.mark.skipif(bomkern.dispatch.select.extension is None, reason="not compiled")

@@ -19,23 +19,12 @@ from bomkern import (
     gaussian_total_correlation,
     total_correlation,
 )
-from tests.conftest import servers
 from tests.fuzz.cases import LAYOUTS, laid_out
+from tests.support.properties import Server, drawn, few, seeds, small
+from tests.support.servers import servers
 from tests.support.statistics import OPS, Inputs, codes, leaves, run, shuffled
 
-Server = tuple[str, str]
 SERVERS = {op: servers(op) for op in (*OPS, "total_correlation")}
-few = settings(max_examples=25)
-seeds = st.integers(0, 2**31 - 1)
-
-
-def small(server: Server, *sizes: int) -> tuple[int, ...]:
-    """Sizes that Triton's interpreter gets through."""
-    return tuple(min(n, 6) for n in sizes) if server == ("triton", "cpu") else sizes
-
-
-def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tc(*inputs: Tensor, impl: str | None) -> Tensor:

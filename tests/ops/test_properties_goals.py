@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from bomkern import Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
 from bomkern.goals.record import record_parts
-from tests.conftest import servers
 from tests.fuzz.cases import LAYOUTS, laid_out
-from tests.ops.test_goal_set import call as goal_set
-from tests.ops.test_goal_set import run as run_goal_set
-from tests.ops.test_min_goal import REDUCTIONS
-from tests.ops.test_properties import Server, drawn, few, seeds, small
-from tests.support.statistics import leaves, only_cpu, shuffled
+from tests.support.goal_set_op import call as goal_set
+from tests.support.goal_set_op import run as run_goal_set
+from tests.support.goals import REDUCTIONS
+from tests.support.properties import Server, drawn, few, seeds, small
+from tests.support.servers import only_cpu, servers
+from tests.support.statistics import leaves, shuffled
 
 RULE = pytest.mark.parametrize("server", servers("min_goal"))
 

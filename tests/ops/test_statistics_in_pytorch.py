@@ -12,35 +12,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bomkern
 from bomkern import active_units, consistency_variance, covariance_penalty, gaussian_kl, latent_statistics
-from tests.conftest import run_again, servers
-from tests.ops.test_min_goal_in_pytorch import CountSyncs
-from tests.support.statistics import OPS, Call, Inputs, codes, leaves, ramp, run, values_of, views
-
-EVERY = pytest.mark.parametrize(
-    ("name", "server"), [pytest.param(op, *s.values, id=f"{op}-{s.id}") for op in OPS for s in servers(op)]
+from tests.support.processes import run_tests
+from tests.support.statistics import (
+    EVERY,
+    OPS,
+    Inputs,
+    calls,
+    codes,
+    leaves,
+    ramp,
+    run,
+    values_of,
+    views,
 )
+from tests.support.syncs import CountSyncs
+
 FILES = " ".join(f"tests/ops/test_{name}.py" for name in OPS)
 COMPILED = ("cpu", "cuda")
-
-
-def ragged(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tensor:
-    """A block prior whose last block is shorter: 4 dimensions are 3 and 1."""
-    return gaussian_kl(mu, logvar, 3 if mu.shape[1] > 3 else 2, 0.5, impl=impl)
-
-
-# Beside each op's plain call, its other ways through the kernels.
-VARIANTS: dict[str, list[Call]] = {
-    "gaussian_kl": [functools.partial(gaussian_kl, block_size=2, rho=0.5), ragged],
-    "consistency_variance": [lambda *given, impl=None: consistency_variance(torch.stack(given), impl=impl)],
-    "covariance_penalty": [
-        functools.partial(covariance_penalty, normalize=normalize, reduction=reduction)
-        for normalize, reduction in ((True, "sample"), (False, "batch"), (True, "batch"))
-    ],
-}
-
-
-def calls(name: str) -> list[Call]:
-    return [OPS[name].call, *VARIANTS.get(name, [])]
 
 
 def op_calls(batch: int, dims: int) -> dict[str, list[tuple[Inputs, tuple[Any, ...], dict[str, Any]]]]:
@@ -381,7 +369,7 @@ def test_other_instruction_sets(simd: str) -> None:
     build = bomkern.info()["build"]
     if simd not in build.get("simd", "").split():
         pytest.skip(f"{simd} is not built for this processor")
-    run_again(FILES, "cpu-cpu and not properties and not gradcheck", BOMKERN_SIMD=simd)
+    run_tests(FILES, "cpu-cpu and not properties and not gradcheck", BOMKERN_SIMD=simd)
 
 
 @pytest.mark.slow
@@ -389,4 +377,4 @@ def test_triton_passes_the_same_oracle_tests() -> None:
     """The same files on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
     minutes = "larger or 1030 or 130-300 or properties or gradcheck or divergence or outlier"
-    run_again(FILES, f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")
+    run_tests(FILES, f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")

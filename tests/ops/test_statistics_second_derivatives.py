@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import servers
-from tests.ops.test_statistics_in_pytorch import EVERY, calls
-from tests.support.statistics import OPS, check_second_derivative, leaves, values_of
+from tests.support.servers import servers
+from tests.support.statistics import EVERY, OPS, calls, check_second_derivative, leaves, values_of
 
 SEVERAL = pytest.mark.parametrize(
     ("name", "server"),

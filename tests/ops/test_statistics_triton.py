@@ -20,22 +20,11 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bomkern.dispatch import triton as bridge
-from tests.conftest import check_no_spills
-from tests.ops import test_min_goal_triton
-from tests.ops.test_min_goal_triton import (
-    BF16,
-    DEVICE,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    INTERPRET,
-    ROOT,
-    Recorder,
-    compile_all,
-    needs_triton,
-)
+from bomkern.dispatch import triton as triton_ops
+from tests.support.processes import ROOT
 from tests.support.statistics import OPS, Inputs, check, check_far, check_second_derivative, codes, leaves, run, views
+from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton
+from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
 
 SERVER = ("triton", DEVICE)
 EVERY = pytest.mark.parametrize("name", OPS)
@@ -352,33 +341,22 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         (100, 24, DOUBLE),
     ):
         z, mu, logvar = empty(batch, dims, *dtypes)
-        both(lambda *x: bridge.gaussian_kl(*x, 1, 0.0), mu, logvar)
-        both(lambda *x: bridge.gaussian_kl(*x, 4, 0.3), mu, logvar)
-        both(lambda *x: bridge.gaussian_kl(*x, 7, 0.3), mu, logvar)
-        both(lambda x: bridge.active_units(x, 0.1, 0.3), mu)
-        both(lambda *x: bridge.latent_statistics(*x, 0.1, 0.3), z, mu, logvar)
+        both(lambda *x: triton_ops.gaussian_kl(*x, 1, 0.0), mu, logvar)
+        both(lambda *x: triton_ops.gaussian_kl(*x, 4, 0.3), mu, logvar)
+        both(lambda *x: triton_ops.gaussian_kl(*x, 7, 0.3), mu, logvar)
+        both(lambda x: triton_ops.active_units(x, 0.1, 0.3), mu)
+        both(lambda *x: triton_ops.latent_statistics(*x, 0.1, 0.3), z, mu, logvar)
     for count, *dtypes in ((2, FLOAT), (4, *halves), (4, DOUBLE), (16, *halves), (16, DOUBLE)):
-        both(lambda *x: bridge.consistency_variance(x, 1.0), *empty(300, 200, *dtypes, count=count))
+        both(lambda *x: triton_ops.consistency_variance(x, 1.0), *empty(300, 200, *dtypes, count=count))
     for batch, dims, dtype, normalize, per_sample, expanded in itertools.chain(
         itertools.product((3000,), (200,), (FLOAT, DOUBLE), (True,), (False, True), (False, True)),
         itertools.product((200,), (300,), (FLOAT, DOUBLE), (True,), (False, True), (False, True)),
         [(40, 20, FLOAT, False, False, False), (40, 20, HALF, False, True, False)],
     ):
-        call = functools.partial(bridge.covariance_penalty, normalize=normalize, per_sample=per_sample)
+        call = functools.partial(triton_ops.covariance_penalty, normalize=normalize, per_sample=per_sample)
         both(call, torch.zeros(batch, dims, dtype=dtype), pull=mean_pull if expanded else torch.ones_like)
     return launches
 
 
-def source(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As `test_min_goal_triton.source`, which knows no float arguments."""
-    made = plain_source(kernel, args, kwargs)
-    for parameter, value in zip(kernel.params, args, strict=False):
-        if isinstance(value, float):
-            made.signature[parameter.name] = "fp64"
-            made.attrs.pop((parameter.num,), None)
-    return made
-
-
 if __name__ == "__main__":
-    plain_source, test_min_goal_triton.source = test_min_goal_triton.source, source
     compile_all(record_launches(), ("V", "PLAIN", "IS_WHOLE", "DUAL", "CD", "num_warps", "ROWS", "COLS"))

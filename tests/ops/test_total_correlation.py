@@ -12,31 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bomkern import reference, total_correlation
-from tests.conftest import assert_as_good_as_eager, servers
+from tests.support.servers import servers
+from tests.support.statistics import MATRIX_LAYOUTS as LAYOUTS
+from tests.support.tolerances import assert_as_good_as_eager
+from tests.support.total_correlation import ESTIMATORS, Latents, latents, leaves, run
 
 IMPLS = pytest.mark.parametrize("server", servers("total_correlation"))
-ESTIMATORS = {"plain": (None, "mws"), "mws": (5000, "mws"), "mss": (5000, "mss")}
-Latents = tuple[Tensor, Tensor, Tensor]
-
-
-def latents(batch: int, dims: int, dtype: torch.dtype = torch.float32, spread: float = 0.5) -> Latents:
-    """A batch of codes as a trained VAE has them: z drawn from its own posterior."""
-    generator = torch.Generator().manual_seed(batch * 1000 + dims)
-    mu, wide, noise = torch.randn(3, batch, dims, generator=generator, dtype=torch.float64)
-    logvar = wide * spread - 1
-    return (mu + torch.exp(logvar / 2) * noise).to(dtype), mu.to(dtype), logvar.to(dtype)
-
-
-def run(inputs: Latents, impl: str | None, which: tuple[int | None, str]) -> tuple[Tensor, ...]:
-    """Values and gradients under a fixed weighting of the samples."""
-    value = total_correlation(*inputs, *which, impl=impl)
-    weight = torch.linspace(-1, 2, len(value), dtype=value.dtype, device=value.device)
-    return value.detach(), *torch.autograd.grad((value * weight).sum(), inputs)
-
-
-def leaves(inputs: Latents, dtype: torch.dtype | None = None, device: str = "cpu") -> Latents:
-    made = tuple(x.detach().to(device=device, dtype=dtype or x.dtype).clone().requires_grad_() for x in inputs)
-    return made  # type: ignore[return-value]
 
 
 def check(
@@ -104,17 +85,6 @@ def test_float64(server: tuple[str, str]) -> None:
         check(latents(70, 9, torch.float64), server, which, slack=1e-13)
         z, mu, logvar = latents(20, 5)
         check((z, mu.double(), logvar), server, which)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
-    "every third column": lambda x: x.repeat_interleave(3, 1)[:, ::3],
-    "offset": lambda x: torch.cat([x[:3], x])[3:],
-    "one row for all": lambda x: x[:1].expand(x.shape),
-    "one column for all": lambda x: x[:, :1].expand(x.shape),
-}
 
 
 @IMPLS

@@ -9,9 +9,10 @@ import torch
 
 import bomkern
 from bomkern import total_correlation
-from tests.conftest import run_again, servers
-from tests.ops.test_min_goal_in_pytorch import CountSyncs
-from tests.ops.test_total_correlation import ESTIMATORS, latents, leaves, run
+from tests.support.processes import run_tests
+from tests.support.servers import servers
+from tests.support.syncs import CountSyncs
+from tests.support.total_correlation import ESTIMATORS, latents, leaves, run
 
 IMPLS = pytest.mark.parametrize("server", servers("total_correlation"))
 COMPILED = pytest.mark.skipif(bomkern.dispatch.select.extension is None, reason="not compiled")
@@ -104,7 +105,7 @@ def test_other_instruction_sets(simd: str) -> None:
     """The oracle tests again, on the narrower vectors that another CPU would use."""
     if simd not in bomkern.info()["build"]["simd"].split():
         pytest.skip(f"{simd} is not built for this processor")
-    run_again(
+    run_tests(
         "tests/ops/test_total_correlation.py",
         "cpu-cpu and (oracle or layouts or nan or extremes or dtypes)",
         BOMKERN_SIMD=simd,
@@ -207,4 +208,4 @@ def test_triton_passes_the_same_oracle_tests() -> None:
     """tests/ops/test_total_correlation.py on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
     minutes = "130-130 or 300-33 or dimensions or properties or gradcheck"
-    run_again("tests/ops/test_total_correlation.py", f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")
+    run_tests("tests/ops/test_total_correlation.py", f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")

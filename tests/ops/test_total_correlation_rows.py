@@ -8,9 +8,11 @@ from torch import Tensor
 
 from bomkern import reference
 from bomkern.dispatch import select
-from tests.conftest import assert_as_good_as_eager
-from tests.ops.test_total_correlation import ESTIMATORS, IMPLS, latents, leaves
+from tests.support.servers import servers
+from tests.support.tolerances import assert_as_good_as_eager
+from tests.support.total_correlation import ESTIMATORS, latents, leaves
 
+IMPLS = pytest.mark.parametrize("server", servers("total_correlation"))
 CUTS = [(0, 130), (0, 1), (129, 130), (0, 64), (63, 130), (40, 77)]
 
 

@@ -18,20 +18,11 @@ import torch
 from torch import Tensor
 
 from bomkern import reference
-from bomkern.dispatch import triton as bridge
-from tests.conftest import assert_as_good_as_eager, check_no_spills
-from tests.ops.test_min_goal_triton import (
-    BF16,
-    DEVICE,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    INTERPRET,
-    ROOT,
-    Recorder,
-    compile_all,
-    needs_triton,
-)
+from bomkern.dispatch import triton as triton_ops
+from tests.support.processes import ROOT
+from tests.support.tolerances import assert_as_good_as_eager
+from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton
+from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
 
 
 def make(batch: int, dims: int, low: float = -2.0, high: float = 1.0, dtype: torch.dtype = FLOAT) -> list[Tensor]:
@@ -57,7 +48,7 @@ def compare(
     latents: list[Tensor], size: int | None = None, stratified: bool = False, cut: tuple[int, int] | None = None
 ) -> list[Tensor]:
     doubles = [x.detach().double().requires_grad_() for x in latents]
-    mine = call(bridge.total_correlation, latents, size, stratified, cut)
+    mine = call(triton_ops.total_correlation, latents, size, stratified, cut)
     eager = call(reference.total_correlation, latents, size, stratified, cut)
     exact = call(reference.total_correlation, doubles, size, stratified, cut)
     for got, want, true in zip(mine, eager, exact, strict=True):
@@ -91,7 +82,7 @@ class TestKernels:
         compare(make(130, 5), size, stratified, cut)
 
     def test_some_rows_one_dimension(self) -> None:
-        for x in call(bridge.total_correlation, make(9, 1), 50, True, (2, 7)):
+        for x in call(triton_ops.total_correlation, make(9, 1), 50, True, (2, 7)):
             assert (x == 0).all()
 
     @pytest.mark.parametrize("cut", [None, (3, 143)])
@@ -124,15 +115,15 @@ class TestKernels:
 
     @pytest.mark.parametrize(("batch", "dims"), [(1, 4), (9, 1), (1, 1)])
     def test_nothing_to_share_is_zero_to_the_bit(self, batch: int, dims: int) -> None:
-        for x in call(bridge.total_correlation, make(batch, dims), None, False):
+        for x in call(triton_ops.total_correlation, make(batch, dims), None, False):
             assert (x == 0).all()
         if batch > 1:
-            out, *grads = call(bridge.total_correlation, make(batch, dims), 50, True)
+            out, *grads = call(triton_ops.total_correlation, make(batch, dims), 50, True)
             assert (out == 0).all() and all((g == 0).all() for g in grads)
         latents = make(batch, dims)
         with torch.no_grad():
             latents[0][0, 0] = torch.nan
-        assert all(x[0].isnan().any() for x in call(bridge.total_correlation, latents, None, False))
+        assert all(x[0].isnan().any() for x in call(triton_ops.total_correlation, latents, None, False))
 
     @pytest.mark.parametrize("which", [0, 1, 2])
     def test_nan(self, which: int) -> None:
@@ -140,23 +131,23 @@ class TestKernels:
         with torch.no_grad():
             latents[which][3, 1] = torch.nan
             latents[0][6] += 60  # a sum that underflows, in the same program
-        out, *grads = call(bridge.total_correlation, latents, 100, True)
+        out, *grads = call(triton_ops.total_correlation, latents, 100, True)
         rows = torch.ones(70, dtype=torch.bool) if which else torch.arange(70) == 3
         assert torch.equal(out.isnan().cpu(), rows)
         assert torch.equal(grads[0].isnan().any(1).cpu(), rows)
         assert grads[1][:, 1].isnan().all() and grads[2][:, 1].isnan().all()
 
     def test_equal_inputs_give_equal_bits(self) -> None:
-        first, second = (call(bridge.total_correlation, make(70, 3), 500, True) for _ in range(2))
+        first, second = (call(triton_ops.total_correlation, make(70, 3), 500, True) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def test_wants_only_some_gradients(self) -> None:
-        every = call(bridge.total_correlation, make(9, 3), None, False)[1:]
+        every = call(triton_ops.total_correlation, make(9, 3), None, False)[1:]
         for k in range(3):
             latents = make(9, 3)
             for other in set(range(3)) - {k}:
                 latents[other].requires_grad_(False)
-            bridge.total_correlation(*latents, None, False).backward(torch.linspace(0.5, 2.0, 9, device=DEVICE))
+            triton_ops.total_correlation(*latents, None, False).backward(torch.linspace(0.5, 2.0, 9, device=DEVICE))
             assert [x.grad is not None for x in latents] == [i == k for i in range(3)]
             torch.testing.assert_close(latents[k].grad, every[k])
 
@@ -189,7 +180,7 @@ def test_under_the_interpreter() -> None:
 def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="total_correlation: impl 'triton' cannot serve here: triton serves cuda"):
-        bridge.total_correlation(*(torch.rand(3, 2) for _ in range(3)), None, False)
+        triton_ops.total_correlation(*(torch.rand(3, 2) for _ in range(3)), None, False)
 
 
 @needs_triton

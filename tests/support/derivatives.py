@@ -25,7 +25,7 @@ from bomkern import (
 )
 from bomkern.dispatch import select
 from bomkern.ops.min_goal import REDUCTIONS
-from tests.ops.test_min_goal import SIX
+from tests.support.goals import SIX
 from tests.support.statistics import codes, views
 
 Inputs = tuple[Tensor, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 import bomkern
-from bomkern.dispatch import select
-from tests.conftest import assert_as_good_as_eager
-from tests.ops.test_total_correlation import LAYOUTS as MATRIX_LAYOUTS
+from bomkern import consistency_variance, covariance_penalty, gaussian_kl
+from tests.support.servers import servers
+from tests.support.tolerances import assert_as_good_as_eager
 
 Inputs = tuple[Tensor, ...]
 Lay = Callable[[Tensor], Tensor]
@@ -20,6 +21,15 @@ Call = Callable[..., "Tensor | tuple[Tensor, ...]"]  # (*inputs, impl=)
 
 SHAPES = [(2, 1), (2, 3), (3, 70), (7, 1), (17, 33), (64, 16), (65, 17), (130, 300), (1030, 9)]  # B >= 2
 LARGE = [(3001, 70), (600, 300), (5, 2050)]  # beyond every tile
+MATRIX_LAYOUTS: dict[str, Lay] = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "every third column": lambda x: x.repeat_interleave(3, 1)[:, ::3],
+    "offset": lambda x: torch.cat([x[:3], x])[3:],
+    "one row for all": lambda x: x[:1].expand(x.shape),
+    "one column for all": lambda x: x[:, :1].expand(x.shape),
+}
 LAYOUTS: dict[str, Lay] = {
     **MATRIX_LAYOUTS,
     "flipped": lambda x: x.flip(0, 1),
@@ -193,11 +203,6 @@ def check_only_the_gradients_wanted(call: Call, inputs: Inputs, server: tuple[st
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), wanted
 
 
-def only_cpu(op: str) -> pytest.MarkDecorator:
-    reason = select.why_not(op, "cpu", "cpu")
-    return pytest.mark.skipif(reason is not None, reason=reason or "")
-
-
 def check_same_bits(call: Call, inputs: Inputs) -> None:
     """impl="cpu" gives the same bits at any number of threads, forward and backward."""
     inputs, before, results = leaves(inputs), torch.get_num_threads(), []
@@ -230,3 +235,28 @@ def check_second_derivative(call: Call, inputs: Inputs, impl: str) -> None:
     for made, want in ((ours, plain), (ours, theirs), (twice(ours), twice(theirs))):
         for a, b in zip(made, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+EVERY = pytest.mark.parametrize(
+    ("name", "server"), [pytest.param(op, *s.values, id=f"{op}-{s.id}") for op in OPS for s in servers(op)]
+)
+
+
+def ragged(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tensor:
+    """A block prior whose last block is shorter: 4 dimensions are 3 and 1."""
+    return gaussian_kl(mu, logvar, 3 if mu.shape[1] > 3 else 2, 0.5, impl=impl)
+
+
+# Beside each op's plain call, its other ways through the kernels.
+VARIANTS: dict[str, list[Call]] = {
+    "gaussian_kl": [functools.partial(gaussian_kl, block_size=2, rho=0.5), ragged],
+    "consistency_variance": [lambda *given, impl=None: consistency_variance(torch.stack(given), impl=impl)],
+    "covariance_penalty": [
+        functools.partial(covariance_penalty, normalize=normalize, reduction=reduction)
+        for normalize, reduction in ((True, "sample"), (False, "batch"), (True, "batch"))
+    ],
+}
+
+
+def calls(name: str) -> list[Call]:
+    return [OPS[name].call, *VARIANTS.get(name, [])]

@@ -14,7 +14,7 @@ from torch import Tensor
 from bomkern.dispatch import select
 from tests.fuzz.cases import Case, Given
 from tests.fuzz.running import OPS, draw, failure_of, main
-from tests.support.statistics import only_cpu
+from tests.support.servers import only_cpu
 
 Serve = Callable[..., Any]
 

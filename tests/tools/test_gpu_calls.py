@@ -14,8 +14,8 @@ from types import ModuleType
 
 import pytest
 
-from tests.conftest import ROOT, outside_xdist
 from tests.support.deadline import REASON, chosen, failed_in
+from tests.support.processes import ROOT, outside_xdist
 
 TESTS = """
 import time
@@ -119,7 +119,9 @@ def test_a_run_that_is_stopped_keeps_its_failures_and_its_summary(tmp_path: Path
     assert process.stdout
     said = ""
     while "begun" not in said:
-        said += process.stdout.readline()
+        line = process.stdout.readline()
+        assert line, f"it ended before the test began: {said}"
+        said += line
     assert [name.partition("::")[2] for name in failed_in(failures.read_text())] == ["test_wrong"]
     assert "assert 1 == 2" in failures.read_text()
     process.send_signal(signal.SIGTERM)

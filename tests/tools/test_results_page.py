@@ -9,7 +9,7 @@ import pytest
 from tests import report
 
 TEXT = report.PAGE.read_text()
-NAMED = sorted(set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", TEXT)))
+NAMED = sorted(set(re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", TEXT)))
 
 
 def test_the_table_is_that_of_the_results() -> None:

@@ -1,7 +1,8 @@
-"""The rooms of bomkern/: imports go down, in no circle; public classes do not know where they live."""
+"""The rooms of bomkern/ and tests/: imports go down, in no circle; no test imports a test."""
 
 from __future__ import annotations
 
+import ast
 import pickle
 import sys
 from pathlib import Path
@@ -60,3 +61,39 @@ def test_public_classes_say_that_they_are_of_bomkern() -> None:
 
 def test_no_room_has_the_name_of_a_function() -> None:
     assert not {name for name in bomkern.__all__ if name != "nn"} & set(rooms.FLOOR)
+
+
+def imported_tests(folder: Path) -> list[str]:
+    """Return every import of a test file or of a conftest by a Python file in ``folder``."""
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules: list[str] = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            for module in modules:
+                if any(part == "conftest" or part.startswith("test_") for part in module.split(".")):
+                    found.append(f"{path.relative_to(folder)} imports {module}")
+    return found
+
+
+def test_no_test_imports_a_test() -> None:
+    assert imported_tests(ROOT / "tests") == [], "move what they share into tests/support"
+
+
+@pytest.mark.parametrize(
+    ("line", "module"),
+    [
+        ("from tests.ops.test_min_goal import SIX", "tests.ops.test_min_goal.SIX"),
+        ("from tests.ops import test_min_goal", "tests.ops.test_min_goal"),
+        ("from . import test_min_goal", ".test_min_goal"),
+        ("import tests.conftest", "tests.conftest"),
+        ("def late(): from .conftest import ROOT", "conftest.ROOT"),
+    ],
+)
+def test_an_import_of_a_test_is_named(tmp_path: Path, line: str, module: str) -> None:
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "test_it.py").write_text(f"import pytest\nfrom tests.support.goals import SIX\n{line}\n")
+    assert imported_tests(tmp_path) == [f"ops/test_it.py imports {module}"]

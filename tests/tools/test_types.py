@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.support.processes import ROOT
 
 pytest.importorskip("mypy")
 

@@ -26,7 +26,7 @@ from torch import nn
 from bomkern import History
 from bomkern.train import checkpoint, loop, processes, recorder
 from bomkern.train.config import Config, TrainError
-from tests.conftest import ROOT
+from tests.support.processes import ROOT
 from tests.support.training import SMALL, assert_same, config, leaves
 
 LOG = ["--device", "cpu", "--log-every", "1"]

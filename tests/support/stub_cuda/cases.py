@@ -10,21 +10,9 @@ import torch
 from torch import Tensor
 
 from bomkern import ConstraintTable
-from bomkern.dispatch import triton as bridge
-from tests.ops.test_min_goal_triton import (
-    BF16,
-    CONSTRAINTS,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    MEAN,
-    MIN,
-    MIXED,
-    NONE,
-    SUM,
-    make,
-    table,
-)
+from bomkern.dispatch import triton as triton_ops
+from tests.support.triton_device import BF16, DOUBLE, FLOAT, HALF
+from tests.support.triton_goals import CONSTRAINTS, MEAN, MIN, MIXED, NONE, SUM, make, table
 
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM, "min": MIN}
 Call = Callable[[], Any]
@@ -65,7 +53,7 @@ def both_ways(case: Case, batch: int | None = None) -> tuple[Call, Call]:
 
 
 def laid(name: str, *dtypes: torch.dtype) -> Callable[[int], list[Tensor]]:
-    """Six of them, in one of the layouts of tests/ops/test_min_goal_triton.py."""
+    """Six of them, in one of the layouts of tests/support/triton_goals.py."""
     return lambda batch: make(name, batch, list(dtypes) or [FLOAT])
 
 
@@ -106,7 +94,7 @@ def min_goal_cases() -> list[Case]:
             given = goals(batch)
             params, curves = table(constraints, DOUBLE if any(g.dtype == DOUBLE for g in given) else FLOAT)
             leaves = [g for g in given if g.requires_grad]
-            return lambda: bridge.min_goal(given, params, curves, reduction, stats), leaves
+            return lambda: triton_ops.min_goal(given, params, curves, reduction, stats), leaves
 
         return Case("min_goal", kind, name, batch, prepare)
 
@@ -149,7 +137,7 @@ def goal_set_cases() -> list[Case]:
             made = ConstraintTable((MIXED * 11)[: len(groups)], dtype=dtype)
             weights = torch.ones(groups[-1] + 1, dtype=dtype) if multipliers else None
             rest = (made.params, made.curves, groups, torch.full((), 0.1, dtype=dtype), reduction, weights)
-            return lambda: bridge.goal_set(given, *rest), [g for g in given if g.requires_grad]
+            return lambda: triton_ops.goal_set(given, *rest), [g for g in given if g.requires_grad]
 
         return Case("goal_set", kind, name, batch, prepare)
 
@@ -211,7 +199,7 @@ def hows(op: str, kind: str, batch: int, call: Callable[..., Any], dims: int, co
 
 
 def gaussian_kl_cases() -> list[Case]:
-    op, call = "gaussian_kl", bridge.gaussian_kl
+    op, call = "gaussian_kl", triton_ops.gaussian_kl
     return [
         *hows(op, "always", 90, call, 24, 2, 1, 0.0),
         Case(op, "always", "blocks of 4", 90, on_matrices(call, 24, 2, 4, 0.3)),
@@ -225,11 +213,11 @@ def gaussian_kl_cases() -> list[Case]:
 
 def consistency_variance_cases() -> list[Case]:
     def call(*given: Any) -> Tensor:
-        return bridge.consistency_variance(given[:-1], given[-1])
+        return triton_ops.consistency_variance(given[:-1], given[-1])
 
     def stacked(batch: int) -> tuple[Call, Sequence[Tensor]]:
         views = torch.rand(3, batch, 24, requires_grad=True)
-        return lambda: bridge.consistency_variance([views], 1.0), [views]
+        return lambda: triton_ops.consistency_variance([views], 1.0), [views]
 
     op = "consistency_variance"
     return [
@@ -241,7 +229,7 @@ def consistency_variance_cases() -> list[Case]:
 
 
 def active_units_cases() -> list[Case]:
-    op, call = "active_units", bridge.active_units
+    op, call = "active_units", triton_ops.active_units
     return [
         *hows(op, "one program", 90, call, 24, 1, 0.01, 0.1),
         *hows(op, "many programs", 3000, call, 24, 1, 0.01, 0.1),
@@ -250,7 +238,7 @@ def active_units_cases() -> list[Case]:
 
 
 def latent_statistics_cases() -> list[Case]:
-    op, call, units = "latent_statistics", bridge.latent_statistics, (0.01, 0.1)
+    op, call, units = "latent_statistics", triton_ops.latent_statistics, (0.01, 0.1)
     cases = [
         *hows(op, "one program", 90, call, 24, 3, *units),
         *hows(op, "many programs", 3000, call, 24, 3, *units),
@@ -266,7 +254,7 @@ def latent_statistics_cases() -> list[Case]:
 
 
 def covariance_penalty_cases() -> list[Case]:
-    op, call = "covariance_penalty", bridge.covariance_penalty
+    op, call = "covariance_penalty", triton_ops.covariance_penalty
     cases = []
     for per_sample, dual, expanded, normalize in itertools.product((True, False), repeat=4):
         if expanded and not per_sample:
@@ -288,7 +276,7 @@ def covariance_penalty_cases() -> list[Case]:
 
 
 def total_correlation_cases() -> list[Case]:
-    op, call = "total_correlation", bridge.total_correlation
+    op, call = "total_correlation", triton_ops.total_correlation
 
     def rows(batch: int) -> tuple[Call, Sequence[Tensor]]:
         z, mu, logvar = (torch.rand(n, 10, requires_grad=True) for n in (batch // 2, batch, batch))

@@ -1,0 +1,49 @@
+"""Rows, a rival that owns some of them, and how lazy goals of them are held against plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bomkern import Minimize, lazy, min_goal_loss
+from tests.support.lazy_problem import plain
+
+DOUBLE = torch.float64
+ONE = Minimize(1.0)
+Net = nn.Module
+
+
+def rows(batch: int = 16, width: int = 4) -> Tensor:
+    return torch.randn(batch, width, dtype=DOUBLE, generator=torch.Generator().manual_seed(batch))
+
+
+def rivals(batch: int = 16, high: float = 3.0) -> Tensor:
+    """A goal that owns some of the rows, not the first of them."""
+    return torch.linspace(high, 0, batch, dtype=DOUBLE)
+
+
+def linear(width: int = 4) -> Net:
+    torch.manual_seed(0)
+    return nn.Linear(width, width).double()
+
+
+def check(goals: Any, leaves: Any, steps: int = 3, route: str = "always") -> None:
+    """``goals(wrap)`` have the same gradient lazily, and leave the generator where they leave it plainly."""
+    leaves = list(leaves)
+    for step in range(steps):
+        found = []
+        for wrap in (plain, lazy):
+            torch.manual_seed(step)
+            loss = min_goal_loss(goals(wrap), ONE, route=route)
+            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            found.append((loss.detach(), torch.rand(3), *grads))  # type: ignore[union-attr]
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b, rtol=1e-11, atol=1e-14)
+        assert any(g.any() for g in grads)
+
+
+def step_alone(fn: Any, *args: Any, route: str = "always") -> Tensor:
+    """The loss of one lazy goal, of some of whose rows another goal is the bottleneck."""
+    return min_goal_loss([lazy(fn, *args), rivals(len(args[0]))], ONE, route=route)  # type: ignore[return-value]
