@@ -4,6 +4,7 @@
 #include "autograd.h"
 #include "checks.h"
 #include "goals.h"
+#include "launch.h"
 #include "min_goal_cpu.h"
 #include "route.h"
 
@@ -72,36 +73,12 @@ template <class S, bool Cuda> struct Call {
   }
 };
 
-#ifdef BOMKERN_CUDA
-Tensor workspace_of(size_t bytes, const Tensor& like) {
-  return bytes ? at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte)) : Tensor();
-}
-
-template <class S> void run_cuda(const Forward<S>& a, const Tensor& like) {
-  const c10::cuda::CUDAGuard guard(like.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor workspace = workspace_of(cuda_forward_workspace(a), like);
-  const auto error = cuda_forward(a, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream.stream());
-  TORCH_CHECK(error == cudaSuccess, "min_goal: the CUDA launch failed: ", cudaGetErrorString(error));
-}
-
-template <class S> void run_cuda(const Backward<S>& a, const Tensor& like) {
-  const c10::cuda::CUDAGuard guard(like.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor workspace = workspace_of(cuda_backward_workspace(a), like);
-  const auto error = cuda_backward(a, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream.stream());
-  TORCH_CHECK(error == cudaSuccess, "min_goal_backward: the CUDA launch failed: ", cudaGetErrorString(error));
-}
-#endif
-
 template <class S, bool Cuda>
 Call<S, Cuda> run(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves, int64_t reduction, bool stats,
             const Problem& problem) {
   Call<S, Cuda> call(goals, params, curves, static_cast<Reduction>(reduction), stats, problem);
   if constexpr (Cuda) {
-#ifdef BOMKERN_CUDA
-    run_cuda(call.args, goals[0]);
-#endif
+    bomkern::launch<true>("min_goal", cpu_kernels(), call.args, goals[0]);
   } else {
     run_cpu(call.args);
   }
@@ -162,9 +139,7 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
                 static_cast<DType>(dtype[i])};
   }
   if constexpr (Cuda) {
-#ifdef BOMKERN_CUDA
-    run_cuda(a, slope);
-#endif
+    bomkern::launch<true>("min_goal_backward", cpu_kernels(), a, slope);
     return grads;
   }
   const auto backward = backward_of(cpu_kernels(), S{});
