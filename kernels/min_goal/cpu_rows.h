@@ -31,6 +31,10 @@ template <class S> inline typename Lanes<S>::Vec load_goal(const Goals& g, int k
     }
   }
   if (stride == 0) return splat<V>(load_one<S>(data, g.dtype[k], 0));
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the loops set every lane
+#endif
   V v;
   if (g.dtype[k] == DType::f32) {
     const float* from = static_cast<const float*>(data) + b * stride;
@@ -38,6 +42,9 @@ template <class S> inline typename Lanes<S>::Vec load_goal(const Goals& g, int k
   } else {
     for (int i = 0; i < width; ++i) v[i] = load_one<S>(data, g.dtype[k], (b + (i < n ? i : n - 1)) * stride);
   }
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
   return v;
 }
 
