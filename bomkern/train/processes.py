@@ -74,8 +74,8 @@ def say(text: str, why: Exception | None = None) -> None:
         _tell_others()
 
 
-# torchrun ends all processes as soon as one exits with an error, which rank 0 must have printed by then. A barrier would
-# wait for `TIMEOUT` where a rank is still in another collective; torchrun's store answers in any state.
+# torchrun ends all processes as soon as one exits with an error, which rank 0 must have printed by then. A barrier
+# would wait for `TIMEOUT` where a rank is still in another collective; torchrun's store answers in any state.
 def _store() -> dist.TCPStore:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=PRINT_TIMEOUT)
