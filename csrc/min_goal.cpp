@@ -1,4 +1,4 @@
-// min_goal: argument checks, autograd node and dispatch. The arithmetic is in kernels/min_goal/.
+// min_goal: argument checks, its own autograd node, and dispatch. The arithmetic is in kernels/min_goal/.
 #include <torch_headers.h>
 
 #include "autograd.h"
@@ -111,7 +111,7 @@ StatsResult min_goal_stats(TensorList goals, const std::optional<Tensor>& params
                 : result(run<float, Cuda>(goals, params, curves, reduction, true, p));
 }
 
-// The gradients wanted: for each its goal's index (0 for the [B, K] matrix), dim of the goal's tensor, and DType.
+// For each wanted gradient: index of its goal (0 for the [B, K] matrix), dim of that goal's tensor, and its DType.
 template <class S, bool Cuda>
 std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch,
                                  int64_t count, at::IntArrayRef index, at::IntArrayRef dim,
@@ -158,7 +158,7 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
   return grads;
 }
 
-// What forward kept, and the gradients that are asked for.
+// Checks what forward saved, and which gradients are wanted.
 void check_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch, int64_t count,
                     at::IntArrayRef index, at::IntArrayRef dim, at::IntArrayRef dtype, int64_t reduction) {
   check_reduction(reduction);
@@ -194,7 +194,7 @@ using ReferenceOp = Tensor(TensorList, const std::optional<Tensor>&, at::IntArra
 
 struct MinGoalBackward : bomkern::Node {
   SavedVariable winner, slope;
-  // For a second derivative alone, which no other backward reads.
+  // For a second derivative alone.
   std::vector<SavedVariable> goals;
   std::optional<SavedVariable> params;
   c10::SmallVector<int64_t, 16> curves;
@@ -213,7 +213,7 @@ struct MinGoalBackward : bomkern::Node {
     if (params) params->reset_data();
   }
 
-  // By the reference, for those that `index` names.
+  // Returns differentiable gradients, by the reference, for the goals in `index`.
   variable_list differentiable(const variable_list& grads, at::IntArrayRef index,
                                                 const std::vector<Tensor>& inputs) const {
     static const auto op = operator_named<ReferenceOp>("bomkern::min_goal_reference", "");
@@ -307,7 +307,7 @@ StatsResult min_goal_stats_autograd(TensorList goals, const std::optional<Tensor
 Result min_goal_autograd(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
                          int64_t reduction, int64_t route) {
   static const auto op = operator_named<ForwardOp>("bomkern::min_goal", "");
-  if (route && !goals.empty() && goals[0].is_cuda()) {  // the shares are what is sent to the host
+  if (route && !goals.empty() && goals[0].is_cuda()) {  // the shares are copied to the host
     const auto out = min_goal_stats_autograd(goals, params, curves, reduction, route);
     return {std::get<0>(out), std::get<1>(out), std::get<2>(out)};
   }

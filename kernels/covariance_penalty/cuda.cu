@@ -1,4 +1,4 @@
-// covariance_penalty on the GPU: of each stage which kernel, how many blocks, how the workspace is laid out.
+// covariance_penalty on the GPU: the kernel of each stage, its number of blocks, and the layout of its workspace.
 #include "cuda_columns.h"
 #include "cuda_products.h"
 
@@ -14,7 +14,8 @@ template <class S> Matrix numbers(const S* data, int64_t dims) {
   return {data, {dims, 1}, dtype_of_number<S>};
 }
 
-// How a stage is launched, and the bytes of its workspace. lay_out() gives it for pieces of W, and the kernel's argument.
+// The launch of a stage, and the bytes of its workspace. lay_out() returns it for pieces of W, and fills in the kernel's
+// argument.
 struct Grid {
   int64_t blocks = 1;
   int threads = column_threads;

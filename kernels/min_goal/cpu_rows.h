@@ -198,7 +198,7 @@ template <class To, class S>
 void write_matrix(To* out, const S* value, const uint8_t* winner, int count, int n, DType dtype) {
   __builtin_memset(out, 0, sizeof(To) * n * count);
   for (int i = 0; i < n; ++i) {
-    // Where it came from a caller of the op, it may be no goal at all.
+    // A winner that a caller of the op passes may be out of range.
     if (winner[i] < count) out[int64_t(i) * count + winner[i]] = narrow_to<To>(value[i], dtype);
   }
 }
@@ -214,7 +214,7 @@ void write_gradient(To* out, const Backward<S>& a, const min_goal::Gradient& g, 
   }
 }
 
-// What backward knows of samples [b, b + n): their bottlenecks, and the loss's gradient there.
+// The bottlenecks of samples [b, b + n), and the gradient of the loss there.
 template <class S>
 const uint8_t* gradients_of(const Backward<S>& a, int64_t b, int n, S* value, uint8_t* scratch) {
   if (a.worst) {  // one entry of the whole batch takes it all

@@ -23,7 +23,7 @@ struct Device {
   int multiprocessors;
 };
 
-// What the driver loaded counts, not what the device is: PTX for 8.0 runs on a 9.0 too, and holds no clusters.
+// The code that the driver loaded decides, not the device: PTX for 8.0 also runs on a 9.0, without clusters.
 cudaError_t device_of(Device* device) {
   static std::atomic<int> known[64];
   int id = 0, multiprocessors = 0;
@@ -51,12 +51,12 @@ struct Plan {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Enough threads for a block's share of the batch, at most max_threads: they come round again for the rest.
+// Enough threads for a block's share of the batch, at most max_threads, which loop over the rest.
 int threads_for(int64_t samples) {
   return int(min(ceil_div(samples, warp_rows), int64_t(max_threads / 32))) * 32;
 }
 
-// Of a grid's blocks: small ones, so that every multiprocessor has some, until there are four for each.
+// Threads of a grid's blocks: blocks stay small until every multiprocessor has four.
 int grid_threads_for(int64_t batch, int multiprocessors) {
   int threads = int(least_grid_threads);
   while (threads < most_grid_threads && ceil_div(batch, threads * rows) > int64_t(multiprocessors) * 4) threads *= 2;

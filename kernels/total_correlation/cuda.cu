@@ -45,7 +45,7 @@ int multiprocessors() {
   return max(count, 1);
 }
 
-// Hands out pieces of the workspace; where there is none yet, counts their bytes.
+// Allocates pieces of the workspace; with a null base it only counts their bytes.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<unsigned char*>(base)) {}
@@ -279,7 +279,7 @@ template <class S> struct BackwardPlan {
     bytes = workspace.bytes();
   }
 
-  // What a square has of `count` rows or components: a full side, or the rest.
+  // The part of `count` rows or components in a square: a full side, or the rest.
   static std::array<int, 2> sizes(int64_t count, int side) {
     return {side, count % side ? int(count % side) : side};
   }

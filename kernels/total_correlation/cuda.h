@@ -10,7 +10,7 @@
 namespace bomkern {
 namespace total_correlation {
 
-// What a block's registers and shared memory hold of one row.
+// The dimensions of one row that a block's registers and shared memory hold.
 template <class S> constexpr int64_t max_cuda_dims = 8192 / int64_t(sizeof(S));
 
 BOMKERN_CUDA_OP_DECLARE

@@ -205,7 +205,7 @@ template <class S> void check(const Setting& s) {
   expect(error == cudaSuccess, "forward's error", 0, error, 0);
   workspace.check_guards("forward's workspace");
   out.check_guards("out"), joint.check_guards("joint"), marginal.check_guards("marginal");
-  // Of the rounding of t: a relative error of the largest exponents, which far and wide data bring along.
+  // The rounding of t is a relative error of the largest exponents, which far and wide data have.
   const auto exponents_of = [](Data data) {
     switch (data) {
       case Data::wide: return 100.0;
