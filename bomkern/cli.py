@@ -13,11 +13,12 @@ from typing import NoReturn
 
 from .train.config import IMAGE_SIZES, LEAST_BATCH, PRECISIONS, REDUCTIONS, SCALES, STRATEGIES, Config, TrainError
 
+READER_GONE = 128 + 13  # SIGPIPE: what a shell reports for other tools
 EXTRA = ("lightning_fabric", "matplotlib", "PIL", "skimage", "sklearn", "tensorboard", "torchmetrics", "tqdm")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
+    """A parser that reports a bad argument in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -102,11 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 def _info() -> int:
     import bomkern
 
-    describe = getattr(bomkern, "info", None)
-    if describe is None:
-        print(f"bomkern {bomkern.__version__}")
-    else:
-        print(describe())
+    print(bomkern.info())
     return 0
 
 
@@ -117,7 +114,7 @@ def _diagnose(folder: str, as_json: bool, report: bool) -> int:
     try:
         try:
             diagnosis, written = diagnose_folder(folder, report)
-        except OSError as why:  # a folder that cannot be written to can be read all the same
+        except OSError as why:  # the folder may be readable but not writable
             trouble = why
             diagnosis, written = diagnose_folder(folder, False)
     except (OSError, ValueError, TypeError) as why:
@@ -159,6 +156,19 @@ def _train(given: dict[str, object]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code; bad arguments exit with 2."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # `bomkern info | head` has read enough
+        # Python flushes stdout again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
     if command == "info":

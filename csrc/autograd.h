@@ -1,4 +1,4 @@
-// One autograd node for every op: it keeps tensors, and a function that makes their gradients.
+// The autograd node of the ops, except for min_goal, which has its own: saved tensors, and functions for the gradients.
 #pragma once
 #include "op.h"
 
@@ -9,15 +9,15 @@
 
 namespace bomkern {
 
-// From the gradients of the results (undefined where there is none), the tensors kept, and which inputs want one: the
-// gradients of the inputs, undefined where not wanted.
+// Returns the gradients of the inputs, undefined where not wanted, from the gradients of the results (undefined where there
+// is none), the saved tensors, and which inputs want a gradient.
 using Pull = std::function<variable_list(const variable_list& grads, const std::vector<Tensor>& kept, const std::vector<bool>& want)>;
 
-// The gradients of the inputs as `Pull` gives them, by the reference (bomkern/dispatch/double_backward.py) and differentiable themselves; from
-// the inputs in their graph.
+// Returns the same gradients in a differentiable form, by the reference (bomkern/dispatch/double_backward.py), from the
+// inputs in their graph.
 using Again = std::function<variable_list(const variable_list& grads, const std::vector<Tensor>& inputs, const std::vector<bool>& want)>;
 
-// The gradients by `inputs` of which one is wanted, themselves differentiable, in the places of `want`.
+// Returns differentiable gradients of the inputs that want one, in the positions of `want`; the others are undefined.
 inline variable_list differentiable_gradients(const variable_list& results, const variable_list& grads,
                                               const std::vector<Tensor>& inputs, const std::vector<bool>& want) {
   variable_list out(want.size()), by, from, given;
@@ -37,14 +37,14 @@ inline variable_list differentiable_gradients(const variable_list& results, cons
   return out;
 }
 
-// Under torch.func.vjp a backward runs when the level that recorded it is gone: whether something requires grad, and
-// gradients by it, are then to be asked of an alias, which is a tensor of the level that is there.
+// Under torch.func.vjp a backward runs after the level that recorded it has ended. An alias is a tensor of the current level,
+// so requires_grad() and gradients are right for it.
 inline Tensor unpack(const SavedVariable& one) {
   const Tensor x = one.unpack();
   return x.defined() && at::GradMode::is_enabled() ? at::alias(x) : x;
 }
 
-// An `Again` from a function that makes the results again.
+// Returns an `Again` from a function that computes the results again.
 template <class Results> Again by_reference(Results results) {
   return [results](const variable_list& grads, const std::vector<Tensor>& inputs, const std::vector<bool>& want) {
     return differentiable_gradients(results(inputs), grads, inputs, want);
@@ -55,7 +55,7 @@ inline bool any_requires_grad(at::ArrayRef<Tensor> tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return x.defined() && x.requires_grad(); });
 }
 
-// torch's older vmap, which is_grads_batched and vectorize ask for, has no rule for an op that takes or gives lists.
+// torch's older vmap, which is_grads_batched and vectorize use, has no rule for an op that takes or returns lists.
 inline void refuse_batched(const variable_list& grads, const char* op) {
   for (const Tensor& grad : grads) {
     TORCH_CHECK_NOT_IMPLEMENTED(!grad.defined() || !is_legacy_batched(grad), op,
@@ -66,10 +66,10 @@ inline void refuse_batched(const variable_list& grads, const char* op) {
 struct OpBackward : Node {
   std::string op;
   std::vector<SavedVariable> saved;
-  std::vector<SavedVariable> inputs;  // for a second derivative alone: no other backward reads them
+  std::vector<SavedVariable> inputs;  // for a second derivative alone
   Pull pull;
   Again again;
-  size_t count = 0;  // of the inputs that may have a gradient
+  size_t count = 0;  // inputs that may have a gradient
 
   std::string name() const override { return "bomkern::" + op + "_backward"; }
 
@@ -103,8 +103,7 @@ struct OpBackward : Node {
   }
 };
 
-// What an op's Autograd kernel does: `run` calls the op below autograd, with whether there will be a gradient; `results`
-// are those of its outputs that have one; `keep` are the tensors that `pull` needs.
+// An op's Autograd kernel: construct it from the differentiable inputs, call run(), then finish().
 class Differentiable {
  public:
   Differentiable(const char* op, at::TensorList inputs) {
@@ -127,8 +126,8 @@ class Differentiable {
     return run();
   }
 
-  // Call once, after run(). An output among `keep` is kept detached: its history would hold the node that holds it. `given`:
-  // what `again` needs, the inputs first.
+  // Records the node; call it once. `results` are the differentiable outputs, `keep` the tensors that `pull` needs, `given`
+  // those that `again` needs, the inputs first. A result in `keep` must be detached: its history would hold this node.
   void finish(const std::vector<Tensor>& results, at::TensorList keep, Pull pull, at::TensorList given, Again again) const {
     if (!node_) return;
     for (const Tensor& x : keep) node_->saved.emplace_back(x, false);
@@ -144,7 +143,7 @@ class Differentiable {
 
 inline std::optional<Tensor> maybe(const Tensor& x) { return x.defined() ? std::optional(x) : std::nullopt; }
 
-// An op's gradients as `Pull` returns them.
+// Returns an op's gradients in the form of `Pull`.
 template <class... T> variable_list wanted(const std::tuple<T...>& made, const std::vector<bool>& want) {
   variable_list out = std::apply([](const auto&... x) { return variable_list{x...}; }, made);
   for (size_t i = 0; i < out.size(); ++i) {

@@ -29,7 +29,7 @@ inline void check_matrix(std::string_view name, const Tensor& x, std::string_vie
                     x.sizes());
 }
 
-// (B, D, whether float64) of tensors that must all be [B, D], B >= `least`, on one device.
+// Checks that all tensors are [B, D] with B >= `least` on one device, and returns their common shape.
 inline Shape check_matrices(int64_t least, std::initializer_list<Named> given) {
   const auto& [first, model] = *given.begin();
   bool wide = false;
@@ -45,13 +45,13 @@ inline Shape check_matrices(int64_t least, std::initializer_list<Named> given) {
   return shape;
 }
 
-// What a backward op is given beside the inputs of forward.
+// Checks an argument that a backward op takes beside the inputs of forward.
 inline void check_given(std::string_view name, const Tensor& x, at::IntArrayRef size, at::ScalarType type) {
   TORCH_CHECK_VALUE(x.sizes() == size, name, " must have shape ", size, ", got ", x.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
 }
 
-// What forward kept.
+// Checks a tensor that forward saved.
 inline void check_kept(std::string_view name, const Tensor& x, at::IntArrayRef size, at::ScalarType type) {
   check_given(name, x, size, type);
   TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous, as forward returned it");

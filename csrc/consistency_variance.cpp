@@ -22,7 +22,7 @@ struct Problem : Shape {
   bool stacked;  // one [V, B, D] tensor, not V tensors
 };
 
-// The same checks as bomkern/common/checks.py makes for the implementations in Python.
+// Makes the same checks as bomkern/common/checks.py for the implementations in Python.
 Problem check(TensorList views, double correction) {
   const bool stacked = views.size() == 1 && views[0].dim() == 3;
   const int64_t count = stacked ? views[0].size(0) : static_cast<int64_t>(views.size());

@@ -48,7 +48,7 @@ Tensor covariance_penalty_backward(const Tensor& grad, const Tensor& z, const Te
   Tensor out;
   bomkern::with_number(shape.wide, [&](auto zero) {
     using S = decltype(zero);
-    // The penalty is the mean of the parts: each has the same share of its gradient.
+    // The penalty is the mean of the parts, so each part has the same share of its gradient.
     const S share = per_sample ? S(0) : *grad.const_data_ptr<S>() / static_cast<S>(shape.batch);
     const auto weight = per_sample ? bomkern::describe_grad<S>(grad) : bomkern::RowGrad<S>{&share, 0};
     out = OnCpu<S>(z, offset, inverse).backward(weight, product, second, normalize);

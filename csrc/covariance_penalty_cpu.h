@@ -1,7 +1,7 @@
 // covariance_penalty on the CPU: the kernels' stages around a library's matrix products.
 //
-// Products run on one thread each, inside tasks that the shape alone decides: a library that spreads one product over its
-// threads gives other bits with another number of them.
+// Each product runs on one thread, inside tasks that depend on the shape alone. A library that spreads one product over its
+// threads returns other bits when their number changes.
 #pragma once
 #include "../kernels/covariance_penalty/covariance_penalty.h"
 #include "launch.h"
@@ -13,8 +13,8 @@
 
 namespace bomkern::covariance_penalty {
 
-// While it lives, this thread's products are cut for one thread. MKL takes one in a parallel region anyway, but cuts for as
-// many as there could be, and so gives other bits.
+// Makes MKL divide this thread's products for one thread while the object lives. In a parallel region MKL runs on one thread
+// anyway, but it divides the work for all threads, which changes the bits.
 class OneThread {
  public:
   OneThread() : before_(set_product_threads(1)) {}
@@ -31,12 +31,12 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // out, prod
 inline const CpuStages<float>& stages_of(float) { return cpu_kernels().f32; }
 inline const CpuStages<double>& stages_of(double) { return cpu_kernels().f64; }
 
-// Numbers in someone's memory as a matrix, rows `stride` apart.
+// Returns a matrix over existing memory, with rows `stride` apart.
 template <class S> Tensor matrix(S* data, int64_t rows, int64_t columns, int64_t stride) {
   return at::from_blob(data, {rows, columns}, {stride, 1}, at::TensorOptions(c10::CppTypeToScalarType<S>::value));
 }
 
-// One call: its shape, how it is cut, and its stages.
+// One call: its shape, its chunks, and its stages.
 template <class S> class OnCpu {
  public:
   OnCpu(const Tensor& z, const Tensor& offset, const Tensor& inverse)
@@ -45,7 +45,7 @@ template <class S> class OnCpu {
     const auto n = static_cast<double>(batch_);
     share_ = 1 / (n - 1);
     alpha_ = 2 * n / (n - 1) / static_cast<double>(dims_);
-    // Rows of a task: x of them stays in L2, and a product of so many is worth a call.
+    // Rows per task: their x stays in L2, and the product is large enough to be worth a call.
     chunk_ = gram() ? std::clamp<int64_t>((batch_ + 7) / 8, 16, 256) : std::max<int64_t>(128, 32768 / dims_);
     chunks_ = (batch_ + chunk_ - 1) / chunk_;
     in_doubles_ = std::is_same_v<S, float> && loses_digits(at::Float32Backend::MKLDNN);
@@ -57,7 +57,7 @@ template <class S> class OnCpu {
     return gram() ? forward_gram(per_sample, save) : forward_columns(per_sample, save);
   }
 
-  // `weight`: the gradient of each part. product, second: as forward returned them.
+  // `weight` is the gradient of each part; `product` and `second` are forward's outputs.
   Tensor backward(RowGrad<S> weight, const Tensor& product, const Tensor& second, bool normalize) const {
     // A mean's gradient arrives as the same number B times.
     if (all_equal(weight)) weight.stride = 0;
@@ -70,7 +70,7 @@ template <class S> class OnCpu {
   int64_t batch_, dims_, chunk_, chunks_;
   double share_, alpha_;  // 1 / (B - 1); 2 B / (B - 1) / D
   Columns<S> columns_;
-  bool in_doubles_;  // whether products are made of doubles, as torch would make them of halves
+  bool in_doubles_;  // products in double, because torch would compute them in half precision
 
   bool all_equal(RowGrad<S> weight) const {
     for (int64_t b = 1; b < batch_; ++b) {
@@ -84,10 +84,10 @@ template <class S> class OnCpu {
   static S* data(const Tensor& x) { return x.defined() ? x.template mutable_data_ptr<S>() : nullptr; }
   S* row(const Tensor& x, int64_t b) const { return x.defined() ? data(x) + b * x.size(1) : nullptr; }
 
-  // f(task, numbers of this thread's own); in a parallel region even where there is one task, see above.
+  // Calls f(task, scratch of this thread), in a parallel region even for one task (see OneThread).
   template <class F> void each_task(int64_t tasks, int64_t numbers, const F& f) const {
     std::atomic<int64_t> next{0};
-    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // it orders nothing else
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // it orders no other memory
     const int64_t threads = std::min<int64_t>(std::max<int64_t>(tasks, 2), at::get_num_threads());
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       const OneThread one;
@@ -98,7 +98,7 @@ template <class S> class OnCpu {
       }
     });
   }
-  // f(first row, rows, numbers of this thread's own) for the chunks of the batch.
+  // Calls f(first row, rows, scratch of this thread) for each chunk of the batch.
   template <class F> void each_chunk(int64_t numbers, const F& f) const {
     each_task(chunks_, numbers, [&](int64_t c, S* scratch) {
       f(c * chunk_, std::min((c + 1) * chunk_, batch_) - c * chunk_, scratch);
@@ -123,9 +123,9 @@ template <class S> class OnCpu {
     product(to, matrix(a, m, k, k), b);
   }
 
-  // offdiag(x'x) scale, or offdiag(x' diag(weight) x) scale, and its sum of squares.
+  // Returns offdiag(x'x) scale, or offdiag(x' diag(weight) x) scale, and its sum of squares.
   std::pair<Tensor, double> second_moment(const RowGrad<S>* weight, double scale) const {
-    // Slices of rows, each with a sum of its own, and panels of columns, of which the lower triangle is left out.
+    // The work is split into slices of rows, each with its own sum, and panels of columns, without the lower triangle.
     const int64_t slices = std::clamp<int64_t>(std::min(chunks_, batch_ / dims_), 1, 16);
     const int64_t width = std::max<int64_t>(64, (dims_ / 4 + 15) / 16 * 16), panels = (dims_ + width - 1) / width;
     const Tensor parts = empty({slices, dims_, dims_}), out = empty({dims_, dims_});
@@ -142,8 +142,8 @@ template <class S> class OnCpu {
       }
     });
     const double squares = stages_.join_second(data(parts), slices, dims_, static_cast<S>(scale), data(out), run_tasks);
-    // A NaN stays on the diagonal, where it may be all that shows of a column. Not of weights of both signs, whose squares
-    // may overflow to either infinity: their columns show in `product`.
+    // A NaN stays on the diagonal, which may be the only place where its column shows. With weights the squares may overflow
+    // to either infinity, so the diagonal is cleared; their columns show in `product`.
     for (int64_t d = 0; weight && d < dims_; ++d) data(out)[d * dims_ + d] = 0;
     return {out, squares};
   }
@@ -208,8 +208,8 @@ template <class S> class OnCpu {
     return {out, empty({0}), k, offset_, inverse_};
   }
 
-  // h = scale weight_b (product_b, or x_b times `times`) + (more_b, or x_b times `more_times`), and from it the gradient
-  // by z. What is undefined counts as 0.
+  // Computes h = scale weight_b (product_b, or x_b times `times`) + (more_b, or x_b times `more_times`), then the gradient
+  // of z. Undefined tensors count as 0.
   struct Terms {
     Tensor product, times, more, more_times, mean, slope, pull;
   };
@@ -230,7 +230,7 @@ template <class S> class OnCpu {
   Tensor backward_columns(RowGrad<S> weight, const Tensor& product, const Tensor& o, bool normalize) const {
     Terms t;
     (product.numel() > 0 ? t.product : t.times) = product.numel() > 0 ? product : o;
-    if (weight.stride == 0) {  // both terms of h are one
+    if (weight.stride == 0) {  // both terms of h are equal
       if (normalize) {
         std::vector<double> squares(dims_);
         stages_.row_squares(data(o), dims_, squares.data());

@@ -1,8 +1,8 @@
 // covariance_penalty on the GPU: torch's memory and cuBLAS's matrix products for kernels/covariance_penalty/cuda_steps.h.
 //
-// Three products in TF32, of parts into which a kernel splits the factors, keep float32's digits, but pay only inside a
-// product of our own that splits in registers. By count, at 65,536 x 128 on an H200: to split moves 101 MB, and to multiply
-// the parts as much again, 47 us at a copy's rate; the product in float32, 2.1 GFLOP, takes some 40.
+// Splitting the factors and multiplying the parts in TF32 (three products) would keep float32's digits, but it pays only in
+// a product of our own that splits in registers. By count, at 65,536 x 128 on an H200: the split moves 101 MB and the
+// products as much again, 47 us at a copy's rate. The float32 product, 2.1 GFLOP, takes about 40 us.
 #pragma once
 #include "../kernels/covariance_penalty/cuda_steps.h"
 #include "launch.h"
@@ -24,9 +24,9 @@ template <class S> struct TorchLibrary {
   Tensor empty(int64_t rows, int64_t columns) const { return fresh_numbers({rows, columns}); }
   S* data(const Tensor& x) const { return x.mutable_data_ptr<S>(); }
   Tensor transposed(const Tensor& x) const { return x.t(); }
-  // Straight to the CUDA backend: through the dispatcher, autocast might make halves of it.
+  // Calls the CUDA backend directly, because autocast in the dispatcher might use half precision.
   Tensor product(const Tensor& a, const Tensor& b) const {
-    const at::NoTF32Guard digits;  // this thread's; of torch's two libraries cuBLAS heeds it, cuBLASLt does not
+    const at::NoTF32Guard digits;  // for this thread; cuBLAS obeys it, cuBLASLt does not
     const at::AutoDispatchBelowADInplaceOrView below;
     Tensor out = empty(a.size(0), b.size(1));
     if (std::is_same_v<S, float> && at::globalContext().blasPreferredBackend() != at::BlasBackend::Cublas &&

@@ -30,15 +30,15 @@ Shape check(const Tensor& mu, const Tensor& logvar, int64_t block, double rho) {
   return shape;
 }
 
-// A block of the prior of so many dimensions: its inverse, and what it adds to twice the constant.
+// A block of the prior with `dims` dimensions: its inverse, and its share of twice the constant.
 struct Block {
   double precision = 1, shared = 0, diagonal = 1, twice = 0;
 
   Block(int64_t dims, double rho) {
     if (dims == 1) return;
-    const double n = static_cast<double>(dims), largest = 1 - rho + n * rho;  // largest: the eigenvalue of 1, of the others 1 - rho
+    const double n = static_cast<double>(dims), largest = 1 - rho + n * rho;  // eigenvalue; the others are 1 - rho
     precision = 1 / (1 - rho), shared = precision * rho / largest;
-    diagonal = precision * (1 - rho / largest);  // not precision - shared, which would cancel as rho goes to 1
+    diagonal = precision * (1 - rho / largest);  // precision - shared would cancel as rho goes to 1
     twice = n * (diagonal - 1) + (n - 1) * std::log(1 - rho) + std::log(largest);
   }
 

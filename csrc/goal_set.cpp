@@ -78,7 +78,7 @@ Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntA
   const Tensor record = fresh<Cuda>({RecordAt(owners.count, static_cast<int>(p.count)).finite + 1}, number);
   const Tensor weight = save ? fresh<Cuda>({p.count, p.batch}, number) : fresh<Cuda>({0}, number);
   const auto table = params.expect_contiguous();
-  const Tensor given = multipliers ? multipliers->contiguous() : Tensor();  // held while the kernel reads it
+  const Tensor given = multipliers ? multipliers->contiguous() : Tensor();  // keeps the memory alive for the kernel
   bomkern::with_number(p.wide, [&](auto zero) {
     using S = decltype(zero);
     const Forward<S> a{bomkern::describe(goals, p, curves), owners, table->const_data_ptr<S>(), temperature.const_data_ptr<S>(),
@@ -90,7 +90,7 @@ Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntA
   return {loss, bottleneck, record, weight};
 }
 
-// The gradients wanted: for each its goal's index (0 for the [B, K] matrix), dim of the goal's tensor, and DType.
+// For each wanted gradient: index of its goal (0 for the [B, K] matrix), dim of that goal's tensor, and its DType.
 template <bool Cuda>
 std::vector<Tensor> goal_set_backward(const Tensor& grad, const Tensor& weight, IntArrayRef index, IntArrayRef dim,
                                       IntArrayRef dtype) {
@@ -128,8 +128,8 @@ using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, IntArrayRef
 using ReferenceOp = Tensor(TensorList, const Tensor&, IntArrayRef, IntArrayRef, const Tensor&, int64_t,
                            const std::optional<Tensor>&);
 
-// Params, temperature and multipliers as they are now, in one line: a GoalSet changes them in place after its forward, and
-// a second derivative comes later.
+// Copies params, temperature and multipliers into one vector: a GoalSet changes them in place after its forward, before a
+// second derivative reads them.
 Tensor copy_of(const Tensor& params, const Tensor& temperature, const std::optional<Tensor>& multipliers) {
   const at::AutoDispatchBelowADInplaceOrView below;
   c10::SmallVector<Tensor, 3> parts{params, temperature};
@@ -142,7 +142,7 @@ Tensor copy_of(const Tensor& params, const Tensor& temperature, const std::optio
   }
   int64_t count = 0;
   for (const Tensor& x : parts) count += x.numel();
-  const Tensor out = fresh<false>({count}, params.options());  // dispatch would take longer than all else
+  const Tensor out = fresh<false>({count}, params.options());  // dispatch would dominate the time
   auto* to = static_cast<char*>(out.mutable_data_ptr());
   for (const Tensor& x : parts) {
     std::memcpy(to, x.const_data_ptr(), x.nbytes());

@@ -1,4 +1,4 @@
-// goal_set_keep: argument checks and dispatch of what a step of goal_set leaves behind. The work is in kernels/goal_set/keep.h.
+// goal_set_keep: argument checks and dispatch for the state that a step of goal_set updates. See kernels/goal_set/keep.h.
 #include <torch_headers.h>
 
 #include "../kernels/goal_set/keep.h"
@@ -14,7 +14,7 @@ using namespace bomkern::goal_set;
 using at::Tensor;
 using at::TensorList;
 
-// A buffer that is changed in place, or the weights: `goals` numbers on the ring's device, in the ring's type.
+// Checks a buffer that is changed in place, or the weights: `goals` numbers with the ring's device and dtype.
 void check_buffer(const char* name, const Tensor& x, int64_t goals, const Tensor& ring) {
   TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == goals && x.is_contiguous(), name, " must have shape [", goals, "], got ",
                     x.sizes());
@@ -90,7 +90,7 @@ void goal_set_keep(const Tensor& record, const Tensor& ring, const Tensor& place
 using KeepOp = void(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
                     double, TensorList);
 
-// Nothing here has a gradient; autograd is only told that the buffers have changed.
+// The op has no gradient; this tells autograd that the buffers have changed.
 void goal_set_keep_autograd(const Tensor& record, const Tensor& ring, const Tensor& place, const std::optional<Tensor>& deficit,
                             const std::optional<Tensor>& by_rank, double rate, TensorList spill) {
   static const auto op = bomkern::operator_named<KeepOp>("bomkern::goal_set_keep", "");

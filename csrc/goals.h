@@ -1,4 +1,4 @@
-// Goals as PyTorch passes them, checked, and as the kernels read them.
+// Checks the goals that PyTorch passes, and describes them for the kernels.
 #pragma once
 #include "../kernels/min_goal/min_goal.h"
 #include "op.h"
@@ -16,7 +16,7 @@ struct Problem {
   bool wide;    // float64
 };
 
-// The same checks as bomkern/common/checks.py makes for the implementations in Python.
+// Makes the same checks as bomkern/common/checks.py for the implementations in Python.
 inline Problem check_goals(TensorList goals) {
   TORCH_CHECK_VALUE(!goals.empty(), "goals must name 1 to 64 goals, got an empty sequence");
   Problem p{1, static_cast<int64_t>(goals.size()), goals.size() == 1 && goals[0].dim() == 2, false};
@@ -64,7 +64,7 @@ inline Goals describe(TensorList goals, const Problem& p, at::IntArrayRef curves
   return g;
 }
 
-// The gradients that a backward op is asked for: of each the goal's index, the dim of its tensor, and its DType.
+// Checks the wanted gradients of a backward op: for each the index of its goal, the dim of its tensor, and its DType.
 inline void check_gradients(int64_t count, at::IntArrayRef index, at::IntArrayRef dim, at::IntArrayRef dtype) {
   TORCH_CHECK_VALUE(index.size() <= max_goals && index.size() == dim.size() && index.size() == dtype.size(),
                     "index, dim and dtype must have one entry for each gradient");

@@ -69,7 +69,7 @@ Gradients latent_statistics_backward(const MaybeTensors& grads, const Tensor& z,
   for (size_t i = 0; i < results; ++i) {
     const std::optional<Tensor> lazy = grads.get(i);
     if (!lazy || !lazy->defined()) continue;
-    const Tensor grad = lazy->resolve_neg();  // the dispatcher does that for tensors, but not in a list of optional ones
+    const Tensor grad = lazy->resolve_neg();  // the dispatcher does so for tensors, but not in a list of optional tensors
     const std::vector<int64_t> size = i < 3 ? std::vector{shape.batch} : i < 7 ? std::vector{shape.dims} : std::vector<int64_t>{};
     bomkern::check_given("grads[" + std::to_string(i) + "]", grad, size, shape.type());
     given[i] = i < 3 ? grad : grad.contiguous();
@@ -121,7 +121,7 @@ Result latent_statistics_autograd(const Tensor& z, const Tensor& mu, const Tenso
     const auto made = reference.call(inputs[0], inputs[1], inputs[2], threshold, temperature);
     return std::apply([](const auto&... x) { return bomkern::variable_list{x...}; }, made);
   };
-  // Detached: the history of a kept output would hold the node that holds it.
+  // Detached, because the history of a saved output would hold this node.
   autograd.finish({kl, logvar_mean, logvar_square, z_mean, z_variance, mu_mean, mu_variance, active, effective},
                   {z, mu, logvar, z_offset, mu_offset, mu_variance.detach()}, pull, {z, mu, logvar},
                   bomkern::by_reference(made_again));

@@ -1,4 +1,4 @@
-// How a bridge starts its kernels, on the CPU and on the GPU: workspace, threads, stream, errors.
+// Launches an op's kernels on the CPU or the GPU: workspace, threads, stream, errors.
 #pragma once
 #include "../kernels/common/parallel.h"
 #include "op.h"
@@ -15,17 +15,17 @@ template <class S> RowGrad<S> describe_grad(const Tensor& grad) {
   return {grad.const_data_ptr<S>(), grad.stride(0)};
 }
 
-// Each thread takes the next task there is: one that is slower, or shares its core, takes fewer.
+// Each thread takes the next free task, so a slower thread takes fewer.
 inline void run_tasks(int64_t tasks, void (*run)(void*, int64_t), void* state) {
   std::atomic<int64_t> next{0};
-  const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // it orders nothing else
+  const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // it orders no other memory
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     for (int64_t task = take(); task < tasks; task = take()) run(state, task);
   });
 }
 
-// Starts the kernels for `a`, an op's Forward or Backward. On the CPU `kernels` is what the op's cpu_kernels() gave; on the
-// GPU the op's cuda.h, which the bridge includes, has cuda_workspace(a) and cuda_run(a, workspace, stream).
+// Launches the kernels for `a`, an op's Forward or Backward. On the CPU `kernels` is the result of the op's cpu_kernels().
+// On the GPU this calls cuda_workspace() and cuda_run() of the op's cuda.h, which the caller includes.
 template <bool Cuda, class Kernels, class Arguments>
 void launch([[maybe_unused]] const char* op, const Kernels& kernels, const Arguments& a, const Tensor& like) {
   const auto bytes = like.options().dtype(at::kByte);

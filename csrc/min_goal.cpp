@@ -1,9 +1,10 @@
-// min_goal: argument checks, autograd node and dispatch. The arithmetic is in kernels/min_goal/.
+// min_goal: argument checks, its own autograd node, and dispatch. The arithmetic is in kernels/min_goal/.
 #include <torch_headers.h>
 
 #include "autograd.h"
 #include "checks.h"
 #include "goals.h"
+#include "launch.h"
 #include "min_goal_cpu.h"
 #include "route.h"
 
@@ -72,36 +73,12 @@ template <class S, bool Cuda> struct Call {
   }
 };
 
-#ifdef BOMKERN_CUDA
-Tensor workspace_of(size_t bytes, const Tensor& like) {
-  return bytes ? at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte)) : Tensor();
-}
-
-template <class S> void run_cuda(const Forward<S>& a, const Tensor& like) {
-  const c10::cuda::CUDAGuard guard(like.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor workspace = workspace_of(cuda_forward_workspace(a), like);
-  const auto error = cuda_forward(a, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream.stream());
-  TORCH_CHECK(error == cudaSuccess, "min_goal: the CUDA launch failed: ", cudaGetErrorString(error));
-}
-
-template <class S> void run_cuda(const Backward<S>& a, const Tensor& like) {
-  const c10::cuda::CUDAGuard guard(like.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor workspace = workspace_of(cuda_backward_workspace(a), like);
-  const auto error = cuda_backward(a, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream.stream());
-  TORCH_CHECK(error == cudaSuccess, "min_goal_backward: the CUDA launch failed: ", cudaGetErrorString(error));
-}
-#endif
-
 template <class S, bool Cuda>
 Call<S, Cuda> run(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves, int64_t reduction, bool stats,
             const Problem& problem) {
   Call<S, Cuda> call(goals, params, curves, static_cast<Reduction>(reduction), stats, problem);
   if constexpr (Cuda) {
-#ifdef BOMKERN_CUDA
-    run_cuda(call.args, goals[0]);
-#endif
+    bomkern::launch<true>("min_goal", cpu_kernels(), call.args, goals[0]);
   } else {
     run_cpu(call.args);
   }
@@ -134,7 +111,7 @@ StatsResult min_goal_stats(TensorList goals, const std::optional<Tensor>& params
                 : result(run<float, Cuda>(goals, params, curves, reduction, true, p));
 }
 
-// The gradients wanted: for each its goal's index (0 for the [B, K] matrix), dim of the goal's tensor, and DType.
+// For each wanted gradient: index of its goal (0 for the [B, K] matrix), dim of that goal's tensor, and its DType.
 template <class S, bool Cuda>
 std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch,
                                  int64_t count, at::IntArrayRef index, at::IntArrayRef dim,
@@ -162,9 +139,7 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
                 static_cast<DType>(dtype[i])};
   }
   if constexpr (Cuda) {
-#ifdef BOMKERN_CUDA
-    run_cuda(a, slope);
-#endif
+    bomkern::launch<true>("min_goal_backward", cpu_kernels(), a, slope);
     return grads;
   }
   const auto backward = backward_of(cpu_kernels(), S{});
@@ -183,7 +158,7 @@ std::vector<Tensor> run_backward(const Tensor& grad, const Tensor& winner, const
   return grads;
 }
 
-// What forward kept, and the gradients that are asked for.
+// Checks what forward saved, and which gradients are wanted.
 void check_backward(const Tensor& grad, const Tensor& winner, const Tensor& slope, int64_t batch, int64_t count,
                     at::IntArrayRef index, at::IntArrayRef dim, at::IntArrayRef dtype, int64_t reduction) {
   check_reduction(reduction);
@@ -219,7 +194,7 @@ using ReferenceOp = Tensor(TensorList, const std::optional<Tensor>&, at::IntArra
 
 struct MinGoalBackward : bomkern::Node {
   SavedVariable winner, slope;
-  // For a second derivative alone, which no other backward reads.
+  // For a second derivative alone.
   std::vector<SavedVariable> goals;
   std::optional<SavedVariable> params;
   c10::SmallVector<int64_t, 16> curves;
@@ -238,7 +213,7 @@ struct MinGoalBackward : bomkern::Node {
     if (params) params->reset_data();
   }
 
-  // By the reference, for those that `index` names.
+  // Returns differentiable gradients, by the reference, for the goals in `index`.
   variable_list differentiable(const variable_list& grads, at::IntArrayRef index,
                                                 const std::vector<Tensor>& inputs) const {
     static const auto op = operator_named<ReferenceOp>("bomkern::min_goal_reference", "");
@@ -332,7 +307,7 @@ StatsResult min_goal_stats_autograd(TensorList goals, const std::optional<Tensor
 Result min_goal_autograd(TensorList goals, const std::optional<Tensor>& params, at::IntArrayRef curves,
                          int64_t reduction, int64_t route) {
   static const auto op = operator_named<ForwardOp>("bomkern::min_goal", "");
-  if (route && !goals.empty() && goals[0].is_cuda()) {  // the shares are what is sent to the host
+  if (route && !goals.empty() && goals[0].is_cuda()) {  // the shares are copied to the host
     const auto out = min_goal_stats_autograd(goals, params, curves, reduction, route);
     return {std::get<0>(out), std::get<1>(out), std::get<2>(out)};
   }

@@ -1,4 +1,4 @@
-// min_goal on the CPU: ranges of samples side by side, whose parts are added in order, whoever was first.
+// min_goal on the CPU: ranges of samples run in parallel, and their partial results are added in a fixed order.
 #pragma once
 #include "../kernels/min_goal/min_goal.h"
 
@@ -16,7 +16,7 @@ inline const auto& backward_of(const CpuKernels& kernels, double) { return kerne
 
 inline int64_t chunks_of(int64_t batch) { return (batch + chunk - 1) / chunk; }
 
-// Adds the ranges' parts in order.
+// Adds the partial results in order.
 template <class S> void finish(const Forward<S>& a, const Partial* parts, int64_t ranges) {
   double loss = 0;
   bool finite = true;

@@ -1,4 +1,4 @@
-// bomkern._C: importing it registers the ops; build() tells what it was built with.
+// bomkern._C: importing it registers the ops; build() describes how it was built.
 #include "../kernels/common/cpu_features.h"
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// What every op's bridge needs: tensors' types and fresh tensors.
+// Types of tensors and new tensors, for every op.
 #pragma once
 #include "../kernels/common/dtype.h"
 
@@ -25,19 +25,19 @@ inline bool is_float(at::ScalarType type) {
   return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
 }
 
-// A large result is memory that the system has just handed out: touching it first costs a page fault each 4 KB, several
-// times what computing it does. As 2 MB pages, which Linux mostly gives only to those who ask, it costs little.
+// The first write to new memory costs a page fault for each 4 KB, several times the cost of computing a large result. With
+// pages of 2 MB, which Linux mostly gives only on request, the faults cost little.
 inline void ask_for_huge_pages(const Tensor& x) {
 #if defined(__linux__)
   constexpr size_t least = 4 << 20, page = 4096;
   if (x.nbytes() < least) return;
   const auto begin = (reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) + page - 1) / page * page;
-  // NOLINTNEXTLINE(performance-no-int-to-ptr): the next page's address can only be computed
-  madvise(reinterpret_cast<void*>(begin), x.nbytes() - page, MADV_HUGEPAGE);  // advice: where refused, nothing is lost
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): the address of the next page has to be computed
+  madvise(reinterpret_cast<void*>(begin), x.nbytes() - page, MADV_HUGEPAGE);  // only advice
 #endif
 }
 
-// Straight to the CPU's allocator: a small call makes a dozen tensors, and dispatch is most of what each costs.
+// Calls the CPU's allocator directly: a small call makes a dozen tensors, and dispatch is most of the cost of each.
 template <bool Cuda> Tensor fresh(at::IntArrayRef size, const at::TensorOptions& options) {
   if constexpr (Cuda) {
     return at::empty(size, options);
@@ -48,13 +48,13 @@ template <bool Cuda> Tensor fresh(at::IntArrayRef size, const at::TensorOptions&
   }
 }
 
-// A gradient of x, contiguous, or no elements where it is not wanted.
+// Returns a contiguous gradient of x, or a tensor without elements where none is wanted.
 template <bool Cuda> Tensor fresh_like(const Tensor& x, bool want) {
   return want ? fresh<Cuda>(x.sizes(), x.options()) : fresh<Cuda>({0}, x.options());
 }
 inline void* data_of(const Tensor& x, bool want) { return want ? x.mutable_data_ptr() : nullptr; }
 
-// f with a number of the type that the arithmetic is done in.
+// Calls f with a zero of the type of the arithmetic.
 template <class F> void with_number(bool wide, const F& f) {
   if (wide) {
     f(0.0);

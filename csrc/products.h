@@ -1,4 +1,4 @@
-// Matrix products that keep float32's digits, whatever torch has been told to give up for speed: bomkern/common/products.py in C++.
+// Whether torch's matrix products lose float32's digits by its settings: bomkern/common/products.py in C++.
 #pragma once
 #include <torch_headers.h>
 
@@ -8,7 +8,7 @@
 
 namespace bomkern {
 
-// Whether oneDNN multiplies in TF32 where it may: on no CPU without AMX for float16.
+// Whether oneDNN can multiply in TF32, which takes a CPU with AMX for float16.
 inline bool cpu_has_tf32() {
 #if defined(__x86_64__)
   static const bool has = [] {
@@ -21,7 +21,7 @@ inline bool cpu_has_tf32() {
 #endif
 }
 
-// Whether torch multiplies float32 matrices in TF32 or bfloat16 there.
+// Whether torch multiplies float32 matrices in TF32 or bfloat16 by this backend.
 inline bool loses_digits(at::Float32Backend backend) {
   const auto precision = at::globalContext().float32Precision(backend, at::Float32Op::MATMUL);
   return precision == at::Float32Precision::BF16 ||

@@ -1,4 +1,4 @@
-// Which goals of a loss a backward has to reach, known on the host when it starts.
+// The goals of a loss that backward has to reach, known on the host when it starts.
 #pragma once
 #include "op.h"
 
@@ -6,15 +6,15 @@
 
 namespace bomkern {
 
-// A goal without a share in the batch has gradient zero. Given as an *undefined* gradient, autograd passes its branch by.
-// `may`: bit k for each input that may be left out; 0 for none. `groups`: the goal of each input, empty where that is itself.
+// A goal without a share in the batch has gradient zero. Autograd skips its branch if that gradient is *undefined*.
+// `may` has bit k for each input that may be left out. `groups` is the goal of each input; empty: each input is a goal.
 class Owners {
  public:
   Owners() = default;
   Owners(int64_t may, at::IntArrayRef groups) : may_(static_cast<uint64_t>(may)), groups_(groups.begin(), groups.end()) {}
 
-  // Reads the shares [G] of the forward. From a GPU they are on their way to pinned memory after this, and only `holds`
-  // waits for them. What has no values (a fake tensor, one on the meta device) leaves every branch in.
+  // Reads the shares [G] of the forward. From a GPU this starts a copy to pinned memory, for which only `holds` waits.
+  // Tensors without values, such as fake and meta tensors, leave every branch in.
   void watch(const Tensor& share) {
     if (is_python(share)) return void(may_ = 0);
     if (share.is_cpu()) {
@@ -29,7 +29,7 @@ class Owners {
     }
   }
 
-  // The winning goals themselves, on the CPU: of each sample, or [1] the place in [B, goals] of the worst entry.
+  // Reads the winners on the CPU: one for each sample, or [1] the position of the worst entry in [B, goals].
   void watch_winners(const Tensor& winner, int64_t goals) {
     if (!winner.is_cpu() || is_python(winner)) return void(may_ = 0);
     if (winner.scalar_type() == at::kLong) return void(owned_ = uint64_t(1) << (*winner.const_data_ptr<int64_t>() % goals));
@@ -39,7 +39,7 @@ class Owners {
     for (int k = 0; k < 64; ++k) owned_ |= uint64_t(seen[k]) << k;
   }
 
-  // Whether input k has to be reached.
+  // Returns whether backward has to reach input k.
   bool holds(size_t k) {
     if (!(may_ >> k & 1)) return true;
     if (ready_) {
@@ -54,7 +54,7 @@ class Owners {
   void read(const Tensor& share) {
     with_number(share.scalar_type() == at::kDouble, [&](auto zero) {
       const auto* begin = share.const_data_ptr<decltype(zero)>();
-      for (int64_t g = 0; g < share.numel(); ++g) owned_ |= uint64_t(begin[g] != 0) << g;  // NaN is a share
+      for (int64_t g = 0; g < share.numel(); ++g) owned_ |= uint64_t(begin[g] != 0) << g;  // NaN counts as a share
     });
   }
 

@@ -1,6 +1,6 @@
-// What csrc/ includes of torch, and of the standard library: compiled once, ahead of every file that starts with it
-// (tools/build_extension.py). Included as <torch_headers.h>, so that the compiler looks where that compiled form is.
-#ifndef BOMKERN_TORCH_HEADERS_H  // not by a pragma, which goes by the file: there are two of it
+// The headers of torch and of the standard library that csrc/ uses, precompiled by tools/build_extension.py. Every file
+// includes it first, as <torch_headers.h>, so that the compiler finds the precompiled form.
+#ifndef BOMKERN_TORCH_HEADERS_H  // no #pragma once, because there are two copies of this file
 #define BOMKERN_TORCH_HEADERS_H
 #include "torch_internals.h"
 

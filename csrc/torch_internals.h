@@ -1,9 +1,9 @@
-// All of torch's C++ that is private, in one place: for a new torch read this file, and bomkern/common/torch_internals.py for
-// Python.
+// Every private C++ name of torch that bomkern uses. For a new torch read this file, and bomkern/common/torch_internals.py
+// for Python.
 //
-// Private is what lies in torch/csrc, in a namespace impl, detail, native or functorch, behind the dispatcher (at::cpu,
-// at::cuda, c10::Dispatcher) or in the keys that it dispatches on. No other file of csrc/ includes or names it, which
-// tests/dispatch/test_torch_internals.py checks. A name that a torch lacks is an error of the compiler here.
+// A name is private if it lies in torch/csrc, in a namespace impl, detail, native or functorch, behind the dispatcher
+// (at::cpu, at::cuda, c10::Dispatcher), or is one of its keys. No other file of csrc/ may use one;
+// tests/dispatch/test_torch_internals.py checks that. The compiler reports here a name that a torch lacks.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -37,8 +37,8 @@ namespace bomkern {
 
 using at::Tensor;
 
-// Autograd. torch::autograd::Function is the public way to a node; it costs several times as much on small tensors, and
-// takes no lists of tensors.
+// Autograd. The public torch::autograd::Function costs several times as much on small tensors, and takes no lists of
+// tensors.
 using torch::autograd::collect_next_edges;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
@@ -56,7 +56,7 @@ template <class T, class... Args> auto make_node(Args&&... args) {
   }
 }
 
-// Gradients of `results` by `inputs`, undefined where there is none, which can be differentiated once more.
+// Returns differentiable gradients of `results` by `inputs`, undefined where there is none.
 inline variable_list gradients(const variable_list& results, const variable_list& inputs, const variable_list& grads) {
   return torch::autograd::grad(results, inputs, grads, /*retain_graph=*/true, /*create_graph=*/true, /*allow_unused=*/true);
 }
@@ -67,26 +67,26 @@ inline bool has_tangent(const Tensor& x) { return torch::autograd::isFwGradDefin
 // The Autograd kernel of an op without a derivative.
 inline torch::CppFunction no_derivative() { return torch::autograd::autogradNotImplementedFallback(); }
 
-// The dispatcher. A tutorial of torch's looks its own ops up in the same way.
+// The dispatcher. torch's tutorials look up their own ops in the same way.
 template <class Function> auto operator_named(const char* name, const char* overload) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Function>();
 }
 
-// Whether x is a tensor of Python's, such as a fake one, which may have no values.
+// Whether x is a Python tensor, such as a fake tensor, which may have no values.
 inline bool is_python(const Tensor& x) { return x.key_set().has(c10::DispatchKey::Python); }
 
-// Whether x is a batch of torch's older vmap, which is_grads_batched=True and vectorize=True ask for.
+// Whether x is a batch of torch's older vmap, which is_grads_batched=True and vectorize=True use.
 inline bool is_legacy_batched(const Tensor& x) { return x.key_set().has(c10::DispatchKey::Batched); }
 
-// Whether x's memory holds its values: it is neither of Python nor wrapped by a transform.
+// Whether x's memory holds its values: x is neither a Python tensor nor wrapped by a transform.
 inline bool has_plain_values(const Tensor& x) {
   constexpr c10::DispatchKeySet without{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched};
   return !x.key_set().has_any(without);
 }
 
-// Kernels of torch called without the dispatcher, which costs most of a small call's time and may apply autocast. at::empty,
-// at::mm_out and at::addmm_out are the public ones.
+// Kernels of torch without the dispatcher, which takes most of a small call's time and may apply autocast. The public names
+// are at::empty, at::mm_out and at::addmm_out.
 inline Tensor cpu_empty(at::IntArrayRef size, const at::TensorOptions& options) { return at::cpu::empty(size, options); }
 inline void cpu_mm_out(Tensor& out, const Tensor& a, const Tensor& b) { at::cpu::mm_out(out, a, b); }
 inline void cpu_addmm_out(Tensor& out, const Tensor& a, const Tensor& b) { at::cpu::addmm_out(out, out, a, b); }
@@ -94,12 +94,12 @@ inline void cpu_addmm_out(Tensor& out, const Tensor& a, const Tensor& b) { at::c
 inline void cuda_mm_out(Tensor& out, const Tensor& a, const Tensor& b) { at::cuda::mm_out(out, a, b); }
 #endif
 
-// Sets on how many threads MKL runs the products of this thread; returns the number before. 0, and nothing is set, where
-// torch has another library.
+// Sets the number of threads for this thread's products in MKL, and returns the previous one. Does nothing and returns 0
+// where torch uses another library.
 inline int set_product_threads(int threads) { return MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(threads) : 0; }
 
-// The current stream of a GPU, in a build without CUDA's headers too. at::accelerator::getCurrentStream is public, but takes
-// the device for one of the process's accelerator, which may be another one than CUDA.
+// The current stream of a GPU, also in a build without CUDA's headers. The public at::accelerator::getCurrentStream assumes
+// the process's accelerator, which may not be CUDA.
 inline c10::Stream current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }

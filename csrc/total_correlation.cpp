@@ -31,7 +31,7 @@ struct Problem : bomkern::Shape {  // batch: components
   }
 };
 
-// Rows of z that are some of the batch's, or, without `first`, all.
+// Checks the rows of z: a part of the batch from `first` on, or the whole batch.
 bomkern::Shape check_shapes(const Tensor& z, const Tensor& mu, const Tensor& logvar, std::optional<int64_t> first) {
   if (!first) return bomkern::check_matrices(1, {{"z", z}, {"mu", mu}, {"logvar", logvar}});
   bomkern::Shape shape = bomkern::check_matrices(1, {{"mu", mu}, {"logvar", logvar}});
@@ -45,7 +45,7 @@ bomkern::Shape check_shapes(const Tensor& z, const Tensor& mu, const Tensor& log
   return shape;
 }
 
-// The same checks as bomkern/common/checks.py makes for the implementations in Python.
+// Makes the same checks as bomkern/common/checks.py for the implementations in Python.
 Problem check(const Tensor& z, const Tensor& mu, const Tensor& logvar, std::optional<int64_t> dataset_size,
               bool stratified, std::optional<int64_t> first) {
   const Problem p{check_shapes(z, mu, logvar, first), z.size(0), first.value_or(0), dataset_size, stratified};

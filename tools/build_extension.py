@@ -90,7 +90,8 @@ def make(
     flags.append("-Wno-sign-compare")  # which torch's headers do
     # Python's own flags, which come before these, ask for debug lines.
     flags += ["-g" if wish("BOMKERN_DEBUG") == "1" else "-g0", *_sanitizer_flags()]
-    threads = ["-fopenmp"] if openmp else []
+    # Apple's clang does not take the flag.
+    threads = ["-fopenmp"] if openmp and platform.system() == "Linux" else []
     compile_flags = {"cxx": flags + threads + _relocatable()}
     if cuda:
         compile_flags["cxx"].append("-DBOMKERN_CUDA")
@@ -119,9 +120,7 @@ def ladder() -> build_ladder.Ladder:
                 "first, or leave --no-build-isolation out."
             ) from None
         refuse_old_torch(torch.__version__)
-    found = (
-        build_ladder.Ladder(reason) if reason else build_ladder.climb(make, cuda != "0", platform.system() == "Linux")
-    )
+    found = build_ladder.Ladder(reason) if reason else build_ladder.climb(make, cuda != "0")
     if found.cpp and (wanted["BOMKERN_BUILD"] == "cpu" or cuda == "1"):
         raise SystemExit(
             f"bomkern: {'BOMKERN_BUILD_CUDA is 1' if cuda == '1' else 'BOMKERN_BUILD is cpu'} but {found.cpp}"
@@ -152,8 +151,7 @@ def arguments(found: build_ladder.Ladder) -> dict[str, Any]:
     nvcc_flags = []
     if not found.cuda:
         files, nvcc_flags = files + sources(".cu"), build_ladder.architecture_flags(found.architectures)
-    openmp = platform.system() == "Linux" and not found.openmp
-    extension = make(files, not found.cuda, openmp, nvcc_flags, macros)
+    extension = make(files, not found.cuda, not found.openmp, nvcc_flags, macros)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": _build_command()}}
 
 

@@ -289,12 +289,12 @@ def _compiler_named() -> str:
     return f"{name} ({(done.stdout.splitlines() or ['no version'])[0].strip()})"
 
 
-def climb(make: Make, want_cuda: bool = True, want_openmp: bool = True) -> Ladder:
+def climb(make: Make, want_cuda: bool = True) -> Ladder:
     """Try each rung on this machine.
 
     Args:
         make: makes the extension that `setup` takes, of given files, with the real flags.
-        want_cuda, want_openmp: False leaves the rung out untried.
+        want_cuda: False leaves the rung out untried.
     """
     if reason := why_no_compiler():
         return Ladder(reason)
@@ -302,18 +302,16 @@ def climb(make: Make, want_cuda: bool = True, want_openmp: bool = True) -> Ladde
         os.environ["CXX"] = str(compiler())  # which torch and setuptools ask for too
     find_cuda_home()
     openmp = ""
-    if error := attempt(make, False, want_openmp, []):
-        if not want_openmp or (without := attempt(make, False, False, [])):
-            error = error if not want_openmp else without
-            return Ladder(f"{_compiler_named()} does not build for torch here ({error}); {COMPILER_FIX}.")
+    if error := attempt(make, False, True, []):
+        if without := attempt(make, False, False, []):
+            return Ladder(f"{_compiler_named()} does not build for torch here ({without}); {COMPILER_FIX}.")
         openmp = f"{_compiler_named()} does not link OpenMP ({error}); install its OpenMP library, as in libomp-dev."
-        want_openmp = False
     if not want_cuda:
         return Ladder("", openmp, "BOMKERN_BUILD_CUDA is 0; unset it to build the CUDA kernels.")
     if reason := why_no_toolkit():
         return Ladder("", openmp, reason)
     chosen, reason, remark = architectures()
-    if not reason and (error := attempt(make, True, want_openmp, architecture_flags(chosen))):
+    if not reason and (error := attempt(make, True, not openmp, architecture_flags(chosen))):
         reason = (
             f"nvcc does not build for {chosen} with {_compiler_named()} ({error}); set CC and CXX to a compiler that "
             "it takes, or install a newer CUDA toolkit."

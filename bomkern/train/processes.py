@@ -1,4 +1,4 @@
-"""The processes that train one model: who starts them, who speaks, and how what they hold in parts is put together."""
+"""The processes that train one model: how they start, how they report errors, and how sharded state is gathered."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ from .config import STRATEGIES, Config, TrainError
 
 # How long a process waits for another. Rank 0 alone evaluates and draws, and a first step may compile.
 TIMEOUT = timedelta(minutes=10)
-PATIENCE = timedelta(seconds=5)  # with the words of rank 0
-SAID = "bomkern: rank 0 has said it"
-GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
+PRINT_TIMEOUT = timedelta(seconds=5)
+PRINTED = "bomkern: rank 0 has printed the error"
+GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for its processes
 
 T = TypeVar("T")
 
 
 class Lost(TrainError):
-    """Another process is gone, or does not answer."""
+    """Another process has ended, or does not answer."""
 
 
 def by_torchrun() -> bool:
-    """Whether torchrun, or what sets the same environment, started this process."""
+    """Return whether torchrun, or a launcher that sets the same environment, started this process."""
     return all(name in os.environ for name in GIVEN)
 
 
 def join() -> None:
-    """Enter the process group that torchrun describes, if it does; before anything can fail, so that all learn of it.
+    """Enter the process group that torchrun describes, if there is one.
 
-    Without naming a backend: gloo for tensors on the CPU, NCCL for those on a GPU.
+    Call it before anything that can fail, so that all ranks learn of an error. No backend is named: gloo serves tensors
+    on the CPU, NCCL those on a GPU.
     """
     if by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         try:
@@ -63,33 +64,40 @@ def _leave() -> None:
 
 
 def say(text: str, why: Exception | None = None) -> None:
-    """Print an error once. What all ranks know rank 0 prints, and the others see to it that it has before they end."""
+    """Print an error once: on rank 0 if all ranks have it, while the others wait for that before they exit."""
     rank = dist.get_rank() if several_ranks() else 0
     if rank and not isinstance(why, (Lost, OSError)):
-        _after_rank_0()
+        _wait_for_rank_0()
         return
     print(text, file=sys.stderr, flush=True)
     if rank == 0 and several_ranks():
-        _after_rank_0(it=True)
+        _tell_others()
 
 
-def _after_rank_0(it: bool = False) -> None:
-    """Wait until rank 0 calls this with ``it``. torchrun ends all processes when the first ends with an error."""
-    if by_torchrun():  # which keeps the store
+# torchrun ends all processes as soon as one exits with an error, which rank 0 must have printed by then. A barrier
+# would wait for `TIMEOUT` where a rank is still in another collective; torchrun's store answers in any state.
+def _store() -> dist.TCPStore:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=PRINT_TIMEOUT)
+
+
+def _tell_others() -> None:
+    if by_torchrun():
         with suppress(dist.DistError):
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=PATIENCE)
-            if it:
-                store.set(SAID, "")
-            else:
-                store.wait([SAID], PATIENCE)
+            _store().set(PRINTED, "")
+
+
+def _wait_for_rank_0() -> None:
+    if by_torchrun():
+        with suppress(dist.DistError):
+            _store().wait([PRINTED], PRINT_TIMEOUT)
 
 
 def together(do: Callable[[], T]) -> T:
-    """``do()`` on every rank; where it fails on one, all of them raise what the first of those says.
+    """Return ``do()`` of every rank; where it fails on some, all ranks raise the error of the first of those.
 
     Raises:
-        TrainError: from the `TrainError` or OSError of a rank.
+        TrainError: a rank had a `TrainError` or OSError.
     """
     result, cause = None, None
     try:
@@ -107,7 +115,7 @@ def together(do: Callable[[], T]) -> T:
 
 
 def from_rank_0(do: Callable[[], T]) -> T:
-    """What ``do()`` returns, or raises, on rank 0, which alone calls it if there are others yet; on all ranks."""
+    """Return ``do()`` of rank 0 on all ranks, or raise its error. Without a process group, each process calls it."""
     if not several_ranks():
         return do()
     found = [together(do if dist.get_rank() == 0 else lambda: None)]
@@ -117,13 +125,13 @@ def from_rank_0(do: Callable[[], T]) -> T:
 
 @contextmanager
 def watch() -> Iterator[None]:
-    """Says in one line what a collective raises inside where another process is gone: `Lost`."""
+    """Turn the error of a collective whose other process has ended into `Lost`, with a message of one line."""
     try:
         yield
     except RuntimeError as why:
         text = str(why)
         if several_ranks() and (isinstance(why, dist.DistError) or "gloo" in text or "NCCL" in text):
-            heard = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0])  # without gloo's line of code
+            heard = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0])  # without the line of gloo's source
             raise Lost(
                 f"rank {dist.get_rank()} stops: another process is gone, or did not answer within "
                 f"{TIMEOUT.total_seconds():g} s ({heard.split('. ')[0]}); go on with --resume"
@@ -132,14 +140,14 @@ def watch() -> Iterator[None]:
 
 
 def launch(config: Config) -> Fabric:
-    """Fabric for the device, strategy and precision of the config, in the processes that torchrun started, or its own.
+    """Launch Fabric with the config's device, strategy and precision, in torchrun's processes or in ones of its own.
 
     Raises:
-        TrainError: a device that is not there, or a contradiction with torchrun.
+        TrainError: the device does not exist, or the config contradicts torchrun.
     """
     fabric = together(lambda: _fabric(config))
     fabric.launch()
-    if not fabric.is_global_zero:  # rank 0 says it for all
+    if not fabric.is_global_zero:  # rank 0 warns for all
         logging.getLogger("bomkern").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
     return fabric
@@ -175,43 +183,43 @@ def _fabric(config: Config) -> Fabric:
             precision=precision,
             plugins=TorchElasticEnvironment() if started else None,
         )
-    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as why:  # more than there are, above all
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as why:  # mostly too many devices
         raise TrainError(f"--device {config.device}, {devices} processes: {str(why).splitlines()[0]}") from why
 
 
 def _strategy(name: str, ranks: int) -> Any:
-    """For Fabric. One process has nothing to share."""
+    """Return the strategy for Fabric; one process needs none."""
     if ranks == 1:
         return "auto"
     if name == "fsdp":
-        # Nothing is written into what the networks return, some of which are views.
+        # FSDP2 warns of outputs that are views; nothing here writes into them.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return ModelParallelStrategy(_shard, data_parallel_size=ranks, tensor_parallel_size=1, timeout=TIMEOUT)
     return DDPStrategy(timeout=TIMEOUT)
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2: each child's weights are gathered for its own forward and backward, and are sharded in between."""
+    """Shard a module by FSDP2: the weights of each child are gathered for its own forward and backward alone."""
     from torch.distributed.fsdp import fully_shard
 
-    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # it takes no other
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
     for part in (*module.children(), module):
         fully_shard(part, mesh=mesh["data_parallel"], reshard_after_forward=True)
     return module
 
 
 def shards(fabric: Fabric) -> bool:
-    """Whether the strategy shards weights."""
+    """Return whether the strategy shards weights."""
     return isinstance(fabric.strategy, ModelParallelStrategy)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank has; any other tensor as it is."""
+    """Return this rank's part of a sharded tensor, and any other tensor as it is."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
 def whole(state: Any) -> Any:
-    """A nested state with its sharded tensors put together, one by one, in host memory. All ranks must call it."""
+    """Return a nested state with its sharded tensors gathered in host memory. All ranks must call it."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
@@ -220,7 +228,7 @@ def whole(state: Any) -> Any:
 
 
 def _laid_out(tensor: Any, own: Any) -> Any:
-    """A whole tensor as ``own``, of the same shape, has its numbers: sharded, and in that order in memory."""
+    """Return a whole tensor in the layout of ``own``, if that has the same shape: its sharding and its strides."""
     if not isinstance(tensor, Tensor) or own is None or tensor.shape != own.shape:
         return tensor
     if hasattr(own, "device_mesh"):
@@ -241,7 +249,7 @@ def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state of whole tensors into the optimizer of parameters that may be sharded.
 
-    A fused step takes the state to lie in memory as its parameter does: channels last, but not where it was sharded.
+    A fused step assumes that the state has the strides of its parameter: channels last, unless that was sharded.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts = {i: {key: _laid_out(v, parameters[i]) for key, v in of.items()} for i, of in state["state"].items()}

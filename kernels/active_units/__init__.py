@@ -1,1 +1,1 @@
-"""Kernels of `active_units`: column moments and what a code has in use, forward and backward."""
+"""Kernels of `active_units`: column moments and the fractions of a code in use, forward and backward."""

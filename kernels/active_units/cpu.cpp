@@ -1,8 +1,3 @@
 #include "../common/cpu_pick.h"
 #include "active_units.h"
-
-namespace bomkern {
-namespace active_units {
-BOMKERN_PICK_CPU_KERNELS
-}
-}  // namespace bomkern
+BOMKERN_PICK_CPU_KERNELS(active_units)

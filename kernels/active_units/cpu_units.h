@@ -9,7 +9,7 @@ template <class S> struct Units {
   S active, effective, total, entropy;
 };
 
-// A slope of the sigmoid below this is exactly 0: what a column's deviations make of it would be subnormal numbers.
+// A slope of the sigmoid below this counts as 0: its products with a column's deviations would be subnormal numbers.
 template <class S> constexpr S least_slope = sizeof(S) == 4 ? S(0x1p-64) : S(0x1p-512);
 
 template <class V, class S> inline V sigmoid_of(V v, S threshold, S temperature) {
@@ -42,7 +42,7 @@ template <class S> Units<S> units_of(const S* variance, int64_t dims, S threshol
   return {S(active.value() / double(dims)), effective, sum, h};
 }
 
-// Adds to slope [D] what the two gradients, null or one number each, ask of every variance. False where both are null.
+// Adds the gradient of every variance to slope [D], from two gradients that may be null. Returns false if both are null.
 template <class S>
 bool add_slopes(const S* variance, int64_t dims, S threshold, S temperature, const S* grad_active,
                 const S* grad_effective, S* slope) {

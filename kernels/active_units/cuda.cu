@@ -50,7 +50,9 @@ template <class S> cudaError_t run(const Forward<S>& a, void* base, cudaStream_t
   });
 }
 
-template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
+template <class S> size_t workspace(const Backward<S>&) { return 0; }
+
+template <class S> cudaError_t run(const Backward<S>& a, void*, cudaStream_t stream) {
   if (a.grad_mu == nullptr) return cudaSuccess;
   if (!valid(a.in)) return cudaErrorInvalidValue;
   const int width = width_of<S>(a.in.batch, a.in.dims, {a.in.mu, contiguous(a.grad_mu, a.in.mu.dtype, a.in.dims)});
@@ -68,22 +70,7 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda
 
-template <class S> size_t cuda_workspace(const Forward<S>& a) { return cuda::workspace(a); }
-template <class S> size_t cuda_workspace(const Backward<S>&) { return 0; }
-
-template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream) {
-  return cuda::run(a, workspace, stream);
-}
-template <class S> cudaError_t cuda_run(const Backward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
-
-template size_t cuda_workspace(const Forward<float>&);
-template size_t cuda_workspace(const Forward<double>&);
-template size_t cuda_workspace(const Backward<float>&);
-template size_t cuda_workspace(const Backward<double>&);
-template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+BOMKERN_CUDA_OP
 
 }  // namespace active_units
 }  // namespace bomkern

@@ -1,4 +1,4 @@
-// Active and effective units from column variances, and their gradients: what active_units and latent_statistics share.
+// Active and effective units from column variances, and their gradients, for active_units and latent_statistics.
 #pragma once
 #include "../common/cuda_columns.h"
 
@@ -52,7 +52,7 @@ template <class S> struct UnitsGradient {
   const S* variance;            // [D]
 };
 
-// What the gradients by the variances need of all of them. All threads of a block.
+// Sums over all variances that their gradients need. All threads of a block call it.
 template <class S> struct Units {
   S total, entropy, by_active, by_effective;
 

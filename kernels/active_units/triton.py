@@ -39,7 +39,7 @@ def finish(
     parts, splits, per, batch, dims, columns, active, effective, threshold: tl.float64, temperature: tl.float64,
     LINE: tl.constexpr, CD: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Puts the parts of every column together, in one program, and makes the fractions of them."""
+    """Merge the parts of every column in one program, and compute the fractions."""
     at = 0
     while at < dims:
         cols = (at + tl.arange(0, WIDE)).to(tl.int64)
@@ -75,7 +75,7 @@ def backward(
 def launch_forward(
     mu: Tensor, threshold: float, temperature: float, active: Tensor, effective: Tensor, columns: Tensor
 ) -> None:
-    """Fills ``active`` and ``effective`` [], and ``columns`` [ROWS_LEFT, D], in the compute dtype."""
+    """Fill ``active`` and ``effective`` [], and ``columns`` [ROWS_LEFT, D], in the compute dtype."""
     batch, dims = mu.shape
     p = plan(batch, dims, columns.dtype)
     parts = columns.new_empty(0 if p.whole else 2 * p.splits * dims)
@@ -92,7 +92,7 @@ def launch_forward(
 def launch_backward(
     grad_active: Tensor | None, grad_effective: Tensor | None, mu: Tensor, columns: Tensor, grad_mu: Tensor
 ) -> None:
-    """Fills ``grad_mu`` [B, D], contiguous, of mu's dtype. A gradient of None counts as 0."""
+    """Fill ``grad_mu`` [B, D], contiguous, of mu's dtype. A gradient of None counts as 0."""
     batch, dims = mu.shape
     size = tile(2048, dims)
     backward[(triton.cdiv(batch, size["ROWS"]), triton.cdiv(dims, size["COLS"]))](

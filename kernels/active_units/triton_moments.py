@@ -1,4 +1,4 @@
-"""Mean and variance of columns in Triton, and what active_units.h makes of variances.
+"""Mean and variance of columns in Triton, and the active fractions that active_units.h computes from variances.
 
 Values are taken less the column's first one, and merged as Chan, Golub & LeVeque (1983) do: every lane of a tile keeps
 a mean and the squares about it, then a program's lanes are put together, then the programs. So a constant column has
@@ -24,7 +24,7 @@ TINY = tl.constexpr(2.0**-126)  # a share of the variance below it has no say; t
 
 
 class Plan(NamedTuple):
-    """How columns are cut: ``splits`` programs of ``per`` rows, in tiles, for each of ``across`` groups of columns."""
+    """The split of columns: ``splits`` programs of ``per`` rows, in tiles, for each of ``across`` groups of columns."""
 
     tile: dict[str, int]
     warps: int
@@ -34,12 +34,12 @@ class Plan(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """One program has all."""
+        """Return whether one program has all rows."""
         return self.splits * self.across == 1
 
 
 def plan(batch: int, dims: int, dtype: torch.dtype, cells: int = 4096) -> Plan:
-    """Tiles of so many cells with 8 warps, half of them in float64; a small matrix goes to one program of 16."""
+    """Return tiles of ``cells`` cells with 8 warps, half as many in float64; a small matrix takes one program of 16."""
     cols = wide(dims, COLS)
     across = triton.cdiv(dims, cols)
     shrink = 2 if dtype == torch.float64 else 1
@@ -68,7 +68,7 @@ def first_of(x, strides, cols, dims, CD: tl.constexpr):
 
 @triton.jit
 def step(u, used, k, mean, squares):
-    """Takes one value more into each lane that is used, its k-th from 1."""
+    """Add the k-th value, counted from 1, to each lane that is used."""
     share = div(tl.full((), 1, u.dtype), tl.full((), k, u.dtype))
     rise = tl.where(used, u - mean, 0)
     return tl.fma(rise, share, mean), tl.fma(rise * (1 - share), rise, squares)
@@ -108,7 +108,7 @@ def gather(x, strides, begin, stop, cols, dims, CD: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def put(parts, which, mean, squares, cols, dims):
-    """Leaves a program's moments for `merge`: parts [.., 2, splits, D], the pair ``which`` of them."""
+    """Store a program's moments for `merge`: the pair ``which`` of parts [.., 2, splits, D]."""
     at = parts + ((2 * which) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * dims + cols
     tl.store(at, mean, mask=cols < dims)
     tl.store(at + tl.num_programs(0).to(tl.int64) * dims, squares, mask=cols < dims)
@@ -116,7 +116,7 @@ def put(parts, which, mean, squares, cols, dims):
 
 @triton.jit
 def merge(parts, which, splits, per, batch, cols, dims, CD: tl.constexpr, SPLITS: tl.constexpr):
-    """What ``splits`` programs `put`, each of ``per`` rows but the last, put together: [columns] each."""
+    """Merge what ``splits`` programs stored by `put`, each of ``per`` rows but the last: [columns] each."""
     split = tl.arange(0, SPLITS)[:, None]
     used = (split < splits) & (cols < dims)[None, :]
     at = parts + ((2 * which) * splits + split).to(tl.int64) * dims + cols[None, :]
@@ -128,7 +128,7 @@ def merge(parts, which, splits, per, batch, cols, dims, CD: tl.constexpr, SPLITS
 
 @triton.jit
 def units(variance, dims, threshold, temperature, active, effective, slopes, CD: tl.constexpr, LINE: tl.constexpr):
-    """Active and effective fraction of variances [D], and by each variance their slopes [2, D]."""
+    """Active and effective fraction of variances [D], and their slopes by each variance, [2, D]."""
     tl.debug_barrier()  # the variances may have been stored just now, by other threads
     lane = tl.arange(0, LINE)
     count = tl.full((), dims, CD)

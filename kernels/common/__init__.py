@@ -1,1 +1,1 @@
-"""What the Triton kernels of several ops share, beside what their C++ and CUDA share."""
+"""Code that the kernels of several ops share, in C++, CUDA and Triton."""

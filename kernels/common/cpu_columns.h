@@ -11,7 +11,7 @@ namespace BOMKERN_ISA {
 constexpr int block_rows = 32;
 constexpr int64_t most_slices = 32;
 
-// Rows of a slice: a task's share. By the shape alone, as the order of additions is.
+// Rows of a slice, the work of one task. They and the order of additions depend on the shape alone.
 inline int64_t slice_rows(int64_t batch, int64_t dims) {
   return round_up(greater(ceil_div(batch, most_slices), 16384 / dims), block_rows);
 }
@@ -117,7 +117,7 @@ template <class F> void join_slices(void* workspace, int64_t batch, int64_t dims
   }
 }
 
-// What a column's mean and variance ask of its gradient: base + slope ((x - first) - offset).
+// The gradient of x through its column's mean and variance: base + slope ((x - first) - offset).
 template <class S> struct ColumnSlopes {
   S *first, *base, *slope;  // [D] each, in the workspace
   const S* offset;          // of the mean from the first row, as forward wrote it

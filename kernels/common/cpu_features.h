@@ -1,4 +1,4 @@
-// Which instruction set to use, asked once. BOMKERN_SIMD (baseline, avx2, avx512) lowers it, for tests.
+// The instruction set to use. Tests can lower it by BOMKERN_SIMD: baseline, avx2 or avx512.
 #pragma once
 #include <cstdlib>
 #include <cstring>

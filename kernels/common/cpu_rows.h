@@ -1,4 +1,4 @@
-// What the CPU kernels that stream over rows share: rows as vectors whatever their layout, gradients in any float type.
+// Shared by CPU kernels that stream over rows: rows of any layout as vectors, gradients of any float type.
 #include "simd.h"
 
 #include "parallel.h"
@@ -18,13 +18,13 @@ inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
-// f(first, last) for ranges of rows, each some 64 KB of float32.
+// Calls f(first, last) for ranges of rows, each about 64 KB of float32.
 template <class F> void each_rows(Parallel parallel, int64_t batch, int64_t dims, const F& f) {
   const int64_t rows = greater(16384 / dims, 1);
   each(parallel, ceil_div(batch, rows), [&](int64_t task) { f(task * rows, lesser((task + 1) * rows, batch)); });
 }
 
-// How many lanes of a vector count: all of them, or the first few, where loads make the others 0.
+// The valid lanes of a vector: all, or the first few; loads set the others to 0.
 struct All {};
 struct First {
   int n;
@@ -41,16 +41,16 @@ template <class S, class V> inline void store_lanes(S* to, V v, First k) { __bui
 template <int width> constexpr int count_of(All) { return width; }
 template <int width> constexpr int count_of(First k) { return k.n; }
 
-// f(i, lanes) for the vectors of `count` numbers.
+// Calls f(i, lanes) for the vectors of `count` numbers.
 template <class S, class F> inline void for_vectors(int64_t count, F f) {
-  constexpr int64_t width = Lanes<S>::width;  // 64 bits as every index: narrower ones are extended at each use
+  constexpr int64_t width = Lanes<S>::width;  // 64 bits as every index, which spares extensions
   int64_t i = 0;
   for (; i + width <= count; i += width) f(i, All{});
   if (i < count) f(i, First{int(count - i)});
 }
 
-// f(i, lanes, group) for `count` numbers in groups of four vectors, then one by one: what is a long chain for one vector
-// fills the machine with four. group.size is a constant; the vectors lie side by side.
+// Calls f(i, lanes, group) for `count` numbers in groups of four adjacent vectors, then for single vectors. Four independent
+// chains keep the units busy. group.size is a constant.
 template <int n> struct Group {
   static constexpr int size = n;
 };
@@ -67,7 +67,7 @@ template <class S, class V, int N> inline void store_group(S* to, const V (&from
   for (int k = 0; k < N; ++k) store_lanes(to + k * Lanes<S>::width, from[k], lanes);
 }
 
-// Columns [d, d + n) of a row, n at most a panel: where they lie, or converted into `scratch`.
+// Returns columns [d, d + n) of a row, n at most a panel: in place, or converted into `scratch`.
 template <class S> inline const S* row_of(const Matrix& m, int64_t b, int64_t d, int n, S* scratch) {
   const int64_t first = b * m.stride[0] + d * m.stride[1];
   if (m.stride[1] == 1) {
@@ -80,7 +80,7 @@ template <class S> inline const S* row_of(const Matrix& m, int64_t b, int64_t d,
             store_lanes(scratch + i, widened(load_lanes<VecH>(from + i, lanes)), lanes);
           });
         };
-        // Asked once: the compiler cannot know that what is stored is not the dtype.
+        // Outside the loop, because the compiler cannot know that the stores leave m.dtype alone.
         if (m.dtype == DType::bf16) {
           convert([](VecH half) { return bfloat_to_float(half); });
         } else {
@@ -97,7 +97,7 @@ template <class S> inline const S* row_of(const Matrix& m, int64_t b, int64_t d,
 inline float number_at(const RowGrad<float>& g, int64_t b) { return g.data ? g.data[b * g.stride] : 0.0f; }
 inline double number_at(const RowGrad<double>& g, int64_t b) { return g.data ? g.data[b * g.stride] : 0.0; }
 
-// The sum of a group's vectors: a running sum waits once for a group.
+// The sum of a group's vectors, so that a running sum has one dependency for each group.
 template <class V, int N> inline V total_of(const V (&v)[N]) {
   if constexpr (N == 4) return (v[0] + v[1]) + (v[2] + v[3]);
   return v[0];
@@ -137,14 +137,14 @@ inline VecH float_to_bfloat(VecF v) {
   return __builtin_convertvector((word & 0x7fffffffu) > 0x7f800000u ? VecU{} + 0x7fc0u : rounded, VecH);
 }
 
-// Where a gradient goes: [B, D], contiguous, of any float type; null where it is not wanted.
+// A gradient to write: [B, D], contiguous, of any float type; null where it is not wanted.
 struct Gradient {
   void* data;
   DType dtype;
 
   template <class S> bool direct() const { return dtype == (sizeof(S) == 4 ? DType::f32 : DType::f64); }
 
-  // Where to compute numbers [at, at + n): where they go, or in `scratch`, from which put() converts them.
+  // Returns where to compute numbers [at, at + n): in place, or in `scratch`, from which put() converts them.
   template <class S> S* place(int64_t at, S* scratch) const { return direct<S>() ? static_cast<S*>(data) + at : scratch; }
   template <class S> void put(int64_t at, int n, const S* scratch) const {
     if (direct<S>()) return;
@@ -182,8 +182,8 @@ struct Gradient {
 
 #define BOMKERN_NAME_OF(isa) #isa
 #define BOMKERN_NAME(isa) BOMKERN_NAME_OF(isa)
-// Inside an op's namespace for one instruction set: its `kernels`, from its forward, backward, and their bytes_of. constexpr:
-// nothing runs when the library is loaded, on a CPU that may not have these instructions.
+// Defines `kernels` inside an op's namespace for one instruction set, from its forward, backward, and their bytes_of. It is
+// constexpr, so that loading the library runs no code, which the CPU may not support.
 #define BOMKERN_CPU_OP                                                                                   \
   extern constexpr CpuKernels kernels{                                                                   \
       BOMKERN_NAME(BOMKERN_ISA),                                                                         \

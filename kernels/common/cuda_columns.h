@@ -24,7 +24,7 @@ constexpr int most_finish_groups = 32;  // of a block while they do
 // Rows of a thread in flight: what registers hold.
 template <int W> constexpr int chunk_rows = W == 8 ? 2 : most_chunk_rows;
 
-// How a grid lies over a matrix.
+// The mapping of a grid to a matrix.
 struct Tiling {
   int64_t batch, dims, tiles, slices, slice_rows;
   int lanes;         // threads along a row, a power of 2 up to 32
@@ -56,12 +56,12 @@ BOMKERN_SHARED_THRESHOLD one_slice = 16384;
 BOMKERN_SHARED_THRESHOLD most_slices = slice_capacity;  // two blocks for each of some 130 multiprocessors
 BOMKERN_SHARED_THRESHOLD most_column_blocks = 8;        // for each multiprocessor, where no slices merge
 
-// Of a grid with barriers, whose slices merge.
+// The tiling of a grid with barriers, whose slices merge.
 inline Tiling merging_tiling_of(int64_t batch, int64_t dims, int width) {
   return tiling_of(batch, dims, width, batch * dims <= one_slice ? 1 : most_slices);
 }
 
-// What of an item one thread has: columns from `column` on, and each `groups`-th row.
+// A thread's part of an item: columns from `column` on, and each `groups`-th row.
 template <int W> struct Item {
   int64_t tile, slice, column, first, end;
   int groups;
@@ -90,7 +90,7 @@ template <int W> struct Chunk {
   }
 };
 
-// What the n rows of a chunk weigh in the merge with `count` before them.
+// The weights of a chunk of n rows in the merge with `count` earlier rows.
 template <class S> struct Weights {
   S share, weight, before;  // of one row in the chunk; of the chunk in all; that times `count`
   BOMKERN_HD Weights(unsigned count, int n) {
@@ -194,7 +194,7 @@ template <class S, int N> BOMKERN_HD void sum_groups(S (&x)[N], int lanes, unsig
   }
 }
 
-// What a thread has of a set of columns while the slices merge: one column, and each `groups`-th slice.
+// A thread's part of a set of columns while the slices merge: one column, and each `groups`-th slice.
 struct Finisher {
   static constexpr int parts = slice_capacity / most_finish_groups;  // at most
   int64_t column, slices, dims;
@@ -228,7 +228,7 @@ BOMKERN_HD void finish_moments(const S* parts, const Tiling& t, int64_t set, uns
 #pragma unroll
   for (int i = 0; i < Finisher::parts; ++i) sum[0] = fma_of(f.slice(i) == last ? last_weight : weight, part[i], sum[0]);
   sum_groups(sum, t.finish_lanes, bytes);
-  // What rounding left of the mean shows in the mean distance from it.
+  // The mean distance from the mean is the mean's rounding error.
   S around[2] = {0, square};
 #pragma unroll
   for (int i = 0; i < Finisher::parts; ++i) {

@@ -1,4 +1,4 @@
-// How the streaming kernels are launched: which width of piece, how many blocks, cooperatively or not. Host code.
+// Launches of the streaming kernels: the width of pieces, the number of blocks, cooperative or not. Host code.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <stddef.h>
@@ -25,7 +25,7 @@ inline int power_of_2(int64_t n, int most) {
   return p;
 }
 
-// Of a power of 2.
+// The logarithm of a power of 2.
 inline int log2_of(int power) {
   int n = 0;
   while (power >> n > 1) ++n;
@@ -60,7 +60,7 @@ template <class S> int width_of(int64_t batch, int64_t run, std::initializer_lis
   return width_of<S>(batch, run, matrices.begin(), matrices.size());
 }
 
-// Calls run(W) with the width as a constant. Without Halves none is 8: some matrix is wider.
+// Calls run(W) with the width as a constant. Without Halves the width is never 8, because some matrix is wider.
 template <int W> struct Width {
   static constexpr int value = W;
 };
@@ -83,8 +83,8 @@ inline int multiprocessors() {
   return count > 1 ? count : 1;
 }
 
-// Blocks of a kernel that are on the device at once, which is what a grid-wide barrier can take. `known` is the kernel's
-// own, for the first devices: asking takes longer than launching.
+// Returns how many blocks of a kernel the device can hold at once, the limit of a grid-wide barrier. `known` caches it for
+// each kernel on the first devices, because the query takes longer than a launch.
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared, std::atomic<int> (&known)[16]) {
   int id = 0, each = 0;
@@ -116,7 +116,7 @@ cudaError_t start(void (*kernel)(Parameters...), int64_t blocks, int threads, si
   return error != cudaSuccess ? error : last;
 }
 
-// Hands out pieces of the workspace; where there is none yet, counts their bytes.
+// Allocates pieces of the workspace; with a null base it only counts their bytes.
 class Memory {
  public:
   explicit Memory(void* base) : base_(static_cast<unsigned char*>(base)) {}

@@ -1,4 +1,4 @@
-// What score.h and the GPU kernels need of mathematics: one number a thread, the names of simd.h. CUDA C++ only.
+// Mathematics for score.h and the GPU kernels: one number per thread, with the names of simd.h. CUDA C++ only.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,8 +23,8 @@ BOMKERN_HD float exp_of(float x) { return expf(x); }
 BOMKERN_HD double log_of(double x) { return log(x); }
 BOMKERN_HD double exp_of(double x) { return exp(x); }
 
-// What score.h says in a longer way, for one float. No branch for rare operands, so that a thread's samples, and lanes
-// that differ, go through the same instructions.
+// Shorter forms of functions of score.h for one float. They have no branch for rare operands, so that all samples and lanes
+// execute the same instructions.
 
 // log(1 + y) for y >= -1, 1 ulp. With 3/4 <= (1 + y) / 2^e < 3/2 it is e log 2 + log(1 + m), m = (1 + y) / 2^e - 1, where
 // y / 2^e and 1 / 2^e - 1 are exact, so that a small y keeps its digits.
@@ -114,7 +114,7 @@ BOMKERN_HD uint16_t narrow(float value, bool bfloat) {
   return bfloat ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
 }
 
-// Four neighbours, moved by the widest access their size allows.
+// Four adjacent numbers, moved by the widest access that their size allows.
 template <class T> struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) Pack {
   T at[4];
 };

@@ -1,4 +1,4 @@
-// What the streaming kernels share: W neighbours of a row, read and written by one access where they lie together.
+// Shared by the streaming kernels: W adjacent numbers of a row, read and written by one access where they are contiguous.
 //
 // W is 16 bytes' worth of the widest type among an op's matrices: 8 where all are halves, 4 up to float32, 2 up to
 // float64; a narrower one beside it takes 8 or 4 bytes, so that a warp's accesses are whole lines all the same. W = 1

@@ -10,7 +10,7 @@ namespace BOMKERN_ISA {
 constexpr int row_threads = 256, long_row_threads = 512;  // of a block
 constexpr size_t row_shared = long_row_threads / 32 * sizeof(double);
 
-// How a grid lies over the rows.
+// The mapping of a grid to the rows.
 struct Teams {
   int lanes;    // threads of a row: a power of 2 up to 32, or the whole block
   int shift;    // its logarithm
@@ -34,7 +34,7 @@ inline Teams teams_of(int64_t batch, int64_t pieces, int64_t places) {
   return t;
 }
 
-// Where a thread stands: in which team of its block, at which place of it.
+// A thread's team in its block, and its lane in the team.
 struct Member {
   int team, lane, teams;
   BOMKERN_HD explicit Member(const Teams& t)

@@ -1,4 +1,4 @@
-// Numbers of a launch plan that a bench may set while it looks for better ones. Host code; nothing public reaches them.
+// Thresholds of launch plans that bench/tune.py can set. Host code; no public function sets them.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -6,7 +6,7 @@
 #include <initializer_list>
 
 #define BOMKERN_EXPORT extern "C" __attribute__((visibility("default")))
-// A threshold that ops share, and the setter beside it: each op's file has both, the library has them once.
+// A threshold that ops share, and its setter. Each op's file defines both, and the linker keeps one.
 #define BOMKERN_SHARED_THRESHOLD inline __attribute__((visibility("hidden"))) int64_t
 #define BOMKERN_EXPORT_SHARED extern "C" inline __attribute__((visibility("default"), used))
 
@@ -16,10 +16,11 @@ namespace cuda {
 struct Threshold {
   const char* name;
   int64_t* value;
-  bool (*takes)(int64_t) = nullptr;  // which values it can have; any from 1 on where null
+  bool (*takes)(int64_t) = nullptr;  // the values that it can have; null: any from 1 on
 };
 
-// What the threshold was, or -1 where none has that name. A value below 1, or one that it cannot have, changes nothing.
+// Returns the previous value of the threshold, or -1 for an unknown name. A value below 1, or one that `takes` rejects,
+// changes nothing.
 inline int64_t tune(std::initializer_list<Threshold> thresholds, const char* name, int64_t value) {
   for (const Threshold& t : thresholds) {
     if (strcmp(t.name, name)) continue;

@@ -1,11 +1,11 @@
-// How the CPU kernels spread their work. No torch here.
+// Parallel loops of the CPU kernels. No torch here.
 #pragma once
 #include <stdint.h>
 
 namespace bomkern {
 
-// Runs run(state, 0) to run(state, tasks - 1), in any order, on any number of threads. The kernels cut the work into tasks
-// by the shape alone, so the bits do not depend on that number.
+// Calls run(state, 0) to run(state, tasks - 1), in any order, on any number of threads. The tasks depend on the shape alone,
+// so the bits do not depend on the number of threads.
 typedef void (*Parallel)(int64_t tasks, void (*run)(void* state, int64_t task), void* state);
 
 // An op's CPU kernels for one instruction set: Forward<S> and Backward<S> are its arguments, S float or double.

@@ -60,7 +60,7 @@ template <class To, class From> inline To bits(From v) {
   return to;
 }
 
-// True where any lane of a mask is set.
+// Whether any lane of a mask is set.
 template <class M> inline bool any(M mask) {
   uint64_t word[sizeof(M) / 8], all = 0;
   __builtin_memcpy(word, &mask, sizeof mask);
@@ -172,9 +172,9 @@ inline VecF log2_of(VecF x) {
   return x < __builtin_inff() ? value : x;
 }
 
-// What exp2_parts makes of an x far below 0. `floor`: it stays at 2^-125. `bounded`: the caller knows that there is none
-// below -125. `zero`: exactly 0 below -63.5, for weights that gradients multiply. Beside a weight of 1 it adds nothing, but
-// its products would be subnormal numbers, each of which costs a hundred cycles.
+// The result of exp2_parts for an x far below 0. `floor`: 2^-125. `bounded`: the caller guarantees x >= -125. `zero`:
+// exactly 0 below -63.5, for weights that gradients multiply. Beside a weight of 1 such a weight adds nothing, but its
+// products would be subnormal numbers, each of which costs a hundred cycles.
 enum class Low { floor, bounded, zero };
 // With Low::zero, x * scale is 2^x / zero_unit: the caller multiplies by it. So a scale of 0 needs no comparison.
 constexpr float zero_unit = 0x1p63f;

@@ -1,4 +1,4 @@
-// Before all else in a translation unit for AVX2: every function in it may use these instructions.
+// Include first in a translation unit for AVX2: every function after it may use these instructions.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -1,4 +1,4 @@
-// Before all else in a translation unit for AVX-512: every function in it may use these instructions.
+// Include first in a translation unit for AVX-512: every function after it may use these instructions.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
 #else

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several ops share: [B, D] inputs as they lie, e^x, and how a matrix is cut into tiles."""
+"""Shared by the Triton kernels: [B, D] inputs of any layout, e^x, and the tiles of a matrix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(x, strides, rows, cols, mask, CD: tl.constexpr):
 
 @triton.jit
 def exp_of(x):
-    """e^x, x <= 88. Triton's own float32 exp rounds x log2(e) at its full size, and is 40 units off at x = 80."""
+    """e^x, x <= 88. Triton's own float32 exp rounds x log2(e), and is 40 units off at x = 80."""
     if x.dtype == tl.float32:
         x = tl.where(x < -104, -104.0, x)  # 0 from there on; -inf would become NaN
         n = tl.floor(tl.fma(x, tl.full((), LOG2E, tl.float32), tl.full((), 0.5, tl.float32)))
@@ -38,21 +38,21 @@ def kind(dtype: torch.dtype) -> tl.dtype:
 
 
 def options(dtype: torch.dtype) -> dict[str, object]:
-    """What every launch has. No multiply-adds but those spelled out: variants of a kernel give the same bits."""
+    """Options of every launch. Multiply-adds are never fused, so that variants of a kernel give the same bits."""
     return dict(CD=kind(dtype), enable_fp_fusion=False)
 
 
 def wide(dims: int, most: int) -> int:
-    """Columns of a tile: a power of two that holds all, or the most there may be."""
+    """Return the columns of a tile: a power of two that holds all columns, or the largest one allowed."""
     return min(triton.next_power_of_2(dims), most)
 
 
 def tile(cells: int, dims: int, most: int = 1024) -> dict[str, int]:
-    """A tile of so many cells, with at most so many columns."""
+    """Return the shape of a tile with a number of cells and a maximum of columns."""
     cols = wide(dims, min(cells, most))
     return dict(ROWS=cells // cols, COLS=cols)
 
 
 def strides_of(*tensors: Tensor | None) -> tuple[int, ...]:
-    """All strides, one after another; None and no dimensions have none."""
+    """Return all strides in a row; None and 0-dim tensors have none."""
     return tuple(s for x in tensors if x is not None for s in x.stride())

@@ -12,7 +12,10 @@ template <class S> bool valid(const Inputs<S>& in) {
   return in.views >= 1 && in.views <= max_views && in.batch >= 1 && in.batch <= most_batch && in.dims >= 1;
 }
 
-template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
+// No workspace.
+template <class Arguments> size_t workspace(const Arguments&) { return 0; }
+
+template <class S> cudaError_t run(const Forward<S>& a, void*, cudaStream_t stream) {
   if (!valid(a.in)) return cudaErrorInvalidValue;
   const int width = width_of<S>(a.in.batch, a.in.dims, a.in.view, size_t(a.in.views));
   const Launch<Forward<S>> l{a, teams_of(a.in.batch, a.in.dims / width, multiprocessors())};
@@ -23,7 +26,7 @@ template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
   });
 }
 
-template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
+template <class S> cudaError_t run(const Backward<S>& a, void*, cudaStream_t stream) {
   if (!valid(a.in)) return cudaErrorInvalidValue;
   Matrix all[2 * max_views];
   bool wanted = false;
@@ -45,20 +48,7 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda
 
-template <class S> size_t cuda_workspace(const Forward<S>&) { return 0; }
-template <class S> size_t cuda_workspace(const Backward<S>&) { return 0; }
-
-template <class S> cudaError_t cuda_run(const Forward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
-template <class S> cudaError_t cuda_run(const Backward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
-
-template size_t cuda_workspace(const Forward<float>&);
-template size_t cuda_workspace(const Forward<double>&);
-template size_t cuda_workspace(const Backward<float>&);
-template size_t cuda_workspace(const Backward<double>&);
-template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+BOMKERN_CUDA_OP
 
 }  // namespace consistency_variance
 }  // namespace bomkern

@@ -1,34 +1,15 @@
-// consistency_variance on an NVIDIA GPU of compute capability 8.0 or later: what the bridge calls. No torch here.
+// consistency_variance on the GPU; common/cuda_op.h says what holds for every op.
 //
-// All pointers are device memory of the current device; the caller sets the device guard. Launches are asynchronous on
-// the stream, safe in a CUDA graph, and share no state with one another. No output needs to be initialised. Two runs
-// give the same bits, whatever the number of multiprocessors.
+// One launch, or none in backward where no gradient is wanted; no workspace. The bits do not depend on the number of
+// multiprocessors.
 #pragma once
-#include <cuda_runtime_api.h>
-#include <stddef.h>
-
+#include "../common/cuda_op.h"
 #include "consistency_variance.h"
 
 namespace bomkern {
 namespace consistency_variance {
 
-// No workspace: always 0 bytes.
-template <class S> size_t cuda_workspace(const Forward<S>& a);
-template <class S> size_t cuda_workspace(const Backward<S>& a);
-
-// One launch.
-template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream);
-// One launch, or none where no gradient is wanted.
-template <class S> cudaError_t cuda_run(const Backward<S>& a, void* workspace, cudaStream_t stream);
-
-extern template size_t cuda_workspace(const Forward<float>&);
-extern template size_t cuda_workspace(const Forward<double>&);
-extern template size_t cuda_workspace(const Backward<float>&);
-extern template size_t cuda_workspace(const Backward<double>&);
-extern template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
-extern template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
-extern template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
-extern template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+BOMKERN_CUDA_OP_DECLARE
 
 }  // namespace consistency_variance
 }  // namespace bomkern

@@ -24,7 +24,7 @@ def forward(
     views, strides, out, batch, dims, scale: tl.float64,
     V: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The variances of ROWS samples: mean and squares of differences from view 0, brought up to date view by view."""
+    """The variances of ROWS samples: mean and squares of differences from view 0, updated view by view."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = row[:, None]
     total = tl.full((ROWS, COLS), 0, CD)
@@ -74,7 +74,7 @@ def _tile(views: Sequence[Tensor]) -> dict[str, int]:
 
 
 def launch_forward(views: Sequence[Tensor], correction: float, out: Tensor) -> None:
-    """Fills ``out`` [B], in the compute dtype, from V tensors [B, D]."""
+    """Fill ``out`` [B], in the compute dtype, from V tensors [B, D]."""
     batch, dims = views[0].shape
     size = _tile(views)
     forward[(triton.cdiv(batch, size["ROWS"]),)](
@@ -84,7 +84,7 @@ def launch_forward(views: Sequence[Tensor], correction: float, out: Tensor) -> N
 
 
 def launch_backward(grad: Tensor, views: Sequence[Tensor], correction: float, grads: Sequence[Tensor | None]) -> None:
-    """Fills the gradients that are not None, [B, D] contiguous, each in its view's dtype."""
+    """Fill the gradients that are not None, [B, D] contiguous, each in its view's dtype."""
     batch, dims = views[0].shape
     size = _tile(views)
     backward[(triton.cdiv(batch, size["ROWS"]), triton.cdiv(dims, size["COLS"]))](

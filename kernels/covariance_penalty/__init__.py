@@ -1,1 +1,1 @@
-"""Kernels of `covariance_penalty`: all that stands around the matrix products, forward and backward."""
+"""Kernels of `covariance_penalty`: the stages around the matrix products, forward and backward."""

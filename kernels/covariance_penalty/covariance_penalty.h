@@ -1,4 +1,4 @@
-// covariance_penalty: all that stands around the matrix products, which are a library's. No torch here.
+// covariance_penalty: the stages around the matrix products, which are a library's. No torch here.
 //
 // x = (z - z_0 - offset) inverse, by column: less its mean, over its deviation if normalized (0 for a constant column).
 // C = x'x / (B - 1), O = C without its diagonal, k = B / (B - 1), alpha = 2 k / D. Then
@@ -23,8 +23,8 @@ template <class S> struct Columns {
   S *offset, *inverse;  // [D]
 };
 
-// What the CPU does between matrix products. Those that are given rows [begin, end) run on the calling thread, on
-// contiguous numbers; a matrix [B, D] is given whole, rows of it alone.
+// The CPU's stages between matrix products. A stage with rows [begin, end) runs on the calling thread, on contiguous numbers:
+// a matrix [B, D] is passed whole, rows of it alone.
 template <class S> struct CpuStages {
   // Writes offset and inverse.
   void (*moments)(const Columns<S>&, bool normalize, void* workspace, Parallel);

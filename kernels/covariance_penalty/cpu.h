@@ -19,7 +19,7 @@ template <class S> void moments(const Columns<S>& c, bool normalize, void* works
     const double mean = double(load_one<S>(c.z.data, c.z.dtype, d * c.z.stride[1])) + offset;
     const double deviation = __builtin_sqrt(variance), size = mean < 0 ? -mean : mean;
     c.offset[d] = S(offset);
-    // What has no inverse, a deviation near the least number that there is, is none.
+    // A deviation so small that it has no inverse counts as 0.
     const bool constant = deviation <= eps * size || S(1 / deviation) > largest;
     const double inverse = deviation <= largest ? 1 / deviation : __builtin_nan("");  // no 0 of squares that overflowed
     c.inverse[d] = S(!normalize ? 1 : constant ? 0 : inverse);

@@ -1,4 +1,2 @@
-// covariance_penalty for any CPU: SSE2 on x86-64, NEON on 64-bit Arm.
-#define BOMKERN_VECTOR_BYTES 16
-#define BOMKERN_ISA baseline
-#include "cpu.h"
+#define BOMKERN_KERNELS "../covariance_penalty/cpu.h"
+#include "../common/compile_baseline.h"

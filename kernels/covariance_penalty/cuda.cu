@@ -1,4 +1,4 @@
-// covariance_penalty on the GPU: of each stage which kernel, how many blocks, how the workspace is laid out.
+// covariance_penalty on the GPU: the kernel of each stage, its number of blocks, and the layout of its workspace.
 #include "cuda_columns.h"
 #include "cuda_products.h"
 
@@ -14,7 +14,8 @@ template <class S> Matrix numbers(const S* data, int64_t dims) {
   return {data, {dims, 1}, dtype_of_number<S>};
 }
 
-// How a stage is launched, and the bytes of its workspace. lay_out() gives it for pieces of W, and the kernel's argument.
+// The launch of a stage, and the bytes of its workspace. lay_out() returns it for pieces of W, and fills in the kernel's
+// argument.
 struct Grid {
   int64_t blocks = 1;
   int threads = column_threads;
@@ -133,7 +134,7 @@ cudaError_t with_layout(const Stage<S>& a, void* workspace, Begin begin) {
   });
 }
 
-template <template <class> class Stage, class S> size_t workspace_of(const Stage<S>& a) {
+template <template <class> class Stage, class S> size_t workspace(const Stage<S>& a) {
   size_t bytes = 0;
   with_layout(a, nullptr, [&](auto, const Grid& g, const auto&) { return bytes = g.bytes, cudaSuccess; });
   return bytes;
@@ -150,19 +151,11 @@ cudaError_t run(const Stage<S>& a, void* workspace, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda
 
-template <class S> size_t cuda_workspace(const Center<S>& a) { return cuda::workspace_of(a); }
-template <class S> size_t cuda_workspace(const Recenter<S>& a) { return cuda::workspace_of(a); }
-template <class S> size_t cuda_workspace(const Gram<S>& a) { return cuda::workspace_of(a); }
-template <class S> size_t cuda_workspace(const Parts<S>& a) { return cuda::workspace_of(a); }
-template <class S> size_t cuda_workspace(const Finish<S>& a) { return cuda::workspace_of(a); }
-
-template <class S> cudaError_t cuda_run(const Center<S>& a, void* w, cudaStream_t s) { return cuda::run(a, w, s); }
-template <class S> cudaError_t cuda_run(const Recenter<S>& a, void* w, cudaStream_t s) { return cuda::run(a, w, s); }
-template <class S> cudaError_t cuda_run(const Gram<S>& a, void* w, cudaStream_t s) { return cuda::run(a, w, s); }
-template <class S> cudaError_t cuda_run(const Parts<S>& a, void* w, cudaStream_t s) { return cuda::run(a, w, s); }
-template <class S> cudaError_t cuda_run(const Finish<S>& a, void* w, cudaStream_t s) { return cuda::run(a, w, s); }
-
-BOMKERN_STAGES()
+BOMKERN_CUDA_DEFINE(Center)
+BOMKERN_CUDA_DEFINE(Recenter)
+BOMKERN_CUDA_DEFINE(Gram)
+BOMKERN_CUDA_DEFINE(Parts)
+BOMKERN_CUDA_DEFINE(Finish)
 
 }  // namespace covariance_penalty
 }  // namespace bomkern

@@ -1,13 +1,9 @@
-// covariance_penalty on an NVIDIA GPU of compute capability 8.0 or later: what stands around the matrix products, which
-// are a library's (csrc/covariance_penalty_cuda.h puts them together). No torch here.
+// covariance_penalty on the GPU: the stages around the matrix products, which are a library's. covariance_penalty_cuda.h in
+// csrc/ puts them together; common/cuda_op.h says what holds for every op.
 //
-// All pointers are device memory of the current device; the caller sets the device guard. Each stage is one launch,
-// asynchronous on the stream, safe in a CUDA graph, and shares no state with another. No output needs to be initialised,
-// and two runs give the same bits. Matrices of S are contiguous. Words as in covariance_penalty.h.
+// Each stage is one launch. Matrices of S are contiguous. Words as in covariance_penalty.h.
 #pragma once
-#include <cuda_runtime_api.h>
-#include <stddef.h>
-
+#include "../common/cuda_op.h"
 #include "../common/dtype.h"
 
 namespace bomkern {
@@ -69,33 +65,12 @@ template <class S> struct Finish {
   void* to;  // [B, D], output, contiguous, of z's dtype
 };
 
-// Bytes at `workspace`, 16-byte aligned, uninitialised; cooperative launches where a stage sums and the grid has more than
-// one block.
-#define BOMKERN_STAGE(Stage, keyword)                                                   \
-  keyword template size_t cuda_workspace(const Stage<float>&);                          \
-  keyword template size_t cuda_workspace(const Stage<double>&);                         \
-  keyword template cudaError_t cuda_run(const Stage<float>&, void*, cudaStream_t);      \
-  keyword template cudaError_t cuda_run(const Stage<double>&, void*, cudaStream_t);
-#define BOMKERN_STAGES(keyword)    \
-  BOMKERN_STAGE(Center, keyword)   \
-  BOMKERN_STAGE(Recenter, keyword) \
-  BOMKERN_STAGE(Gram, keyword)     \
-  BOMKERN_STAGE(Parts, keyword)    \
-  BOMKERN_STAGE(Finish, keyword)
-
-template <class S> size_t cuda_workspace(const Center<S>& a);
-template <class S> size_t cuda_workspace(const Recenter<S>& a);
-template <class S> size_t cuda_workspace(const Gram<S>& a);
-template <class S> size_t cuda_workspace(const Parts<S>& a);
-template <class S> size_t cuda_workspace(const Finish<S>& a);
-
-template <class S> cudaError_t cuda_run(const Center<S>& a, void* workspace, cudaStream_t stream);
-template <class S> cudaError_t cuda_run(const Recenter<S>& a, void* workspace, cudaStream_t stream);
-template <class S> cudaError_t cuda_run(const Gram<S>& a, void* workspace, cudaStream_t stream);
-template <class S> cudaError_t cuda_run(const Parts<S>& a, void* workspace, cudaStream_t stream);
-template <class S> cudaError_t cuda_run(const Finish<S>& a, void* workspace, cudaStream_t stream);
-
-BOMKERN_STAGES(extern)
+// Launches are cooperative where a stage sums and the grid has more than one block.
+BOMKERN_CUDA_DECLARE(Center)
+BOMKERN_CUDA_DECLARE(Recenter)
+BOMKERN_CUDA_DECLARE(Gram)
+BOMKERN_CUDA_DECLARE(Parts)
+BOMKERN_CUDA_DECLARE(Finish)
 
 }  // namespace covariance_penalty
 }  // namespace bomkern

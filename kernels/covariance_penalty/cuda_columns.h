@@ -12,7 +12,7 @@ using namespace bomkern::BOMKERN_ISA;
 
 template <class S> constexpr S epsilon = sizeof(S) == 4 ? S(1.1920928955078125e-7) : S(2.220446049250313e-16);
 
-// What x is made of, for a piece of columns.
+// The factors of x, for a piece of columns.
 template <class S, int W> struct Centered {
   S first[W], offset[W], inverse[W];
   BOMKERN_HD Centered(const Matrix& z, const S* offsets, const S* inverses, int64_t column) {

@@ -88,7 +88,7 @@ def dots(
 
 @triton.jit
 def _settle(total, square, dims, out, scale, DUAL: tl.constexpr, CD: tl.constexpr, LINE: tl.constexpr):
-    """The penalty, of the squares of O or K."""
+    """The penalty, from the squares of O or K."""
     if DUAL:
         own = tl.full((LINE,), 0, CD)
         first = 0
@@ -107,7 +107,7 @@ def squares(
     IS_WHOLE: tl.constexpr, DUAL: tl.constexpr, CD: tl.constexpr, LINE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Sum of squares of a tile of S or K; of S the diagonal becomes 0 first."""
+    """Sum of squares of a tile of S or K; the diagonal of S becomes 0 first."""
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     cols = (tl.program_id(1) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
     used = (rows < side) & (cols < side)
@@ -127,7 +127,7 @@ def squares(
 def total(
     parts, programs, square, dims, out, scale: tl.float64, DUAL: tl.constexpr, CD: tl.constexpr, LINE: tl.constexpr
 ):
-    """The penalty, of the sums that the programs of `squares` left."""
+    """The penalty, from the sums that the programs of `squares` stored."""
     own = tl.full((LINE,), 0, CD)
     first = 0
     while first < programs:
@@ -150,7 +150,7 @@ def weigh(k, grad, stride, out, side, CD: tl.constexpr, ROWS: tl.constexpr, COLS
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """In their own dtype and to its digits, whatever autocast or TF32 would make of it."""
+    """Return the matrix product in the inputs' dtype at full precision, despite autocast and TF32."""
     with torch.autocast(a.device.type, enabled=False):
         return matmul(a, b)
 
@@ -162,7 +162,7 @@ def _grid(rows: int, cols: int, size: dict[str, int]) -> tuple[int, int]:
 def launch_forward(
     z: Tensor, normalize: bool, per_sample: bool, save: bool, out: Tensor, columns: Tensor
 ) -> Tensor | None:
-    """Fills ``out``, [B] or [], and ``columns`` [3, D], in the compute dtype.
+    """Fill ``out``, [B] or [], and ``columns`` [3, D], in the compute dtype.
 
     Returns what backward needs, if it will be called: K [B, B] where D > B, else y [B, D] per sample, O [D, D] in all.
     """
@@ -206,7 +206,7 @@ def launch_backward(
     per_sample: bool,
     grad_z: Tensor,
 ) -> None:
-    """Fills ``grad_z`` [B, D], contiguous, of z's dtype.
+    """Fill ``grad_z`` [B, D], contiguous, of z's dtype.
 
     Args:
         grad: [B], or [] in all; the compute dtype. An expanded number is known by its stride of 0.

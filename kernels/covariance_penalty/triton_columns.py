@@ -63,7 +63,7 @@ def finish(
 
 @triton.jit
 def added(parts, which, splits, cols, dims, SPLITS: tl.constexpr):
-    """Sums [1, COLS] of what the programs of `centre` left: parts [2, splits, D]."""
+    """Sums [1, COLS] of the parts [2, splits, D] that the programs of `centre` stored."""
     split = tl.arange(0, SPLITS)[:, None]
     at = parts + (which * splits + split).to(tl.int64) * dims + cols
     return tl.sum(tl.load(at, mask=(split < splits) & (cols < dims), other=0), 0)[None, :]
@@ -129,7 +129,7 @@ def centre(
 
 
 def _cut(batch: int, dims: int, cells: int) -> tuple[dict[str, int], int, int, int]:
-    """(tile, splits, rows a program takes, groups of columns) of `centre`."""
+    """Return (tile, splits, rows of a program, groups of columns) of `centre`."""
     cols = wide(dims, 32)
     rows, across = cells // cols, triton.cdiv(dims, cols)
     splits = min(SPLITS, max(1, PROGRAMS // across))
@@ -139,7 +139,7 @@ def _cut(batch: int, dims: int, cells: int) -> tuple[dict[str, int], int, int, i
 
 
 def measure(z: Tensor, normalize: bool, columns: Tensor) -> None:
-    """Fills ``columns`` [3, D], in the compute dtype: mean less the first value, inverse, v."""
+    """Fill ``columns`` [3, D], in the compute dtype: mean less the first value, inverse, v."""
     batch, dims = z.shape
     p = plan(batch, dims, columns.dtype)
     split = p.splits > 1
@@ -156,7 +156,7 @@ def measure(z: Tensor, normalize: bool, columns: Tensor) -> None:
 
 
 class Columns:
-    """z as a pass over it sees it: x = (z - first - offset) * inverse, and what to make of it beside."""
+    """A pass over z: x = (z - first - offset) * inverse, and what to compute from it."""
 
     def __init__(self, z: Tensor, columns: Tensor, dual: bool) -> None:
         self.z, self.columns, self.dual = z, columns, dual
@@ -166,7 +166,7 @@ class Columns:
         return self.columns.new_empty(self.z.shape)
 
     def sums(self) -> Tensor:
-        """For sums over rows of t and of t x, in parts."""
+        """Return memory for the parts of the sums over rows of t and of t x."""
         return self.columns.new_empty(2, self.splits, self.z.shape[1])
 
     def walk(
@@ -180,7 +180,7 @@ class Columns:
         parts: Tensor | None = None,
         own: bool = False,
     ) -> None:
-        """One launch of `centre`, which says what these are."""
+        """Launch `centre` once; its docstring explains the arguments."""
         batch, dims = self.z.shape
         centre[(self.splits, self.across)](
             self.z, self.z.stride(), self.columns, batch, dims, self.per, x, gx, grad, stride_of(grad), p, q,
@@ -189,5 +189,5 @@ class Columns:
 
 
 def stride_of(grad: Tensor | None) -> int:
-    """From sample to sample; 0 of a single number."""
+    """Return the stride from sample to sample; 0 for a single number."""
     return grad.stride(0) if grad is not None and grad.dim() else 0

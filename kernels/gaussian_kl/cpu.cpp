@@ -1,8 +1,3 @@
 #include "../common/cpu_pick.h"
 #include "gaussian_kl.h"
-
-namespace bomkern {
-namespace gaussian_kl {
-BOMKERN_PICK_CPU_KERNELS
-}
-}  // namespace bomkern
+BOMKERN_PICK_CPU_KERNELS(gaussian_kl)

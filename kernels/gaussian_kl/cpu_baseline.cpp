@@ -1,4 +1,2 @@
-// gaussian_kl for any CPU: SSE2 on x86-64, NEON on 64-bit Arm.
-#define BOMKERN_VECTOR_BYTES 16
-#define BOMKERN_ISA baseline
-#include "cpu_rows.h"
+#define BOMKERN_KERNELS "../gaussian_kl/cpu_rows.h"
+#include "../common/compile_baseline.h"

@@ -35,7 +35,10 @@ template <class S, class Arguments> void share_out(Launch<Arguments>& l, const I
   l.unit_shift = log2_of(l.unit);
 }
 
-template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
+// No workspace.
+template <class Arguments> size_t workspace(const Arguments&) { return 0; }
+
+template <class S> cudaError_t run(const Forward<S>& a, void*, cudaStream_t stream) {
   if (!valid(a.in)) return cudaErrorInvalidValue;
   const bool blocks = correlated(a.in);
   const int width = width_of<S>(a.in.batch, run_of(a.in), {a.in.mu, a.in.logvar});
@@ -54,7 +57,7 @@ template <class S> cudaError_t run(const Forward<S>& a, cudaStream_t stream) {
   });
 }
 
-template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
+template <class S> cudaError_t run(const Backward<S>& a, void*, cudaStream_t stream) {
   if (a.grad_mu == nullptr && a.grad_logvar == nullptr) return cudaSuccess;
   if (!valid(a.in)) return cudaErrorInvalidValue;
   const bool blocks = correlated(a.in);
@@ -73,20 +76,7 @@ template <class S> cudaError_t run(const Backward<S>& a, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda
 
-template <class S> size_t cuda_workspace(const Forward<S>&) { return 0; }
-template <class S> size_t cuda_workspace(const Backward<S>&) { return 0; }
-
-template <class S> cudaError_t cuda_run(const Forward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
-template <class S> cudaError_t cuda_run(const Backward<S>& a, void*, cudaStream_t stream) { return cuda::run(a, stream); }
-
-template size_t cuda_workspace(const Forward<float>&);
-template size_t cuda_workspace(const Forward<double>&);
-template size_t cuda_workspace(const Backward<float>&);
-template size_t cuda_workspace(const Backward<double>&);
-template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+BOMKERN_CUDA_OP
 
 }  // namespace gaussian_kl
 }  // namespace bomkern

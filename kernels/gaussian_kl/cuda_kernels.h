@@ -65,7 +65,7 @@ BOMKERN_HD void add_pieces(const Inputs<S>& in, int64_t b, int64_t step, int64_t
   }
 }
 
-// Of teams within a warp: the rows b, b + step, ...
+// For teams within a warp: the rows b, b + step, ...
 template <class S, int W> BOMKERN_HD void forward_rows(const Launch<Forward<S>>& l, const Member& m, int64_t step) {
   constexpr int R = rows_at_once<S, W>;
   const Inputs<S>& in = l.a.in;

@@ -34,7 +34,7 @@ def _own(
     whole: tl.float64, last: tl.float64, group, dims, block,
     ALIKE: tl.constexpr, CD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A number of each block of a tile, [1, GROUP]: of the last, or of all before it. ALIKE: one for all, [1, 1]."""
+    """A number for each block of a tile, [1, GROUP]: the last block has its own. ALIKE: one for all, [1, 1]."""
     if ALIKE:
         return tl.full((1, 1), whole, CD)
     else:
@@ -127,7 +127,7 @@ def backward(
 
 
 class _Block(NamedTuple):
-    """What gaussian_kl.h has of one block, and what the block adds to twice the constant."""
+    """Return the numbers of one block as in gaussian_kl.h, and its share of twice the constant."""
 
     precision: float
     shared: float
@@ -145,7 +145,9 @@ def _block(dims: int, rho: float) -> _Block:
 
 
 def _prior(dims: int, block: int, rho: float) -> tuple[tuple[float, ...], bool]:
-    """Precision, shared and diagonal of a whole block and the last one, twice the constant; whether both are alike."""
+    """Return precision, shared and diagonal of a whole block and of the last one, twice the constant, and whether both
+    blocks are alike.
+    """
     before = (dims - 1) // block  # blocks before the last
     whole, last = _block(block, rho), _block(dims - before * block, rho)
     return (*whole[:3], *last[:3], before * whole.twice + last.twice), whole == last
@@ -158,7 +160,7 @@ def _tile(dims: int, block: int, plain: bool) -> dict[str, int]:
 
 
 def launch_forward(mu: Tensor, logvar: Tensor, block_size: int, rho: float, out: Tensor) -> None:
-    """Fills ``out`` [B], in the compute dtype."""
+    """Fill ``out`` [B], in the compute dtype."""
     batch, dims = mu.shape
     plain = block_size == 1 or rho == 0
     block = dims if plain else block_size
@@ -179,7 +181,7 @@ def launch_backward(
     grads: Sequence[Tensor],
     want: Sequence[bool],
 ) -> None:
-    """Fills the gradients of mu and logvar that are wanted, [B, D] contiguous, each in its input's dtype."""
+    """Fill the gradients of mu and logvar that are wanted, [B, D] contiguous, each in its input's dtype."""
     batch, dims = mu.shape
     plain = block_size == 1 or rho == 0
     # Where dimensions have nothing to do with one another, a "block" is what fits a tile.

@@ -12,9 +12,9 @@ namespace BOMKERN_ISA {
 using namespace bomkern::BOMKERN_ISA;
 
 constexpr int block = 128;       // samples
-constexpr int64_t chunk = 4096;  // samples of a task: by B alone, as the order of additions is
+constexpr int64_t chunk = 4096;  // samples of a task; fixed, so that the order of additions depends on B alone
 
-// What a chunk adds to the result.
+// A chunk's contribution to the result.
 struct Partial {
   double loss, worst_loss;
   int64_t worst;  // sample
@@ -40,7 +40,7 @@ template <class S> struct Block {
   int n;
 };
 
-// v in the lanes that count, `other` in the rest.
+// v in the valid lanes, `other` in the rest.
 template <class V> inline V keep(V v, V, All) { return v; }
 template <class V> inline V keep(V v, V other, First k) {
   __builtin_memcpy(&other, &v, k.n * sizeof(v[0]));
@@ -104,10 +104,10 @@ template <class S, class V> void compare(const Groups& groups, int g, Block<S>& 
 // products would be subnormal numbers. In float64 its own gradient is a normal number down to where its weight is one.
 template <class S> constexpr S least_apart = sizeof(S) == 4 ? -69 : -708;
 
-// How goals are weighed: the worst takes all, or each a part by its distance from the worst, or as multipliers say.
+// The weights of goals: all to the worst, or to each by its distance from the worst, or as the multipliers say.
 enum class Rule { hard, soft, given };
 
-// Of multipliers: the goals that have one, which are all that a sample's loss meets, and each goal's part of their sum.
+// The goals whose multiplier is not 0, which alone count in a sample's loss, and each goal's part of the multipliers' sum.
 template <class S> struct Given {
   int count = 0, goal[max_goals];
   S part[max_goals];
@@ -174,7 +174,7 @@ void share_out(const Forward<S>& a, const Given<S>& given, S* weight, Block<S>& 
   });
 }
 
-// What is known of each sample, and what of the block.
+// The state of each sample, and of the block.
 template <class S> void put_rows(const Forward<S>& a, const Block<S>& b, Partial* out) {
   const S* const judged = a.multipliers ? b.loss : b.worst;
   bool finite = true;
@@ -231,7 +231,7 @@ template <class S> void see(const Forward<S>& a, int64_t begin, int64_t end, S* 
   }
 }
 
-// Adds what `from` has seen, which comes after all that `to` has.
+// Merges `from` into `to`; the samples of `from` come after those of `to`.
 inline void merge(Partial& to, const Partial& from, int goals, int columns) {
   to.loss += from.loss;
   to.finite &= from.finite;
@@ -295,7 +295,7 @@ template <class S> int64_t bytes_of(const Forward<S>& a) {
   return chunks > 1 ? chunks * int64_t(sizeof(Partial)) : 0;
 }
 
-// A weight of 0 stops an infinite or NaN gradient from above.
+// A weight of 0 blocks an infinite or NaN incoming gradient.
 template <class V> inline V times(V weight, V grad) { return weight == 0 ? V{} : weight * grad; }
 
 // Samples [begin, end) of column k's gradient.

@@ -141,26 +141,10 @@ template <class S, class T> cudaError_t run(const Keep<S, T>& a, cudaStream_t st
 }  // namespace
 }  // namespace cuda
 
-template <class S> size_t cuda_workspace(const Forward<S>& a) { return cuda::workspace(a); }
-template <class S> size_t cuda_workspace(const Backward<S>& a) { return cuda::workspace(a); }
-
-template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream) {
-  return cuda::run(a, workspace, stream);
-}
-template <class S> cudaError_t cuda_run(const Backward<S>& a, void* workspace, cudaStream_t stream) {
-  return cuda::run(a, workspace, stream);
-}
+BOMKERN_CUDA_OP
 
 template <class S, class T> cudaError_t cuda_run(const Keep<S, T>& a, cudaStream_t stream) { return cuda::run(a, stream); }
 
-template size_t cuda_workspace(const Forward<float>&);
-template size_t cuda_workspace(const Forward<double>&);
-template size_t cuda_workspace(const Backward<float>&);
-template size_t cuda_workspace(const Backward<double>&);
-template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
 template cudaError_t cuda_run(const Keep<float, float>&, cudaStream_t);
 template cudaError_t cuda_run(const Keep<float, double>&, cudaStream_t);
 template cudaError_t cuda_run(const Keep<double, float>&, cudaStream_t);

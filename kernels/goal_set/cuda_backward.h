@@ -27,7 +27,7 @@ template <class S> struct BackwardLaunch {
   uint8_t order[max_goals];  // the outputs, those `dense` first
 };
 
-// A weight of 0 stops an infinite or NaN gradient from above.
+// A weight of 0 blocks an infinite or NaN incoming gradient.
 template <class S> BOMKERN_HD S times(S weight, S grad) { return weight == 0 ? S(0) : weight * grad; }
 
 // The gradients of W samples from `first` on.

@@ -12,7 +12,7 @@ namespace cuda {
 
 constexpr int most_threads = 256;
 
-// What the blocks leave: in the workspace, or in shared memory where there is but one.
+// The blocks' partial results: in the workspace, or in shared memory where there is one block.
 template <class S> struct Parts {
   Total* total;  // [blocks]
   double* sums;  // [blocks, 3 G + K], in the order of the record
@@ -48,7 +48,7 @@ template <class S> BOMKERN_HD void add(double* to, const S (&v)[rows], const Pla
   if (threadIdx.x % 32 == 0) *to += sum;
 }
 
-// Into lane 0.
+// The result is in lane 0.
 template <class S> BOMKERN_HD S warp_highest(S x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -66,7 +66,7 @@ template <class S> BOMKERN_HD void raise(S* to, const S (&v)[rows], const Place&
   if (threadIdx.x % 32 == 0 && highest > *to) *to = highest;
 }
 
-// What a thread saw of the samples it took.
+// A thread's partial results.
 template <class S> struct Taken {
   Sum<S> loss;
   S worst_loss = -S(__builtin_inff());
@@ -192,7 +192,7 @@ template <class S> struct Kernel {
     return taken;
   }
 
-  // What this block's warps saw, to where finish() reads it.
+  // Writes the partial results of this block's warps for finish().
   BOMKERN_HD void leave(const Taken<S>& taken, const Parts<S>& parts) {
     Total t = taken.total();
     merge_warp(t);

@@ -1,4 +1,4 @@
-// What one GPU thread does with R samples: meet one column after another, then give each goal its weight.
+// One GPU thread's work on R samples: it reads column after column, then gives each goal its weight.
 //
 // Deficits are not kept: no thread has registers for 64 of them. The weights need each once more, and so does the
 // gradient each slope, and both are computed again from the raw value, which is at hand in shared memory.

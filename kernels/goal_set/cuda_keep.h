@@ -23,10 +23,10 @@ template <class S, class T> __global__ void __launch_bounds__(keep_threads) keep
     a.average_before[g] = a.average[g];
     a.multipliers_before[g] = a.multipliers[g];
   }
-  __syncthreads();  // also: all have read the place
+  __syncthreads();  // by now all threads have read the place
   if (g < a.goals) {
     a.average[g] = now[g];
-    a.multipliers[g] = a.by_rank[rank_of(now, a.goals, g)];
+    a.multipliers[g] = a.by_rank[position_of(now, a.goals, g)];
   }
   if (g == 0) ++*a.place;
 }

@@ -1,5 +1,5 @@
-// goal_set_keep: what a step leaves behind. Its record goes into a ring; with spill the goals' averages move, and their
-// weights by rank follow. No torch here.
+// goal_set_keep: updates the state of a goal set after a step. The record goes into a ring; with spill the goals' averages
+// move, and each goal gets the weight of its position among them. No torch here.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -9,7 +9,7 @@
 namespace bomkern {
 namespace goal_set {
 
-// S is the record's number, T that of what is kept.
+// S is the type of the record, T that of the state.
 template <class S, class T> struct Keep {
   const S* record;  // [size]
   int64_t size;
@@ -18,11 +18,11 @@ template <class S, class T> struct Keep {
   int64_t* place;  // one: records ever kept
   int goals;       // 0 without spill, and then the rest is null
   const S* deficit;  // [goals] of this step
-  const T* by_rank;  // [goals] weights, of the worst first
+  const T* by_rank;  // [goals] weights by position, the worst goal's first
   double rate;       // of the moving average
   T* average;                          // [goals]
   T* multipliers;                      // [goals]
-  T *average_before, *multipliers_before;  // what they were before this step, for whoever takes it back
+  T *average_before, *multipliers_before;  // the values before this step, to undo it
 };
 
 #ifdef __CUDACC__
@@ -31,19 +31,19 @@ template <class S, class T> struct Keep {
 #define BOMKERN_BOTH
 #endif
 
-// Unsigned, so that not even a place that nobody has set leads out of the ring.
+// Unsigned, so that even an uninitialised place stays inside the ring.
 template <class S, class T> BOMKERN_BOTH T* row_of(const Keep<S, T>& a) {
   return a.ring + static_cast<int64_t>(static_cast<uint64_t>(*a.place) % static_cast<uint64_t>(a.rows)) * a.size;
 }
 
-// What is not finite moves nothing.
+// Returns the new average of a goal; a deficit that is not finite leaves it unchanged.
 template <class S, class T> BOMKERN_BOTH T moved(const Keep<S, T>& a, int goal) {
   const T before = a.average[goal], step = static_cast<T>(a.deficit[goal]) - before;
   return isfinite(step) ? before + static_cast<T>(a.rate) * step : before;
 }
 
-// How many goals are worse; of equals the first is.
-template <class T> BOMKERN_BOTH int rank_of(const T* average, int goals, int goal) {
+// Returns how many goals are worse; among equals the first counts as worse.
+template <class T> BOMKERN_BOTH int position_of(const T* average, int goals, int goal) {
   int worse = 0;
   for (int other = 0; other < goals; ++other)
     worse += average[other] > average[goal] || (average[other] == average[goal] && other < goal);
@@ -62,7 +62,7 @@ template <class S, class T> void keep_on_cpu(const Keep<S, T>& a) {
   for (int g = 0; g < a.goals; ++g) now[g] = moved(a, g);
   for (int g = 0; g < a.goals; ++g) {
     a.average[g] = now[g];
-    a.multipliers[g] = a.by_rank[rank_of(now, a.goals, g)];
+    a.multipliers[g] = a.by_rank[position_of(now, a.goals, g)];
   }
 }
 

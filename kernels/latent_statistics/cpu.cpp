@@ -1,8 +1,3 @@
 #include "../common/cpu_pick.h"
 #include "latent_statistics.h"
-
-namespace bomkern {
-namespace latent_statistics {
-BOMKERN_PICK_CPU_KERNELS
-}
-}  // namespace bomkern
+BOMKERN_PICK_CPU_KERNELS(latent_statistics)

@@ -54,7 +54,7 @@ BOMKERN_HD void write_gradient(const BackwardLaunch<S>& l, const Matrix& x, void
   }
 }
 
-// Of a piece of columns; slope(d) is the gradient by the variance of column d.
+// The gradients of a piece of columns; slope(d) is the gradient of the variance of column d.
 template <class S, int W, class Slope>
 BOMKERN_HD MomentGradient<S, W> moment_gradient(const Inputs<S>& in, const Matrix& x, const S* offset, const S* by_mean,
                                                 int64_t column, Slope slope) {

@@ -45,7 +45,7 @@ BOMKERN_HD void add_rows(const S (&mu)[R][W], const S (&logvar)[R][W], S (&sum)[
   }
 }
 
-// What a thread has seen of an item.
+// A thread's partial results of an item.
 template <class S, int W> struct Seen {
   Moments<S, W> z, mu;
   S z_first[W], mu_first[W];

@@ -1,4 +1,4 @@
-// latent_statistics: what a trainer asks of its latent code, each input read once. No torch here.
+// latent_statistics: the statistics of a latent code that a trainer needs, with one read of each input. No torch here.
 //
 //   kl_b = 1/2 sum_d (mu_bd^2 + e(logvar_bd) - 1 - logvar_bd), e as in gaussian_kl/variance.h,
 //   logvar_mean_b = 1/D sum_d logvar_bd,   logvar_square_b = 1/D sum_d logvar_bd^2,

@@ -22,7 +22,7 @@ RUN = 512  # samples that a program of `finish` takes
 
 @triton.jit
 def _put_rows(kl, level, square, rows, used, dims, out):
-    """Three sums over the dimensions of samples, as results."""
+    """Store three sums over the dimensions of samples as results."""
     count = tl.full((), dims, kl.dtype)
     tl.store(out[0] + rows, kl * 0.5, mask=used)
     tl.store(out[1] + rows, div(level, count), mask=used)
@@ -31,7 +31,7 @@ def _put_rows(kl, level, square, rows, used, dims, out):
 
 @triton.jit
 def _put_columns(x, strides, offset, squares, batch, dims, cols, mean, variance, offsets, CD: tl.constexpr):
-    """A column's moments, as results and, of the offset, for backward."""
+    """Store a column's moments as results, and its offset for backward."""
     inside = cols < dims
     tl.store(offsets + cols, offset, mask=inside)
     tl.store(mean + cols, first_of(x, strides, cols, dims, CD) + offset, mask=inside)
@@ -101,7 +101,7 @@ def finish(
     threshold: tl.float64, temperature: tl.float64,
     LINE: tl.constexpr, RUN: tl.constexpr, CD: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 puts the columns of mu together, and makes the fractions of them; 1 those of z; the others rows."""
+    """Program 0 merges the columns of mu and computes the fractions, program 1 those of z, the others merge rows."""
     pid = tl.program_id(0)
     if pid == 0:
         at = 0
@@ -148,7 +148,7 @@ def _of_columns(grads, strides, field: tl.constexpr, cols, dims):
 
 @triton.jit
 def _apart(values, x, strides, offsets, cols, dims, CD: tl.constexpr):
-    """How far values are from their column's mean."""
+    """The differences of values from their column's mean."""
     offset = tl.load(offsets + cols, mask=cols < dims, other=0)
     return (values - first_of(x, strides, cols, dims, CD)[None, :]) - offset[None, :]
 
@@ -158,7 +158,7 @@ def backward(
     grads, grad_strides, z, mu, logvar, strides, columns, grad_z, grad_mu, grad_logvar, batch, dims,
     CD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of every gradient that is wanted. ``grads``: of the nine results, None counts as 0 and costs nothing."""
+    """A tile of every gradient that is wanted. ``grads`` are those of the nine results; None counts as 0."""
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = (tl.program_id(1) * COLS + tl.arange(0, COLS)).to(tl.int64)
     cols = col[None, :]
@@ -210,7 +210,7 @@ def backward(
 def launch_forward(
     z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float, outputs: Sequence[Tensor]
 ) -> None:
-    """Fills ``outputs``, in the compute dtype: the nine results, then what backward needs of each column.
+    """Fill ``outputs``, in the compute dtype: the nine results, then what backward needs of each column.
 
     That is [4, D]: of z and of mu the mean less the first value, and the slopes of active and of effective.
     """
@@ -242,7 +242,7 @@ def launch_backward(
     made: Sequence[Tensor],
     want: Sequence[bool],
 ) -> None:
-    """Fills the gradients of z, mu and logvar that are wanted, [B, D] contiguous, each in its input's dtype.
+    """Fill the gradients of z, mu and logvar that are wanted, [B, D] contiguous, each in its input's dtype.
 
     Args:
         grads: of the nine results; None counts as 0.

@@ -1,8 +1,3 @@
 #include "../common/cpu_pick.h"
 #include "min_goal.h"
-
-namespace bomkern {
-namespace min_goal {
-BOMKERN_PICK_CPU_KERNELS
-}
-}  // namespace bomkern
+BOMKERN_PICK_CPU_KERNELS(min_goal)

@@ -1,8 +1,2 @@
-#if defined(__x86_64__)
-#include "../common/target_avx512.h"
-#define BOMKERN_ISA avx512
-#include "cpu_rows.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#endif
+#define BOMKERN_KERNELS "../min_goal/cpu_rows.h"
+#include "../common/compile_avx512.h"

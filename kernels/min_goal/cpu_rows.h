@@ -31,6 +31,10 @@ template <class S> inline typename Lanes<S>::Vec load_goal(const Goals& g, int k
     }
   }
   if (stride == 0) return splat<V>(load_one<S>(data, g.dtype[k], 0));
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the loops set every lane
+#endif
   V v;
   if (g.dtype[k] == DType::f32) {
     const float* from = static_cast<const float*>(data) + b * stride;
@@ -38,6 +42,9 @@ template <class S> inline typename Lanes<S>::Vec load_goal(const Goals& g, int k
   } else {
     for (int i = 0; i < width; ++i) v[i] = load_one<S>(data, g.dtype[k], (b + (i < n ? i : n - 1)) * stride);
   }
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
   return v;
 }
 
@@ -191,7 +198,7 @@ template <class To, class S>
 void write_matrix(To* out, const S* value, const uint8_t* winner, int count, int n, DType dtype) {
   __builtin_memset(out, 0, sizeof(To) * n * count);
   for (int i = 0; i < n; ++i) {
-    // Where it came from a caller of the op, it may be no goal at all.
+    // A winner that a caller of the op passes may be out of range.
     if (winner[i] < count) out[int64_t(i) * count + winner[i]] = narrow_to<To>(value[i], dtype);
   }
 }
@@ -207,7 +214,7 @@ void write_gradient(To* out, const Backward<S>& a, const min_goal::Gradient& g, 
   }
 }
 
-// What backward knows of samples [b, b + n): their bottlenecks, and the loss's gradient there.
+// The bottlenecks of samples [b, b + n), and the gradient of the loss there.
 template <class S>
 const uint8_t* gradients_of(const Backward<S>& a, int64_t b, int n, S* value, uint8_t* scratch) {
   if (a.worst) {  // one entry of the whole batch takes it all

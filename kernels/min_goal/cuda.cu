@@ -23,7 +23,7 @@ struct Device {
   int multiprocessors;
 };
 
-// What the driver loaded counts, not what the device is: PTX for 8.0 runs on a 9.0 too, and holds no clusters.
+// The code that the driver loaded decides, not the device: PTX for 8.0 also runs on a 9.0, without clusters.
 cudaError_t device_of(Device* device) {
   static std::atomic<int> known[64];
   int id = 0, multiprocessors = 0;
@@ -51,12 +51,12 @@ struct Plan {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Enough threads for a block's share of the batch, at most max_threads: they come round again for the rest.
+// Enough threads for a block's share of the batch, at most max_threads, which loop over the rest.
 int threads_for(int64_t samples) {
   return int(min(ceil_div(samples, warp_rows), int64_t(max_threads / 32))) * 32;
 }
 
-// Of a grid's blocks: small ones, so that every multiprocessor has some, until there are four for each.
+// Threads of a grid's blocks: blocks stay small until every multiprocessor has four.
 int grid_threads_for(int64_t batch, int multiprocessors) {
   int threads = int(least_grid_threads);
   while (threads < most_grid_threads && ceil_div(batch, threads * rows) > int64_t(multiprocessors) * 4) threads *= 2;
@@ -117,7 +117,14 @@ template <class S> Access access_of(const Forward<S>& a) {
   return adjacent ? Access::adjacent : halves ? Access::halves : Access::apart;
 }
 
-template <class S> cudaError_t forward(const Forward<S>& a, void* workspace, cudaStream_t stream) {
+template <class S> size_t workspace(const Forward<S>& a) {
+  Device device;
+  if (device_of(&device) != cudaSuccess) return 0;  // run() returns the error
+  const bool stats = a.bottleneck != nullptr;
+  return workspace_bytes(plan_of<S>(device, a.goals.batch, a.reduction, stats), a.goals.count, stats);
+}
+
+template <class S> cudaError_t run(const Forward<S>& a, void* workspace, cudaStream_t stream) {
   const bool scores = a.params == nullptr, stats = a.bottleneck != nullptr;
   const int count = a.goals.count;
   const int64_t batch = a.goals.batch;
@@ -173,7 +180,9 @@ template <class S> struct BackwardPlan {
 
 template <class S> bool valid(const Backward<S>& a) { return a.batch >= 1 && a.outputs >= 0 && a.outputs <= max_goals; }
 
-template <class S> cudaError_t backward(const Backward<S>& a, void* workspace, cudaStream_t stream) {
+template <class S> size_t workspace(const Backward<S>& a) { return valid(a) ? BackwardPlan<S>(a).bytes() : 0; }
+
+template <class S> cudaError_t run(const Backward<S>& a, void* workspace, cudaStream_t stream) {
   if (!valid(a)) return cudaErrorInvalidValue;
   if (a.outputs == 0) return cudaSuccess;
   BackwardPlan<S> plan(a);
@@ -193,33 +202,7 @@ template <class S> cudaError_t backward(const Backward<S>& a, void* workspace, c
 
 namespace min_goal {
 
-template <class S> size_t cuda_forward_workspace(const Forward<S>& a) {
-  cuda::Device device;
-  if (cuda::device_of(&device) != cudaSuccess) return 0;  // cuda_forward() will say so
-  const bool stats = a.bottleneck != nullptr;
-  return cuda::workspace_bytes(cuda::plan_of<S>(device, a.goals.batch, a.reduction, stats), a.goals.count, stats);
-}
-
-template <class S> cudaError_t cuda_forward(const Forward<S>& a, void* workspace, cudaStream_t stream) {
-  return cuda::forward(a, workspace, stream);
-}
-
-template <class S> size_t cuda_backward_workspace(const Backward<S>& a) {
-  return cuda::valid(a) ? cuda::BackwardPlan<S>(a).bytes() : 0;
-}
-
-template <class S> cudaError_t cuda_backward(const Backward<S>& a, void* workspace, cudaStream_t stream) {
-  return cuda::backward(a, workspace, stream);
-}
-
-template size_t cuda_forward_workspace<float>(const Forward<float>&);
-template size_t cuda_forward_workspace<double>(const Forward<double>&);
-template cudaError_t cuda_forward<float>(const Forward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_forward<double>(const Forward<double>&, void*, cudaStream_t);
-template size_t cuda_backward_workspace<float>(const Backward<float>&);
-template size_t cuda_backward_workspace<double>(const Backward<double>&);
-template cudaError_t cuda_backward<float>(const Backward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_backward<double>(const Backward<double>&, void*, cudaStream_t);
+BOMKERN_CUDA_OP
 
 }  // namespace min_goal
 }  // namespace bomkern

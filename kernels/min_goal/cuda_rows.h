@@ -1,4 +1,4 @@
-// What one GPU thread does with its four samples: fetch the raw values, meet one goal after another, write the result.
+// One GPU thread's work on four samples: it fetches the raw values, reads goal after goal, and writes the result.
 //
 // Raw values come through shared memory by asynchronous copies (cp.async), each thread staging what it alone will read:
 // a whole group of goals is in flight at once, of any mixture of dtypes and strides, and costs no register.
@@ -26,7 +26,7 @@ constexpr int warp_rows = 32 * rows;
 constexpr int max_threads = 512;
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// What a thread, a warp or a block has seen.
+// The totals of a thread, a warp or a block.
 struct Total {
   double loss = 0, worst_loss = -__builtin_inf(), worst_slope = 0;
   long long worst = INT64_MAX;  // sample * K + goal
@@ -78,7 +78,7 @@ BOMKERN_HD void merge(Total& t, const Total& other) {
   }
 }
 
-// Into lane 0.
+// The result is in lane 0.
 BOMKERN_HD void merge_warp(Total& t) {
 #pragma unroll 1
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -252,7 +252,7 @@ BOMKERN_HD void write_rows(const Forward<S>& a, const Worst<S>& w, const Place& 
   }
 }
 
-// What one thread saw of the samples it took: their sum, or for `min` the worst of them.
+// One thread's total over its samples: their sum, or for `min` the worst of them.
 template <class S> struct Seen {
   Sum<S> loss;
   S worst_loss = -S(__builtin_inff()), worst_slope = 0;

@@ -1,4 +1,4 @@
-// min_goal: l_b = max_k d_kb, forward and backward. What the bridge fills in and the kernels read. No torch here.
+// min_goal: l_b = max_k d_kb, forward and backward: the arguments of the kernels. No torch here.
 #pragma once
 #include "../common/dtype.h"
 
@@ -54,8 +54,8 @@ template <class S> struct Backward {
   int outputs;
 };
 
-// What a range of samples adds to the result. The ranges are fixed by B alone, and added in order: the same bits at any
-// number of threads.
+// The contribution of a range of samples. The ranges depend on B alone and are added in order, so the bits do not depend on
+// the number of threads.
 struct Partial {
   double loss;
   double worst_loss;

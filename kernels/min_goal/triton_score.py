@@ -1,4 +1,4 @@
-"""The arithmetic of `min_goal` in Triton: deficits, their slopes, and which of them is worst.
+"""The arithmetic of `min_goal` in Triton: deficits, their slopes, and the worst of them.
 
 NaN and ties are spelled out with ``where``: Triton's own ``max`` and ``argmax`` skip NaN, and promise no order.
 """
@@ -21,7 +21,7 @@ TINY = tl.constexpr(2.0**-126)  # smallest normal float32
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in another dtype; between float64 and a half type by way of float32, as not every backend goes straight."""
+    """x in another dtype; float64 and half types go through float32, because not every backend converts directly."""
     if x.dtype == dtype:
         return x
     else:
@@ -113,7 +113,7 @@ def load_tile(
     goals, strides, stride_k, b, cells,
     K: tl.constexpr, GROUPS: tl.constexpr, CD: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, KP] values, from one [B, K] tensor (GROUPS is None) or straight from K tensors, wherever they lie.
+    """[BLOCK, KP] values, from one [B, K] tensor (GROUPS is None) or from K separate tensors.
 
     The K pointers become a vector of addresses, one load for each group of goals that share a dtype and whether their
     samples are adjacent. GROUPS[k] is (group, whether k is its first goal, whether adjacent).

@@ -1,4 +1,2 @@
-// total_correlation for any CPU: SSE2 on x86-64, NEON on 64-bit Arm.
-#define BOMKERN_VECTOR_BYTES 16
-#define BOMKERN_ISA baseline
-#include "cpu.h"
+#define BOMKERN_KERNELS "../total_correlation/cpu.h"
+#include "../common/compile_baseline.h"

@@ -1,4 +1,4 @@
-// total_correlation on the CPU for one instruction set: what both directions share. Lanes of a vector are rows.
+// Shared by both directions of total_correlation on the CPU, for one instruction set. Lanes of a vector are rows.
 #include "../common/cpu_rows.h"
 
 #include "total_correlation.h"
@@ -23,7 +23,7 @@ template <class S> struct Range {
   S high, low;
 };
 
-// What bounds t from below for a block of components in one dimension.
+// The lower bound of t for a block of components in one dimension.
 template <class S> struct Bounds {
   Range<S> mu;
   S precision, fall;  // the highest a; the highest C_d - c

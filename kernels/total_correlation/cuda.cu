@@ -45,7 +45,7 @@ int multiprocessors() {
   return max(count, 1);
 }
 
-// Hands out pieces of the workspace; where there is none yet, counts their bytes.
+// Allocates pieces of the workspace; with a null base it only counts their bytes.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<unsigned char*>(base)) {}
@@ -177,7 +177,11 @@ auto kernel_of_period(int64_t period) -> void (*)(ForwardLaunch<float>) {
   return nullptr;
 }
 
-template <class S> cudaError_t forward(const Forward<S>& a, void* workspace, cudaStream_t stream) {
+template <class S> size_t workspace(const Forward<S>& a) {
+  return valid(a.in) ? ForwardPlan<S>(a, nullptr).bytes : 0;
+}
+
+template <class S> cudaError_t run(const Forward<S>& a, void* workspace, cudaStream_t stream) {
   if (!valid(a.in) || workspace == nullptr) return cudaErrorInvalidValue;
   const ForwardPlan<S> plan(a, workspace);
   const ForwardLaunch<S>& l = plan.l;
@@ -275,7 +279,7 @@ template <class S> struct BackwardPlan {
     bytes = workspace.bytes();
   }
 
-  // What a square has of `count` rows or components: a full side, or the rest.
+  // The part of `count` rows or components in a square: a full side, or the rest.
   static std::array<int, 2> sizes(int64_t count, int side) {
     return {side, count % side ? int(count % side) : side};
   }
@@ -303,7 +307,12 @@ cudaError_t responsibilities(const BackwardPlan<S>& plan, const Backward<S>& a, 
   return run(ResponsibilityTile<S, 1>(), responsibility_kernel<S, 1>);
 }
 
-template <class S> cudaError_t backward(const Backward<S>& a, void* workspace, cudaStream_t stream) {
+template <class S> size_t workspace(const Backward<S>& a) {
+  const bool wanted = a.grad_z || a.grad_mu || a.grad_logvar;
+  return wanted && valid(a.in) ? BackwardPlan<S>(a, nullptr).bytes : 0;
+}
+
+template <class S> cudaError_t run(const Backward<S>& a, void* workspace, cudaStream_t stream) {
   const bool rows_wanted = a.grad_z, components_wanted = a.grad_mu || a.grad_logvar;
   if (!rows_wanted && !components_wanted) return cudaSuccess;
   if (!valid(a.in) || workspace == nullptr) return cudaErrorInvalidValue;
@@ -330,31 +339,7 @@ template <class S> cudaError_t backward(const Backward<S>& a, void* workspace, c
 }  // namespace
 }  // namespace cuda
 
-template <class S> size_t cuda_workspace(const Forward<S>& a) {
-  return cuda::valid(a.in) ? cuda::ForwardPlan<S>(a, nullptr).bytes : 0;
-}
-
-template <class S> cudaError_t cuda_run(const Forward<S>& a, void* workspace, cudaStream_t stream) {
-  return cuda::forward(a, workspace, stream);
-}
-
-template <class S> size_t cuda_workspace(const Backward<S>& a) {
-  const bool wanted = a.grad_z || a.grad_mu || a.grad_logvar;
-  return wanted && cuda::valid(a.in) ? cuda::BackwardPlan<S>(a, nullptr).bytes : 0;
-}
-
-template <class S> cudaError_t cuda_run(const Backward<S>& a, void* workspace, cudaStream_t stream) {
-  return cuda::backward(a, workspace, stream);
-}
-
-template size_t cuda_workspace(const Forward<float>&);
-template size_t cuda_workspace(const Forward<double>&);
-template cudaError_t cuda_run(const Forward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Forward<double>&, void*, cudaStream_t);
-template size_t cuda_workspace(const Backward<float>&);
-template size_t cuda_workspace(const Backward<double>&);
-template cudaError_t cuda_run(const Backward<float>&, void*, cudaStream_t);
-template cudaError_t cuda_run(const Backward<double>&, void*, cudaStream_t);
+BOMKERN_CUDA_OP
 
 }  // namespace total_correlation
 }  // namespace bomkern

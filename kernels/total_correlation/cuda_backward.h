@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(backward_threads, gradient_blocks<S>)
   S* const memory = reinterpret_cast<S*>(bytes);
   const MetElement<S, side> element(l.slice_chunks, l.quads);
 
-  // What this thread owns: z and the marginal of rows, or mu, a and c of components.
+  // The values that this thread owns: z and the marginal of rows, or mu, a and c of components.
   S mine[owned_fields<side>][width][R], sum[K][width][R], negative_grad[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {

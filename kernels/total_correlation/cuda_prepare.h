@@ -12,7 +12,7 @@ constexpr int pack_rows = pack_threads / pack_dims;  // rows in flight
 BOMKERN_HD float lower(float a, float b) { return fminf(a, b); }
 BOMKERN_HD double lower(double a, double b) { return fmin(a, b); }
 
-// What there is to know of a column of log-variances.
+// Statistics of a column of log-variances.
 template <class S> struct Column {
   double sum = 0;
   S least = S(__builtin_inff());

@@ -1,4 +1,4 @@
-// What total_correlation's GPU kernels share: the packed inputs, the term t_bid, the weights, a running log-sum-exp.
+// Shared by total_correlation's GPU kernels: the packed inputs, the term t_bid, the weights, a running log-sum-exp.
 //
 // C_d of total_correlation.h may be any constant, since it stands once in the joint and once in the marginals. Here it
 // makes t 0, on average, for a component's own sample: C_d = mean_i c_id - log2(e) / 2. So the terms that count are
@@ -35,7 +35,7 @@ constexpr int joint_block = 8;  // groups of dimensions that are added up before
 // their sums are small beside what was added: longer segments would cost digits.
 constexpr int segment = 256, gradient_segment = 32;
 
-// What one thread owns side by side: 16 bytes of rows, or of components.
+// Adjacent rows or components of one thread: 16 bytes.
 template <class S> constexpr int owned = 16 / int(sizeof(S));
 template <class S> struct alignas(16) Vec {
   S at[owned<S>];

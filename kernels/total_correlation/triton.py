@@ -37,7 +37,7 @@ def _exact_marginal(
     z, mt, st, ct, mine, batch, size, padded,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, COMPS: tl.constexpr,
 ):  # fmt: skip
-    """(largest t, weighted sum of 2^(t - largest)), with a running maximum in every lane: right however far t is."""
+    """(largest t, weighted sum of 2^(t - largest)), with a running maximum in every lane, exact for any t."""
     top = tl.full((ROWS, COMPS), LOWEST32 if CD == tl.float32 else LOWEST64, CD)  # noqa: SIM300
     sums = tl.full((ROWS, COMPS), 0, CD)
     i = 0
@@ -59,7 +59,7 @@ def marginals(
     zt, mt, st, ct, out, first, count, batch, size, padded,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, COMPS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Of ROWS rows in one dimension: a shift k, and the reciprocal of the weighted sum of 2^(t - k)."""
+    """For ROWS rows in one dimension: a shift k, and the reciprocal of the weighted sum of 2^(t - k)."""
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)
     mine = first + rows[:, None]
@@ -96,7 +96,7 @@ def joint_parts(
     zt, mt, st, sums, tops, weights, first, batch, size, padded_rows, padded, lines, per,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, TALL: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """Of 8 TALL rows and ``per`` components: the largest sum_d t, and the weighted sum of 2^(sum_d t - largest)."""
+    """For 8 TALL rows and ``per`` components: the largest sum_d t, and the weighted sum of 2^(sum_d t - largest)."""
     top = tl.full((TALL, 8), LOWEST32 if CD == tl.float32 else LOWEST64, CD)  # noqa: SIM300
     total = tl.full((TALL, 8), 0, CD)
     i = tl.program_id(1) * per
@@ -122,7 +122,7 @@ def finish(
     tops, weights, marginal, joint, out, count, batch, dims, size, padded_rows, splits,
     STRATIFIED: tl.constexpr, LINE: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Puts the parts of the joint together, takes the marginals off, and goes from bits to nats. LINE: D = 1."""
+    """Merge the parts of the joint, subtract the marginals, and convert bits to nats. LINE: D = 1."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < count
     marginal += rows[None, :]
@@ -280,7 +280,7 @@ def pull_components(
 
 
 def _per(blocks: int, others: int, least: int) -> int:
-    """How many of so many blocks a program takes, ``least`` or more, where there are so many programs beside it."""
+    """Return how many of all blocks one program takes, at least ``least``, beside the other programs."""
     return max(least, triton.cdiv(blocks * others, PROGRAMS))
 
 
@@ -295,7 +295,7 @@ def launch_forward(
     joint: Tensor,
     marginal: Tensor,
 ) -> None:
-    """Fills ``out`` [R], ``joint`` [2, R] and ``marginal`` [2, D, R], in the compute dtype.
+    """Fill ``out`` [R], ``joint`` [2, R] and ``marginal`` [2, D, R], in the compute dtype.
 
     The last two have, of each mixture, a shift k and the reciprocal of the weighted sum of 2^(t - k): a share of it
     made from these is closer than one from the sum's logarithm.
@@ -333,7 +333,7 @@ def launch_backward(
     first: int,
     want: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of z [R, D], mu and logvar [B, D] that are wanted, in the compute dtype, else None."""
+    """Return the wanted gradients of z [R, D], mu and logvar [B, D] in the compute dtype; None for the others."""
     x = lay(z, mu, logvar, dataset_size, stratified, joint.dtype)
     rows, batch, dims, size, padded = x.rows, x.batch, x.dims, x.size, x.padded
     new = x.z.new_empty

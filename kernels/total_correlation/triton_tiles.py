@@ -1,4 +1,4 @@
-"""What the Triton kernels of `total_correlation` share: the layout they read, distances in bits, stratified weights.
+"""Shared by the Triton kernels of `total_correlation`: the layout they read, distances in bits, stratified weights.
 
 Multiply-adds are spelled out, and no others are made: joint and marginal of a single dimension are then equal to the
 bit, and so is their difference, zero.
@@ -28,7 +28,7 @@ def prepare(
     z, mu, logvar, low, high, strides, count, batch, dims, padded, zt, mt, st, ct,
     CD: tl.constexpr, LINES: tl.constexpr, COMPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes z, mu, s and c - C as [D, B] with their padding. In float64, as they are only B D.
+    """Write z, mu, s and c - C as [D, B] with their padding. In float64, as they are only B D.
 
     Of z there may be fewer rows; it is laid out as wide as the others, so that one stride does in every loop.
 
@@ -54,7 +54,7 @@ def prepare(
 
 
 class Laid(NamedTuple):
-    """What every kernel reads: z, mu, s and c - C [D, B] with their padding, and what the launches share."""
+    """The inputs of every kernel: z, mu, s and c - C [D, B] with their padding, and what the launches share."""
 
     z: Tensor
     mu: Tensor
@@ -124,7 +124,7 @@ def weight(mine, comps, batch, size, CD: tl.constexpr):
 
 @triton.jit
 def near(mine, ROWS: tl.constexpr, comp, COMPS: tl.constexpr):
-    """Whether any of ROWS rows could weigh any of COMPS components by other than 1: its own or the next one does.
+    """Whether any of ROWS rows may have a weight other than 1 for any of COMPS components: its own or the next one.
 
     ``mine``: the component that the first of the rows was drawn from.
     """

@@ -1,4 +1,4 @@
-"""The `bomkern` command: what it sets for OpenMP before torch is loaded."""
+"""The `bomkern` command: what it sets for OpenMP before torch is loaded, and a reader that stops early."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import bomkern_command
+from bomkern.cli import READER_GONE
 
 
 @pytest.mark.parametrize("said", [{}, {"OMP_NUM_THREADS": "2"}])
@@ -44,6 +45,19 @@ def test_it_is_set_before_torch_is_loaded() -> None:
 def _without_openmp() -> dict[str, str]:
     names = ("OMP_WAIT_POLICY", *bomkern_command.SHORT_SPIN)
     return {name: value for name, value in os.environ.items() if name not in names}
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--help")])
+def test_a_reader_that_stops_early_ends_the_command_quietly(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        command = [sys.executable, "-W", "ignore", "-m", "bomkern", *arguments]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (READER_GONE, "")
 
 
 def test_the_table_of_runs_on_the_same_cores() -> None:

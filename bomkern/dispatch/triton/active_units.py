@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import reference
 from ...common.checks import check_matrices, check_units
+from .. import fakes
 from .launcher import guard, load
 from .library import Grads, by_reference, register
 
@@ -33,7 +34,7 @@ def _forward(mu: Tensor, threshold: float, temperature: float) -> Three:
 
 
 def _new_grad(grad_active: Tensor | None, grad_effective: Tensor | None, mu: Tensor, columns: Tensor) -> Tensor:
-    return mu.new_empty(mu.shape)
+    return fakes.gradient_of(mu)
 
 
 def _backward(grad_active: Tensor | None, grad_effective: Tensor | None, mu: Tensor, columns: Tensor) -> Tensor:

@@ -9,36 +9,26 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...common.checks import check_views
+from .. import fakes
 from .launcher import guard, load
 from .library import Grads, by_reference, register
 
 
 def _apart(views: Sequence[Tensor]) -> Sequence[Tensor]:
-    """V tensors [B, D], of one [V, B, D] too."""
+    """Return V tensors [B, D], also where the views are one tensor [V, B, D]."""
     return views[0].unbind(0) if len(views) == 1 else views
 
 
-def _allocate(views: Sequence[Tensor], correction: float) -> Tensor:
-    _, batch, _, dtype = check_views(views, correction)
-    return views[0].new_empty((batch,), dtype=dtype)
-
-
 def _forward(views: Sequence[Tensor], correction: float) -> Tensor:
-    out = _allocate(views, correction)
+    out = fakes.consistency_variance(views, correction)
     kernels = load("consistency_variance", out.device.type)
     with guard(out):
         kernels.launch_forward(_apart(views), correction, out)
     return out
 
 
-def _new_grads(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
-    """A contiguous gradient of each tensor, with no elements where not wanted."""
-    return [x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(views, want, strict=True)]
-
-
 def _backward(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
-    made = _new_grads(grad, views, correction, want)
+    made = fakes.consistency_variance_backward(grad, views, correction, want)
     grads = _apart(made) if len(made) == 1 else [g if w else None for g, w in zip(made, want, strict=True)]
     kernels = load("consistency_variance", grad.device.type)
     with guard(grad):
@@ -66,8 +56,12 @@ def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
 
 _library = register(
     "consistency_variance",
-    ("(Tensor[] views, float correction) -> Tensor", _forward, _allocate),
-    ("(Tensor grad, Tensor[] views, float correction, bool[] want) -> Tensor[]", _backward, _new_grads),
+    ("(Tensor[] views, float correction) -> Tensor", _forward, fakes.consistency_variance),
+    (
+        "(Tensor grad, Tensor[] views, float correction, bool[] want) -> Tensor[]",
+        _backward,
+        fakes.consistency_variance_backward,
+    ),
     _save,
     _pull,
     _again,

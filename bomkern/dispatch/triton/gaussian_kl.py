@@ -9,36 +9,23 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...common.checks import check_matrices, check_prior
+from .. import fakes
 from .launcher import guard, load
 from .library import Grads, by_reference, register
 
 
-def _allocate(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
-    batch, dims, dtype = check_matrices(mu=mu, logvar=logvar)
-    check_prior(dims, block_size, rho)
-    return mu.new_empty((batch,), dtype=dtype)
-
-
 def _forward(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
-    out = _allocate(mu, logvar, block_size, rho)
+    out = fakes.gaussian_kl(mu, logvar, block_size, rho)
     kernels = load("gaussian_kl", mu.device.type)
     with guard(mu):
         kernels.launch_forward(mu, logvar, block_size, rho, out)
     return out
 
 
-def _new_grads(
-    grad: Tensor, mu: Tensor, logvar: Tensor, block_size: int, rho: float, want: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """A contiguous gradient of each, with no elements where not wanted."""
-    return mu.new_empty(mu.shape if want[0] else (0,)), logvar.new_empty(logvar.shape if want[1] else (0,))
-
-
 def _backward(
     grad: Tensor, mu: Tensor, logvar: Tensor, block_size: int, rho: float, want: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    grads = _new_grads(grad, mu, logvar, block_size, rho, want)
+    grads = fakes.gaussian_kl_backward(grad, mu, logvar, block_size, rho, want)
     kernels = load("gaussian_kl", mu.device.type)
     with guard(mu):
         kernels.launch_backward(grad, mu, logvar, block_size, rho, grads, want)
@@ -64,11 +51,11 @@ def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
 
 _library = register(
     "gaussian_kl",
-    ("(Tensor mu, Tensor logvar, int block_size, float rho) -> Tensor", _forward, _allocate),
+    ("(Tensor mu, Tensor logvar, int block_size, float rho) -> Tensor", _forward, fakes.gaussian_kl),
     (
         "(Tensor grad, Tensor mu, Tensor logvar, int block_size, float rho, bool[2] want) -> (Tensor, Tensor)",
         _backward,
-        _new_grads,
+        fakes.gaussian_kl_backward,
     ),
     _save,
     _pull,

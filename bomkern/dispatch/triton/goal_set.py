@@ -9,38 +9,10 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...common.checks import FLOATS, check_goals, check_groups, check_multipliers, check_params, check_temperature
-from ...reference import NONE
-from ..schemas import record_size
+from ...common.checks import FLOATS
+from .. import fakes
 from .launcher import guard, load
 from .library import Aside, Grads, by_reference, register
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _allocate(
-    goals: Sequence[Tensor],
-    params: Tensor,
-    curves: Sequence[int],
-    groups: Sequence[int],
-    temperature: Tensor,
-    reduction: int,
-    multipliers: Tensor | None,
-    save: bool,
-) -> Outputs:
-    """Fresh loss, bottleneck, record and weight, the last with no elements unless it is to be saved."""
-    batch, count, dtype = check_goals(goals)
-    check_params(params, curves, count, dtype, goals[0].device)
-    check_groups(groups, count)
-    check_temperature(temperature, params)
-    check_multipliers(multipliers, groups, params)
-    new = params.new_empty
-    return (
-        new((batch,) if reduction == NONE else ()),
-        new((batch,), dtype=torch.int64),
-        new((record_size(groups[-1] + 1, count),)),
-        new((count, batch) if save else (0,)),
-    )
 
 
 def _forward(
@@ -52,8 +24,8 @@ def _forward(
     reduction: int,
     multipliers: Tensor | None,
     save: bool,
-) -> Outputs:
-    out = _allocate(goals, params, curves, groups, temperature, reduction, multipliers, save)
+) -> tuple[Tensor, ...]:
+    out = fakes.goal_set(goals, params, curves, groups, temperature, reduction, multipliers, save)
     kernels = load("goal_set", params.device.type)
     with guard(params):
         kernels.launch_forward(
@@ -69,19 +41,10 @@ def _forward(
     return out
 
 
-def _new_grads(
-    grad: Tensor, weight: Tensor, index: Sequence[int], dim: Sequence[int], dtype: Sequence[int]
-) -> list[Tensor]:
-    """For each gradient wanted: index of its goal, dim of that tensor (2: the [B, K] matrix), place of its dtype."""
-    count, batch = weight.shape
-    shapes: dict[int, tuple[int, ...]] = {0: (), 1: (batch,), 2: (batch, count)}
-    return [weight.new_empty(shapes[d], dtype=FLOATS[t]) for d, t in zip(dim, dtype, strict=True)]
-
-
 def _backward(
     grad: Tensor, weight: Tensor, index: Sequence[int], dim: Sequence[int], dtype: Sequence[int]
 ) -> list[Tensor]:
-    made = _new_grads(grad, weight, index, dim, dtype)
+    made = fakes.goal_set_backward(grad, weight, index, dim, dtype)
     grads: list[Tensor | None] = [None] * weight.shape[0]
     for k, g in zip(index, made, strict=True):
         grads[k] = g
@@ -91,7 +54,7 @@ def _backward(
     return made
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     goals, params, ctx.curves, ctx.groups, temperature, ctx.reduction, multipliers, ctx.saved = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.dim = [g.dim() for g in goals]
@@ -139,12 +102,12 @@ _library = register(
         " Tensor? multipliers, bool save)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         _forward,
-        _allocate,
+        fakes.goal_set,
     ),
     (
         "(Tensor grad, Tensor weight, int[] index, int[] dim, int[] dtype) -> Tensor[]",
         _backward,
-        _new_grads,
+        fakes.goal_set_backward,
     ),
     _save,
     _pull,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...common.checks import check_latents, check_units
+from .. import fakes
 from .launcher import guard, load
 from .library import Grads, by_reference, register
 
@@ -36,10 +37,7 @@ def _forward(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperatur
 def _new_grads(
     grads: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, columns: Tensor, want: Sequence[bool]
 ) -> Three:
-    """A contiguous gradient of each input, with no elements where not wanted."""
-    first, second, third = (
-        x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((z, mu, logvar), want, strict=True)
-    )
+    first, second, third = (fakes.gradient_of(x, wanted) for x, wanted in zip((z, mu, logvar), want, strict=True))
     return first, second, third
 
 

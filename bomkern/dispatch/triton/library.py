@@ -66,9 +66,11 @@ def register(
     pull: Callable[[Any, Grads, list[bool]], Grads],
     again: Callable[[Any, Grads, list[bool]], Grads],
 ) -> torch.library.Library:
-    """Defines ``op_triton`` and ``op_triton_backward``, each by its signature, what runs it, and its fake.
+    """Define ``op_triton`` and ``op_triton_backward``, each by its signature, its implementation and its fake.
 
-    Differentiable inputs are the tensors that come first or, where that is a list, those in the first argument.
+    A fake that is given real tensors allocates the results. It is the schema's own (`fakes`), unless Triton's kernels
+    return other tensors. Differentiable inputs are the tensors that come first or, where that is a list, those in the
+    first argument.
 
     Args:
         save: ``(ctx, inputs, output)``, keeps in ctx what the two below need.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...common.checks import check_estimator, check_rows
+from .. import fakes
 from .launcher import guard, load
 from .library import Grads, register
 
@@ -59,24 +60,6 @@ def _backward(
     return grad_z, grad_mu, grad_logvar
 
 
-def _backward_fake(
-    grad: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    joint: Tensor,
-    marginal: Tensor,
-    dataset_size: int | None,
-    stratified: bool,
-    first: int | None,
-    want: Sequence[bool],
-) -> Three:
-    grad_z, grad_mu, grad_logvar = (
-        x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((z, mu, logvar), want, strict=True)
-    )
-    return grad_z, grad_mu, grad_logvar
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     z, mu, logvar, *ctx.settings = inputs
     _, joint, marginal = output
@@ -107,7 +90,7 @@ _library = register(
         "(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginal, int? dataset_size,"
         " bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)",
         _backward,
-        _backward_fake,
+        fakes.total_correlation_backward,
     ),
     _save,
     _pull,

@@ -296,7 +296,7 @@ template <class S> void check_modes(int64_t batch, int count) {
   }
 }
 
-// The record, the ring and the weights by rank after a few steps, against both written out; a tie goes to the first.
+// Checks the record, the ring and the weights after a few steps against both written out; a tie goes to the first.
 template <class S, class T> void check_keep(int goals, int size, int64_t rows, bool spill) {
   begin("keep float%d float%d goals=%d size=%d rows=%lld spill=%d", int(sizeof(S)) * 8, int(sizeof(T)) * 8, goals, size,
         (long long)rows, spill);

@@ -270,9 +270,9 @@ template <class S> void check_backward(const Problem<S>& p, const Output<S>& for
   const int sum_outputs = int(std::count_if(a.out, a.out + a.outputs, [](const Gradient& g) { return g.batch_level; }));
   const int launches = (a.outputs > 0) + (sum_outputs > 0 && !global && s.batch > 2048);
   const auto run = [&] {
-    Buffer<unsigned char> workspace(cuda_backward_workspace(on_gpu));
+    Buffer<unsigned char> workspace(cuda_workspace(on_gpu));
     emu::machine.launches = 0;
-    const cudaError_t error = cuda_backward(on_gpu, workspace.n ? workspace.data : nullptr, nullptr);
+    const cudaError_t error = cuda_run(on_gpu, workspace.n ? workspace.data : nullptr, nullptr);
     const int launched = emu::machine.launches;
     expect(error == cudaSuccess && launched == launches, "backward launches", 0, launched, launches);
     expect((workspace.n > 0) == (launches == 2), "backward workspace", 0, double(workspace.n), launches);
@@ -312,10 +312,10 @@ template <class S> void check(const Setting& s) {
   const Problem<S> p(s);
   Output<S> cpu(p), gpu(p, s.layout == Layout::misaligned ? below(3) : 0);
   run_cpu(cpu.a);
-  const size_t bytes = cuda_forward_workspace(gpu.a);
+  const size_t bytes = cuda_workspace(gpu.a);
   Buffer<unsigned char> workspace(bytes);
   emu::machine.launches = 0;
-  const cudaError_t error = cuda_forward(gpu.a, workspace.data, nullptr);
+  const cudaError_t error = cuda_run(gpu.a, workspace.data, nullptr);
   const int launches = bytes ? 2 : 1, launched = emu::machine.launches;
   expect(error == cudaSuccess && launched == launches, "forward launches", 0, launched, launches);
   const bool plain = s.reduction == Reduction::none && !s.stats;

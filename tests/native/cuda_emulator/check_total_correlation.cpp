@@ -1,5 +1,5 @@
 // Runs total_correlation's CUDA kernels under the emulator against the formula written out in double.
-#include "emulator.h"
+#include "checking.h"
 
 #include <sys/mman.h>
 
@@ -9,37 +9,16 @@ extern "C" int64_t bomkern_tune_total_correlation(const char* name, int64_t valu
 
 using namespace bomkern;
 using namespace bomkern::total_correlation;
+using checking::begin;
+using checking::below;
+using checking::Buffer;
+using checking::current;
+using checking::expect;
+using checking::normal;
+using checking::size_of;
+using checking::uniform;
 
 namespace {
-
-std::mt19937 engine(21);
-int below(int n) { return int(engine() % unsigned(n)); }
-double uniform(double low, double high) { return low + (high - low) * (engine() / 4294967296.0); }
-double normal() { return sqrt(-2 * log(uniform(1e-9, 1))) * cos(6.283185307179586 * uniform(0, 1)); }
-
-int failures = 0;
-char current[256];
-void expect(bool good, const char* what, int64_t at, double got, double want) {
-  if (good || ++failures > 20) return;
-  fprintf(stderr, "%s: %s[%lld] is %.9g, want %.9g\n", current, what, (long long)at, got, want);
-}
-
-// n values behind 16-byte alignment; all is NaN before, and a guard lies on both sides.
-template <class T> struct Buffer {
-  std::vector<unsigned char> bytes;
-  T* data;
-  size_t n;
-  explicit Buffer(size_t n) : bytes(n * sizeof(T) + 96, 0xff), n(n) {
-    data = reinterpret_cast<T*>((uintptr_t(bytes.data()) + 32 + 15) / 16 * 16);
-  }
-  void check_guards(const char* what) const {
-    const unsigned char* const before = reinterpret_cast<unsigned char*>(data) - 16;
-    const unsigned char* const after = reinterpret_cast<unsigned char*>(data + n);
-    for (int i = 0; i < 16; ++i) expect(before[i] == 0xff && after[i] == 0xff, what, i, -1, 0);
-  }
-};
-
-int size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 enum class Data { plain, wide, narrow, far, duplicates, nan_z, nan_mu, nan_logvar };
 
@@ -200,39 +179,16 @@ struct Truth {
   }
 };
 
-// Both NaN or infinite, or close on the scale of what was added up.
-bool close(double got, double want, double tolerance, double scale) {
+// Whether both are NaN or infinite, or are close on the scale of the terms.
+bool close_or_unbounded(double got, double want, double tolerance, double scale) {
   if (!std::isfinite(want)) return !std::isfinite(got);
   return fabs(got - want) <= tolerance * (scale + fabs(want));
 }
 
-template <class S> void check(const Setting& s);
-
-// A bench may set how grids are split: other blocks, the same result. On a device so small that splits come out uneven.
-void check_threshold(const char* name, int64_t now, int64_t value) {
-  const int here = emu::machine.multiprocessors;
-  emu::machine.multiprocessors = 1;
-  emu::every_case = true;
-  const auto blocks = [] {
-    const int64_t before = emu::machine.blocks;
-    check<float>({600, 2, Data::plain, true});
-    return emu::machine.blocks - before;
-  };
-  const int64_t usual = blocks(), before = bomkern_tune_total_correlation(name, value), other = blocks();
-  expect(before == now, name, 0, before, now);
-  expect(other != usual, name, value, other, usual);
-  expect(bomkern_tune_total_correlation(name, now) == value, name, 0, 0, value);
-  emu::every_case = false;
-  emu::machine.multiprocessors = here;
-}
-
 template <class S> void check(const Setting& s) {
   if (emu::left_out()) return;
-  static int number = 0;
-  emu::machine.order = emu::Order(++number % 3);
-  snprintf(current, sizeof current, "case %d: float%d B=%lld D=%lld data=%d stratified=%d layout=%d R=%lld first=%lld",
-           number, int(sizeof(S)) * 8, (long long)s.batch, (long long)s.dims, int(s.data), s.stratified, s.layout,
-           (long long)s.rows(), (long long)s.first);
+  begin("float%d B=%lld D=%lld data=%d stratified=%d layout=%d R=%lld first=%lld", int(sizeof(S)) * 8, (long long)s.batch,
+        (long long)s.dims, int(s.data), s.stratified, s.layout, (long long)s.rows(), (long long)s.first);
   const Problem<S> p(s);
   const int stride = below(3);
   const int64_t rows = s.rows();
@@ -249,7 +205,7 @@ template <class S> void check(const Setting& s) {
   expect(error == cudaSuccess, "forward's error", 0, error, 0);
   workspace.check_guards("forward's workspace");
   out.check_guards("out"), joint.check_guards("joint"), marginal.check_guards("marginal");
-  // Of the rounding of t: a relative error of the largest exponents, which far and wide data bring along.
+  // The rounding of t is a relative error of the largest exponents, which far and wide data have.
   const auto exponents_of = [](Data data) {
     switch (data) {
       case Data::wide: return 100.0;
@@ -262,7 +218,7 @@ template <class S> void check(const Setting& s) {
   const double exponents = exponents_of(s.data);
   const double epsilon = sizeof(S) == 4 ? 2e-7 : 1e-14, tolerance = 4 * epsilon;
   for (int64_t b = 0; b < rows; ++b) {
-    expect(close(out.data[b], truth.out[b], tolerance, exponents + s.dims), "out", b, out.data[b], truth.out[b]);
+    expect(close_or_unbounded(out.data[b], truth.out[b], tolerance, exponents + s.dims), "out", b, out.data[b], truth.out[b]);
     if (s.data == Data::nan_mu || s.data == Data::nan_logvar || (s.data == Data::nan_z && b == rows / 2)) {
       expect(out.data[b] != out.data[b], "NaN in out", b, out.data[b], NAN);
     }
@@ -289,10 +245,19 @@ template <class S> void check(const Setting& s) {
     for (size_t i = 0; i < got[k].n; ++i) {
       const double x = got[k].data[i], y = truth.grad[k][i];
       const bool good = spread ? fabs(x - y) <= tolerance * 64 * (1 + truth.size[k][i])
-                               : close(x, y, tolerance * exponents, 1 + scale);
+                               : close_or_unbounded(x, y, tolerance * exponents, 1 + scale);
       expect(good, name[k], i, x, y);
     }
   }
+}
+
+// Checks another value of a threshold on a device so small that the splits come out uneven.
+void check_threshold(const char* name, int64_t now, int64_t value) {
+  const int here = emu::machine.multiprocessors;
+  emu::machine.multiprocessors = 1;
+  checking::expect_other_grids(bomkern_tune_total_correlation, name, now, value,
+                               [] { check<float>({600, 2, Data::plain, true}); });
+  emu::machine.multiprocessors = here;
 }
 
 // One exponential in so many is a polynomial: other kernels, whose marginals differ in their last bits, and no more.
@@ -396,6 +361,5 @@ int main() {
   check_threshold("shortest_split", 16, 400);
   check_threshold("most_splits", 32, 1);
   check_periods();
-  if (failures) return fprintf(stderr, "%d failures\n", failures), 1;
-  return puts("total_correlation: the emulated CUDA kernels agree with the definition"), 0;
+  return checking::done("total_correlation");
 }

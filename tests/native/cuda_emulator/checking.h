@@ -1,4 +1,4 @@
-// What the checks of the emulated kernels share: data in any layout, poisoned outputs with guards, comparison, launching.
+// Shared by the checks of the emulated kernels: data in any layout, poisoned outputs with guards, comparison, launches.
 #pragma once
 #include "emulator.h"
 
@@ -23,7 +23,7 @@ inline void expect(bool good, const char* what, int64_t at, double got, double w
   fprintf(stderr, "%s: %s[%lld] is %.9g, want %.9g\n", current, what, (long long)at, got, want);
 }
 
-// Names a case, and takes the turns in another order than the last one did.
+// Names a case, and runs its threads in another order than the last one.
 inline void begin(const char* format, ...) {
   static int number = 0;
   emu::machine.order = emu::Order(++number % 3);
@@ -167,7 +167,7 @@ inline bool close_as(DType t, double got, double want, double tolerance, double 
   return close(got, want, tolerance, scale) || fabs(got - want) <= rounding(t) * fabs(want) + tolerance * scale + subnormal;
 }
 
-// One call: as many launches as said, and the workspace within its bounds.
+// Runs one call, and checks its number of launches and the guards of its workspace.
 template <class Arguments> void run(const Arguments& a, int launches) {
   Buffer<unsigned char> workspace(cuda_workspace(a));
   const int before = emu::machine.launches;
@@ -177,7 +177,7 @@ template <class Arguments> void run(const Arguments& a, int launches) {
   workspace.check_guards("workspace");
 }
 
-// The last launch had no more blocks than the device holds at once.
+// Expects that the last launch had no more blocks than the device holds at once.
 inline void expect_resident(const char* what) {
   const int most = emu::machine.multiprocessors * emu::machine.resident, blocks = int(emu::machine.grid_dim.x);
   expect(blocks <= most, what, 0, blocks, most);
@@ -191,13 +191,13 @@ void expect_bits_again(const Arguments& a, Buffer<T>& output, const char* what, 
   expect(memcmp(first.data(), output.data, output.n * sizeof(T)) == 0, what, 0, 1, 0);
 }
 
-// A second run gives the same bits in `output`.
+// Expects the same bits in `output` from a second run.
 template <class Arguments, class T> void expect_same_bits(const Arguments& a, Buffer<T>& output, int launches = 1) {
   emu::machine.order = emu::Order((int(emu::machine.order) + 1) % 3);
   expect_bits_again(a, output, "bits of a second run", launches);
 }
 
-// So does a device of another size.
+// Expects the same bits from a device of another size.
 template <class Arguments, class T> void expect_same_bits_elsewhere(const Arguments& a, Buffer<T>& output) {
   const int here = emu::machine.multiprocessors;
   emu::machine.multiprocessors = 7;
@@ -225,7 +225,7 @@ template <class Work> void expect_other_grids(Setter set, const char* name, int6
   expect(other != usual, "blocks", 0, other, usual);
 }
 
-// And it gives the same bits in `output`, where no sum depends on it.
+// Expects the same bits in `output` at another value of a threshold that no sum depends on.
 template <class Arguments, class T>
 void expect_same_bits_at(Setter set, const char* name, int64_t now, int64_t value, const Arguments& a,
                          Buffer<T>& output) {

@@ -1,4 +1,4 @@
-// What the checks of kernels along columns share: data, and the definitions in double.
+// Shared by the checks of kernels along columns: data, and the definitions in double.
 #pragma once
 #include "checking.h"
 

@@ -117,7 +117,7 @@ struct Fiber {
 enum class Order { ascending, descending, shuffled };
 
 struct Machine {
-  // What the driver would tell.
+  // What the driver reports.
   int architecture = 90, multiprocessors = 3, resident = 2;  // blocks of any kernel on a multiprocessor
   size_t shared_limit = 49152;  // of the next launch
   Order order = Order::ascending;
@@ -136,7 +136,7 @@ struct Machine {
 inline Machine machine;
 inline Fiber* self = nullptr;
 
-// What AddressSanitizer is told of the stacks: a turn of a fiber, from the scheduler and back. `last`: it does not come again.
+// Tells AddressSanitizer of a switch from the scheduler to a fiber and back. `last`: the fiber has ended.
 #if defined(__SANITIZE_ADDRESS__)
 inline void leave_scheduler(Fiber& f) { __sanitizer_start_switch_fiber(&machine.fake_stack, f.stack.get(), Fiber::stack_bytes); }
 inline void enter_fiber(Fiber& f) { __sanitizer_finish_switch_fiber(f.fake_stack, &machine.stack, &machine.stack_bytes); }

@@ -158,7 +158,7 @@ class Input {
   std::unique_ptr<Exact<unsigned char>> memory_;
 };
 
-// What one run has written.
+// The outputs of one run.
 class Seen {
  public:
   void numbers(const void* from, DType dtype, int64_t n, const char* what) {
