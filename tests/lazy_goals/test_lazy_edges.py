@@ -237,11 +237,8 @@ def test_methods_of_one_module_are_joined_and_known_apart() -> None:
         one, other = lazy(two.code, rows()), lazy(two.code, rows().flip(0))
         min_goal_loss([lazy(size, one), lazy(two.noise, other), rivals()], ONE, route="always")
     assert two.calls == 2  # without a graph and with one, each for both
-    assert (
-        statistics_of(two.noise).draws
-        and not statistics_of(two.code).draws
-        and statistics_of(two.code) is not statistics_of(two)
-    )
+    code, noise = statistics_of(two.code), statistics_of(two.noise)
+    assert noise.draws and not code.draws and code is not statistics_of(two)
 
 
 def test_functions_that_do_other_things() -> None:
