@@ -12,8 +12,7 @@ from .goals.policies import Anchored, Calibrated, Fixed, Policy, Tracking
 from .goals.probe import Payoff, probe
 from .goals.rules import Group, ShareGuard, Spill
 from .goals.step_guard import StepGuard
-from .lazy_goals.evaluate import Lazy
-from .lazy_goals.lazy import lazy
+from .lazy_goals.lazy import Lazy, lazy
 from .ops.active_units import active_units
 from .ops.consistency_variance import consistency_variance
 from .ops.covariance_penalty import covariance_penalty

@@ -17,7 +17,7 @@ from .common.process_group import ranks_of
 from .common.torch_internals import FullPrecisionBuffers
 from .constraints import Constraint, ConstraintTable
 from .goals.goal_set import GoalSet
-from .lazy_goals.evaluate import Lazy
+from .lazy_goals.lazy import Lazy
 from .ops.active_units import active_units
 from .ops.consistency_variance import consistency_variance
 from .ops.covariance_penalty import covariance_penalty

@@ -17,8 +17,8 @@ from ..common.torch_internals import buffers_of, children_of, under_transform
 from ..constraints import Constraint, ConstraintTable
 from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
-from ..lazy_goals.evaluate import Lazy
-from ..lazy_goals.owned_rows import Settled
+from ..lazy_goals.evaluate import Evaluation
+from ..lazy_goals.lazy import Lazy
 from ..ops.min_goal import REDUCTIONS
 from .anchors import Columns
 from .history import GoalOutput, History
@@ -195,10 +195,10 @@ class GoalSet(Columns):
         if self._waits and self._only is None:
             self._refuse_unanchored()
         self._before.clear()
-        settled = None
+        evaluation = None
         if any(type(value) is Lazy for value in tensors):
-            settled = Settled(tensors, rows_too(self.route), self.route == "always")
-            tensors = settled.tensors
+            evaluation = Evaluation(tensors)
+            tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
         try:
             if self.training:
                 self._learn(tensors)
@@ -211,8 +211,8 @@ class GoalSet(Columns):
             if self._only is not None:
                 own = tensors[self._only].to(record.dtype).mean()
                 loss = ranks.shared(own, ranks.gather(own.detach()).mean(), 1.0) if ranks.size > 1 else own
-            if settled is not None:
-                loss = settled.attach(loss)
+            if evaluation is not None:
+                loss = evaluation.attach(loss)
         except Exception:
             for now, before in self._before:
                 now.copy_(before)
@@ -221,7 +221,7 @@ class GoalSet(Columns):
             raise
         if self.training:
             self._keep(record)
-        return GoalOutput(loss, bottleneck, record, self.layout, None if settled is None else settled.walked)
+        return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
 
     def _serve(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """One call of the op, in float64 where a raw value is."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_goals
-from ..lazy_goals.evaluate import Lazy
+from ..lazy_goals.lazy import Lazy
 
 Raw = Mapping[str, "Tensor | Lazy | Mapping[str, Tensor | Lazy]"]
 

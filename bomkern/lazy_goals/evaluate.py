@@ -1,215 +1,298 @@
-"""Lazy values, and evaluating them: all rows without a graph, then some rows with one."""
+"""`Evaluation`: the lazy goals of one loss, from their functions to the gradient of the rows that own their sample."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .call import Call, identity, is_rows, name_of
+from .call import HALF, Call, check_rows, is_rows
+from .cost import partial_pays, record_owned, statistics_of
+from .node import Node
+from .owned_rows import attach_rows
 
-_serial = itertools.count()
 
+class Evaluation:
+    """The evaluation of the lazy goals of one loss, and of all lazies that these read.
 
-class Lazy:
-    """A function of rows that has not been evaluated with a graph; see `lazy`.
+    The methods stand in the order of a step:
+
+    1. `tensors` calls `look`, which evaluates all rows without a graph. The caller computes the loss of these values.
+    2. `attach` reads from the gradient of the loss which rows own their sample.
+    3. `choose` finds the rows for which each function is needed.
+    4. `rebuild` evaluates those rows with a graph, and `attach` connects them to the loss.
+
+    Where rows must not be left out, or leaving them out does not pay, `tensors` calls `build` instead, which evaluates
+    all rows once, with a graph.
+
+    Args:
+        goals: the goals of the loss: lazies, and anything else, which is handed through.
 
     Attributes:
-        fn: the function. args: its arguments, some of them `Lazy` themselves. rows: B.
+        nodes: the lazies, each after those that it reads. Rows and graphs are kept by index into this list.
+        walked: after `attach`, the fraction of the lazies' backward that will run, weighed by measured times.
     """
 
-    __slots__ = ("args", "autocast", "call", "depth", "fn", "graph", "made", "rows", "start", "whole")
+    def __init__(self, goals: Sequence[Any]) -> None:
+        self.goals = list(goals)
+        self.nodes = _sorted_nodes([goal for goal in goals if isinstance(goal, Node)])
+        self.walked = 1.0
+        self._index = {node: i for i, node in enumerate(self.nodes)}
+        # The index of each argument that is one of the nodes. What a lazy with a graph reads need not be among them.
+        self._sources = [[self._index.get(a) if isinstance(a, Node) else None for a in n.args] for n in self.nodes]
+        self._calls, self._starts = self._plan()
+        self._partial = False
+        self._watched: dict[int, Tensor] = {}  # the values of the goals whose owned rows `attach` asks for
 
-    def __init__(self, fn: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
-        if not callable(fn):
-            raise TypeError(f"lazy: fn must be a function, got {type(fn).__name__}")
-        self.fn, self.args, self.rows, self.made = fn, args, _rows(args), next(_serial)
-        self.depth: int = 1 + max((a.depth for a in args if isinstance(a, Lazy)), default=0)
-        device = self.device.type
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        self.call: Call | None = None  # what has evaluated it, and the first of its rows there
-        self.start = 0
-        self.whole: Tensor | None = None  # all rows, without gradient
-        self.graph: Tensor | None = None  # all rows, with gradient
+    def _plan(self) -> tuple[dict[int, Call], dict[int, int]]:
+        """Return the call of each node and the place of its first row there. No function is called yet."""
+        calls = {i: node.call for i, node in enumerate(self.nodes) if node.call is not None}
+        starts = {i: self.nodes[i].start for i in calls}
+        joint: dict[Any, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            if i not in calls:
+                joint.setdefault(_joint_key(node), []).append(i)
+        for members in joint.values():
+            sizes = [self.nodes[i].rows for i in members]
+            call = Call(self.nodes[members[0]].fn, sizes)
+            for k, i in enumerate(members):
+                calls[i], starts[i] = call, sum(sizes[:k])
+        return calls, starts
 
-    @property
-    def device(self) -> torch.device:
-        return next(a.device for a in self.args if isinstance(a, Lazy) or is_rows(a))
+    def tensors(self, partial: bool, always: bool) -> list[Any]:
+        """Evaluate the lazy goals, and return all goals as the loss takes them.
 
-    @property
-    def value(self) -> Tensor:
-        """What the function gives for all rows, [B, ...], without gradient; evaluated once."""
-        return look(self)
+        Args:
+            partial: whether rows may be left out of the graphs.
+            always: whether they are left out also where that does not pay.
 
-    @staticmethod
-    def tensors(goals: Sequence[Tensor | Lazy]) -> list[Tensor]:
-        """All of them with gradient, as if the functions had been called; those of the same function in one call."""
-        lazies = [goal for goal in goals if isinstance(goal, Lazy)]
-        made = iter(evaluate(lazies))
-        return [next(made) if isinstance(goal, Lazy) else goal for goal in goals]
+        Raises:
+            ValueError: a lazy goal does not return [n] for n rows.
+        """
+        grad = torch.is_grad_enabled()
+        self._partial = partial and grad and (always or self._pays())
+        if self._partial or not grad:
+            self.look()
+        else:
+            self.build()
+        indices = dict.fromkeys(self._index[goal] for goal in self.goals if isinstance(goal, Node))
+        values = {i: self._goal(self.nodes[i]) for i in indices}
+        # With partial graphs, a lazy that had a graph for all rows before is an ordinary tensor.
+        watched = {
+            i: value
+            for i, value in values.items()
+            if value.requires_grad and not (self._partial and self.nodes[i].graph is not None)
+        }
+        if watched and (self._partial or (partial and grad and self._look_is_due(next(iter(watched))))):
+            self._watched = watched
+        return [values[self._index[goal]] if isinstance(goal, Node) else goal for goal in self.goals]
 
-    def __repr__(self) -> str:
-        return f"lazy({name_of(self.fn)}, {self.rows} rows)"
+    def look(self) -> None:
+        """Evaluate all rows without a graph; values that exist stay as they are."""
+        for call, members in self._by_call(i for i, node in enumerate(self.nodes) if node.whole is None).items():
+            first = self.nodes[members[0]]
+            args = _join([[a.whole if isinstance(a, Node) else a for a in self.nodes[i].args] for i in members])
+            with _autocast(first):
+                out = call.without_graph(args)
+            for i, part in zip(members, out.split(call.sizes), strict=True):
+                self._keep(i, part.detach(), None)
 
+    def build(self) -> None:
+        """Evaluate all rows with a graph, and keep the graphs."""
+        if any(node.whole is not None and node.graph is None for node in self.nodes):
+            self.look()  # values that exist must stay as they are, so the others are evaluated in the same two passes
+        everything = {i: torch.arange(node.rows) for i, node in enumerate(self.nodes)}
+        for i, graph in self.rebuild(everything).items():
+            value = self.nodes[i].whole
+            self._keep(i, graph.detach() if value is None else value, graph)
 
-def _rows(args: Sequence[Any]) -> int:
-    found: list[tuple[int, int]] = []
-    for i, a in enumerate(args):
-        if isinstance(a, Lazy) or is_rows(a):
-            found.append((i, a.rows if isinstance(a, Lazy) else a.shape[0]))
-    if not found:
-        raise ValueError("lazy: at least one argument must have rows (a tensor [B, ...] or a lazy value), got none")
-    for i, rows in found:
-        if rows != found[0][1]:
+    def attach(self, loss: Tensor) -> Tensor:
+        """Return the loss, with the graphs of the rows to which it gives gradient.
+
+        The host waits for the device to learn which rows these are.
+        """
+        if not self._watched or not loss.requires_grad:
+            return loss
+        grads = torch.autograd.grad(
+            loss, list(self._watched.values()), torch.ones_like(loss), retain_graph=True, allow_unused=True
+        )
+        weights = {i: grad for i, grad in zip(self._watched, grads, strict=True) if grad is not None}
+        if not weights:
+            self._record({})
+            return loss
+        masks = torch.stack([weight != 0 for weight in weights.values()]).cpu()
+        rows = self.choose(dict(zip(weights, masks.unbind(), strict=True)))
+        self._record(rows)
+        if not self._partial:
+            return loss
+        parts = self.rebuild(rows)
+        owned = [i for i in weights if i in parts]
+        places = {i: rows[i].to(self.nodes[i].device, non_blocking=True) for i in owned}
+        for i in owned:
+            self._check(i, parts[i], self._watched[i][places[i]])
+        return attach_rows(
+            loss,
+            [places[i] for i in owned],
+            [weights[i][places[i]] for i in owned],
+            [parts[i].to(weights[i].dtype) for i in owned],
+        )
+
+    def choose(self, owned: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return the rows for which each node is needed.
+
+        Args:
+            owned: the rows of goals that receive gradient, bool [B] on the host, by the index of the goal.
+
+        Returns:
+            By index, [n] int64 on the host, ascending; a node that is not needed is left out.
+        """
+        masks = [torch.zeros(node.rows, dtype=torch.bool) for node in self.nodes]
+        for i, mask in owned.items():
+            masks[i] |= mask
+        for i in reversed(range(len(self.nodes))):
+            for source in self._sources[i]:
+                if source is not None:
+                    masks[source] |= masks[i]
+        return {i: mask.nonzero()[:, 0] for i, mask in enumerate(masks) if mask.any()}
+
+    def rebuild(self, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Evaluate some rows with a graph; with the random numbers of `look`, where they have been looked at.
+
+        Args:
+            rows: as `choose` returns them.
+
+        Returns:
+            By index, [n, ...] for the n rows of that node.
+        """
+        parts = {}
+        for i, node in enumerate(self.nodes):
+            if i in rows and node.graph is not None:
+                parts[i] = node.graph if len(rows[i]) == node.rows else node.graph[rows[i].to(node.device)]
+        for call, members in self._by_call(i for i in range(len(self.nodes)) if i in rows and i not in parts).items():
+            args = _join([self._arguments(i, rows, parts) for i in members])
+            picks = torch.cat([rows[i] + self._starts[i] for i in members])
+            with torch.enable_grad(), _autocast(self.nodes[members[0]]):
+                out = call.with_graph(args, picks)
+            parts.update(zip(members, out.split([len(rows[i]) for i in members]), strict=True))
+        return parts
+
+    # Helpers of the steps.
+
+    def _by_call(self, indices: Iterable[int]) -> dict[Call, list[int]]:
+        """Return nodes by the call that evaluates them; calls stand in the order of their depths."""
+        members: dict[Call, list[int]] = {}
+        for i in indices:
+            members.setdefault(self._calls[i], []).append(i)
+        return members
+
+    def _keep(self, i: int, value: Tensor, graph: Tensor | None) -> None:
+        """Keep in a node what outlives this evaluation."""
+        node = self.nodes[i]
+        node.call, node.start, node.whole, node.graph = self._calls[i], self._starts[i], value, graph
+
+    def _goal(self, node: Node) -> Tensor:
+        """Return a goal as the loss takes it: with its graph, or as a leaf whose gradient `attach` reads."""
+        value = node.graph if node.graph is not None and torch.is_grad_enabled() else node.whole
+        assert value is not None
+        if value.dim() != 1:
             raise ValueError(
-                f"lazy: argument {i} has {rows} rows, argument {found[0][0]} has {found[0][1]}: bind what is no row "
-                "to the function"
+                f"{node!r} is a goal: it must return [n] for n rows, got {list(value.shape)} for {node.rows}"
             )
-    return found[0][1]
+        if not self._partial or value is node.graph or not value.is_floating_point():
+            return value
+        # In float32, since a half would round its gradient to a few digits.
+        return value.detach().to(torch.promote_types(value.dtype, torch.float32)).requires_grad_()
+
+    def _arguments(self, i: int, rows: Mapping[int, Tensor], parts: Mapping[int, Tensor]) -> list[Any]:
+        """Return the arguments of a node for its rows."""
+        node, wanted, args = self.nodes[i], rows[i], []
+        for a, source in zip(node.args, self._sources[i], strict=True):
+            if source is not None:
+                part, present = parts[source], rows[source]
+                if len(present) != len(wanted):
+                    place = wanted if len(present) == a.rows else torch.searchsorted(present, wanted)
+                    part = part[place.to(a.device)]
+                args.append(part)
+            elif is_rows(a) and len(wanted) < node.rows:
+                args.append(a[wanted.to(a.device, non_blocking=True)])
+            else:
+                args.append(a)
+        return args
+
+    def _check(self, i: int, part: Tensor, value: Tensor) -> None:
+        """Raise ValueError where rows with a graph differ from what `look` found; the function may have changed."""
+        node = self.nodes[i]
+        if node.device.type == "cpu":  # on a GPU the host would wait for the values
+            half = any(n.autocast[2] or (n.whole is not None and n.whole.dtype in HALF) for n in self.nodes)
+            args = [a.whole if isinstance(a, Node) else a for a in node.args]
+            check_rows(node.fn, part, value, args, half)
+
+    def _pays(self) -> bool:
+        return partial_pays((statistics_of(node.fn), node.rows) for node in self.nodes)
+
+    def _look_is_due(self, i: int) -> bool:
+        return statistics_of(self.nodes[i].fn).look_is_due()
+
+    def _record(self, rows: Mapping[int, Tensor]) -> None:
+        """Record which fraction of the rows of each call received gradient."""
+        owned: dict[Call, int] = {}
+        for i, node in enumerate(self.nodes):
+            if not (self._partial and node.graph is not None):  # else it was no part of this evaluation
+                owned[self._calls[i]] = owned.get(self._calls[i], 0) + (len(rows[i]) if i in rows else 0)
+        fraction = record_owned((call.statistics, call.rows, count) for call, count in owned.items())
+        if self._partial:
+            self.walked = fraction
 
 
-def all_needed(roots: Sequence[Lazy]) -> list[Lazy]:
-    """The roots and all that they read: what is read first, and then in the order in which they were made.
+def _sorted_nodes(goals: Sequence[Node]) -> list[Node]:
+    """Return the goals and all that they read, by depth and then in the order of their creation.
 
-    What has a graph for all rows is as good as a tensor: what it reads is not needed again.
+    A lazy with a graph for all rows is as good as a tensor: what it reads is not needed again.
     """
-    found: dict[int, Lazy] = {}
-    todo = list(roots)
+    found: set[Node] = set()
+    todo = list(goals)
     while todo:
-        one = todo.pop()
-        if id(one) not in found:
-            found[id(one)] = one
-            if one.graph is None:
-                todo += [a for a in one.args if isinstance(a, Lazy)]
-    return sorted(found.values(), key=lambda one: (one.depth, one.made))
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            if node.graph is None:
+                todo += [a for a in node.args if isinstance(a, Node)]
+    return sorted(found, key=lambda node: (node.depth, node.made))
 
 
-def _autocast(state: tuple[str, torch.dtype, bool]) -> AbstractContextManager[Any]:
-    device, dtype, enabled = state
+def _joint_key(node: Node) -> tuple[Any, ...]:
+    """Return a key that is equal for nodes that one call can evaluate.
+
+    These agree in depth, function, autocast and arguments, but for the rows. Objects are compared by identity, as they
+    need not be hashable.
+    """
+    kinds = tuple(
+        ("rows", _identity(a.fn)) if isinstance(a, Node) else ("rows", (a.shape[1:], a.dtype)) if is_rows(a) else id(a)
+        for a in node.args
+    )
+    return node.depth, _identity(node.fn), node.autocast, kinds
+
+
+def _identity(fn: Callable[..., Any]) -> Any:
+    """Return the same key for the same function; a bound method is another object each time it is looked up."""
+    return (id(fn.__self__), id(fn.__func__)) if isinstance(fn, types.MethodType) else id(fn)
+
+
+def _autocast(node: Node) -> AbstractContextManager[Any]:
+    """Return a context with the autocast under which the node was made."""
+    device, dtype, enabled = node.autocast
     if not enabled and not torch.is_autocast_enabled(device):
         return nullcontext()
-    # Without its cache: what was cast without a graph would be taken for what has one.
+    # The cache stays off: a weight that was cast without a graph would be taken for one that has it.
     return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 
-def _groups(lazies: Sequence[Lazy]) -> list[list[Lazy]]:
-    """Those that one call can evaluate: same depth, function, autocast, and arguments alike but for their rows."""
-    found: dict[Any, list[Lazy]] = {}
-    for one in lazies:
-        kinds = tuple(
-            ("rows", identity(a.fn) if isinstance(a, Lazy) else (a.shape[1:], a.dtype))
-            if isinstance(a, Lazy) or is_rows(a)
-            else id(a)
-            for a in one.args
-        )
-        found.setdefault((one.depth, identity(one.fn), one.autocast, kinds), []).append(one)
-    return list(found.values())
-
-
-def fill(lazies: Sequence[Lazy], graph: bool) -> None:
-    """What has not been evaluated, for all rows."""
-    for group in _groups([one for one in lazies if one.call is None]):
-        first = group[0]
-        args = _joined([[whole_of(a, graph) for a in one.args] for one in group])
-        call = Call(first.fn, [one.rows for one in group])
-        with _autocast(first.autocast):
-            made = call.with_graph(args) if graph else call.without_graph(args)
-        start = 0
-        for one, part in zip(group, made.split(call.sizes), strict=True):
-            one.call, one.start, one.whole = call, start, part.detach()
-            one.graph = part if graph else None
-            start += one.rows
-
-
-def _joined(args: Sequence[Sequence[Any]]) -> list[Any]:
-    """The arguments of one call for all of a group: their rows one after the other, what is no row once."""
+def _join(args: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the arguments of one call for several nodes: rows are concatenated, anything else is taken once."""
     return [
         torch.cat(column) if len(column) > 1 and is_rows(column[0]) else column[0] for column in zip(*args, strict=True)
     ]
-
-
-def whole_of(argument: Any, graph: bool) -> Any:
-    return argument if not isinstance(argument, Lazy) else argument.graph if graph else argument.whole
-
-
-def again(lazies: Sequence[Lazy], rows: dict[int, Tensor]) -> dict[int, Tensor]:
-    """With a graph, for the rows that are needed.
-
-    Args:
-        lazies: as `all_needed` returns them. rows: of each, by id, [n] int64 on the host, ascending; left out if none.
-
-    Returns:
-        By id, [n, ...].
-    """
-    made: dict[int, Tensor] = {}
-    calls: dict[int, list[Lazy]] = {}
-    for one in lazies:
-        if id(one) in rows and one.graph is not None:
-            wanted = rows[id(one)]
-            made[id(one)] = one.graph if len(wanted) == one.rows else one.graph[wanted.to(one.device)]
-        elif id(one) in rows:
-            calls.setdefault(id(one.call), []).append(one)
-    for group in calls.values():  # in the order of their depths
-        call, device = group[0].call, group[0].device
-        assert call is not None
-        args = _joined([_some(one, rows, made) for one in group])
-        picks = torch.cat([rows[id(one)] + one.start for one in group])
-        with torch.enable_grad(), _autocast(group[0].autocast):
-            out = call.again(args, picks.to(device, non_blocking=True))
-        for one, part in zip(group, out.split([len(rows[id(one)]) for one in group]), strict=True):
-            made[id(one)] = part
-    return made
-
-
-def _some(one: Lazy, rows: dict[int, Tensor], made: dict[int, Tensor]) -> list[Any]:
-    """The arguments of some rows."""
-    wanted, found = rows[id(one)], []
-    for a in one.args:
-        if isinstance(a, Lazy):
-            have = rows[id(a)]
-            place = wanted if len(have) == a.rows else torch.searchsorted(have, wanted)
-            found.append(made[id(a)] if len(have) == len(wanted) else made[id(a)][place.to(a.device)])
-        elif is_rows(a) and len(wanted) < one.rows:
-            found.append(a[wanted.to(a.device, non_blocking=True)])
-        else:
-            found.append(a)
-    return found
-
-
-def spread(needed: Sequence[Lazy], roots: Sequence[Lazy], masks: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The rows of every lazy that the masked rows of the roots, bool [B] on the host each, make needed."""
-    mask = {id(one): torch.zeros(one.rows, dtype=torch.bool) for one in needed}
-    for one, rows in zip(roots, masks, strict=True):
-        mask[id(one)] |= rows
-    for one in reversed(needed):
-        for a in one.args:
-            if isinstance(a, Lazy) and id(a) in mask:
-                mask[id(a)] |= mask[id(one)]
-    return {key: rows.nonzero()[:, 0] for key, rows in mask.items() if rows.any()}
-
-
-def evaluate(lazies: Sequence[Lazy]) -> list[Tensor]:
-    """All of them with gradient, as ordinary tensors; those of one function in one call."""
-    if not torch.is_grad_enabled():
-        return [look(one) for one in lazies]
-    needed = all_needed(lazies)
-    if all(one.call is None or one.graph is not None for one in needed):
-        fill(needed, graph=True)
-    else:  # some have been looked at, and must stay what they were
-        fill(needed, graph=False)
-        made = again(needed, {id(one): torch.arange(one.rows) for one in needed})
-        for one in needed:
-            one.graph = made[id(one)]
-    return [one.graph for one in lazies if one.graph is not None]
-
-
-def look(one: Lazy) -> Tensor:
-    """All rows, without gradient."""
-    if one.whole is None:
-        fill(all_needed([one]), graph=False)
-    assert one.whole is not None
-    return one.whole

@@ -1,8 +1,8 @@
-"""`lazy`: goals given as functions of rows, whose graph is built only for the rows that get gradient."""
+"""`lazy`: goals given as functions of rows, whose graph is built only for the rows that receive gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,41 @@ from torch import Tensor
 
 from ..common.host_copy import capturing
 from ..common.torch_internals import under_transform
-from .evaluate import Lazy
+from .evaluate import Evaluation
+from .node import Node
+
+
+class Lazy(Node):
+    """A function of rows that has not been evaluated with a graph; see `lazy`.
+
+    Attributes:
+        fn: the function.
+        args: its arguments, some of which may be `Lazy` themselves.
+        rows: B.
+    """
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> Tensor:
+        """The result of the function for all rows, [B, ...], without gradient; it is evaluated once."""
+        if self.whole is None:
+            Evaluation([self]).look()
+        assert self.whole is not None
+        return self.whole
+
+    @staticmethod
+    def tensors(goals: Sequence[Tensor | Lazy]) -> list[Tensor]:
+        """Return all goals as tensors with gradient; lazies of one function are evaluated in one call."""
+        grad = torch.is_grad_enabled()
+        if grad:
+            Evaluation(goals).build()
+        tensors = []
+        for goal in goals:
+            if isinstance(goal, Lazy):
+                goal = goal.graph if grad and goal.graph is not None else goal.value
+            tensors.append(goal)
+        return tensors
 
 
 def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:

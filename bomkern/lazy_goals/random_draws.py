@@ -1,4 +1,4 @@
-"""Random draws of a function, made again for some of its rows: row b gets what it got when all rows were there."""
+"""Repeat the random draws of a function for some of its rows: row b gets the numbers that it got among all rows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor
 from ..common.torch_internals import TorchDispatchMode, pack_hook
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
-# Draws whose number of random bits does not depend on the values they are given.
-BY_SIZE = ("rand", "randn", "randint", "randperm")  # the last one mixes rows, if it is of rows
+# Draws whose number of random bits does not depend on values. BY_SIZE are given a size, the others a tensor.
+BY_SIZE = ("rand", "randn", "randint", "randperm")  # a randperm of the rows mixes them, and is refused
 IN_PLACE = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_")
-INSTEAD = ": draw before and pass it in"
 LIKE = ("rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout")
+INSTEAD = ": draw before and pass it in"
 
 
 def state(device: torch.device) -> Tensor:
-    """Of the generator that draws on this device; no sync."""
+    """Return the state of the device's generator, without a sync."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def restore(device: torch.device, saved: Tensor) -> None:
+    """Set the state of the device's generator."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(saved, device)
     else:
@@ -30,6 +31,7 @@ def restore(device: torch.device, saved: Tensor) -> None:
 
 
 def _is_draw(func: Any) -> bool:
+    """Return whether an operator draws in a way that can be repeated for some rows."""
     return torch.Tag.nondeterministic_seeded in func.tags and func.overloadpacket.__name__ in (
         *BY_SIZE,
         *IN_PLACE,
@@ -38,7 +40,7 @@ def _is_draw(func: Any) -> bool:
 
 
 def _may_draw(func: Any) -> bool:
-    """Whether it is tagged so though we do not know it: attention without dropout draws nothing."""
+    """Return whether another operator is tagged as random. Attention is, also where it has no dropout to draw."""
     return torch.Tag.nondeterministic_seeded in func.tags and not _is_draw(func)
 
 
@@ -46,18 +48,19 @@ def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
-def _first(result: Any) -> Tensor:
+def _drawn(result: Any) -> Tensor:
+    """Return the tensor whose layout decides how many numbers were drawn."""
     return result if isinstance(result, Tensor) else result[0]
 
 
 class Record(TorchDispatchMode):
-    """Notes the layout of every draw.
+    """Record the layout of every draw.
 
     Attributes:
-        draws: in order.
+        draws: the layouts, in order.
 
     Raises:
-        RuntimeError: a draw that cannot be made again for some rows.
+        RuntimeError: a draw cannot be repeated for some rows.
     """
 
     def __init__(self) -> None:
@@ -67,17 +70,18 @@ class Record(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _may_draw(func):
-            return self._unless_it_draws(func, args, kwargs)
+            return self._refuse_draw(func, args, kwargs)
         result = func(*args, **kwargs)
         if _is_draw(func):
             if kwargs.get("generator") is not None:
                 raise RuntimeError(f"a lazy function draws by {_name(func)} from a generator of its own{INSTEAD}")
-            drawn = _first(result)
+            drawn = _drawn(result)
             self.draws.append((tuple(drawn.shape), tuple(drawn.stride())))
         return result
 
     @staticmethod
-    def _unless_it_draws(func: Any, args: Any, kwargs: Any) -> Any:
+    def _refuse_draw(func: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator that may draw; raise where it did."""
         device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
         before = state(device)
         result = func(*args, **kwargs)
@@ -89,46 +93,48 @@ class Record(TorchDispatchMode):
 
 
 class Replay(TorchDispatchMode):
-    """Makes every draw with the layout it had, and hands out the rows that are there.
+    """Repeat every draw in its recorded layout, and return the picked rows of it.
 
     Args:
-        draws: what `Record` noted. rows: how many there were. picks: [n] int64, those that are there now.
+        draws: the layouts that `Record` recorded.
+        rows: the number of rows at that time.
+        picks: [n] int64, the rows that are evaluated now.
 
     Raises:
-        RuntimeError: a draw that was not there, or that mixes rows.
+        RuntimeError: a draw was not recorded, or mixes rows.
     """
 
     def __init__(self, draws: list[Layout], rows: int, picks: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws, self.rows, self.picks = iter(draws), rows, picks
-        self.hook = pack_hook()
+        self.hook = pack_hook()  # the saved-tensors hook outside of the function
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        return self._again(func, args, kwargs) if _is_draw(func) else func(*args, **kwargs)
+        return self._redraw(func, args, kwargs) if _is_draw(func) else func(*args, **kwargs)
 
-    def _again(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _redraw(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = _name(func)
         sizes, strides = next(self.draws, ((), ()))
         if name in BY_SIZE:
-            lists = isinstance(args[-1], (list, tuple))
-            now = tuple(args[-1]) if lists else (args[-1],)
+            has_shape = isinstance(args[-1], (list, tuple))
+            now = tuple(args[-1]) if has_shape else (args[-1],)
             if now == sizes:
                 return func(*args, **kwargs)
-            self._check(name, sizes if lists else (), now)
+            self._check(name, sizes if has_shape else (), now)
             return func(*args[:-1], list(sizes), **kwargs)[self.picks]
         given: Tensor = args[0]
         if tuple(given.shape) == sizes or (name == "native_dropout" and not args[2]):
             return func(*args, **kwargs)
         self._check(name, sizes, tuple(given.shape))
-        whole = torch.empty_strided(sizes, strides, dtype=given.dtype, device=given.device).fill_(0.5)
-        if name in ("bernoulli", "bernoulli_"):  # whose probabilities may be a tensor
+        all_rows = torch.empty_strided(sizes, strides, dtype=given.dtype, device=given.device).fill_(0.5)
+        if name in ("bernoulli", "bernoulli_"):  # their probabilities may be a tensor
             rest = [self._spread(a, sizes) for a in args[1:]]
             if name == "bernoulli":
-                whole[self.picks] = given
-            drawn = func(whole, *rest, **kwargs)[self.picks]
+                all_rows[self.picks] = given
+            drawn = func(all_rows, *rest, **kwargs)[self.picks]
         else:
-            drawn = func(whole, *args[1:], **kwargs)
+            drawn = func(all_rows, *args[1:], **kwargs)
             if name == "native_dropout":
                 mask = drawn[1][self.picks]
                 return given * mask / (1 - args[1]), mask
@@ -136,16 +142,18 @@ class Replay(TorchDispatchMode):
         return given.copy_(drawn) if name in IN_PLACE else drawn
 
     def _spread(self, value: Any, sizes: tuple[int, ...]) -> Any:
-        if not isinstance(value, Tensor) or value.dim() < len(sizes) or value.shape[0] == 1:  # alike for all rows
+        """Return an argument of the picked rows as one of all rows."""
+        if not isinstance(value, Tensor) or value.dim() < len(sizes) or value.shape[0] == 1:  # the same for all rows
             return value
-        whole = value.new_full((self.rows, *value.shape[1:]), 0.5)
-        whole[self.picks] = value
-        return whole
+        all_rows = value.new_full((self.rows, *value.shape[1:]), 0.5)
+        all_rows[self.picks] = value
+        return all_rows
 
     def _check(self, name: str, sizes: tuple[int, ...], now: tuple[int, ...]) -> None:
+        """Raise where a draw is not one of all rows that is now one of the picked rows."""
         hook = pack_hook()
         if hook is not self.hook and getattr(hook, "__module__", "") == "torch.utils.checkpoint":
-            raise RuntimeError(  # which would draw in backward, where nobody hands out rows
+            raise RuntimeError(  # it would draw again in backward, where rows are not picked
                 f"a lazy function draws by {name} inside torch.utils.checkpoint{INSTEAD}, or checkpoint only what does "
                 "not draw"
             )

@@ -14,8 +14,8 @@ from ..common.torch_internals import dispatch_modes
 from ..constraints import Constraint, ConstraintTable, check_constraints, pack
 from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
-from ..lazy_goals.evaluate import Lazy
-from ..lazy_goals.owned_rows import Settled
+from ..lazy_goals.evaluate import Evaluation
+from ..lazy_goals.lazy import Lazy
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "min": 3}
 
@@ -140,7 +140,7 @@ def min_goal_loss(
         >>> loss.backward()
     """
     check_route(route)
-    settled = None
+    evaluation = None
     if isinstance(goals, Tensor):
         tensors = [goals if goals.dim() != 1 else goals.unsqueeze(0)]
         if goals.dim() not in (1, 2):
@@ -150,8 +150,8 @@ def min_goal_loss(
         tensors = list(goals)
         count = len(tensors)
         if any(type(goal) is Lazy for goal in goals):
-            settled = Settled(goals, rows_too(route), route == "always")
-            tensors = settled.tensors
+            evaluation = Evaluation(goals)
+            tensors = evaluation.tensors(rows_too(route), route == "always")
         if count == 1 and isinstance(tensors[0], Tensor) and tensors[0].dim() == 2:
             raise ValueError(f"goals[0] must have shape [B] or [], got {list(tensors[0].shape)}")
     else:
@@ -172,7 +172,7 @@ def min_goal_loss(
     else:
         params, curves = _packed(constraints, count, tensors, device)
         out = serve(tensors, params, curves, code, return_stats, may)
-    loss = out[0] if settled is None else settled.attach(out[0])
+    loss = out[0] if evaluation is None else evaluation.attach(out[0])
     return (loss, MinGoalStats(*out[-4:])) if return_stats else loss
 
 

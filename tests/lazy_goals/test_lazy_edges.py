@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bomkern import Lazy, lazy, min_goal_loss
-from bomkern.lazy_goals.call import facts_of
-from bomkern.lazy_goals.owned_rows import LOOK
+from bomkern.lazy_goals.cost import LOOK_EVERY, statistics_of
 from tests.support.lazy_problem import Wrap, error, plain, size
 from tests.support.lazy_rows import DOUBLE, ONE, check, linear, rivals, rows, step_alone
 
@@ -141,8 +140,8 @@ def test_goals_without_gradient() -> None:
 def test_a_goal_without_gradient_where_it_does_not_pay() -> None:
     net = linear()
     for fn in (size, net):
-        facts = facts_of(fn)
-        facts.tried, facts.walked, facts.waited = True, 1.0, LOOK - 1  # looked at in this step
+        statistics = statistics_of(fn)
+        statistics.checked, statistics.owned, statistics.full_steps = True, 1.0, LOOK_EVERY - 1  # due in this step
 
     def goals(wrap: Wrap) -> list[Any]:
         return [wrap(size, rows() / 9), wrap(size, wrap(net, rows())), rivals(high=0.6)]
@@ -150,7 +149,7 @@ def test_a_goal_without_gradient_where_it_does_not_pay() -> None:
     try:
         check(goals, net.parameters(), steps=1, route="auto")
     finally:
-        facts_of(size).walked = torch.nan
+        statistics_of(size).owned = torch.nan
 
 
 def test_functions_of_every_kind() -> None:
@@ -200,7 +199,8 @@ def test_methods_of_one_module_are_joined_and_known_apart() -> None:
         one, other = lazy(two.code, rows()), lazy(two.code, rows().flip(0))
         min_goal_loss([lazy(size, one), lazy(two.noise, other), rivals()], ONE, route="always")
     assert two.calls == 2  # without a graph and with one, each for both
-    assert facts_of(two.noise).draws and not facts_of(two.code).draws and facts_of(two.code) is not facts_of(two)
+    code, noise = statistics_of(two.code), statistics_of(two.noise)
+    assert noise.draws and not code.draws and code is not statistics_of(two)
 
 
 def test_functions_that_do_other_things() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import bomkern
 from bomkern import Anchored, GoalSet, Lazy, Minimize, lazy, min_goal_loss
-from bomkern.lazy_goals.call import facts_of
+from bomkern.lazy_goals.cost import statistics_of
 from tests.support.lazy_problem import REDUCTIONS, Problem, Wrap, check, error, of_list, plain, size
 
 # Random numbers, gradients inside, autocast.
@@ -45,7 +45,7 @@ def test_random_numbers_are_the_same_both_times() -> None:
             states.append(torch.get_rng_state())
         assert torch.equal(*states)
         check(problem, of_list(), goals)
-    assert facts_of(noisy).draws
+    assert statistics_of(noisy).draws
 
 
 @pytest.mark.parametrize(

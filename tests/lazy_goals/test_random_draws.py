@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bomkern import lazy, min_goal_loss
-from bomkern.lazy_goals.call import facts_of
+from bomkern.lazy_goals.cost import statistics_of
 from tests.support.lazy_problem import size
 from tests.support.lazy_rows import DOUBLE, ONE, check, linear, rivals, rows, step_alone
 
@@ -76,7 +76,7 @@ def test_attention() -> None:
         return size(F.scaled_dot_product_attention(net(v)[:, None], v[:, None], v[:, None]))
 
     check(lambda wrap: [wrap(attend, words), rivals(high=1.0)], net.parameters())
-    assert not facts_of(attend).draws
+    assert not statistics_of(attend).draws
 
 
 def test_draws_of_many_kinds() -> None:

@@ -1,0 +1,71 @@
+"""`Node`: a lazy function with its arguments, and its value once it has been evaluated."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call, is_rows, name_of
+
+_order = itertools.count()
+
+
+class Node:
+    """A function of rows that may not have been evaluated yet.
+
+    It holds what outlives the loss for which it was evaluated: its value, and the call that repeats the evaluation. A
+    graph is kept only where one for all rows was asked for. How it is evaluated is in `evaluate.py`.
+
+    Attributes:
+        fn, args: the function and its arguments, some of which may be nodes.
+        rows: B.
+        depth: the number of functions on the longest way to an argument that is no node.
+        made: the place in the order of creation.
+        autocast: device type, dtype and whether it was enabled, when the node was made.
+        call, start: the call that evaluated it, and the place of its first row there.
+        whole: the value for all rows, without gradient.
+        graph: the value for all rows, with gradient.
+    """
+
+    __slots__ = ("args", "autocast", "call", "depth", "fn", "graph", "made", "rows", "start", "whole")
+
+    def __init__(self, fn: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
+        if not callable(fn):
+            raise TypeError(f"lazy: fn must be a function, got {type(fn).__name__}")
+        self.fn, self.args, self.rows, self.made = fn, args, _count_rows(args), next(_order)
+        self.depth: int = 1 + max((a.depth for a in args if isinstance(a, Node)), default=0)
+        device = self.device.type
+        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self.call: Call | None = None
+        self.start = 0
+        self.whole: Tensor | None = None
+        self.graph: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(a.device for a in self.args if isinstance(a, Node) or is_rows(a))
+
+    def __repr__(self) -> str:
+        return f"lazy({name_of(self.fn)}, {self.rows} rows)"
+
+
+def _count_rows(args: Sequence[Any]) -> int:
+    """Return the number of rows, which must be that of every argument with rows."""
+    counts: list[tuple[int, int]] = []
+    for i, a in enumerate(args):
+        if isinstance(a, Node) or is_rows(a):
+            counts.append((i, a.rows if isinstance(a, Node) else a.shape[0]))
+    if not counts:
+        raise ValueError("lazy: at least one argument must have rows (a tensor [B, ...] or a lazy value), got none")
+    first, expected = counts[0]
+    for i, rows in counts:
+        if rows != expected:
+            raise ValueError(
+                f"lazy: argument {i} has {rows} rows, argument {first} has {expected}: bind what is no row to the "
+                "function"
+            )
+    return expected
