@@ -13,13 +13,13 @@ from torch import distributed as dist
 from ..common.checks import MAX_GOALS
 from ..common.host_copy import capturing
 from ..common.process_group import ranks_of
+from ..common.reductions import REDUCTIONS
 from ..common.torch_internals import buffers_of, children_of, under_transform
 from ..constraints import Constraint, ConstraintTable
 from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Lazy
 from ..lazy_goals.owned_rows import Settled
-from ..ops.min_goal import REDUCTIONS
 from .anchors import Columns
 from .history import GoalOutput, History
 from .monitor import Monitor

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bomkern import GoalSet, Group, Minimize, min_goal_loss
+from bomkern.common.reductions import REDUCTIONS
 from bomkern.dispatch import select
-from bomkern.ops.min_goal import REDUCTIONS
 from tests.conftest import servers
 
 IMPLS = pytest.mark.parametrize("server", servers("min_goal"))

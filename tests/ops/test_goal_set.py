@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bomkern import Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
+from bomkern.common.reductions import REDUCTIONS as CODES
 from bomkern.dispatch import select
-from bomkern.goals.record import record_parts
-from bomkern.ops.min_goal import REDUCTIONS as CODES
+from bomkern.reference import record_parts
 from tests.conftest import assert_as_good_as_eager, servers
 from tests.ops.test_min_goal import LAYOUTS, SIX
 from tests.support.statistics import only_cpu, shuffled

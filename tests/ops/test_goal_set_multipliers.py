@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bomkern import ConstraintTable, Minimize
 from bomkern.dispatch import select
-from bomkern.goals.record import record_parts
+from bomkern.reference import record_parts
 from tests.conftest import run_again
 from tests.ops.test_goal_set import (
     BAD,

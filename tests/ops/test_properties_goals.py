@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bomkern import Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
-from bomkern.goals.record import record_parts
+from bomkern.reference import record_parts
 from tests.conftest import servers
 from tests.fuzz.cases import LAYOUTS, laid_out
 from tests.ops.test_goal_set import call as goal_set

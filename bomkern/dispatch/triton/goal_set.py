@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...common.checks import FLOATS, check_goals, check_groups, check_multipliers, check_params, check_temperature
-from ...reference import NONE
-from ..schemas import record_size
+from ...common.reductions import Reduction
 from .launcher import guard, load
 from .library import Aside, Grads, by_reference, register
 
@@ -36,9 +35,9 @@ def _allocate(
     check_multipliers(multipliers, groups, params)
     new = params.new_empty
     return (
-        new((batch,) if reduction == NONE else ()),
+        new((batch,) if reduction == Reduction.NONE else ()),
         new((batch,), dtype=torch.int64),
-        new((record_size(groups[-1] + 1, count),)),
+        new((reference.RecordAt.of(groups[-1] + 1, count).size,)),
         new((count, batch) if save else (0,)),
     )
 
