@@ -26,7 +26,7 @@ import bomkern
 from bench import machine
 from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, ShareGuard, Tracking
 from bomkern.common import process_group
-from bomkern.goals.goal_set import REDUCTIONS
+from bomkern.common.reductions import REDUCTIONS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ranks.json"
 WORLDS = (1, 2, 4)

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .common.checks import MAX_GOALS
+from .common.checks import MAX_GOALS, finite_number
 from .common.graph_constants import on_device
 
 LINEAR, HARD, BARRIER = CURVES = 0, 1, 2
@@ -37,12 +37,7 @@ def _number(owner: str, name: str, value: object) -> float:
             f"{owner}: {name} must be a Python number, got a tensor; "
             "to keep parameters on the device, write into ConstraintTable.params"
         )
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    value = float(value)
-    if not math.isfinite(value):
-        raise ValueError(f"{owner}: {name} must be finite, got {value}")
-    return value
+    return finite_number(f"{owner}: {name}", value)
 
 
 def _positive(owner: str, name: str, value: object) -> float:

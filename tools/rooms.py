@@ -19,8 +19,9 @@ KERNELS = PACKAGE.parent / "kernels"  # installed as bomkern.kernels
 # From the ground up. A room imports from lower floors, and from what its own entry in ALSO names.
 FLOORS = (
     ("_version", "common"),
-    ("constraints", "kernels"),
+    ("constraints",),
     ("reference",),
+    ("kernels",),
     ("dispatch", "lazy_goals"),
     ("ops",),
     ("goals",),
@@ -32,6 +33,7 @@ FLOORS = (
 )
 # Rooms that use less than all floors below them.
 ALONE = {
+    "kernels": {"common", "reference"},
     "lazy_goals": {"common"},
     "diagnosis": {"common", "goals"},
     "train": {"bomkern", "report", "common"},

@@ -19,9 +19,9 @@ from bench.ops.bench_min_goal import ANCHORED, SIZES, TRAFFIC, K, raw_values
 from bench.regimes import GOALS, goals
 from bench.report.write import SHOWN
 from bomkern import Anchored, ConstraintTable, GoalSet, min_goal_loss
+from bomkern.common.reductions import Reduction
 from bomkern.dispatch import select
-from bomkern.goals.record import record_parts
-from bomkern.reference import MEAN
+from bomkern.reference import record_parts
 
 RULES = ("hard", "smooth", "spill")
 MU, WEIGHTS = 0.1, tuple(0.5 ** (k + 1) for k in range(K))
@@ -64,7 +64,7 @@ def fused(rule: str) -> Function:
     def step(*raw: Tensor, impl: str | None = None) -> Step:
         params, curves, mu, weights = _given(rule, torch.promote_types(raw[0].dtype, torch.float32))
         serve = select.resolve("goal_set", DEVICE, impl)
-        loss, _, record = serve(list(raw), params, curves, owners, mu, MEAN, weights)
+        loss, _, record = serve(list(raw), params, curves, owners, mu, Reduction.MEAN, weights)
         parts = record_parts(record, K, K)
         return loss, torch.stack([parts["share"], parts["level"]]), parts["raw"]
 

@@ -13,9 +13,19 @@ MAX_GOALS = 64
 MAX_VIEWS = 16
 
 
-def check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> float:
+    """Return ``value`` as it is; a TypeError says that it is no number of Python's."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return value
+
+
+def finite_number(name: str, value: object, above: float = -math.inf) -> float:
+    """Return ``value`` as a float; an error says that it is no number, not finite, or not greater than ``above``."""
+    number = check_number(name, value)
+    if not math.isfinite(number) or number <= above:
+        raise ValueError(f"{name} must be finite" + f" and above {above:g}" * (above > -math.inf) + f", got {value}")
+    return float(number)
 
 
 def check_flag(name: str, value: object) -> None:

@@ -25,12 +25,8 @@ from ..common.checks import (
     check_units,
     check_views,
 )
-from ..reference import MIN
-
-
-def record_size(goals: int, columns: int) -> int:
-    """Numbers in a record of `goal_set`, see `bomkern.goals.record.record_parts`."""
-    return 3 * goals + 4 * columns + 2
+from ..common.reductions import Reduction
+from ..reference import RecordAt
 
 
 def gradient_of(x: Tensor, wanted: bool = True) -> Tensor:
@@ -44,9 +40,9 @@ def min_goal(
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
     like = goals[0]
-    rows = 1 if reduction == MIN else batch
-    loss = like.new_empty([batch] if reduction == 0 else [], dtype=dtype)
-    winner = like.new_empty([rows], dtype=torch.int64 if reduction == MIN else torch.uint8)
+    rows = 1 if reduction == Reduction.MIN else batch
+    loss = like.new_empty([batch] if reduction == Reduction.NONE else [], dtype=dtype)
+    winner = like.new_empty([rows], dtype=torch.int64 if reduction == Reduction.MIN else torch.uint8)
     return loss, winner, like.new_empty([rows], dtype=dtype)
 
 
@@ -93,9 +89,9 @@ def goal_set(
     check_temperature(temperature, params)
     check_multipliers(multipliers, groups, params)
     return (
-        params.new_empty([batch] if reduction == 0 else []),
+        params.new_empty([batch] if reduction == Reduction.NONE else []),
         params.new_empty([batch], dtype=torch.int64),
-        params.new_empty([record_size(groups[-1] + 1, count)]),
+        params.new_empty([RecordAt.of(groups[-1] + 1, count).size]),
         params.new_empty([count, batch] if save else [0]),
     )
 

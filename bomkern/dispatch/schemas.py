@@ -26,16 +26,13 @@ from ..common.checks import (
     check_views,
 )
 from ..common.decorators import fake
+from ..common.reductions import Reduction
+from ..reference import RecordAt
 
 _library = torch.library.Library("bomkern", "DEF")
 
 
-def record_size(goals: int, columns: int) -> int:
-    """Numbers in a record of `goal_set`, see `bomkern.goals.record.record_parts`."""
-    return 3 * goals + 4 * columns + 2
-
-
-# reduction: 0 none, 1 mean, 2 sum, 3 min. winner, slope: what backward needs. curves: see constraints.py. route: bit k
+# reduction: see common/reductions.py. winner, slope: what backward needs. curves: see constraints.py. route: bit k
 # where the gradient of goal k may be undefined instead of zero, see dispatch/routing.py.
 _library.define(
     "min_goal(Tensor[] goals, Tensor? params, int[] curves, int reduction, int route=0) -> "
@@ -52,7 +49,7 @@ _library.define(
 )
 
 # groups: the goal of each column, counting up. multipliers [G]: weights given, instead of a rule. record: see
-# goals/record.py. weight [K, B]: d loss / d column, where save, else no elements.
+# reference/record.py. weight [K, B]: d loss / d column, where save, else no elements.
 _library.define(
     "goal_set(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, "
     "Tensor? multipliers=None, bool save=False, int route=0) -> "
@@ -140,7 +137,6 @@ OPS = (
     *("latent_statistics", "latent_statistics_backward"),
     *("covariance_penalty", "covariance_penalty_backward"),
 )
-MIN = 3
 
 
 @fake("min_goal", _library)
@@ -150,9 +146,9 @@ def _(
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
     like = goals[0]
-    rows = 1 if reduction == MIN else batch
-    loss = like.new_empty([batch] if reduction == 0 else [], dtype=dtype)
-    winner = like.new_empty([rows], dtype=torch.int64 if reduction == MIN else torch.uint8)
+    rows = 1 if reduction == Reduction.MIN else batch
+    loss = like.new_empty([batch] if reduction == Reduction.NONE else [], dtype=dtype)
+    winner = like.new_empty([rows], dtype=torch.int64 if reduction == Reduction.MIN else torch.uint8)
     return loss, winner, like.new_empty([rows], dtype=dtype)
 
 
@@ -202,9 +198,9 @@ def _(
     check_temperature(temperature, params)
     check_multipliers(multipliers, groups, params)
     return (
-        params.new_empty([batch] if reduction == 0 else []),
+        params.new_empty([batch] if reduction == Reduction.NONE else []),
         params.new_empty([batch], dtype=torch.int64),
-        params.new_empty([record_size(groups[-1] + 1, count)]),
+        params.new_empty([RecordAt.of(groups[-1] + 1, count).size]),
         params.new_empty([count, batch] if save else [0]),
     )
 

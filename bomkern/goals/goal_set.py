@@ -11,29 +11,26 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..common.checks import MAX_GOALS
-from ..common.host_copy import capturing
-from ..common.process_group import ranks_of
-from ..common.torch_internals import buffers_of, children_of, under_transform
+from ..common.process_group import Ranks, ranks_of
+from ..common.reductions import REDUCTIONS
+from ..common.torch_internals import FullPrecisionBuffers, buffers_of, children_of
 from ..constraints import Constraint, ConstraintTable
 from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
-from ..ops.min_goal import REDUCTIONS
-from .anchors import Columns
+from .anchors import Anchors
 from .history import GoalOutput, History
 from .monitor import Monitor
-from .policies import MOST_NUDGE, STATE, Policy, policy_of
+from .policies import STATE, Policy, policy_of
 from .raw_values import Raw, RawValues
 from .record import Layout, share_record
+from .rule_state import RuleState, ends_of
 from .rules import Group, ShareGuard, Spill
 from .table import table
 
-SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by rank
-NO_END = 2**63 - 1  # the step at which a policy ends that never does
 
-
-class GoalSet(Columns):
+class GoalSet(FullPrecisionBuffers):
     """Named goals, each with a constraint or a scale policy, trained by the bottleneck rule in one fused call.
 
     Per sample, with ``D_g`` the deficit of goal g (of a `Group`, the mean of its members'), the loss is ``max_g D_g``,
@@ -62,6 +59,9 @@ class GoalSet(Columns):
         names: of the goals, in order.
         temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
         params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
+        alone: inside `only` the index of the column that is trained on, else None.
+        anchoring, rules, monitor, layout: the parts, see their classes; ``anchoring.waiting`` names the columns whose
+            anchors are not known yet.
 
     All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. The
     device counts the steps, so a replayed CUDA graph goes on as eager calls would. Policies and the monitor work in
@@ -79,16 +79,14 @@ class GoalSet(Columns):
         >>> print(goals)  # who got the gradient, and how high the water stands
     """
 
+    params: Tensor
+    start: Tensor
     temperature: Tensor
     policy_state: Tensor
+    log_nudge: Tensor
     guard_share: Tensor
     average: Tensor
     multipliers: Tensor
-    _average_before: Tensor
-    _multipliers_before: Tensor
-    _belongs: Tensor
-    _ends: Tensor
-    _by_rank: Tensor | None
 
     def __init__(
         self,
@@ -106,73 +104,72 @@ class GoalSet(Columns):
         **named: Constraint | Policy | Group,
     ) -> None:
         super().__init__()
-        given = {**(goals or {}), **named}
-        if goals is not None and not isinstance(goals, Mapping):
-            raise TypeError(f"goals must be a mapping of names to constraints, got {type(goals).__name__}")
-        if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < 1e30:
-            raise ValueError(f"temperature must be a number, at least 0, got {temperature!r}")
-        if guard is not None and not isinstance(guard, ShareGuard):
-            raise TypeError(f"guard must be a ShareGuard or None, got {type(guard).__name__}")
+        ranks = ranks_of(process_group)
+        _validate(goals, reduction, temperature, guard, route, ranks)
+        self.reduction, self.guard, self.impl, self.route, self._ranks = reduction, guard, impl, route, ranks
         self.spill = spill if isinstance(spill, Spill) else None if spill == 0 else Spill(spill)
         if self.spill and temperature:
             raise ValueError(f"temperature must be 0 with spill, got temperature={temperature} and spill={spill}")
-        self.reduction, self.guard, self.impl = reduction, guard, impl
-        self.names = list(given)
-        members: dict[str, list[str]] = {}  # of each group
+        self._lay_out({**(goals or {}), **named}, materialize)
+        self._register(temperature)
+
+    def _lay_out(self, goals: Mapping[str, Constraint | Policy | Group], materialize: str | Sequence[str]) -> None:
+        """Find the columns of the goals and their policies, and make the parts that this object consists of."""
+        self.names = list(goals)
         self.policies: dict[str, Policy] = {}  # by column
-        for name, goal in given.items():
-            inside = goal.members if isinstance(goal, Group) else {"": policy_of(name, goal)}
+        self.owner: list[int] = []  # of each column, the index of its goal
+        members: dict[str, list[str]] = {}  # of each group
+        for index, (name, goal) in enumerate(goals.items()):
             if isinstance(goal, Group):
-                members[name] = list(inside)
-            self.policies |= {f"{name}.{member}" if member else name: policy for member, policy in inside.items()}
+                members[name] = list(goal.members)
+                own = {f"{name}.{member}": policy for member, policy in goal.members.items()}
+            else:
+                own = {name: policy_of(name, goal)}
+            self.policies |= own
+            self.owner += [index] * len(own)
         columns = list(self.policies)
-        check_route(route)
-        self._ranks = ranks_of(process_group)
-        if self._ranks.size > 1 and route == "always":
-            raise ValueError(
-                "route must be 'auto' or 'never' with a process_group, got 'always': a rank whose backward leaves out "
-                "what another's walks keeps it waiting"
-            )
-        materialize = [materialize] if isinstance(materialize, str) else materialize
-        for name in materialize:
-            if name not in self.names:
-                raise ValueError(f"materialize must name goals ({', '.join(self.names)}), got {name!r}")
         if not 1 <= len(columns) <= MAX_GOALS:
             raise ValueError(f"a GoalSet must have 1 to {MAX_GOALS} goals, got {len(columns)}")
-        self.owner = [self.names.index(column if column in given else column.rpartition(".")[0]) for column in columns]
-        self.route, self._may = route, bits([self.names[g] for g in self.owner], materialize)
-        self._raw = RawValues(self.names, members, columns)
-        by_rank = self.spill.weights(len(self.names)) if self.spill else None
-        most = 1.0 if by_rank is None else float(by_rank[0])
+        kept = [materialize] if isinstance(materialize, str) else materialize
+        for name in kept:
+            if name not in self.names:
+                raise ValueError(f"materialize must name goals ({', '.join(self.names)}), got {name!r}")
+        self._may = bits([self.names[g] for g in self.owner], kept)
+        self.curves = [policy.constraint.curve for policy in self.policies.values()]
+        most = float(self.spill.weights(len(self.names))[0]) if self.spill else 1.0
         self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()], most)
-        self._await_anchors()
-        self._only: int | None = None
-        self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it
-        self._learns = ["params", "log_nudge", "guard_share"] * bool(guard)
-        ends = [NO_END if p.until is None else p.until for p in self.policies.values()]
-        self._until = max(ends)
-        self.monitor = Monitor(self.layout, impl)
+        self._raw = RawValues(self.names, members, columns)
+        self.anchoring = Anchors(self.policies, self.curves, self._ranks)
+        self.rules = RuleState(self.policies, self.guard, self.spill, self.layout.at, self._ranks)
+        self.monitor = Monitor(self.layout, self.impl)
+        self.alone: int | None = None
 
-        table = ConstraintTable([policy.constraint for policy in self.policies.values()])
-        self.curves, single = table.curves, table.params.dtype  # whatever the default dtype is
-        for name, buffer in (
-            ("params", table.params),
-            ("start", table.params.clone()),
-            ("temperature", torch.tensor(float(temperature), dtype=single)),
-            ("policy_state", torch.zeros(len(columns), STATE, dtype=single)),
-            ("log_nudge", torch.zeros(len(columns), dtype=single)),
-            ("guard_share", torch.full((len(self.names),), -1.0, dtype=single)),
-            ("average", torch.zeros(len(self.names), dtype=single)),
-            ("multipliers", torch.full((len(self.names),), 1 / len(self.names), dtype=single)),
-        ):
+    def _register(self, temperature: float) -> None:
+        """Register the buffers, in float32 whatever the default dtype is."""
+        goals, columns = len(self.names), len(self.policies)
+        params = ConstraintTable([policy.constraint for policy in self.policies.values()]).params
+        new = params.new_full
+        saved = {
+            "params": params,
+            "start": params.clone(),
+            "temperature": new((), float(temperature)),
+            "policy_state": new((columns, STATE), 0.0),
+            "log_nudge": new((columns,), 0.0),
+            "guard_share": new((goals,), -1.0),
+            "average": new((goals,), 0.0),
+            "multipliers": new((goals,), 1 / goals),
+        }
+        unsaved: dict[str, Tensor | None] = {
+            "_belongs": torch.tensor(self.owner),
+            "_ends": torch.tensor(ends_of(self.policies)),
+            "_by_rank": self.spill.weights(goals) if self.spill else None,
+            "_average_before": saved["average"].clone(),
+            "_multipliers_before": saved["multipliers"].clone(),
+        }
+        for name, buffer in saved.items():
             self.register_buffer(name, buffer)
-        self.register_buffer("_belongs", torch.tensor(self.owner), persistent=False)
-        self.register_buffer("_ends", torch.tensor(ends), persistent=False)
-        self.register_buffer("_by_rank", by_rank, persistent=False)
-        for name in ("average", "multipliers"):
-            self.register_buffer(f"_{name}_before", self.get_buffer(name).clone(), persistent=False)
+        for name, extra in unsaved.items():
+            self.register_buffer(name, extra, persistent=False)
 
     # One step.
 
@@ -192,45 +189,39 @@ class GoalSet(Columns):
             ValueError: a shape or device that cannot serve; the message names the goal.
         """
         tensors: list[Any] = self._raw.columns(raw)
-        if self._waits and self._only is None:
-            self._refuse_unanchored()
-        self._before.clear()
-        evaluation = None
+        if self.anchoring.waiting and self.alone is None:
+            self.anchoring.refuse()
+        rules, buffers, evaluation = self.rules, buffers_of(self), None
+        rules.changed.clear()  # the step before can no longer be taken back
         if any(type(value) is Lazy for value in tensors):
             evaluation = Evaluation(tensors)
             tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
         try:
             if self.training:
-                self._learn(tensors)
-            loss, bottleneck, record = self._serve(tensors)
+                rules.learn(buffers, tensors, children_of(self)["monitor"])
+            loss, bottleneck, record = self._serve(tensors, buffers)
             ranks = self._ranks
             if ranks.size > 1:
                 ranks.check_shape("raw", bottleneck)
                 code, sizes = REDUCTIONS[self.reduction], (len(self.names), len(self.policies))
                 loss, record = share_record(loss, record, *sizes, code, ranks)
-            if self._only is not None:
-                own = tensors[self._only].to(record.dtype).mean()
+            if self.alone is not None:
+                own = tensors[self.alone].to(record.dtype).mean()
                 loss = ranks.shared(own, ranks.gather(own.detach()).mean(), 1.0) if ranks.size > 1 else own
             if evaluation is not None:
                 loss = evaluation.attach(loss)
         except Exception:
-            for now, before in self._before:
-                now.copy_(before)
-            self._before.clear()
+            rules.restore()
             self._raw.explain(tensors, self.params.device)
             raise
         if self.training:
-            self._keep(record)
+            rules.keep(buffers, children_of(self)["monitor"], record)
         return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
 
-    def _serve(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """One call of the op, in float64 where a raw value is."""
-        held = buffers_of(self)
-        params, temperature, multipliers = (
-            held["params"],
-            held["temperature"],
-            held["multipliers"] if self.spill else None,
-        )
+    def _serve(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Call the op, in float64 where a raw value is."""
+        params, temperature = buffers["params"], buffers["temperature"]
+        multipliers = buffers["multipliers"] if self.spill else None
         dtype = torch.float32
         for t in tensors:
             if t.dtype is torch.float64:
@@ -244,79 +235,14 @@ class GoalSet(Columns):
         code = REDUCTIONS[self.reduction]
         return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
 
-    def _learning(self) -> dict[int, Policy]:
-        """The policies that may have something to say in this step, by column.
-
-        A graph, compiled or captured, runs again at steps that the host does not know: it holds all that ever have.
-        """
-        if not self._until:
-            return {}
-        fixed = torch.compiler.is_compiling() or capturing(self.params.device)
-        step = 0 if fixed else self.steps
-        if step >= self._until:
-            return {}
-        return {k: p for k, p in enumerate(self.policies.values()) if p.until is None or step < p.until}
-
-    def _learn(self, tensors: list[Tensor]) -> None:
-        """Keep a copy of what this step changes; ask the policies."""
-        learning = self._learning()
-        if under_transform() and not torch.compiler.is_compiling() and (self.guard or learning):
-            raise RuntimeError(
-                "a GoalSet with a ShareGuard, or policies that follow raw values, cannot learn inside torch.func: "
-                "call eval() first"
-            )
-        held = buffers_of(self)
-        for name in self._learns:
-            self._before.append((held[name], held[name].clone()))
-        if not learning:
-            return
-        taught = [(held[name], held[name].clone()) for name in ("params", "policy_state")]
-        self._before += taught
-        raws = [tensors[k].detach().float() for k in learning]
-        if self._ranks.size > 1:
-            gathered = self._ranks.gather(torch.cat([raw.reshape(-1) for raw in raws]))
-            raws = [part.flatten() for part in gathered.split([raw.numel() for raw in raws], 1)]
-        step = self.monitor.place  # as the device counts them
-        for (k, policy), raw in zip(learning.items(), raws, strict=True):
-            found = policy.update(raw, held["policy_state"][k], step[0])
-            if found is not None:
-                self._place(k, *found)
-        if any(policy.until is not None for policy in learning.values()):
-            goes_on = (step < held["_ends"])[:, None]
-            for now, before in taught:
-                now.copy_(torch.where(goes_on, now, before))
-
-    def _keep(self, record: Tensor) -> None:
-        """Put the step into the history; let the guard and the spill look at it."""
-        held = buffers_of(self)
-        monitor = children_of(self)["monitor"]
-        goals = len(self.names)
-        if self.spill is None:
-            monitor.add(record)
-        else:
-            deficit = record[2 * goals : 3 * goals]
-            monitor.add(record, deficit, held["_by_rank"], self.spill.rate, [held[name] for name in SPILL])
-            self._before += (
-                (held["average"], held["_average_before"]),
-                (held["multipliers"], held["_multipliers_before"]),
-            )
-        if self.guard is not None:
-            so_far = held["log_nudge"]
-            nudge = self.guard.update(record[:goals].to(so_far.dtype), held["guard_share"])[held["_belongs"]]
-            nudge = (so_far + nudge).clamp(-MOST_NUDGE, MOST_NUDGE) - so_far
-            so_far += nudge
-            held["params"][:, 1:3] *= torch.exp(-nudge)[:, None]
-
     def accept(self, ok: Tensor) -> None:
         """Take the last step back where ``ok``, a 0-dim bool on the device, is False; no host sync.
 
         For whoever rejects steps, as `torch.amp.GradScaler` does: what the policies learnt from such a step is
         forgotten, and the history counts it as not finite.
         """
-        for now, before in self._before:
-            now.copy_(torch.where(ok, now, before))
-        self._before.clear()
-        self.monitor.reject(ok)
+        self.rules.accept(ok)
+        children_of(self)["monitor"].reject(ok)
 
     @property
     def history(self) -> History:
@@ -331,11 +257,74 @@ class GoalSet(Columns):
     @contextmanager
     def only(self, goal: str) -> Iterator[None]:
         """Train on one goal alone: inside, the loss is the mean of its raw value, whatever its scale."""
-        self._only = self._column(goal)
+        self.alone = self.anchoring.index(goal)
         try:
             yield
         finally:
-            self._only = None
+            self.alone = None
+
+    # Anchors.
+
+    def anchor(self, batch: Any = None, **sources: Any) -> None:
+        """Supply the anchors that `Anchored` policies wait for, before the first step.
+
+        Args:
+            batch: what functions given as ideal or nadir are called with.
+            sources: ``floor=``, ``baseline=`` or ``probe=``: a mapping from goals (of a group's member
+                "group.member") to numbers or 0-dim tensors; for ``probe`` what `bomkern.probe` returned.
+        """
+        self.anchoring.supply(buffers_of(self), batch, sources)
+
+    @torch.no_grad()
+    def remeasure(self, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
+        """Move the anchors of goals with ``moving=True`` towards what was measured on held-out samples; no host sync.
+
+        Args:
+            measured: by column, raw values [n] or 0-dim of what is ideal and of what is no better than nothing.
+                What is not finite moves nothing.
+        """
+        self.anchoring.move(buffers_of(self), measured)
+
+    def drift(self) -> dict[str, float]:
+        """How far the anchors of each moving goal are from where they began, in units of its first scale.
+
+        Reads from the device. The first drift of a goal beyond its policy's ``alarm`` is also logged as a warning.
+        """
+        return self.anchoring.drift(buffers_of(self))
+
+    def anchors(self) -> dict[str, tuple[float, float]]:
+        """(ideal, scale) of every column, read from the device."""
+        return self.anchoring.read(buffers_of(self))
+
+    def __setitem__(self, column: str, constraint: Constraint) -> None:
+        """Give a goal another constraint of the same curve; no host sync."""
+        self.anchoring.replace(buffers_of(self), column, constraint)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.anchoring.state()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.anchoring.load_state(state)
 
     def __repr__(self) -> str:
         return table(self)
+
+
+def _validate(
+    goals: object, reduction: object, temperature: object, guard: object, route: object, ranks: Ranks
+) -> None:
+    """Check the options of a `GoalSet` that can be judged without its goals."""
+    if goals is not None and not isinstance(goals, Mapping):
+        raise TypeError(f"goals must be a mapping of names to constraints, got {type(goals).__name__}")
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < 1e30:
+        raise ValueError(f"temperature must be a number, at least 0, got {temperature!r}")
+    if guard is not None and not isinstance(guard, ShareGuard):
+        raise TypeError(f"guard must be a ShareGuard or None, got {type(guard).__name__}")
+    check_route(route)
+    if ranks.size > 1 and route == "always":
+        raise ValueError(
+            "route must be 'auto' or 'never' with a process_group, got 'always': a rank whose backward leaves out "
+            "what another's walks keeps it waiting"
+        )

@@ -86,19 +86,20 @@ class History:
         """Count the last step as one whose loss was not finite."""
         name, part = ("_open", 1.0) if len(self._open) else ("_rows", 1 / self.stride)
         rows = getattr(self, name).clone()
-        rows[-1:, -1] = (rows[-1:, -1] - part).clamp(min=0)
+        finite = rows[-1:, self.layout.at.finite]
+        finite.copy_((finite - part).clamp(min=0))
         setattr(self, name, rows)
 
     def _join(self, rows: Tensor, every: int) -> Tensor:
         if every == 1:
             return rows
         blocks = rows.unflatten(0, (-1, every))
-        finite = blocks[..., -1]
+        finite = blocks[..., self.layout.at.finite]
         weight = (finite / finite.sum(1, keepdim=True).clamp(min=1e-9))[..., None]
         joined = torch.where(weight > 0, blocks * weight, 0).sum(1)
         joined = torch.where(finite.sum(1)[:, None] > 0, joined, torch.nan)
         self.layout.parts(joined)["highest"].copy_(self.layout.parts(blocks)["highest"].amax(1))
-        joined[:, -1] = finite.mean(1)
+        joined[:, self.layout.at.finite] = finite.mean(1)
         return joined
 
     def __len__(self) -> int:

@@ -51,6 +51,7 @@ class Monitor(FullPrecisionBuffers):
     def __init__(self, layout: Layout, impl: str | None = None) -> None:
         super().__init__()
         self.layout, self.impl, self._count, self._history = layout, impl, _Count(), History(layout)
+        self._finite = layout.at.finite
         self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and what was known then
         # Rows on the host that `take` has not returned yet.
         self._fresh = Rows(torch.empty(0, layout.size, dtype=torch.float32))
@@ -103,12 +104,12 @@ class Monitor(FullPrecisionBuffers):
         inside = count.known > count.sent or capturing(self.ring.device)
         if inside or int(HostCopy(self.place).wait()) > count.taken:  # replayed steps, which the host does not know
             last = (self.place - 1) % len(self.ring)
-            finite = self.ring[:, -1]
+            finite = self.ring[:, self._finite]
             finite.index_copy_(0, last, finite.index_select(0, last) * ok)
         elif count.known and not ok:  # the history has been read since the step: its record is on the host
             self._history.reject_last()
             fresh = self._fresh.rows().clone()
-            fresh[-1:, -1] = 0
+            fresh[-1:, self._finite] = 0
             self._fresh = Rows(fresh)
 
     def _send(self) -> None:

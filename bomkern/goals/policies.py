@@ -7,13 +7,13 @@ what ideal and scale the goal shall have. It runs on the device and makes no hos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.checks import finite_number
 from ..constraints import Constraint, Minimize
 
 STATE = 2  # numbers a policy may keep
@@ -22,16 +22,6 @@ MOST_NUDGE = 7.0  # of log scale, a factor of about 1,000: a goal that is satisf
 SOURCES = ("floor", "baseline", "probe")
 Anchor = float | str | Callable[..., Any]
 Found = tuple[Tensor, Tensor]  # ideal, scale
-
-
-def _number(owner: str, name: str, value: object, above: float = -math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value <= above:
-        raise ValueError(
-            f"{owner}: {name} must be finite" + f" and above {above:g}" * (above > -math.inf) + f", got {value}"
-        )
-    return float(value)
 
 
 def _steps(owner: str, name: str, value: object) -> int:
@@ -50,7 +40,7 @@ def _level(owner: str, statistic: object) -> float:
     """A quantile's level; "max" is level 1."""
     if statistic == "max":
         return 1.0
-    level = _number(owner, "statistic", statistic) if not isinstance(statistic, str) else -1.0
+    level = finite_number(f"{owner}: statistic", statistic) if not isinstance(statistic, str) else -1.0
     if not 0 < level <= 1:
         raise ValueError(f"{owner}: statistic must be 'max' or a quantile in (0, 1], got {statistic!r}")
     return level
@@ -138,7 +128,7 @@ class Calibrated(Policy):
     def __init__(self, steps: int = 50, statistic: str | float = "max", margin: float = 1.0) -> None:
         self.until = _steps("Calibrated", "steps", steps)
         self.level = _level("Calibrated", statistic)
-        self.margin = _number("Calibrated", "margin", margin, above=0)
+        self.margin = finite_number("Calibrated: margin", margin, above=0)
         super().__init__(Minimize(1.0), steps=steps, statistic=statistic, margin=margin)
 
     def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found:
@@ -168,7 +158,7 @@ class Tracking(Policy):
 
     def __init__(self, halflife: float = 100.0, quantile: float = 0.5) -> None:
         self.level = _level("Tracking", quantile)
-        self.weight = 1 - 2 ** (-1 / _number("Tracking", "halflife", halflife, above=0))
+        self.weight = 1 - 2 ** (-1 / finite_number("Tracking: halflife", halflife, above=0))
         super().__init__(Minimize(1.0), halflife=halflife, quantile=quantile)
 
     def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found:
@@ -220,10 +210,10 @@ class Anchored(Policy):
             elif callable(value):
                 waits[name] = value
             else:
-                given[name] = _number("Anchored", name, value)
+                given[name] = finite_number(f"Anchored: {name}", value)
         self.moving = moving
-        self.weight = 1 - 2 ** (-1 / _number("Anchored", "halflife", halflife, above=0))
-        self.alarm = _number("Anchored", "alarm", alarm, above=0)
+        self.weight = 1 - 2 ** (-1 / finite_number("Anchored: halflife", halflife, above=0))
+        self.alarm = finite_number("Anchored: alarm", alarm, above=0)
         low, high = given["ideal"], given["nadir"]
         if isinstance(low, float) and isinstance(high, float):
             if not low < high:

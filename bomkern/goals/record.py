@@ -1,4 +1,4 @@
-"""The record of a step of `bomkern.goal_set`: what its numbers are, and one record of several ranks' ones."""
+"""The record of a step of a `bomkern.GoalSet`: whose its numbers are, and how the ranks' records become one."""
 
 from __future__ import annotations
 
@@ -9,22 +9,8 @@ import torch
 from torch import Tensor
 
 from ..common.process_group import Ranks
-from ..dispatch.schemas import record_size
-from ..reference import MIN, NONE, SUM, worst_of
-
-
-def record_parts(record: Tensor, goals: int, columns: int) -> dict[str, Tensor]:
-    """The parts of records [..., size] of `goal_set`, views of its last axis.
-
-    Of each of G goals ``share`` (who gets the gradient: its mean weight over the samples taken into the loss),
-    ``level`` (mean score) and ``deficit`` (mean); of each of K columns ``raw`` (mean), ``highest`` (the largest finite
-    raw value, -inf if there is none), ``ideal`` and ``slope`` (the first two parameters: 1 / slope is the scale);
-    ``loss`` (its mean over samples where it is one per sample) and ``finite`` (1 or 0).
-    """
-    names = ("share", "level", "deficit", "raw", "highest", "ideal", "slope", "loss", "finite")
-    parts = record.split([goals] * 3 + [columns] * 4 + [1, 1], dim=-1)
-    found = dict(zip(names, parts, strict=True))
-    return {**found, "loss": found["loss"][..., 0], "finite": found["finite"][..., 0]}
+from ..common.reductions import Reduction
+from ..reference import RecordAt, record_parts, worst_of
 
 
 class Layout:
@@ -51,8 +37,13 @@ class Layout:
         self.owner, self.constraints = list(owner), list(constraints)
 
     @property
+    def at(self) -> RecordAt:
+        """Where the parts of a record begin."""
+        return RecordAt.of(len(self.goals), len(self.columns))
+
+    @property
     def size(self) -> int:
-        return record_size(len(self.goals), len(self.columns))
+        return self.at.size
 
     def parts(self, records: Tensor) -> dict[str, Tensor]:
         """See `record_parts`; ``scale`` in place of ``slope``."""
@@ -67,27 +58,29 @@ class Layout:
 def share_record(
     loss: Tensor, record: Tensor, goals: int, columns: int, reduction: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the record of the whole batch from those of each rank's part, by one gather.
+    """Make the loss and the record of the whole batch from those of each rank's part, by one gather.
 
     Args:
-        loss: 0-dim, or [B] where ``reduction`` is NONE: then it stays as it is. record: [size].
+        loss: 0-dim, or [B] where ``reduction`` is NONE: then it stays as it is.
+        record: [size].
 
     Returns:
         The loss, equal on all ranks, whose gradient is a rank's part of it in a mean over the ranks; the record.
     """
     own = loss.detach().mean().to(record.dtype)
     gathered = ranks.gather(torch.cat([record.detach(), own[None]]))  # [W, size + 1]
-    losses, together = gathered[:, -1], gathered[:, :-1].mean(0)
-    parts = record_parts(gathered[:, :-1], goals, columns)
+    records, losses = gathered[:, : len(record)], gathered[:, len(record)]
+    together = records.mean(0)
+    parts = record_parts(records, goals, columns)
     merged = record_parts(together, goals, columns)
     merged["highest"].copy_(parts["highest"].amax(0))
     merged["finite"].copy_(parts["finite"].amin(0))
-    if reduction == NONE:
+    if reduction == Reduction.NONE:
         return loss, together
     known, weight = losses.mean(), torch.ones_like(own)
-    if reduction == SUM:
+    if reduction == Reduction.SUM:
         known, weight = losses.sum(), weight * ranks.size
-    elif reduction == MIN:
+    elif reduction == Reduction.MIN:
         worst = worst_of(losses, 0).reshape(1)
         known, weight = losses.index_select(0, worst)[0], (worst[0] == ranks.rank) * weight * ranks.size
         merged["share"].copy_(parts["share"].index_select(0, worst)[0])

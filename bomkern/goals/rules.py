@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.checks import finite_number
 from ..constraints import Constraint
-from .policies import Policy, _number, policy_of
+from .policies import Policy, policy_of
 
 
 class ShareGuard:
@@ -24,11 +25,11 @@ class ShareGuard:
     """
 
     def __init__(self, low: float = 0.01, high: float = 0.6, rate: float = 0.01, halflife: float = 25.0) -> None:
-        self.low, self.high = _number("ShareGuard", "low", low), _number("ShareGuard", "high", high)
+        self.low, self.high = finite_number("ShareGuard: low", low), finite_number("ShareGuard: high", high)
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"ShareGuard: 0 <= low < high <= 1 must hold, got low={low}, high={high}")
-        self.rate = _number("ShareGuard", "rate", rate, above=0)
-        self.weight = 1 - 2 ** (-1 / _number("ShareGuard", "halflife", halflife, above=0))
+        self.rate = finite_number("ShareGuard: rate", rate, above=0)
+        self.weight = 1 - 2 ** (-1 / finite_number("ShareGuard: halflife", halflife, above=0))
 
     def update(self, share: Tensor, average: Tensor) -> Tensor:
         """What to add to each goal's log scale, [G].
@@ -60,10 +61,10 @@ class Spill:
     """
 
     def __init__(self, ratio: float = 0.5, halflife: float = 7.0) -> None:
-        self.ratio = _number("Spill", "ratio", ratio, above=0)
+        self.ratio = finite_number("Spill: ratio", ratio, above=0)
         if self.ratio >= 1:
             raise ValueError(f"Spill: ratio must be below 1, got {ratio}")
-        self.rate = 1 - 2 ** (-1 / _number("Spill", "halflife", halflife, above=0))
+        self.rate = 1 - 2 ** (-1 / finite_number("Spill: halflife", halflife, above=0))
 
     def weights(self, goals: int) -> Tensor:
         """By rank, [goals], summing to 1."""

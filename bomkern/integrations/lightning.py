@@ -109,7 +109,7 @@ class GoalCallback:
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._held:
             self.goals.to(trainer.strategy.root_device)
-        if self.goals._waits and self.anchor is not None:
+        if self.goals.anchoring.waiting and self.anchor is not None:
             found = self.anchor(pl_module)
             if not isinstance(found, Mapping):
                 raise TypeError(

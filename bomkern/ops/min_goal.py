@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ..common.checks import check_goals
 from ..common.graph_constants import keep_for_graph
+from ..common.reductions import REDUCTIONS
 from ..common.torch_internals import dispatch_modes
 from ..constraints import Constraint, ConstraintTable, check_constraints, pack
 from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
-
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "min": 3}
 
 
 class MinGoalStats(NamedTuple):

@@ -4,13 +4,11 @@ from .goal_set import goal_set as goal_set
 from .goal_set import goal_set_keep as goal_set_keep
 from .goal_set import groups_of as groups_of
 from .goal_set import mean_of_members as mean_of_members
-from .min_goal import MEAN as MEAN
-from .min_goal import MIN as MIN
-from .min_goal import NONE as NONE
-from .min_goal import SUM as SUM
 from .min_goal import deficit as deficit
 from .min_goal import min_goal as min_goal
 from .min_goal import worst_of as worst_of
+from .record import RecordAt as RecordAt
+from .record import record_parts as record_parts
 from .statistics import active_units as active_units
 from .statistics import centered as centered
 from .statistics import column_moments as column_moments

@@ -1,4 +1,4 @@
-"""What `bomkern.GoalSet` computes in a step, and what it leaves behind."""
+"""The op of a step of `bomkern.GoalSet`, and the one that keeps its record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 from ..common.autocast import exactly
 from ..common.checks import check_goals, check_groups, check_multipliers, check_params, check_temperature
 from ..common.graph_constants import on_device
-from .min_goal import MIN, codes_of, deficit, matrix_of, reduced, worst_of
+from ..common.reductions import Reduction
+from .min_goal import codes_of, deficit, matrix_of, reduced, worst_of
+from .record import record_of
 
 
 def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def goal_set(
     With ``multipliers`` lambda [G], constants >= 0, it is ``sum_g lambda_g D_bg`` whatever mu, and the shares are
     ``lambda / sum(lambda)``, 0 where all are 0.
 
-    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`; the record's parts are in goals/record.py.
+    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`; `record_parts` names the numbers of the record.
     """
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
@@ -69,12 +71,20 @@ def goal_set(
 
     row = worst_of(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
     loss = reduced(per_sample, row, reduction)
-    taken = part.index_select(0, row) if reduction == MIN else part
+    taken = part.index_select(0, row) if reduction == Reduction.MIN else part
     seen = x.detach()
     highest = torch.where(seen.isfinite(), seen, -torch.inf).amax(0)
-    summary = torch.stack([loss.mean(), finite.all().to(dtype)])
-    level, raw = torch.exp(-every).mean(0), seen.mean(0)
-    record = torch.cat([taken.mean(0), level, every.mean(0), raw, highest, params[:, 0], params[:, 1], summary])
+    record = record_of(
+        share=taken.mean(0),
+        level=torch.exp(-every).mean(0),
+        deficit=every.mean(0),
+        raw=seen.mean(0),
+        highest=highest,
+        ideal=params[:, 0],
+        slope=params[:, 1],
+        loss=loss.mean(),
+        finite=finite.all().to(dtype),
+    )
 
     # The gradient: each deficit's own, weighed. Where a sample's loss is not finite there is none.
     each = weight.index_select(1, owner) * member.amax(1)  # [B, K]: a member's part of its goal's

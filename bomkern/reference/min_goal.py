@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..common.checks import check_goals, check_params
 from ..common.graph_constants import on_device
+from ..common.reductions import Reduction
 from ..constraints import BARRIER, CURVES, HARD
-
-NONE, MEAN, SUM, MIN = 0, 1, 2, 3
 
 
 def _hard(r: Tensor) -> Tensor:
@@ -69,12 +68,12 @@ def matrix_of(goals: Sequence[Tensor], batch: int, dtype: torch.dtype) -> Tensor
 
 
 def reduced(per_sample: Tensor, row: Tensor, reduction: int) -> Tensor:
-    """[B] for `NONE`, else 0-dim; of `MIN` the sample ``row``, [1]."""
-    if reduction == NONE:
+    """Return [B] for ``NONE``, else 0-dim: for ``MIN`` the loss of the sample ``row``, [1]."""
+    if reduction == Reduction.NONE:
         return per_sample
-    if reduction == MEAN:
+    if reduction == Reduction.MEAN:
         return per_sample.mean()
-    return per_sample.sum() if reduction == SUM else per_sample.index_select(0, row).reshape(())
+    return per_sample.sum() if reduction == Reduction.SUM else per_sample.index_select(0, row).reshape(())
 
 
 def min_goal(
@@ -103,6 +102,6 @@ def min_goal(
     loss = reduced(per_sample, row, reduction)
     if not stats:
         return (loss,)
-    takers = winner.index_select(0, row) if reduction == MIN else winner
+    takers = winner.index_select(0, row) if reduction == Reduction.MIN else winner
     share = (takers[:, None] == torch.arange(count, device=x.device)).to(dtype).mean(0)
     return loss, winner, share, torch.exp(-every).mean(0), finite.all()

@@ -200,7 +200,7 @@ class CompiledTrainer(Trainer):
         self._losses = compiled(self)
 
     def _walk(self) -> tuple[GoalOutput, Tensor]:
-        if self.goals._only is not None:  # each goal alone would be compiled anew
+        if self.goals.alone is not None:  # each goal alone would be compiled anew
             return super()._walk()
         begun = time.perf_counter()
         try:

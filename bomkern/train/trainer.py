@@ -204,7 +204,7 @@ class Trainer:
     def window(self) -> dict[str, Any]:
         """Means over the accepted steps since the last call, read from the device; empty if there was none."""
         records = self.goals.monitor.take()
-        records = records[records[:, -1] > 0]
+        records = records[self.goals.layout.parts(records)["finite"] > 0]
         if not len(records):
             return {}
         parts = self.goals.layout.parts(records.double().mean(0))

@@ -17,16 +17,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...reference import RecordAt
 from ..common.triton_matrix import exp_of, kind, options
-from ..min_goal.triton import LAST, finish_scalars, plan, plan_columns
+from ..min_goal.triton import LAST, MEAN, MIN, NONE, SUM, finish_scalars, plan, plan_columns
 from ..min_goal.triton import _groups as loads_of
 from ..min_goal.triton_score import INF, MIXED, cast, div, judge, load_tile, worst
 
-# bomkern.reference's reduction codes.
-NONE = tl.constexpr(0)
-MEAN = tl.constexpr(1)
-SUM = tl.constexpr(2)
-MIN = tl.constexpr(3)
+
+class PartsAt(NamedTuple):
+    """The rows of partial results that follow those of a record up to ``highest``.
+
+    Attributes:
+        loss, infeasible: one row each, the second with how many samples have no finite loss.
+        taken: K rows, the weights of a tile's worst sample; for "min" alone.
+    """
+
+    loss: int
+    infeasible: int
+    taken: int
+
+    @classmethod
+    def after(cls, at: RecordAt) -> PartsAt:
+        return cls(at.ideal, at.ideal + 1, at.ideal + 2)  # where ``highest`` ends
 
 
 @triton.jit
@@ -87,14 +99,14 @@ def _put(value, at, record, parts, total, WHOLE: tl.constexpr, mask=None):
 def forward(
     goals, strides, stride_k, table, temperature, multipliers, batch,
     loss, bottleneck, record, weight, parts, part_rows,
-    K: tl.constexpr, G: tl.constexpr, CURVES: tl.constexpr, CURVE: tl.constexpr, LOADS: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, AT: tl.constexpr, PART: tl.constexpr,
+    CURVES: tl.constexpr, CURVE: tl.constexpr, LOADS: tl.constexpr,
     OWNERS: tl.constexpr, SIZES: tl.constexpr, REDUCTION: tl.constexpr, SAVE: tl.constexpr,
     WHOLE: tl.constexpr, CD: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK samples: their losses, bottlenecks and weights, and the tile's part of the record.
 
-    Rows of the parts: as the record up to ``highest``, then loss, infeasible samples, and for "min" the weights of the
-    tile's worst sample.
+    AT is the record's `RecordAt`. The tile's partial results are rows up to ``AT.ideal`` and then those of PART.
     """
     pid = tl.program_id(0)
     b = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -110,11 +122,11 @@ def forward(
     mean, owner, leads, inverse = _means(d, K, G, OWNERS, SIZES, CD, KP)
 
     # Here, not at the end: whatever is needed no more leaves registers to what follows.
-    _put(tl.sum(tl.where(cells, exp_of(-mean), 0), 0), G + owner, record, parts, total, WHOLE, leads)
-    _put(tl.sum(tl.where(cells, mean, 0), 0), 2 * G + owner, record, parts, total, WHOLE, leads)
-    _put(tl.sum(tl.where(cells, values, 0), 0), 3 * G + col, record, parts, total, WHOLE, used)
+    _put(tl.sum(tl.where(cells, exp_of(-mean), 0), 0), AT.level + owner, record, parts, total, WHOLE, leads)
+    _put(tl.sum(tl.where(cells, mean, 0), 0), AT.deficit + owner, record, parts, total, WHOLE, leads)
+    _put(tl.sum(tl.where(cells, values, 0), 0), AT.raw + col, record, parts, total, WHOLE, used)
     seen = tl.where(cells & ((values - values) == 0), values, -INF)
-    _put(tl.max(seen, 0), 3 * G + K + col, record, parts, one, WHOLE, used)
+    _put(tl.max(seen, 0), AT.highest + col, record, parts, one, WHOLE, used)
 
     win = worst(tl.where(leads[None, :], mean, -INF), owner[None, :], KP, 1)
     mine = owner[None, :] == win[:, None]
@@ -159,26 +171,26 @@ def forward(
         else:
             tl.store(part_rows + pid, row)
             if SAVE:
-                _put(taken, 3 * G + 2 * K + 2 + col, record, parts, one, WHOLE, used)
-        _put(value, 3 * G + (4 if WHOLE else 2) * K, record, parts, one, WHOLE)
-        _put(tl.sum(tl.where(counted, share, 0), 0), owner, record, parts, one, WHOLE, leads)
+                _put(taken, PART.taken + col, record, parts, one, WHOLE, used)
+        _put(value, AT.loss if WHOLE else PART.loss, record, parts, one, WHOLE)
+        _put(tl.sum(tl.where(counted, share, 0), 0), AT.share + owner, record, parts, one, WHOLE, leads)
     else:
         value = tl.sum(tl.where(mask, per_sample, 0), 0)
         if WHOLE and REDUCTION != NONE:
             tl.store(loss, value if REDUCTION == SUM else div(value, total))
-        _put(value, 3 * G + (4 if WHOLE else 2) * K, record, parts, one if REDUCTION == SUM else total, WHOLE)
-        _put(tl.sum(tl.where(counted, share, 0), 0), owner, record, parts, total, WHOLE, leads)
+        _put(value, AT.loss if WHOLE else PART.loss, record, parts, one if REDUCTION == SUM else total, WHOLE)
+        _put(tl.sum(tl.where(counted, share, 0), 0), AT.share + owner, record, parts, total, WHOLE, leads)
     if SAVE:
         tl.store(weight + col[None, :] * rows + b[:, None], pull, mask=cells)
 
     bad = tl.sum((mask & (finite == 0)).to(tl.int32), 0)
     if WHOLE:
-        tl.store(record + 3 * G + 4 * K + 1, (bad == 0).to(CD))
+        tl.store(record + AT.finite, (bad == 0).to(CD))
     else:
-        _put(bad.to(CD), 3 * G + 2 * K + 1, record, parts, one, WHOLE)
+        _put(bad.to(CD), PART.infeasible, record, parts, one, WHOLE)
     if pid == 0:
-        tl.store(record + 3 * G + 2 * K + col, tl.load(table + 4 * col, mask=used), mask=used)
-        tl.store(record + 3 * G + 3 * K + col, tl.load(table + 4 * col + 1, mask=used), mask=used)
+        tl.store(record + AT.ideal + col, tl.load(table + 4 * col, mask=used), mask=used)
+        tl.store(record + AT.slope + col, tl.load(table + 4 * col + 1, mask=used), mask=used)
 
 
 @triton.jit
@@ -223,29 +235,29 @@ def _worst_of(row, programs, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["programs", "batch"])
 def finish(
     parts, part_rows, programs, batch, loss, record, weight,
-    K: tl.constexpr, G: tl.constexpr, REDUCTION: tl.constexpr, SAVE: tl.constexpr, CD: tl.constexpr, KP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    K: tl.constexpr, AT: tl.constexpr, PART: tl.constexpr, REDUCTION: tl.constexpr, SAVE: tl.constexpr,
+    CD: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Puts the parts of `forward` together: a program to each number of the record that is not a parameter."""
     pid = tl.program_id(0)
     total = tl.full((), batch, tl.float64)
     step = tl.full((), programs, tl.int64)
     row = parts + pid * step
-    if pid < 3 * G + K:
-        if REDUCTION == MIN and pid < G:
-            value = tl.load(row + _worst_of(parts + (3 * G + 2 * K) * step, programs, BLOCK))
+    if pid < AT.highest:
+        if REDUCTION == MIN and pid < AT.level:  # a share
+            value = tl.load(row + _worst_of(parts + PART.loss * step, programs, BLOCK))
         else:
             value = _sum_row(row, programs, BLOCK) / total
         tl.store(record + pid, value.to(CD))
-    elif pid < 3 * G + 2 * K:
+    elif pid < PART.loss:
         tl.store(record + pid, _max_row(row, programs, BLOCK).to(CD))
-    elif pid == 3 * G + 2 * K:
+    elif pid == PART.loss:
         if REDUCTION == MIN:
             program = _worst_of(row, programs, BLOCK)
             value = tl.load(row + program)
             if SAVE:
                 col = tl.arange(0, KP)
-                taken = tl.load(parts + (3 * G + 2 * K + 2 + col) * step + program, mask=col < K)
+                taken = tl.load(parts + (PART.taken + col) * step + program, mask=col < K)
                 at = weight + col * tl.full((), batch, tl.int64) + tl.load(part_rows + program)
                 tl.store(at, taken.to(CD), mask=col < K)
         elif REDUCTION == SUM:
@@ -254,9 +266,9 @@ def finish(
             value = _sum_row(row, programs, BLOCK) / total
         if REDUCTION != NONE:
             tl.store(loss, value.to(CD))
-        tl.store(record + 3 * G + 4 * K, value.to(CD))
+        tl.store(record + AT.loss, value.to(CD))
     else:
-        tl.store(record + 3 * G + 4 * K + 1, (_sum_row(row, programs, BLOCK) == 0).to(CD))
+        tl.store(record + AT.finite, (_sum_row(row, programs, BLOCK) == 0).to(CD))
 
 
 @triton.jit
@@ -325,25 +337,27 @@ def launch_forward(
     batch, count = out.bottleneck.shape[0], len(curves)
     loss, bottleneck, record, weight = out
     matrix, save, made = goals[0].dim() == 2, weight.numel() > 0, groups[-1] + 1
+    at = RecordAt.of(made, count)
+    part = PartsAt.after(at)
     block, warps, programs = plan(batch, count)
     whole = programs == 1
     # In double: there may be thousands of them.
-    rows = 0 if whole else 3 * made + 2 * count + 2 + (count if save and reduction == MIN.value else 0)
+    rows = 0 if whole else part.taken + (count if save and reduction == MIN.value else 0)
     parts = torch.empty(rows * programs, dtype=torch.float64, device=loss.device)
     part_rows = torch.empty(0 if whole else programs, dtype=torch.int64, device=loss.device)
     owners = tuple(groups) if made < count else None
-    shared = dict(K=count, G=made, REDUCTION=reduction, SAVE=save, KP=triton.next_power_of_2(count))
+    shared = dict(K=count, AT=at, PART=part, REDUCTION=reduction, SAVE=save, KP=triton.next_power_of_2(count))
     shared.update(options(record.dtype))
     forward[(programs,)](
         tuple(goals), tuple(g.stride(0) if g.dim() else 0 for g in goals), goals[0].stride(1) if matrix else 0,
         params, temperature, multipliers, batch, loss, bottleneck, record, weight, parts, part_rows,
-        CURVES=tuple(curves), CURVE=curves[0] if len(set(curves)) == 1 else MIXED.value,
+        G=made, CURVES=tuple(curves), CURVE=curves[0] if len(set(curves)) == 1 else MIXED.value,
         LOADS=None if matrix else loads_of(goals), OWNERS=owners,
         SIZES=owners and tuple(owners.count(g) for g in range(made)),
         WHOLE=whole, BLOCK=block, num_warps=warps, **shared,
     )  # fmt: skip
     if not whole:
-        finish[(3 * made + 2 * count + 2,)](
+        finish[(part.taken,)](
             parts, part_rows, programs, batch, loss, record, weight, BLOCK=1024, num_warps=4, **shared
         )
 

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.reductions import Reduction
 from .triton_score import INF, MIXED, SCORE, cast, div, load_tile, scan, worst
 
-# bomkern.reference's reduction codes.
-NONE = tl.constexpr(0)
-MEAN = tl.constexpr(1)
-MIN = tl.constexpr(3)
+NONE = tl.constexpr(int(Reduction.NONE))
+MEAN = tl.constexpr(int(Reduction.MEAN))
+SUM = tl.constexpr(int(Reduction.SUM))
+MIN = tl.constexpr(int(Reduction.MIN))
 # Rows of the partial results [rows, programs]: loss or worst deficit, slope there, infeasible samples, level, share.
 SLOPE_ROW = tl.constexpr(1)
 BAD_ROW = tl.constexpr(2)

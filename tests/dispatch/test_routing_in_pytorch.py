@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bomkern import ConstraintTable, GoalSet, Minimize, min_goal_loss
 from bomkern.common.process_group import several_ranks
+from bomkern.common.reductions import REDUCTIONS
 from bomkern.dispatch import routing, select
-from bomkern.ops.min_goal import REDUCTIONS
 from tests.support.routing import (
     ALL,
     EACH_REDUCTION,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import bomkern
 from bomkern import ConstraintTable, reference
+from bomkern.common.reductions import REDUCTIONS
 from bomkern.constraints import Constraint
 from bomkern.dispatch import select
-from bomkern.goals.record import record_parts
-from bomkern.ops.min_goal import REDUCTIONS
+from bomkern.reference import record_parts
 from tests.fuzz.cases import Case, Given, alike, size, tensor
 from tests.fuzz.ops import Drawn, Errors, Op, Outputs
 

@@ -6,7 +6,6 @@ A CUDA graph is played here by the ops of a step, written down once and run agai
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bomkern import GoalSet, Minimize, ShareGuard
-from bomkern.goals import monitor
+from bomkern.goals import monitor, rule_state
 from tests.support.goal_sets import EACH_RULE, RULES, every_policy
 from tests.support.graphs import Graphs
 from tests.support.syncs import CountSyncs
@@ -78,7 +77,7 @@ def captured(goals: GoalSet, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tupl
     """A step of `goals` on the memory of x. As a capture does, it changes nothing."""
     before = {name: buffer.clone() for name, buffer in goals.named_buffers()}
     with monkeypatch.context() as patch:
-        for module in (monitor, sys.modules["bomkern.goals.goal_set"]):
+        for module in (monitor, rule_state):
             patch.setattr(module, "capturing", lambda device: True)
         with Capture() as graph:
             made = step(goals, x)

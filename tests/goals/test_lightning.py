@@ -107,7 +107,7 @@ def assert_same_state(one: GoalSet, other: GoalSet) -> None:
         if isinstance(value, Tensor):
             assert torch.equal(value, b[name]), name
     assert torch.equal(one.history["raw"], other.history["raw"]) and one.steps == other.steps
-    assert one._waits == other._waits
+    assert one.anchoring.waiting == other.anchoring.waiting
 
 
 @pytest.mark.parametrize("by_name", [True, False])

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bomkern import Lower, Minimize, MinimizeHard, Upper, min_goal_loss
-from bomkern.goals.record import record_parts
-from bomkern.ops.min_goal import REDUCTIONS as CODES
+from bomkern.common.reductions import REDUCTIONS as CODES
+from bomkern.reference import record_parts
 from tests.support.goal_set_op import (
     BAD,
     EACH_GROUPING,

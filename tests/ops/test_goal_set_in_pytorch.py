@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bomkern
 from bomkern import ConstraintTable
 from bomkern.dispatch import select
-from bomkern.dispatch.schemas import record_size
+from bomkern.reference import RecordAt
 from tests.support.goal_set_op import GROUPINGS, KERNELS, call, goals_of, raw_values, run
 from tests.support.goals import REDUCTIONS, SIX
 from tests.support.processes import run_tests
@@ -52,7 +52,7 @@ def test_fakes_match_what_runs(server: tuple[str, str]) -> None:
             made = call(fakes, impl, groups=GROUPS, reduction=reduction)
         for a, b in zip(out, made, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-        assert out[2].shape == (record_size(3, 6),)
+        assert out[2].shape == (RecordAt.of(3, 6).size,)
 
 
 @COMPILED

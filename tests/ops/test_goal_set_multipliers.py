@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bomkern import ConstraintTable, Minimize
 from bomkern.dispatch import select
-from bomkern.goals.record import record_parts
+from bomkern.reference import record_parts
 from tests.support.goal_set_op import (
     BAD,
     EACH_GROUPING,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bomkern import Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
-from bomkern.goals.record import record_parts
+from bomkern.reference import record_parts
 from tests.fuzz.cases import LAYOUTS, laid_out
 from tests.support.goal_set_op import call as goal_set
 from tests.support.goal_set_op import run as run_goal_set

@@ -23,8 +23,8 @@ from bomkern import (
     lazy,
     reference,
 )
+from bomkern.common.reductions import REDUCTIONS
 from bomkern.dispatch import select
-from bomkern.ops.min_goal import REDUCTIONS
 from tests.support.goals import SIX
 from tests.support.statistics import codes, views
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bomkern import Constraint, ConstraintTable
+from bomkern.common.reductions import REDUCTIONS as CODES
 from bomkern.dispatch import select
-from bomkern.goals.record import record_parts
-from bomkern.ops.min_goal import REDUCTIONS as CODES
+from bomkern.reference import record_parts
 from tests.support.goals import SIX
 from tests.support.servers import servers
 from tests.support.tolerances import assert_as_good_as_eager

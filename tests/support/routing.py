@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bomkern import GoalSet, Group, Minimize, min_goal_loss
-from bomkern.ops.min_goal import REDUCTIONS
+from bomkern.common.reductions import REDUCTIONS
 from tests.support.servers import servers
 
 IMPLS = pytest.mark.parametrize("server", servers("min_goal"))

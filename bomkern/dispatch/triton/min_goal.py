@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...common.checks import FLOATS, check_goals, check_params
-from ...reference import MIN, NONE
+from ...common.reductions import Reduction
 from .launcher import guard, load
 from .library import Aside, Grads, by_reference, register
 
@@ -26,10 +26,10 @@ def _allocate(
     """Fresh outputs of `min_goal_triton`, empty where not asked for, then B, K and the compute dtype."""
     batch, count, dtype = check_goals(goals)
     new = goals[0].new_empty
-    saved = () if not save else (1,) if reduction == MIN else (batch,)
-    winner_dtype = torch.int64 if reduction == MIN else torch.uint8
+    saved = () if not save else (1,) if reduction == Reduction.MIN else (batch,)
+    winner_dtype = torch.int64 if reduction == Reduction.MIN else torch.uint8
     outputs = (
-        new((batch,) if reduction == NONE else (), dtype=dtype),
+        new((batch,) if reduction == Reduction.NONE else (), dtype=dtype),
         new(saved or (0,), dtype=winner_dtype),
         new(saved or (0,), dtype=dtype),
         new((batch if stats else 0,), dtype=torch.int64),

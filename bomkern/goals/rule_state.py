@@ -1,0 +1,123 @@
+"""What a step of a `bomkern.GoalSet` changes by its policies, its guard and its spill, and how it is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..common.host_copy import capturing
+from ..common.process_group import Ranks
+from ..common.torch_internals import buffers_of, under_transform
+from ..reference import RecordAt
+from .anchors import Buffers, write_anchor
+from .monitor import Monitor
+from .policies import MOST_NUDGE, Policy
+from .rules import ShareGuard, Spill
+
+SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by rank
+NO_END = 2**63 - 1  # the step at which a policy ends that never does
+
+
+def ends_of(policies: Mapping[str, Policy]) -> list[int]:
+    """Return the step after which each policy changes nothing any more."""
+    return [NO_END if policy.until is None else policy.until for policy in policies.values()]
+
+
+class RuleState:
+    """The policies, the guard and the spill of a `bomkern.GoalSet` in training, and a copy of what a step changed.
+
+    What they learn is kept in buffers of the GoalSet, which the methods are given.
+
+    Args:
+        policies: by column.
+        guard, spill: None without one.
+        at: the layout of a record.
+        ranks: the processes that share the batch.
+
+    Attributes:
+        changed: each buffer that the step changes, and a copy from before it; cleared when a step begins.
+    """
+
+    def __init__(
+        self, policies: dict[str, Policy], guard: ShareGuard | None, spill: Spill | None, at: RecordAt, ranks: Ranks
+    ) -> None:
+        self.policies, self.guard, self.spill, self.ranks = policies, guard, spill, ranks
+        self._share, self._deficit, self._goals = at.share, at.deficit, at.level - at.share
+        self._until = max(ends_of(policies))
+        self._guarded = ("params", "log_nudge", "guard_share") if guard else ()
+        self.changed: list[tuple[Tensor, Tensor]] = []
+
+    def learn(self, buffers: Buffers, tensors: list[Tensor], monitor: Monitor) -> None:
+        """Copy what this step changes, and let the policies look at its raw values."""
+        learning = self._learning(buffers, monitor) if self._until else None
+        if (learning or self.guard) and under_transform() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a GoalSet with a ShareGuard, or policies that follow raw values, cannot learn inside torch.func: "
+                "call eval() first"
+            )
+        for name in self._guarded:
+            self.changed.append((buffers[name], buffers[name].clone()))
+        if learning:
+            self._update(learning, buffers, tensors, buffers_of(monitor)["place"])
+
+    def _learning(self, buffers: Buffers, monitor: Monitor) -> dict[int, Policy]:
+        """Return the policies that may change something in this step, by the index of their column.
+
+        A graph, compiled or captured, runs again at steps that the host does not know: it holds all that ever may.
+        """
+        fixed = torch.compiler.is_compiling() or capturing(buffers["params"].device)
+        step = 0 if fixed else monitor.steps
+        if step >= self._until:
+            return {}
+        return {k: p for k, p in enumerate(self.policies.values()) if p.until is None or step < p.until}
+
+    def _update(self, learning: dict[int, Policy], buffers: Buffers, tensors: list[Tensor], step: Tensor) -> None:
+        """Ask the policies for ideals and scales. ``step``, [1], is counted on the device."""
+        copies = [(buffers[name], buffers[name].clone()) for name in ("params", "policy_state")]
+        self.changed += copies
+        raws = [tensors[k].detach().float() for k in learning]
+        if self.ranks.size > 1:
+            gathered = self.ranks.gather(torch.cat([raw.reshape(-1) for raw in raws]))
+            raws = [part.flatten() for part in gathered.split([raw.numel() for raw in raws], 1)]
+        for (k, policy), raw in zip(learning.items(), raws, strict=True):
+            found = policy.update(raw, buffers["policy_state"][k], step[0])
+            if found is not None:
+                write_anchor(buffers, k, *found)
+        if any(policy.until is not None for policy in learning.values()):
+            goes_on = (step < buffers["_ends"])[:, None]
+            for now, before in copies:
+                now.copy_(torch.where(goes_on, now, before))
+
+    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor) -> None:
+        """Put the step into the history; let the spill and the guard look at it."""
+        spill, guard = self.spill, self.guard
+        if spill is None:
+            monitor.add(record)
+        else:
+            deficit = record.narrow(0, self._deficit, self._goals)
+            monitor.add(record, deficit, buffers["_by_rank"], spill.rate, [buffers[name] for name in SPILL])
+            self.changed += (
+                (buffers["average"], buffers["_average_before"]),
+                (buffers["multipliers"], buffers["_multipliers_before"]),
+            )
+        if guard is not None:
+            so_far = buffers["log_nudge"]
+            share = record.narrow(0, self._share, self._goals).to(so_far.dtype)
+            nudge = guard.update(share, buffers["guard_share"])[buffers["_belongs"]]
+            nudge = (so_far + nudge).clamp(-MOST_NUDGE, MOST_NUDGE) - so_far
+            so_far += nudge
+            buffers["params"][:, 1:3] *= torch.exp(-nudge)[:, None]
+
+    def restore(self) -> None:
+        """Take back what a step that raised has changed."""
+        for now, before in self.changed:
+            now.copy_(before)
+        self.changed.clear()
+
+    def accept(self, ok: Tensor) -> None:
+        """Take back what the last step changed where ``ok``, a 0-dim bool on the device, is False."""
+        for now, before in self.changed:
+            now.copy_(torch.where(ok, now, before))
+        self.changed.clear()
