@@ -21,6 +21,7 @@ from ..lazy_goals.evaluate import Lazy
 from ..lazy_goals.owned_rows import Settled
 from ..ops.min_goal import REDUCTIONS
 from .anchors import Columns
+from .constraint_info import describe
 from .history import GoalOutput, History
 from .monitor import Monitor
 from .policies import MOST_NUDGE, STATE, Policy, policy_of
@@ -146,7 +147,7 @@ class GoalSet(Columns):
         self._raw = RawValues(self.names, members, columns)
         by_rank = self.spill.weights(len(self.names)) if self.spill else None
         most = 1.0 if by_rank is None else float(by_rank[0])
-        self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()], most)
+        self.layout = Layout(self.names, columns, self.owner, [describe(p) for p in self.policies.values()], most)
         self._await_anchors()
         self._only: int | None = None
         self._before: list[tuple[Tensor, Tensor]] = []  # what this step changes, and a copy from before it

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from bomkern import Box, Calibrated, History, Lower, Payoff, Upper, cli, diagnose
+from bomkern.diagnosis.registry import KINDS
 from bomkern.report.charts import DARK, DASHES, LIGHT, POINTS, Chart, colour, dash, lanes, thin, thin_extremes, ticks
-from bomkern.report.page import KINDS, write_report
+from bomkern.report.page import write_report
 from tests.support.histories import clean, flat, locked, slope, written
 
 EVIL = '<script>alert("1")</script>&'
@@ -82,10 +83,17 @@ def test_every_finding_is_in_it(tmp_path: Path) -> None:
     for finding in diagnosis:
         for words in (finding.kind, finding.goal, f"{finding.first}\u2013{finding.last}", finding.evidence):
             assert words in found.text
-        assert finding.suggestion in found.text and KINDS[finding.kind] in found.text
+        assert finding.suggestion in found.text and KINDS[finding.kind].meaning in found.text
     for finding in diagnosis.faults:
         assert found.text.count(f"{finding.kind}: {finding.goal}") == 2  # marked on both charts
-    for words in (*history.layout.columns, *history.layout.constraints, "ideal 0", "lower -1", "upper 1", "limit 1"):
+    for words in (
+        *history.layout.columns,
+        *map(str, history.layout.constraints),
+        "ideal 0",
+        "lower -1",
+        "upper 1",
+        "limit 1",
+    ):
         assert words in found.text
 
 
