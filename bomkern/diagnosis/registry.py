@@ -51,9 +51,10 @@ DETECTORS: list[tuple[Each, Detector]] = []
 def detects(kind: Kind, *, each: Each) -> Callable[[Function], Function]:
     """Register a detector: it is called with each goal's index, with those of each pair, or once with the run alone."""
 
+    if KINDS.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f"two kinds of findings are called {kind.name!r}")
+
     def register(detector: Function) -> Function:
-        if KINDS.setdefault(kind.name, kind) is not kind:
-            raise ValueError(f"two kinds of findings are called {kind.name!r}")
         DETECTORS.append((each, detector))
         return detector
 

@@ -310,7 +310,6 @@ def _finish(
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        plots.curves(folder)
         plots.contact_sheets(folder, average, images, found)
     summary["diagnosis"] = _diagnosis(trainer, folder)
     recorder.write_json(folder / recorder.SUMMARY, summary)
