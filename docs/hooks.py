@@ -4,6 +4,7 @@ A page says where, in a line of its own:
 
     <!-- bench CASE -->         time and memory of a case of bench/report/page.py, for each machine with results
     <!-- report PART -->        a part of the report: one of `PARTS`
+    <!-- findings -->           the kinds of findings of `bomkern.diagnose`
     <!-- faults -->             how well `bomkern.diagnose` finds faults that were planted
     <!-- ranks -->              one batch on several processes: differences, and what is sent
     <!-- from PAGE: HEADING --> a section of a page in bench/results
@@ -13,6 +14,7 @@ and the pages and pictures of bench/results are part of the site, as results/. N
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+DIAGNOSIS = ROOT / "bomkern" / "diagnosis"
 sys.path.insert(0, str(ROOT))
 
 from bench.report import page as report  # noqa: E402
@@ -27,7 +30,7 @@ from bench.report import worst  # noqa: E402
 from bench.report.tables import Lines, by_size, memory, table, text, time  # noqa: E402
 from bench.results import HERE, Results, committed  # noqa: E402
 
-MARKER = re.compile(r"^<!-- (bench|report|faults|ranks|from)\b ?(.*?) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (bench|report|findings|faults|ranks|from)\b ?(.*?) -->$", re.MULTILINE)
 PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
 
 
@@ -44,6 +47,7 @@ def expand(markdown: str) -> str:
     writers = {
         "bench": bench,
         "report": part,
+        "findings": lambda _: findings(),
         "faults": lambda _: faults(),
         "ranks": lambda _: ranks(),
         "from": section,
@@ -94,6 +98,20 @@ def part(name: str) -> Lines:
     if len([line for line in lines if line.startswith("|")]) == 0:
         raise Missing(f"bench/results has nothing of the {name}: run `make bench` and keep what it writes")
     return lines
+
+
+def findings() -> Lines:
+    """Return a table of the `Kind`s in bomkern/diagnosis, those that weigh most first, from the sources alone."""
+    found: list[dict[str, Any]] = []
+    for path in sorted(DIAGNOSIS.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Kind":
+                values = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg}
+                found.append({"name": ast.literal_eval(node.args[0]), **values})
+    if not found:
+        raise Missing(f"{DIAGNOSIS} defines no kind of finding")
+    found.sort(key=lambda kind: -kind["weight"])
+    return table(["kind", "in short", "what it means"], [[k["name"], k["meaning"], k["explanation"]] for k in found])
 
 
 def faults() -> Lines:

@@ -77,5 +77,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without pictures, which take longer than the few steps of a test."""
     plots = pytest.importorskip("bomkern.train.plots")
-    monkeypatch.setattr(plots, "curves", lambda *_: None)
     monkeypatch.setattr(plots, "contact_sheets", lambda *_: None)

@@ -90,7 +90,9 @@ def states() -> dict[str, list[str]]:
         path = Path(folder, "history.pt")
         goals.history.save(path)
         kept = torch.load(path, weights_only=True)
-    found["history file"] = [f"{key}: {type(value).__name__}" for key, value in sorted(kept.items())]
+    # One entry a key: readers leave out keys that they do not know, so that a new one changes nothing.
+    found |= {f"history file, {key}": [type(value).__name__] for key, value in sorted(kept.items())}
+    found["history file, layout's keys"] = sorted(kept["layout"])
     found["record"] = sorted(goals.history.to_dict()) if hasattr(goals.history, "to_dict") else []
     model = torch.nn.Linear(2, 2)
     guard = bomkern.StepGuard(torch.optim.AdamW(model.parameters()), goals=goals)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from ..goals.history import History
-from . import one_goal as single
-from . import thresholds as at
-from . import two_goals as pairs
-from .finding import Finding, make, when
-from .run_view import Digest
-from .trends import ramp, trend
+from . import one_goal, thresholds, two_goals, whole_run
+from .finding import Finding
+from .registry import DETECTORS, KINDS, Each, is_information
+from .run_view import RunView
 
 NOTHING = "no bucket has a hole, as far as this run tells"
-STRICTER = {"Upper": "a lower limit", "Lower": "a higher limit", "Box": "a narrower box"}
-STRICTER["BoxAsymmetric"] = STRICTER["Box"]
-# A locked goal is what these look like from outside; they say why.
-EXPLAINS = ("infeasible box", "miscalibrated", "moving target", "conflict")
+DETECTING = one_goal, two_goals, whole_run  # modules whose import registers the detectors
 
 
 class Diagnosis(Sequence[Finding]):
@@ -55,7 +51,7 @@ class Diagnosis(Sequence[Finding]):
     @property
     def faults(self) -> tuple[Finding, ...]:
         """The findings that are more than information."""
-        return tuple(f for f in self.findings if f.kind != "idle")
+        return tuple(f for f in self.findings if not is_information(f.kind))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -71,7 +67,7 @@ class Diagnosis(Sequence[Finding]):
     def held(self) -> str:
         """One line on who held the gradient."""
         order = sorted(self.share, key=lambda name: -self.share[name])
-        parts = [f"{name} {self.share[name]:.0%}" for name in order[:4] if self.share[name] >= at.STARVED]
+        parts = [f"{name} {self.share[name]:.0%}" for name in order[:4] if self.share[name] >= thresholds.STARVED]
         return f"the gradient went to {', '.join(parts)}" if parts else ""
 
     def __str__(self) -> str:
@@ -113,22 +109,22 @@ def diagnose(history: History, *, payoff: Any = None) -> Diagnosis:
     """
     if not isinstance(history, History):
         raise TypeError(f"history must be a History, got {type(history).__name__}")
-    run = Digest(history, payoff)
+    run = RunView(history, payoff)
     steps = run.steps(0, run.rows)
-    if run.rows < at.LEAST_ROWS:
-        note = (
-            f"too little to judge: {run.rows} rows of {history.stride} steps, at least {at.LEAST_ROWS} rows are needed"
-        )
+    if run.rows < thresholds.LEAST_ROWS:
+        needed = f"at least {thresholds.LEAST_ROWS} rows are needed"
+        note = f"too little to judge: {run.rows} rows of {history.stride} steps, {needed}"
         return Diagnosis((), steps, {}, {}, note)
-    found = [f for f in _all(run) if f.confidence >= at.LEAST]
     best: dict[tuple[str, tuple[str, ...]], Finding] = {}
-    for finding in sorted(found, key=lambda f: f.severity):
+    for finding in sorted(_findings(run), key=lambda f: f.severity):
         best[finding.kind, finding.goals] = finding
-    kept = _unexplained(list(best.values()))
-    kept += [f for f in _idle(run) if not any(f.goals[0] in other.goals for other in kept)]
+    faults = [f for f in best.values() if not is_information(f.kind) and f.confidence >= thresholds.LEAST]
+    kept = _unexplained(faults)
+    with_fault = {name for f in kept for name in f.goals}
+    kept += [f for f in best.values() if is_information(f.kind) and with_fault.isdisjoint(f.goals)]
     order = {name: index for index, name in enumerate(run.goals)}
     kept.sort(key=lambda f: (-f.severity, f.kind, [order[name] for name in f.goals]))
-    pull = single.estimated_pull(run)[0].tolist()
+    pull = whole_run.estimated_pull(run)[0].tolist()
     share = run.share.nanmean(0).nan_to_num().tolist()
     return Diagnosis(
         kept,
@@ -138,61 +134,28 @@ def diagnose(history: History, *, payoff: Any = None) -> Diagnosis:
     )
 
 
-def _all(run: Digest) -> Iterator[Finding]:
-    yield from _not_finite(run)
-    for g in range(len(run.goals)):
-        for detector in (single.infeasible, single.miscalibrated, single.moving, single.locked, single.starved):
-            yield from detector(run, g)
-        for j in range(g + 1, len(run.goals)):
-            yield from pairs.conflict(run, g, j)
-    yield from single.pulling(run)
-    yield from pairs.collapse(run)
+def _findings(run: RunView) -> Iterator[Finding]:
+    goals = range(len(run.goals))
+    arguments: dict[Each, list[tuple[int, ...]]] = {
+        "run": [()],
+        "goal": [(g,) for g in goals],
+        "pair": list(itertools.combinations(goals, 2)),
+    }
+    for each, detector in DETECTORS:
+        for indices in arguments[each]:
+            yield from detector(run, *indices)
 
 
 def _unexplained(found: list[Finding]) -> list[Finding]:
-    """Without what another finding of the same goal explains."""
-    causes = [f for f in found if f.kind in EXPLAINS]
+    """Return the findings that no other finding of the same goal explains."""
 
     def explained(f: Finding) -> bool:
-        return f.kind == "locked" and any(c.confidence >= f.confidence / 2 and f.goals[0] in c.goals for c in causes)
+        return any(
+            f.kind in KINDS[cause.kind].explains
+            and cause.confidence >= f.confidence / 2
+            and f.goals[:1] != ()
+            and f.goals[0] in cause.goals
+            for cause in found
+        )
 
     return [f for f in found if not explained(f)]
-
-
-def _idle(run: Digest) -> Iterator[Finding]:
-    """Satisfied: no share over the second half, a high level, and raw not getting worse."""
-    half = run.rows // 2
-    for g in range(len(run.goals)):
-        share, level = run.share[half:, g].nanmean().item(), run.level[half:, g].nanmean().item()
-        line = trend(run.worse[half:, g])
-        sure = min(
-            ramp(share, 2 * at.STARVED, 0.0), ramp(level, *at.HIGH), 1 - ramp(line.t, 2, 4) * ramp(line.change, 0, 0.1)
-        )
-        if sure >= at.LEAST:
-            k = run.mover(g, half, run.rows)
-            path = run.path(k, half, run.rows)
-            text = f"{when(run, (half, run.rows))}: share {share:.1%}, level {level:.2f}, {path}"
-            change = f"none needed; {STRICTER.get(run.columns[k].kind, 'a lower nadir')} would ask more of it"
-            yield make(run, "idle", (g,), (half, run.rows), sure, text, change)
-
-
-def _not_finite(run: Digest) -> Iterator[Finding]:
-    """Steps without a finite loss, and the goals at fault where the record still names them."""
-    bad = run.finite < 1
-    if not bad.any():
-        return
-    count = float((1 - run.finite).sum()) * run.history.stride
-    lost = run.history["raw"].isfinite().logical_not()
-    # Where all columns are NaN the row was joined from several steps, and nobody knows whose fault it was.
-    named = lost & ~lost.all(1, keepdim=True) & bad[:, None]
-    guilty = [g for g in range(len(run.goals)) if named[:, run.members(g)].any()]
-    window = int(bad.nonzero().min()), int(bad.nonzero().max()) + 1
-    sure = ramp(count / (run.rows * run.history.stride), *at.LOST)
-    text = f"{when(run, window)}: {count:.0f} of them had no finite loss"
-    change = "lower the learning rate, or clip the gradient's norm"
-    for g in guilty:
-        first = int(named[:, run.members(g)].any(1).nonzero().min())
-        why = f"{text}; raw of {run.goals[g]} was not finite, first at step {run.steps(first, first + 1)[1]}"
-        yield make(run, "not finite", (g,), window, sure, why, change)
-    if not guilty:
-        yield make(run, "not finite", (), window, sure, f"{text}; the record does not say of which goal", change)

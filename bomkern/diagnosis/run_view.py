@@ -1,23 +1,22 @@
-"""What `bomkern.diagnose` reads in a `History`: its parts in float64, all goals brought to one direction and unit."""
+"""What detectors read of a `History`: its parts in float64, with all goals in one direction and unit."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..goals.constraint_info import BARRIER, CALIBRATED, FIXED, HARD, LINEAR, NAMED, ConstraintInfo
 from ..goals.history import History
+from ..goals.record import Layout
 from .trends import smooth
 
 WINDOWS = 30  # a moving mean spans one so-many-th of the run: long enough to see shares of 1%, short against findings
 LEAST_WIDTH = 5  # and never fewer rows
-LEAST_WINDOW = 20  # rows of which something is found: in fewer, goals that settle look like ones that move
-_KIND = re.compile(r"\w+")
-_ARGUMENT = re.compile(r"(\w+)=(-?(?:\d+\.?\d*(?:e[+-]?\d+)?|inf))(?=[,)])")
+LEAST_WINDOW = 20  # rows of which something is found: in fewer, a goal that settles looks like one that moves
 
 
 def number(value: float) -> str:
@@ -31,48 +30,65 @@ class Column:
     Attributes:
         name: as in the history's layout.
         goal: index of the goal that owns it.
-        kind: the constraint's or policy's class name.
-        arguments: its numbers by name.
-        moving: whether it is ``Anchored(moving=True)``.
+        direction: 1 where larger values are worse, -1 where smaller ones are, 0 where both are.
+        has_limit: whether the goal is satisfied everywhere on one side.
+        box: (lower, upper) of a barrier on both sides, else None.
+        anchorable: whether `bomkern.Anchored` can take its place: larger values are worse, without end or limit.
+        margin: raw units per unit of deficit, beyond a limit or above the ideal, before the first step.
+        named: whether its ideal and its nadir were named, and so mean something.
+        calibrated: whether its scale comes from the first steps.
+        moving: whether the goal's difficulty changes while it trains.
     """
 
-    def __init__(self, name: str, goal: int, constraint: str) -> None:
+    def __init__(self, name: str, goal: int, constraint: ConstraintInfo) -> None:
         self.name, self.goal = name, goal
-        found = _KIND.match(constraint)
-        self.kind = found.group() if found else ""
-        self.arguments = {key: float(value) for key, value in _ARGUMENT.findall(constraint)}
-        self.moving = "moving=True" in constraint
+        center, right, left, _ = constraint.ramp
+        if constraint.curve == HARD:  # its deficit is even in the ramp
+            right, left = abs(right), -abs(left)
+        self._right, self._left = right, left
+        self._hard, self._fixed = constraint.curve == HARD, constraint.anchors == FIXED
+        self.direction = 1 if right > 0 and left >= 0 else -1 if right <= 0 and left < 0 else 0
+        self.has_limit = right == 0 or left == 0
+        self.box = None
+        if constraint.curve == BARRIER and right > 0 > left:
+            least = 1e-9 * (1 / right - 1 / left)  # what rounding leaves of an edge at 0
+            lower, upper = (edge if abs(edge) > least else 0.0 for edge in (center + 1 / left, center + 1 / right))
+            self.box = lower, upper
+        both = left < 0 if self._hard else constraint.curve == LINEAR and left > 0
+        self.anchorable = right > 0 and both
+        self.margin = 1 / abs(right or left or math.inf)
+        self.named, self.calibrated = constraint.anchors == NAMED, constraint.anchors == CALIBRATED
+        self.moving = constraint.moving
 
     def distance(self, raw: Tensor, ideal: float, scale: float) -> Tensor:
-        """How far raw values are on the wrong side of the best one, in scales: the ramp of `bomkern.constraints`."""
-        get = self.arguments.get
-        if self.kind == "Lower":
-            return (get("limit", 0.0) - raw) / get("margin", 1.0)
-        if self.kind == "MinimizeHard":
-            return raw.abs() / scale
-        if self.kind in ("Box", "BoxAsymmetric"):
-            below = ideal - get("lower", ideal - scale)
-            return torch.where(raw > ideal, (raw - ideal) / scale, (ideal - raw) / below)
-        return (raw - ideal) / scale
+        """Return how far raw values are on the wrong side of the best one, in scales.
 
-    @property
-    def box(self) -> tuple[float, float] | None:
-        """(lower, upper) of a box."""
-        return (self.arguments["lower"], self.arguments["upper"]) if self.kind.startswith("Box") else None
-
-    @property
-    def one_sided(self) -> bool:
-        """Whether its deficit grows without end in one direction only and is not 0 on a whole side."""
-        return self.kind in ("Minimize", "MinimizeHard", "Anchored", "Calibrated", "Tracking")
+        That is the ramp of `bomkern.constraints`, continued where it is flat: below 0 is better than a limit. ``ideal``
+        and ``scale`` are those of a record: the scale is that of the right side.
+        """
+        right, left, away = self._right, self._left, raw - ideal
+        if self._hard:
+            scale = abs(scale)
+        if right == 0 and (self._fixed or not math.isfinite(scale)):
+            return away * left  # a record holds no scale of the left side
+        if not self._fixed:
+            right, left = 1.0, -1.0 if left < 0 else 1.0  # a policy gives both sides one scale
+        return torch.where(away > 0, away / scale, away / (scale * right / left if left else scale))
 
 
-class Digest:
+def columns_of(layout: Layout) -> list[Column]:
+    """Return the columns of a history, in order."""
+    return [Column(*c) for c in zip(layout.columns, layout.owner, layout.constraints, strict=True)]
+
+
+class RunView:
     """T rows of G goals and K columns, on the host, float64.
 
     Attributes:
         goals: names. columns: `Column`s.
-        share, level, deficit: [T, G]. calm: the share's moving mean over ``width`` rows. most: `Layout.most`.
-        least: rows that a window must have at least.
+        share, level, deficit: [T, G]. smooth_share: the share's moving mean over ``width`` rows.
+        largest_share: the most that one goal can hold, `Layout.most`.
+        least_window: rows that a window must have at least.
         raw, ideal, scale, highest: [T, K].
         distance: [T, K], `Column.distance` by the last ideal and scale, so that it moves as raw does.
         worse: [T, G], its mean over a goal's columns: raw in the direction of worse, in scales.
@@ -83,18 +99,18 @@ class Digest:
     def __init__(self, history: History, payoff: Any = None) -> None:
         layout = history.layout
         self.history, self.goals = history, list(layout.goals)
-        self.columns = [Column(*c) for c in zip(layout.columns, layout.owner, layout.constraints, strict=True)]
+        self.columns = columns_of(layout)
         for part in ("share", "level", "deficit", "raw", "ideal", "scale", "highest", "finite"):
             setattr(self, part, history[part].double())
         bad = ~(self.finite > 0)[:, None]  # such a step took no sample into any goal's training
         for part in ("share", "level", "deficit", "raw"):
             values = getattr(self, part)
             setattr(self, part, torch.where(bad | ~values.isfinite(), torch.nan, values))
-        self.most = layout.most
+        self.largest_share = layout.most
         self.rows = len(self.finite)
         self.width = max(LEAST_WIDTH, self.rows // WINDOWS)
-        self.least = max(2 * self.width, LEAST_WINDOW)
-        self.calm = smooth(self.share, self.width)
+        self.least_window = max(2 * self.width, LEAST_WINDOW)
+        self.smooth_share = smooth(self.share, self.width)
         self._anchors = [_last(self.ideal[:, k], self.scale[:, k]) for k in range(len(self.columns))]
         self.distance = (
             torch.stack([c.distance(self.raw[:, k], *self.anchor(k)) for k, c in enumerate(self.columns)], dim=1)
@@ -126,13 +142,13 @@ class Digest:
         h = self.history
         return h.first + h.stride * a + 1, h.first + h.stride * b
 
-    def top(self, column: int) -> Tensor:
+    def worst_distance(self, column: int) -> Tensor:
         """[T]: distance of the worst sample of each step."""
         highest = self.highest[:, column]
         highest = torch.where(highest.isfinite() & (self.finite > 0), highest, torch.nan)
         return self.columns[column].distance(highest, *self.anchor(column))
 
-    def mover(self, goal: int, a: int, b: int) -> int:
+    def worst_mover(self, goal: int, a: int, b: int) -> int:
         """The column of a goal that got worse most over rows [a, b)."""
         found = self.members(goal)
         if len(found) == 1:
@@ -145,7 +161,7 @@ class Digest:
         n = max(1, min(self.width, len(values) // 4))
         return values[:n].nanmean(0), values[-n:].nanmean(0)
 
-    def path(self, column: int, a: int, b: int) -> str:
+    def course(self, column: int, a: int, b: int) -> str:
         """ "raw 0.2 -> 0.5" over rows [a, b)."""
         start, end = self._ends(self.raw[a:b, column])
         member = f" of {self.columns[column].name}" if len(self.members(self.columns[column].goal)) > 1 else ""

@@ -9,7 +9,7 @@ can mislead. Every piece is a `ramp`: 0 at a value that proves nothing, 1 at one
 - the share held, or not held;
 - what is particular to the kind: named at its detector.
 
-**Severity** = weight of the kind * confidence * sqrt(fraction of the run), so that causes come before what they cause.
+**Severity** = weight of the `Kind` * confidence * sqrt(fraction of the run): causes come before what they cause.
 """
 
 from __future__ import annotations
@@ -68,15 +68,3 @@ HIGH = 0.7, 1.0  # level of a satisfied goal: 1 is its ideal
 LOST = 0.0, 0.02  # fraction of the steps that are lost: one in a hundred is no accident
 KL = re.compile(r"(^|[^a-z])kl", re.IGNORECASE)  # "kl_divergence" and "latent.kl", not "sparkle"
 UNITS = re.compile(r"capacity|active", re.IGNORECASE)
-# Causes before what they cause, what is certain to be wrong before what may be meant, information last.
-WEIGHT = {
-    "not finite": 1.0,
-    "infeasible box": 0.95,
-    "miscalibrated": 0.9,
-    "moving target": 0.9,
-    "locked": 0.9,
-    "collapse": 0.85,
-    "conflict": 0.8,
-    "starved": 0.6,
-    "idle": 0.05,
-}

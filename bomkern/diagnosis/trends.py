@@ -51,8 +51,9 @@ def blocks(series: Tensor, count: int) -> Tensor:
 
 
 def trend(series: Tensor) -> Trend:
-    """Least squares on block means for the change; for t on their ranks, so that a bent rise counts as a rise.
+    """Fit a line to block means for the change, and to their positions in sorted order for t.
 
+    By positions a bent rise counts as a rise.
     The standard error is widened by ``sqrt((1 + r) / (1 - r))``, r the residuals' autocorrelation at lag one, corrected
     for its bias of about ``-(1 + 3r) / n`` (Kendall 1954).
     """
@@ -65,7 +66,7 @@ def trend(series: Tensor) -> Trend:
         return Trend(0.0, 0.0)
     x, y = torch.arange(count, dtype=torch.float64)[kept], y[kept]
     change = _slope(x, y)[0] * (count - 1)
-    slope, left = _slope(x, _ranks(y))
+    slope, left = _slope(x, _positions(y))
     squares, n = float((left * left).sum()), len(x)
     if squares <= 1e-9 * n**3:
         return Trend(change, math.copysign(BEST_T, slope) if slope else 0.0)
@@ -75,15 +76,18 @@ def trend(series: Tensor) -> Trend:
     return Trend(change, min(max(slope / error, -BEST_T), BEST_T))
 
 
-def _ranks(y: Tensor) -> Tensor:
-    """Equal values share the mean of their ranks: in order of time a series that is mostly 0 would seem to rise."""
+def _positions(y: Tensor) -> Tensor:
+    """Return the position of each value in sorted order. Equal values share the mean of theirs.
+
+    Positions by order of time would make a series rise that is mostly 0.
+    """
     _, place, count = y.unique(return_inverse=True, return_counts=True)
-    ranks: Tensor = (count.cumsum(0).double() - (count + 1) / 2)[place]
-    return ranks
+    positions: Tensor = (count.cumsum(0).double() - (count + 1) / 2)[place]
+    return positions
 
 
 def _slope(x: Tensor, y: Tensor) -> tuple[float, Tensor]:
-    """Of the line through (x, y), and the residuals."""
+    """Return the slope of the line through (x, y), and the residuals."""
     x, y = x - x.mean(), y - y.mean()
     slope = float((x * y).sum() / (x * x).sum())
     return slope, y - slope * x

@@ -20,6 +20,7 @@ from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
 from .anchors import Anchors
+from .constraint_info import describe
 from .history import GoalOutput, History
 from .monitor import Monitor
 from .policies import STATE, Policy, policy_of
@@ -137,7 +138,7 @@ class GoalSet(FullPrecisionBuffers):
         self._may = bits([self.names[g] for g in self.owner], kept)
         self.curves = [policy.constraint.curve for policy in self.policies.values()]
         most = float(self.spill.weights(len(self.names))[0]) if self.spill else 1.0
-        self.layout = Layout(self.names, columns, self.owner, [repr(p) for p in self.policies.values()], most)
+        self.layout = Layout(self.names, columns, self.owner, [describe(p) for p in self.policies.values()], most)
         self._raw = RawValues(self.names, members, columns)
         self.anchoring = Anchors(self.policies, self.curves, self._ranks)
         self.rules = RuleState(self.policies, self.guard, self.spill, self.layout.at, self._ranks)

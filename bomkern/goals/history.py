@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.files import load_plain
+from .constraint_info import ConstraintInfo
 from .record import Layout
 
 CAPACITY = 4096  # rows of a history; when it is full, neighbours are joined and each row stands for twice the steps
@@ -122,16 +123,21 @@ class History:
 
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write it to a file that `load` reads; plain numbers and tensors, no code."""
-        torch.save({"layout": self.layout.to_dict(), **self.state_dict()}, path)
+        # Beside the layout, so that older versions, which take its keys for arguments, read the file too.
+        constraints = [constraint.to_dict() for constraint in self.layout.constraints]
+        torch.save({"layout": self.layout.to_dict(), "constraints": constraints, **self.state_dict()}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
         """Read what `save` wrote, running nothing. Raises OSError, or ValueError for another kind of file."""
         state = load_plain(path)
         try:
-            history = cls(Layout(**state["layout"]))
+            layout = dict(state["layout"])
+            if "constraints" in state:
+                layout["constraints"] = [ConstraintInfo.from_dict(given) for given in state["constraints"]]
+            history = cls(Layout(**layout))
             history.load_state_dict(state)
-        except (KeyError, TypeError, AttributeError) as why:
+        except (KeyError, TypeError, AttributeError, ValueError) as why:
             raise ValueError(f"{os.fspath(path)} is not a history of bomkern ({type(why).__name__})") from why
         return history
 

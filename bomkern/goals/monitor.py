@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ class _Count:
 
     def __init__(self, steps: int = 0) -> None:
         self.known = self.sent = self.taken = steps
+
+
+class Window(NamedTuple):
+    """Steps since the last call of `Monitor.take_mean`.
+
+    Attributes:
+        steps: how many there were.
+        rejected: how many of them had no finite loss, or were taken back.
+        mean: float64 means over the others by part of a record; empty where there are none.
+    """
+
+    steps: int
+    rejected: int
+    mean: dict[str, Tensor]
 
 
 _handles = itertools.count()
@@ -137,6 +151,18 @@ class Monitor(FullPrecisionBuffers):
         fresh = self._fresh.rows()[-CAPACITY:]
         self._fresh = Rows(fresh[:0])
         return fresh
+
+    def take_mean(self) -> Window:
+        """Take the records since the last call, and return the means of their parts. Waits for the device."""
+        records = self.take().double()
+        finite = self.layout.parts(records)["finite"] > 0
+        mean = self.layout.parts(records[finite].mean(0)) if finite.any() else {}
+        return Window(len(records), len(records) - int(finite.sum()), mean)
+
+    def last_mean(self, part: str, steps: int) -> Tensor:
+        """Mean of a part over the last ``steps`` steps of the history, at least one row; NaN where it has none."""
+        history = self.history
+        return history[part][-max(1, steps // history.stride) :].nanmean(0)
 
     @property
     def history(self) -> History:

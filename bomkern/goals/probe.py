@@ -100,9 +100,9 @@ def probe(
 
 
 def _measure(goals: GoalSet, column: str, steps: int) -> Tensor:
-    history = goals.history
-    rows = history["raw"][-max(1, steps // MEASURED // history.stride) :] if steps else history["raw"][:0]
-    values = rows.nanmean(0)
+    values = (
+        goals.monitor.last_mean("raw", steps // MEASURED) if steps else torch.full((len(goals.policies),), torch.nan)
+    )
     if not values.isfinite().all():
         bad = [
             name for name, v in zip(goals.policies, values.tolist(), strict=True) if v != v or abs(v) == float("inf")

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..common.process_group import Ranks
 from ..common.reductions import Reduction
 from ..reference import RecordAt, record_parts, worst_of
+from .constraint_info import ConstraintInfo, from_text
 
 
 class Layout:
@@ -20,7 +21,7 @@ class Layout:
         goals: G names.
         columns: K names: a goal's own, or "goal.member".
         owner: the goal's index of each column.
-        constraints: how each column's constraint or policy prints.
+        constraints: what is known of each column's constraint or policy. A string, how it prints, is read too.
         most: the largest share that a goal can hold: less than 1 where the rule gives every goal a part.
     """
 
@@ -29,12 +30,12 @@ class Layout:
         goals: Sequence[str],
         columns: Sequence[str],
         owner: Sequence[int],
-        constraints: Sequence[str],
+        constraints: Sequence[ConstraintInfo | str],
         most: float = 1.0,
     ) -> None:
         self.most = most
-        self.goals, self.columns = list(goals), list(columns)
-        self.owner, self.constraints = list(owner), list(constraints)
+        self.goals, self.columns, self.owner = list(goals), list(columns), list(owner)
+        self.constraints = [from_text(given) if isinstance(given, str) else given for given in constraints]
 
     @property
     def at(self) -> RecordAt:
@@ -52,7 +53,8 @@ class Layout:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """Plain values. Constraints are texts, as in the files of every version; `History.save` writes the rest."""
+        return {**vars(self), "constraints": [str(constraint) for constraint in self.constraints]}
 
 
 def share_record(

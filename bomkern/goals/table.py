@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .goal_set import GoalSet
 
+WINDOW = 100  # steps whose shares and levels are shown
+
 
 def table(goals: GoalSet) -> str:
-    """A row for each goal: its constraint, where its anchors stand, and its share and level over the last steps."""
+    """Return a row for each goal: its constraint, its anchors, and its share and level over the last `WINDOW` steps."""
     history, anchors = goals.history, goals.anchors()
     rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", "share", "level")]
-    last = slice(-max(1, 100 // history.stride), None)
-    seen = {part: history[part][last].nanmean(0).tolist() if len(history) else [] for part in ("share", "level")}
-    for column, owner in zip(goals.policies, goals.owner, strict=True):
+    seen = {part: goals.monitor.last_mean(part, WINDOW).tolist() if len(history) else [] for part in ("share", "level")}
+    for column, owner, constraint in zip(goals.policies, goals.owner, goals.layout.constraints, strict=True):
         ideal, scale = anchors[column]
         numbers = [f"{seen[part][owner]:.3f}" if seen[part] else "" for part in ("share", "level")]
-        rows.append((column, repr(goals.policies[column]), f"{ideal:.4g}", f"{scale:.4g}", *numbers))
+        rows.append((column, str(constraint), f"{ideal:.4g}", f"{scale:.4g}", *numbers))
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     rule = f"spill={goals.spill.ratio:g}" if goals.spill else f"temperature={float(goals.temperature):g}"
     options = f"reduction={goals.reduction}, {rule}"

@@ -120,18 +120,16 @@ def log_goals(goals: GoalSet, logger: Any, step: int, prefix: str = "goals/") ->
     if not isinstance(goals, GoalSet):
         raise TypeError(f"goals must be a GoalSet, got {_kind(goals)}")
     target = as_logger(logger)
-    records = goals.monitor.take().double()
-    if not len(records):
+    window = goals.monitor.take_mean()
+    if not window.steps:
         return {}
-    finite = goals.layout.parts(records)["finite"] > 0
     values: dict[str, float] = {}
-    if finite.any():
-        mean = {part: value[finite].mean(0) for part, value in goals.layout.parts(records).items()}
+    if window.mean:
         for part in (*PER_GOAL, "raw"):
             names = goals.layout.columns if part == "raw" else goals.layout.goals
-            values |= {f"{prefix}{part}/{name}": x for name, x in zip(names, mean[part].tolist(), strict=True)}
-        values[f"{prefix}loss"] = float(mean["loss"])
-    values[f"{prefix}rejected"] = float((~finite).double().mean())
+            values |= {f"{prefix}{part}/{name}": x for name, x in zip(names, window.mean[part].tolist(), strict=True)}
+        values[f"{prefix}loss"] = float(window.mean["loss"])
+    values[f"{prefix}rejected"] = window.rejected / window.steps
     target.log(values, step=step)
     return values
 

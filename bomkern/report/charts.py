@@ -14,10 +14,10 @@ from ..diagnosis.trends import blocks
 
 POINTS = 240  # of a curve: more than a phone has pixels for
 UNIT = 1000  # the SVG's own size on both axes; the browser stretches it
-# Okabe & Ito's palette and line styles, as in bomkern.train.plots; the second row is for dark pages.
+# Okabe & Ito's palette, which colour-blind readers can tell apart; the second row is for dark pages.
 LIGHT = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#000000", "#7F3C8D")
 DARK = ("#4FA3E0", "#F5B83D", "#2CC79B", "#E7A3CB", "#9AD8FF", "#FF8A3D", "#DCCB2A", "#C5CCD3", "#C08FD6")
-DASHES = ("", "6 4", "8 3 2 3", "2 3", "10 2", "", "6 4", "8 3 2 3", "2 3")
+DASHES = ("", "6 4", "8 3 2 3", "2 3", "10 2", "14 4 2 4", "4 8", "8 3 2 3 2 3")
 LINE = 13  # CSS pixels
 WIDTH_OF_A_LETTER = 1.9  # percent of a phone's width, for labels that must not lie on each other
 
@@ -42,12 +42,14 @@ def short(value: float) -> str:
 
 
 def colour(index: int) -> str:
+    """Return the colour of a goal. Colours repeat, goals do not: those of one colour differ in their `dash`."""
     return f"var(--c{index % len(LIGHT)})"
 
 
 def dash(index: int) -> str:
-    """Where the colours begin anew, goals differ in their dashes."""
-    return DASHES[(index + index // len(LIGHT)) % len(DASHES)]
+    """Return the dashes of a goal's line: the first nine differ from their neighbours, 72 differ with their colour."""
+    turn, place = divmod(index, len(LIGHT))
+    return DASHES[(place % 5 + turn) % len(DASHES)]
 
 
 def swatch(index: int) -> str:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..diagnosis.diagnose import NOTHING as NOTHING
 from ..diagnosis.diagnose import Diagnosis
-from ..diagnosis.run_view import Column, payoff_of
+from ..diagnosis.registry import KINDS
+from ..diagnosis.registry import is_information as is_information
+from ..diagnosis.run_view import Column, columns_of, payoff_of
 from ..diagnosis.trends import smooth
 from ..goals.history import History
 from .charts import Chart, colour, dash, extent, lanes, short, swatch, thin, thin_extremes, ticks
@@ -25,17 +27,6 @@ from .style import style
 OWN = ' class="own"'
 MARKED = 8  # findings that are marked on the charts; all are in the table
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
-KINDS = {
-    "not finite": "steps were lost to NaN or infinity",
-    "infeasible box": "raw cannot get inside",
-    "miscalibrated": "its scale does not fit its values",
-    "moving target": "gets worse although it has the gradient",
-    "locked": "holds the gradient at a floor",
-    "collapse": "the latent code is shut",
-    "conflict": "the gain of one is the loss of the other",
-    "starved": "no gradient while it gets worse",
-    "idle": "satisfied; for information",
-}
 
 
 def write_report(
@@ -134,10 +125,11 @@ def _findings(diagnosis: Diagnosis) -> str:
         return ""
     bodies = []
     for n, f in enumerate(diagnosis, 1):
-        calm = ' class="calm"' if f.kind == "idle" else ""
+        calm = ' class="calm"' if is_information(f.kind) else ""
+        meaning = KINDS[f.kind].meaning if f.kind in KINDS else ""
         bodies.append(
             f'<tbody{calm}><tr><th scope="row">{n}</th><td><strong>{escape(f.kind)}</strong><br>'
-            f'<small>{escape(KINDS.get(f.kind, ""))}</small></td><td class="name">{_breakable(f.goal)}</td>'
+            f'<small>{escape(meaning)}</small></td><td class="name">{_breakable(f.goal)}</td>'
             f"<td>{f.first}\u2013{f.last}</td><td>{f.confidence:.0%}</td></tr>"
             f'<tr class="more"><td></td><td colspan="4">{_prose(f.evidence)}.<br><strong>Change:</strong> '
             f"{_prose(f.suggestion)}.</td></tr></tbody>"
@@ -154,7 +146,7 @@ def _goals(history: History) -> str:
     """The legend of the charts, once, with each goal's constraint."""
     layout, items = history.layout, []
     for g, name in enumerate(layout.goals):
-        own = [c for c, o in zip(layout.constraints, layout.owner, strict=True) if o == g]
+        own = [str(c) for c, o in zip(layout.constraints, layout.owner, strict=True) if o == g]
         items.append(f"<li>{swatch(g)}<span><b>{escape(name)}</b> <small>{escape('; '.join(own))}</small></span></li>")
     return _section("Goals", f'<ul class="legend">{"".join(items)}</ul>')
 
@@ -164,7 +156,7 @@ def _marks(history: History, diagnosis: Diagnosis) -> list[tuple[int, int, str, 
     return [
         (f.first, f.last, f"{n} {f.kind}: {f.goal}", goals.index(f.goals[0]) if f.goals else 7)
         for n, f in enumerate(diagnosis, 1)
-        if f.kind != "idle"
+        if not is_information(f.kind)
     ][:MARKED]
 
 
@@ -215,9 +207,7 @@ def _shares(history: History, diagnosis: Diagnosis) -> str:
 
 
 def _raw(history: History, diagnosis: Diagnosis) -> str:
-    layout = history.layout
-    columns = [Column(*c) for c in zip(layout.columns, layout.owner, layout.constraints, strict=True)]
-    figures = "".join(_panel(history, diagnosis, k, column) for k, column in enumerate(columns))
+    figures = "".join(_panel(history, diagnosis, k, column) for k, column in enumerate(columns_of(history.layout)))
     lead = (
         "Mean over the batch: the band spans single rows, the line is their moving mean. Dashed: ideal; dotted: nadir, "
         "or the limits of a box. Shaded: findings about the goal."
@@ -235,9 +225,10 @@ def _guides(history: History, k: int, column: Column) -> list[tuple[str, Tensor]
     """The lines that raw is to be read against: a name and [T] values each."""
     ideal, scale = history["ideal"][:, k].double(), history["scale"][:, k].double()
     if column.box:
-        return [(name, torch.full_like(ideal, column.arguments[name])) for name in ("lower", "upper")]
-    if column.kind in ("Upper", "Lower"):
-        return [("limit", torch.full_like(ideal, column.arguments.get("limit", _end(ideal))))]
+        edges = zip(("lower", "upper"), column.box, strict=True)
+        return [(name, torch.full_like(ideal, edge)) for name, edge in edges]
+    if column.has_limit:
+        return [("limit", ideal)]
     return [("ideal", ideal), ("nadir", ideal + scale)]
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import bomkern
 from bomkern.common.files import write_atomically
 from bomkern.report import diagnose_folder
-from bomkern.report.page import NOTHING
+from bomkern.report.page import NOTHING, is_information
 
 from . import checkpoint, evaluate, processes, recorder
 from .config import LEAST_BATCH, REDUCTIONS, SCALES, Config, TrainError
@@ -310,7 +310,6 @@ def _finish(
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        plots.curves(folder)
         plots.contact_sheets(folder, average, images, found)
     summary["diagnosis"] = _diagnosis(trainer, folder)
     recorder.write_json(folder / recorder.SUMMARY, summary)
@@ -356,7 +355,7 @@ def _top_finding(diagnosis: dict[str, Any] | None, folder: str) -> list[str]:
     """The worst of what was found, in a few lines."""
     if diagnosis is None:
         return []
-    faults = [finding for finding in diagnosis["findings"] if finding["kind"] != "idle"]
+    faults = [finding for finding in diagnosis["findings"] if not is_information(finding["kind"])]
     if not faults:
         return [f"diagnosis: {diagnosis['note'] or NOTHING}"]
     top = faults[0]

@@ -1,4 +1,4 @@
-"""The pictures of a run folder: water levels, gradient shares, and contact sheets of held-out crops."""
+"""The pictures of a run folder: contact sheets of held-out crops. Curves are in its report."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ from bomkern.common.files import write_atomically
 
 from .evaluate import reconstruct
 from .networks import VAE
-from .nine_goals import GOALS
-from .recorder import METRICS, read_lines
 
-# Okabe & Ito's palette, told apart by colour-blind readers, and a second cue in the line style.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#000000", "#7F3C8D")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1)), "-", "--", "-.", ":")
 COLUMNS = 10  # pictures in a row
 REACH = 3.0  # of a traversal, in standard deviations of the prior
 
@@ -32,52 +27,6 @@ def _save(figure: Figure, path: Path) -> None:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
-
-
-def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred moving average along the first axis, shorter at the ends."""
-    return np.stack([values[max(0, i - width) : i + width + 1].mean(0) for i in range(len(values))])
-
-
-HIGHEST = 2.0  # of a level in the plot: far beyond its ideal a goal's score, an exponential, has no scale
-
-
-def curves(folder: Path) -> None:
-    """`levels.png` and `shares.png` from the logged lines."""
-    lines = [line for line in read_lines(folder / METRICS) if "goals" in line]
-    if not lines:
-        return
-    steps = np.array([line["step"] for line in lines])
-    width = len(lines) // 60
-    table = {
-        key: _smooth(np.array([[line["goals"][name][key] for name in GOALS] for line in lines]), width)
-        for key in ("level", "share")
-    }
-    table["level"] = table["level"].clip(max=HIGHEST)
-
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for i, name in enumerate(GOALS):
-        axes.plot(steps, table["level"][:, i], color=COLOURS[i], linestyle=STYLES[i], linewidth=1.8, label=name)
-    axes.set(title="Water levels: mean score of each goal", xlabel="step", ylabel="level (1 = ideal)")
-    axes.set_ylim(0, max(1.05, float(table["level"].max()) * 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=3.5)
-    _save(figure, folder / "levels.png")
-
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.stackplot(steps, table["share"].T, labels=GOALS, colors=COLOURS, edgecolor="white", linewidth=0.4)
-    axes.set(
-        title="Gradient shares: who got the gradient",
-        xlabel="step",
-        ylabel="share of the gradient",
-        ylim=(0, 1),
-        xlim=(steps[0], max(steps[-1], steps[0] + 1)),
-    )
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    _save(figure, folder / "shares.png")
 
 
 def sheet(path: Path, title: str, rows: list[tuple[str, Tensor]], columns: Sequence[str] = ()) -> None:

@@ -21,8 +21,9 @@ from .config import TrainError
 
 CHECKPOINT, METRICS, CONFIG, SUMMARY = "checkpoint.pt", "metrics.jsonl", "config.json", "summary.json"
 PAYOFF = "payoff.json"
-PICTURES = ("levels.png", "shares.png", "reconstructions.png", "swaps.png", "traversals.png")
-OWN = (CHECKPOINT, before(Path(CHECKPOINT)).name, METRICS, CONFIG, SUMMARY, PAYOFF, HISTORY, REPORT, *PICTURES)
+PICTURES = ("reconstructions.png", "swaps.png", "traversals.png")
+FORMER = ("levels.png", "shares.png")  # of older versions; now in the report alone
+OWN = (CHECKPOINT, before(Path(CHECKPOINT)).name, METRICS, CONFIG, SUMMARY, PAYOFF, HISTORY, REPORT, *PICTURES, *FORMER)
 ROOM = 200 * 2**20  # bytes that must be free before a run starts
 
 

@@ -203,11 +203,9 @@ class Trainer:
 
     def window(self) -> dict[str, Any]:
         """Means over the accepted steps since the last call, read from the device; empty if there was none."""
-        records = self.goals.monitor.take()
-        records = records[self.goals.layout.parts(records)["finite"] > 0]
-        if not len(records):
+        parts = self.goals.monitor.take_mean().mean
+        if not parts:
             return {}
-        parts = self.goals.layout.parts(records.double().mean(0))
         names = ("raw", "level", "share", "deficit", "ideal", "scale")
         columns = {name: parts[name].tolist() for name in names}
         goals = {g: {name: columns[name][k] for name in names} for k, g in enumerate(goal.GOALS)}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from bomkern import Box, Calibrated, History, Lower, Payoff, Upper, cli, diagnose
+from bomkern.diagnosis.registry import KINDS
 from bomkern.report.charts import DARK, DASHES, LIGHT, POINTS, Chart, colour, dash, lanes, thin, thin_extremes, ticks
-from bomkern.report.page import KINDS, write_report
+from bomkern.report.page import write_report
 from tests.support.histories import clean, flat, locked, slope, written
 
 EVIL = '<script>alert("1")</script>&'
@@ -82,10 +84,17 @@ def test_every_finding_is_in_it(tmp_path: Path) -> None:
     for finding in diagnosis:
         for words in (finding.kind, finding.goal, f"{finding.first}\u2013{finding.last}", finding.evidence):
             assert words in found.text
-        assert finding.suggestion in found.text and KINDS[finding.kind] in found.text
+        assert finding.suggestion in found.text and KINDS[finding.kind].meaning in found.text
     for finding in diagnosis.faults:
         assert found.text.count(f"{finding.kind}: {finding.goal}") == 2  # marked on both charts
-    for words in (*history.layout.columns, *history.layout.constraints, "ideal 0", "lower -1", "upper 1", "limit 1"):
+    for words in (
+        *history.layout.columns,
+        *map(str, history.layout.constraints),
+        "ideal 0",
+        "lower -1",
+        "upper 1",
+        "limit 1",
+    ):
         assert words in found.text
 
 
@@ -183,11 +192,6 @@ def test_the_command_embeds_what_the_folder_holds(tmp_path: Path, capsys: pytest
 # The pieces.
 
 
-def test_the_palette_is_the_trainers() -> None:
-    plots = pytest.importorskip("bomkern.train.plots")
-    assert plots.COLOURS == LIGHT and len(DARK) == len(DASHES) == len(LIGHT)
-
-
 def test_colours_stand_out_from_their_page() -> None:
     def light(code: str) -> float:
         parts = [int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -243,8 +247,20 @@ def test_words_at_one_height_share_a_line_and_labels_stay_inside() -> None:
 
 
 def test_goals_beyond_the_palette_differ_in_their_dashes() -> None:
-    looks = [(colour(g), dash(g)) for g in range(40)]
+    assert len(DARK) == len(LIGHT) and len(set(LIGHT)) == len(LIGHT) and len(set(DASHES)) == len(DASHES)
+    looks = [(colour(g), dash(g)) for g in range(64)]
     assert len(set(looks)) == len(looks)
+    assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairwise(looks[: len(LIGHT)]))
+    assert all(a[0] != b[0] for a, b in pairwise(looks))
+
+
+@pytest.mark.parametrize("count", [12, 64])
+def test_any_number_of_goals_is_drawn(tmp_path: Path, count: int) -> None:
+    names = [f"goal{i}" for i in range(count)]
+    found = page(tmp_path, written({n: flat(0.5, 40, i) for i, n in enumerate(names)}, dict.fromkeys(names, 1 / count)))
+    swatches = {(a["stroke"], a["stroke-dasharray"]) for a in found.all("line") if "stroke-dasharray" in a}
+    lines = {(a["stroke"], a["stroke-dasharray"]) for a in found.all("path") if a.get("stroke-width") == "2"}
+    assert len(swatches) == count and swatches <= lines and all(name in found.text for name in names)
 
 
 def test_axes_are_named_and_what_is_idle_is_counted_apart(tmp_path: Path) -> None:

@@ -110,6 +110,20 @@ def test_the_history_is_not_taken_away() -> None:
     assert len(goals.history) == 3
 
 
+def test_a_window_is_taken_once_and_the_last_steps_are_not() -> None:
+    goals = two_goals()
+    assert goals.monitor.take_mean() == (0, 0, {})
+    for near in (1.0, 2.0, float("nan"), 4.0):
+        step(goals, [near])
+    window = goals.monitor.take_mean()
+    assert (window.steps, window.rejected) == (4, 1) and float(window.mean["loss"]) == pytest.approx(7 / 3)
+    assert window.mean["raw"].tolist() == pytest.approx([7 / 3, 1.0, 2.0])
+    assert goals.monitor.take_mean().steps == 0
+    last = goals.monitor.last_mean
+    assert [float(last("raw", steps)[0]) for steps in (1, 2, 3)] == [4.0, 4.0, 3.0]  # what is not finite is left out
+    assert float(last("raw", 0)[0]) == 4.0 and float(last("loss", 99)) == pytest.approx(7 / 3)
+
+
 def test_each_tool_by_its_method() -> None:
     kept, run, metrics = Kept(), Run(), Metrics()
     module = types.ModuleType("mlflow")

@@ -12,6 +12,8 @@ from bomkern import (
     diagnose,
 )
 from bomkern.diagnosis.run_view import Column
+from bomkern.goals.constraint_info import describe
+from bomkern.goals.policies import policy_of
 from bomkern.goals.record import Layout
 
 T = 400
@@ -43,7 +45,8 @@ def written(
     owner = [goals.index(column.split(".")[0]) for column in columns]
     rows = len(raw[columns[0]])
     given = {column: (constraints or {}).get(column, Anchored(0.0, 1.0)) for column in columns}
-    layout = Layout(goals, columns, owner, [repr(c) for c in given.values()], most)
+    described = [describe(policy_of(column, constraint)) for column, constraint in given.items()]
+    layout = Layout(goals, columns, owner, described, most)
 
     def wide(value: Tensor | float) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float32).expand(rows)
@@ -53,7 +56,7 @@ def written(
     scale = torch.stack([wide(pairs[c][1]) for c in columns], 1)
     values = torch.stack([wide(raw[c]) for c in columns], 1)
     away = [
-        Column(c, 0, repr(given[c])).distance(values[:, k], ideal[0, k].item(), scale[0, k].item())
+        Column(c, 0, described[k]).distance(values[:, k], ideal[0, k].item(), scale[0, k].item())
         for k, c in enumerate(columns)
     ]
     single = torch.stack(away, 1).clamp(min=-1)

@@ -1,0 +1,160 @@
+"""The detectors of `bomkern.diagnose` that look at a whole run, or at how its goals share the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import thresholds
+from .finding import Finding, make, when
+from .one_goal import MISCALIBRATED
+from .registry import Kind, detects
+from .run_view import RunView, number
+from .suggestions import anchored, stricter
+from .trends import ramp, smooth, stretches, trend
+
+NOT_FINITE = Kind(
+    "not finite",
+    weight=1.0,
+    meaning="steps were lost to NaN or infinity",
+    explanation="The loss of some steps was NaN or infinite. The goals are named where the record still knows them.",
+)
+COLLAPSE = Kind(
+    "collapse",
+    weight=0.85,
+    meaning="the latent code is shut",
+    explanation="A KL divergence fell to nearly nothing and stays there, so that the code says nothing.",
+)
+IDLE = Kind(
+    "idle",
+    weight=0.05,
+    meaning="satisfied; for information",
+    explanation="The goal is satisfied and gets no gradient. Nothing needs to change.",
+    information=True,
+)
+
+
+@detects(NOT_FINITE, each="run")
+def not_finite(run: RunView) -> Iterator[Finding]:
+    """Steps without a finite loss, and the goals at fault where the record still names them."""
+    bad = run.finite < 1
+    if not bad.any():
+        return
+    count = float((1 - run.finite).sum()) * run.history.stride
+    lost = run.history["raw"].isfinite().logical_not()
+    # Where all columns are NaN the row was joined from several steps, and nobody knows whose fault it was.
+    named = lost & ~lost.all(1, keepdim=True) & bad[:, None]
+    guilty = [g for g in range(len(run.goals)) if named[:, run.members(g)].any()]
+    window = int(bad.nonzero().min()), int(bad.nonzero().max()) + 1
+    sure = ramp(count / (run.rows * run.history.stride), *thresholds.LOST)
+    text = f"{when(run, window)}: {count:.0f} of them had no finite loss"
+    change = "lower the learning rate, or clip the gradient's norm"
+    for g in guilty:
+        first = int(named[:, run.members(g)].any(1).nonzero().min())
+        why = f"{text}; raw of {run.goals[g]} was not finite, first at step {run.steps(first, first + 1)[1]}"
+        yield make(run, NOT_FINITE, (g,), window, sure, why, change)
+    if not guilty:
+        yield make(run, NOT_FINITE, (), window, sure, f"{text}; the record does not say of which goal", change)
+
+
+@detects(COLLAPSE, each="run")
+def collapse(run: RunView) -> Iterator[Finding]:
+    """KL falls to nearly nothing and stays there; surer where a goal that counts units says that they are inactive."""
+    kls = [k for k, c in enumerate(run.columns) if thresholds.KL.search(c.name)]
+    units = [k for k, c in enumerate(run.columns) if thresholds.UNITS.search(c.name) and k not in kls]
+    for k in kls:
+        smoothed = smooth(run.raw[:, k], run.width)
+        seen = smoothed[smoothed.isfinite()]
+        peak = seen.max().item() if len(seen) else 0.0
+        runs = stretches(smoothed < thresholds.GONE * peak)
+        if peak <= 0 or not runs or runs[-1][1] < run.rows:
+            continue
+        a, b = runs[-1]
+        shut = [u for u in units if _shut(run, u)]
+        left = run.values(k, a).median().item()
+        sure = min(
+            ramp((b - a) / run.rows, *thresholds.SPAN), ramp(left, *thresholds.EMPTY), 1.0 if shut else thresholds.ALONE
+        )
+        text = f"{when(run, (a, b))}: raw {number(left)}, at most {left / peak:.1%} of the {number(peak)} that it was"
+        if shut:
+            end = number(run.values(shut[0], a).median().item())
+            text += f"; {run.columns[shut[0]].name} {end}: units are inactive"
+        goals = (run.columns[k].goal, *[run.columns[u].goal for u in shut[:1]])
+        half = number(peak / 2)
+        change = f"give {run.columns[k].name} Upper({half}, {half}), so that what is below costs nothing"
+        yield make(run, COLLAPSE, tuple(dict.fromkeys(goals)), (a, b), sure, text, change)
+
+
+def _shut(run: RunView, k: int) -> bool:
+    """Whether a fraction of units has come to the bad one of 0 and 1."""
+    values = run.values(k, run.rows * 3 // 4)
+    if not len(values):
+        return False
+    end = values.median().item()
+    return end < thresholds.NEARLY if run.columns[k].direction < 0 else end > 1 - thresholds.NEARLY
+
+
+@detects(MISCALIBRATED, each="run")
+def pulling(run: RunView) -> Iterator[Finding]:
+    """One goal has nearly all of the gradient's norm without nearly all samples.
+
+    The gradient of goal g is share_g / scale_g times that of its raw value, which a history does not hold; the range
+    of its values stands in for it.
+    """
+    pull, ranges = estimated_pull(run)
+    g = int(pull.argmax())
+    share = run.share.nanmean(0)[g].item()
+    k = max(run.members(g), key=lambda k: ranges[k].item())
+    if not run.columns[k].anchorable:
+        return
+    sure = min(
+        ramp(pull[g].item(), *thresholds.PULL),
+        ramp(ranges[k].item(), *thresholds.WIDE),
+        ramp(share, *thresholds.NOT_ALL),
+    )
+    text = (
+        f"{when(run, (0, run.rows))}: it has {share:.0%} of the samples but, by the range of its values "
+        f"({number(ranges[k].item())} scales of {number(run.anchor(k)[1])}), about {pull[g]:.0%} of the gradient's norm"
+    )
+    yield make(run, MISCALIBRATED, (g,), (0, run.rows), sure, text, anchored(run, k, keep=False))
+
+
+def estimated_pull(run: RunView) -> tuple[Tensor, Tensor]:
+    """Return [G] estimated parts of the gradient's norm, and [K] the range of each column's values in scales.
+
+    The range is that over the steps or within a batch, in the half of the run where it is less: values that move away
+    have no range.
+    """
+    half, ranges = run.rows // 2, []
+    for k in range(len(run.columns)):
+        away = run.distance[:, k]
+        within = run.worst_distance(k) - away
+        halves = [
+            torch.fmax(away[rows].nanquantile(0.95) - away[rows].nanquantile(0.05), within[rows].nanmedian())
+            for rows in (slice(half), slice(half, None))
+        ]
+        ranges.append(torch.fmin(*halves).nan_to_num())
+    found = torch.stack(ranges)
+    width = torch.stack([found[run.members(g)].mean() for g in range(len(run.goals))])
+    pull = run.share.nanmean(0).nan_to_num() * width
+    return pull / pull.sum().clamp(min=1e-300), found
+
+
+@detects(IDLE, each="goal")
+def idle(run: RunView, g: int) -> Iterator[Finding]:
+    """Satisfied: no share over the second half, a high level, and raw not getting worse."""
+    half = run.rows // 2
+    share, level = run.share[half:, g].nanmean().item(), run.level[half:, g].nanmean().item()
+    line = trend(run.worse[half:, g])
+    sure = min(
+        ramp(share, 2 * thresholds.STARVED, 0.0),
+        ramp(level, *thresholds.HIGH),
+        1 - ramp(line.t, 2, 4) * ramp(line.change, 0, 0.1),
+    )
+    if sure >= thresholds.LEAST:
+        k = run.worst_mover(g, half, run.rows)
+        text = f"{when(run, (half, run.rows))}: share {share:.1%}, level {level:.2f}, {run.course(k, half, run.rows)}"
+        change = f"none needed; {stricter(run.columns[k])} would ask more of it"
+        yield make(run, IDLE, (g,), (half, run.rows), sure, text, change)
