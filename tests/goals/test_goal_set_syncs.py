@@ -23,6 +23,7 @@ from bomkern import (
     Upper,
 )
 from bomkern.dispatch import select
+from bomkern.dispatch.schemas import OPS
 from bomkern.goals import monitor, policies
 from tests.ops.test_min_goal_in_pytorch import COMPILED, CountSyncs
 
@@ -97,7 +98,7 @@ def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: A
     monkeypatch.setattr(monitor, "ROWS", 4)
     monkeypatch.setattr(monitor, "HostCopy", Arrives)
     if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
-        monkeypatch.setattr(select, "resolve", lambda op, device, impl: select._COMPILED[op]())
+        monkeypatch.setattr(select, "resolve", lambda op, device, impl: select.compiled(OPS[op]))
     goals = everything(**rule).to("meta")
     monkeypatch.setattr(Arrives, "monitor", goals.monitor, raising=False)
     raw, ok = values("meta"), torch.ones((), dtype=torch.bool, device="meta")

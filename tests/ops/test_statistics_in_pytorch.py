@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bomkern
 from bomkern import active_units, consistency_variance, covariance_penalty, gaussian_kl, latent_statistics
+from bomkern.dispatch import schemas
 from tests.conftest import run_again, servers
 from tests.ops.test_min_goal_in_pytorch import CountSyncs
 from tests.support.statistics import OPS, Call, Inputs, codes, leaves, ramp, run, values_of, views
@@ -103,7 +104,7 @@ def test_fakes_match_the_reference(name: str, dtypes: tuple[str, ...]) -> None:
     for inputs, numbers, keywords in (call for size in ((9, 4), (4, 6)) for call in op_calls(*size)[name]):
         inputs = tuple(x.to(getattr(torch, dtypes[k % len(dtypes)])) for k, x in enumerate(inputs))
         # The op takes the numbers in the reference's order, which the reference takes without names.
-        want = values_of(getattr(bomkern.reference, name)(*arguments_of(name, inputs, numbers)))
+        want = values_of(schemas.OPS[name].reference(*arguments_of(name, inputs, numbers)))
         with FakeTensorMode() as mode, torch.no_grad():
             fakes = tuple(mode.from_tensor(x) for x in inputs)
             saved = {"save": True} if keywords else {}
