@@ -57,7 +57,7 @@ def _measured(results: Results) -> Lines:
 
 def bench(case: str) -> Lines:
     if case not in report.CASES:
-        raise Missing(f"bench/report/page.py has no case {case!r}: there are {', '.join(report.CASES)}")
+        raise Missing(f"bench/cases.py has no case {case!r}: there are {', '.join(report.CASES)}")
     lines = []
     for results in committed():
         both = results.of(case, report.BOTH)
