@@ -58,7 +58,8 @@ def curves(folder: Path) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
     for i, name in enumerate(GOALS):
-        axes.plot(steps, table["level"][:, i], color=COLOURS[i], linestyle=STYLES[i], linewidth=1.8, label=name)
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[(i + i // len(COLOURS)) % len(STYLES)]
+        axes.plot(steps, table["level"][:, i], color=colour, linestyle=style, linewidth=1.8, label=name)
     axes.set(title="Water levels: mean score of each goal", xlabel="step", ylabel="level (1 = ideal)")
     axes.set_ylim(0, max(1.05, float(table["level"].max()) * 1.02))
     axes.grid(alpha=0.3)

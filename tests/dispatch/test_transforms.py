@@ -15,6 +15,7 @@ import bomkern
 from bomkern import Anchored, GoalSet, Group, Minimize, MinimizeHard, Upper, min_goal_loss, reference
 from bomkern.dispatch import select
 from tests.conftest import run_again, servers
+from tests.support.statistics import OPS, Op, values_of
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
 Call = Callable[..., tuple[Tensor, ...]]
@@ -74,6 +75,18 @@ CALLS: dict[str, Call] = {
     "active_units": lambda z, mu, logvar, impl: bomkern.active_units(mu, impl=impl),
     "latent_statistics": lambda z, mu, logvar, impl: tuple(bomkern.latent_statistics(z, mu, logvar, impl=impl)),
 }
+
+
+def on_a_code(op: Op) -> Call:
+    def call(z: Tensor, mu: Tensor, logvar: Tensor, impl: str) -> tuple[Tensor, ...]:
+        given = {"z": z, "mu": mu, "logvar": logvar}
+        return values_of(op.call(*(given.get(name, z) for name in op.arguments), impl=impl))
+
+    return call
+
+
+for _name, _op in OPS.items():
+    CALLS.setdefault(_name, on_a_code(_op))
 EACH = pytest.mark.parametrize("name", CALLS)
 
 

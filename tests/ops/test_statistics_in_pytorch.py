@@ -48,7 +48,7 @@ def op_calls(batch: int, dims: int) -> dict[str, list[tuple[Inputs, tuple[Any, .
     """Arguments of the ops as torch.ops has them: some calls of each, as (inputs, numbers, keywords)."""
     z, mu, logvar = codes(batch, dims)
     given = views(batch, dims)
-    return {
+    written: dict[str, Any] = {
         "gaussian_kl": [((mu, logvar), (block, rho), {}) for block, rho in ((1, 0.0), (2, 0.5), (dims - 1, 0.5))],
         "consistency_variance": [(given, (1.0,), {}), ((torch.stack(given),), (0.5,), {})],
         "active_units": [((mu,), (0.1, 0.05), {})],
@@ -59,6 +59,7 @@ def op_calls(batch: int, dims: int) -> dict[str, list[tuple[Inputs, tuple[Any, .
             for per_sample in (False, True)
         ],
     }
+    return {name: written.get(name, [(op.make(batch, dims), op.numbers, {})]) for name, op in OPS.items()}
 
 
 def arguments_of(name: str, inputs: Inputs, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -76,7 +77,9 @@ def backward_arguments(name: str, inputs: Inputs, numbers: tuple[Any, ...], out:
     if name == "latent_statistics":
         every, some = [ramp(x) for x in out[:9]], [ramp(x) if k % 2 else None for k, x in enumerate(out[:9])]
         return [(g, *inputs, *out[9:], out[6], *numbers, want) for g in (every, some) for want in wants]
-    return [(ramp(out[0]), *inputs, *out[1:], *numbers)]
+    if name == "covariance_penalty":
+        return [(ramp(out[0]), *inputs, *out[1:], *numbers)]
+    return OPS[name].backward(getattr(torch.ops.bomkern, f"{name}_backward"), inputs, out)
 
 
 @pytest.mark.parametrize(("name", "batch", "dims"), [*((name, 9, 4) for name in OPS), ("covariance_penalty", 4, 6)])
