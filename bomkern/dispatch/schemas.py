@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..common.checks import check_goals, check_latents, check_matrices, check_rows, check_views
+from ..reference import statistics
 from . import fakes
 from .fakes import record_size as record_size
 from .registry import Op, Schema
@@ -128,12 +129,12 @@ TOTAL_CORRELATION = Op(
         "int? dataset_size, bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)",
         fakes.total_correlation_backward,
     ),
-    reference=reference.total_correlation,
+    reference=statistics.total_correlation,
     check=lambda z, mu, logvar, size, stratified, first=None: check_rows(z, mu, logvar, first),
     definition=(  # the gradient itself, whose memory stays bounded
         "total_correlation_gradients_reference(Tensor grad, Tensor z, Tensor mu, Tensor logvar, int? dataset_size, "
         "bool stratified, int? first) -> (Tensor, Tensor, Tensor)",
-        reference.total_correlation_gradients,
+        statistics.total_correlation_gradients,
     ),
     results=0,
 )
@@ -146,11 +147,11 @@ GAUSSIAN_KL = Op(
         "(Tensor, Tensor)",
         fakes.gaussian_kl_backward,
     ),
-    reference=reference.gaussian_kl,
+    reference=statistics.gaussian_kl,
     check=lambda mu, logvar, *_: check_matrices(mu=mu, logvar=logvar),
     definition=(
         "gaussian_kl_reference(Tensor mu, Tensor logvar, int block_size, float rho) -> Tensor",
-        reference.gaussian_kl,
+        statistics.gaussian_kl,
     ),
 )
 
@@ -161,11 +162,11 @@ CONSISTENCY_VARIANCE = Op(
         "consistency_variance_backward(Tensor grad, Tensor[] views, float correction, bool[] want) -> Tensor[]",
         fakes.consistency_variance_backward,
     ),
-    reference=reference.consistency_variance,
+    reference=statistics.consistency_variance,
     check=check_views,
     definition=(
         "consistency_variance_reference(Tensor[] views, float correction) -> Tensor",
-        reference.consistency_variance,
+        statistics.consistency_variance,
     ),
 )
 
@@ -181,11 +182,11 @@ ACTIVE_UNITS = Op(
         "float threshold, float temperature) -> Tensor",
         fakes.active_units_backward,
     ),
-    reference=reference.active_units,
+    reference=statistics.active_units,
     check=lambda mu, *_: check_matrices(2, mu=mu),
     definition=(
         "active_units_reference(Tensor mu, float threshold, float temperature) -> (Tensor, Tensor)",
-        reference.active_units,
+        statistics.active_units,
     ),
     results=slice(2),
 )
@@ -204,12 +205,12 @@ LATENT_STATISTICS = Op(
         "(Tensor, Tensor, Tensor)",
         fakes.latent_statistics_backward,
     ),
-    reference=reference.latent_statistics,
+    reference=statistics.latent_statistics,
     check=lambda z, mu, logvar, *_: check_latents(z, mu, logvar, least=2),
     definition=(
         "latent_statistics_reference(Tensor z, Tensor mu, Tensor logvar, float threshold, float temperature) -> "
         f"({', '.join(['Tensor'] * 9)})",
-        reference.latent_statistics,
+        statistics.latent_statistics,
     ),
     results=slice(9),
 )
@@ -228,11 +229,11 @@ COVARIANCE_PENALTY = Op(
         "Tensor inverse, bool normalize, bool per_sample) -> Tensor",
         fakes.covariance_penalty_backward,
     ),
-    reference=reference.covariance_penalty,
+    reference=statistics.covariance_penalty,
     check=lambda z, *_: check_matrices(2, z=z),
     definition=(
         "covariance_penalty_reference(Tensor z, bool normalize, bool per_sample) -> Tensor",
-        reference.covariance_penalty,
+        statistics.covariance_penalty,
     ),
     results=0,
 )
