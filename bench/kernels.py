@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cases import OPS, find
+
 METRICS = {
     "gpu__time_duration.sum": "us",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm",
@@ -32,37 +34,11 @@ TO_US = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "mse
 
 
 IMPLS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
-OPS = (
-    *("min_goal", "goal_set", "total_correlation", "gaussian_kl", "consistency_variance", "active_units"),
-    *("latent_statistics", "covariance_penalty"),
-)
 
 
 def cases() -> list[tuple[Any, dict[str, int], dict[str, int]]]:
-    """A case of each op, in the order of `OPS`, its size for a profiler, and a small one."""
-    from bench.ops import (
-        bench_active_units,
-        bench_consistency_variance,
-        bench_covariance_penalty,
-        bench_gaussian_kl,
-        bench_goal_set,
-        bench_latent_statistics,
-        bench_min_goal,
-        bench_total_correlation,
-    )
-
-    goals, few_goals = {"K": 9, "B": 1_048_576}, {"K": 9, "B": 64}
-    codes, few_codes = {"B": 65536, "D": 128}, {"B": 64, "D": 16}
-    return [
-        (bench_min_goal.CASES["all six constraints"], goals, few_goals),
-        (bench_goal_set.CASES["spill"], goals, few_goals),
-        (bench_total_correlation.CASE, {"B": 4096, "D": 128}, few_codes),
-        (bench_gaussian_kl.CASE, codes, few_codes),
-        (bench_consistency_variance.CASE, codes, few_codes),
-        (bench_active_units.CASE, codes, few_codes),
-        (bench_latent_statistics.CASE, codes, few_codes),
-        (bench_covariance_penalty.BY_SAMPLE, codes, few_codes),
-    ]
+    """Return a case of each op, in the order of `OPS`, its size for a profiler, and a small one."""
+    return [(find(op, benches.panel), *benches.profiled) for op, benches in OPS.items()]
 
 
 def run(device: str, ops: Sequence[str], impls: Sequence[str], small: bool) -> tuple[int, int]:

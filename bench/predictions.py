@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from bench.cases import OPS, find
 from bench.harness import BACKWARD, BOTH, FORWARD, Case, traffic
 from bench.ops import (
     bench_active_units,
@@ -241,6 +242,18 @@ def correlation_backward(size: Size) -> Part:
     )
 
 
+def streamed_both_ways(case: Case) -> Plan:
+    """Return the plan of an op that has none of its own: it moves the bytes that its bench counts, a launch each way.
+
+    An op that does more than stream, or whose bench has another loss than a mean, needs a plan in `PLANS`.
+    """
+
+    def part(direction: str) -> Callable[[Size], Part]:
+        return lambda size: Part(1, streamed(case.work(size, direction)) + 1, "the bytes that its bench counts")
+
+    return Plan(case, CODES, part(FORWARD), part(BACKWARD), 3)
+
+
 GOALS = [{"K": 9, "B": batch} for batch in (64, 512, 8192, 65536, 1_048_576)]
 CODES = [{"B": batch, "D": 128} for batch in (512, 4096, 65536, 1_048_576)]
 GROWN = [{"B": 4096, "D": dims} for dims in (32, 64, 256, 512, 1024)]
@@ -268,6 +281,12 @@ PLANS = [
     Plan(bench_covariance_penalty.BY_SAMPLE, [*CODES, *GROWN], covariance_forward, covariance_backward, 3, 1),
     Plan(bench_covariance_penalty.WEIGHED, CODES, covariance_forward, weighed_backward, 9, 1),
     Plan(bench_covariance_penalty.BATCH, CODES, batch_forward, batch_backward, 3, 1),
+]
+PLANS += [
+    streamed_both_ways(find(op, label))
+    for op, benches in OPS.items()
+    for label in benches.cases
+    if op not in {plan.case.op for plan in PLANS}
 ]
 
 

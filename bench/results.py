@@ -8,22 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cases import OPS
+
 HERE = Path(__file__).resolve().parent / "results"
 KIND = "bench"  # what tells these files from others in the folder
 KEPT = "kept benches"  # and those of --keep, see bench.keep
 PREDICTED, PREDICTIONS = "predictions", HERE / "predictions.json"  # and what bench.predictions writes
-# The regime of each op in which everything is measured, all sizes and both directions; the others are for some sizes.
-# What was kept before there were regimes is of this one.
-USUAL = {
-    "min_goal": "uniform",
-    "goal_set": "uniform",
-    "total_correlation": "wide",
-    "gaussian_kl": "busy and idle",
-    "consistency_variance": "noisy views",
-    "active_units": "busy and idle",
-    "latent_statistics": "busy and idle",
-    "covariance_penalty": "busy and idle",
-}
+USUAL = {op: benches.usual for op, benches in OPS.items()}  # the regime in which everything is measured
 Row = dict[str, Any]
 Size = tuple[tuple[str, int], ...]
 KEEP = (

@@ -96,7 +96,7 @@ Result active_units_autograd(const Tensor& mu, double threshold, double temperat
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
+// The schemas of all ops are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("active_units", active_units<false>);
   m.impl("active_units_backward", active_units_backward<false>);

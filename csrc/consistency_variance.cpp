@@ -127,7 +127,7 @@ Tensor consistency_variance_autograd(TensorList views, double correction) {
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
+// The schemas of all ops are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("consistency_variance", consistency_variance<false>);
   m.impl("consistency_variance_backward", consistency_variance_backward<false>);

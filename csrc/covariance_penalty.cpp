@@ -81,7 +81,7 @@ Result covariance_penalty_autograd(const Tensor& z, bool normalize, bool per_sam
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
+// The schemas of all ops are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("covariance_penalty", covariance_penalty<false>);
   m.impl("covariance_penalty_backward", covariance_penalty_backward<false>);

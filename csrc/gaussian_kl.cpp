@@ -104,7 +104,7 @@ Tensor gaussian_kl_autograd(const Tensor& mu, const Tensor& logvar, int64_t bloc
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
+// The schemas of all ops are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("gaussian_kl", gaussian_kl<false>);
   m.impl("gaussian_kl_backward", gaussian_kl_backward<false>);

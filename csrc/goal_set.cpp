@@ -207,7 +207,7 @@ Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef cur
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
+// The schemas of all ops are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("goal_set", goal_set<false>);
   m.impl("goal_set_backward", goal_set_backward<false>);

@@ -130,7 +130,7 @@ Result latent_statistics_autograd(const Tensor& z, const Tensor& mu, const Tenso
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
+// The schemas of all ops are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("latent_statistics", latent_statistics<false>);
   m.impl("latent_statistics_backward", latent_statistics_backward<false>);

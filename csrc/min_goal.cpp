@@ -316,7 +316,7 @@ Result min_goal_autograd(TensorList goals, const std::optional<Tensor>& params, 
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
+// The schemas of all ops are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("min_goal", min_goal<false>);
   m.impl("min_goal.stats", min_goal_stats<false>);

@@ -158,7 +158,7 @@ Result total_correlation_autograd(const Tensor& z, const Tensor& mu, const Tenso
 
 }  // namespace
 
-// The schemas and the fake kernels are on one page: bomkern/dispatch/schemas.py.
+// The schemas of all ops are on one page: bomkern/dispatch/schemas.py.
 TORCH_LIBRARY_IMPL(bomkern, CPU, m) {
   m.impl("total_correlation", total_correlation<false>);
   m.impl("total_correlation_backward", total_correlation_backward<false>);

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 DIAGNOSIS = ROOT / "bomkern" / "diagnosis"
 sys.path.insert(0, str(ROOT))
 
+from bench.cases import OPS  # noqa: E402
 from bench.report import page as report  # noqa: E402
 from bench.report import worst  # noqa: E402
 from bench.report.tables import Lines, by_size, memory, table, text, time  # noqa: E402
@@ -61,7 +62,7 @@ def _measured(results: Results) -> Lines:
 
 def bench(case: str) -> Lines:
     if case not in report.CASES:
-        raise Missing(f"bench/report/page.py has no case {case!r}: there are {', '.join(report.CASES)}")
+        raise Missing(f"bench/cases.py has no case {case!r}: there are {', '.join(report.CASES)}")
     lines = []
     for results in committed():
         both = results.of(case, report.BOTH)
@@ -171,6 +172,21 @@ def section(asked: str) -> Lines:
 
 
 # What mkdocs calls. It is imported here, so that the tests can do without it.
+
+
+def ops_navigation() -> list[dict[str, str]]:
+    """Return the navigation's entries for the pages of docs/ops, named by their headings, in the benches' order."""
+    order = list(OPS)
+    pages = sorted((ROOT / "docs" / "ops").glob("*.md"), key=lambda page: order.index(page.stem.removesuffix("_loss")))
+    return [{page.read_text().partition("\n")[0].lstrip("# ").strip("`"): f"ops/{page.name}"} for page in pages]
+
+
+def on_config(config: Any, **_: Any) -> Any:
+    """Fill the navigation's ops."""
+    for entry in config.nav:
+        if "Ops" in entry:
+            entry["Ops"] = ops_navigation()
+    return config
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:

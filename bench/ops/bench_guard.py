@@ -18,15 +18,8 @@ from typing import Any
 import pytest
 
 from bench import machine
+from bench.cases import OPS, find
 from bench.harness import OURS, Case, Size, Wrong, about, check, inputs, once, peer
-from bench.ops.bench_active_units import CASE as ACTIVE
-from bench.ops.bench_consistency_variance import CASE as CONSISTENCY
-from bench.ops.bench_covariance_penalty import BY_SAMPLE as COVARIANCE
-from bench.ops.bench_gaussian_kl import CASE as KL
-from bench.ops.bench_goal_set import CASES as GOAL_SET
-from bench.ops.bench_latent_statistics import CASE as LATENT
-from bench.ops.bench_min_goal import CASES as MIN_GOAL
-from bench.ops.bench_total_correlation import CASE as TOTAL_CORRELATION
 from bench.regimes import HALF
 from bench.report.worst import EAGER, as_info
 from bench.rounds import least, looked_at, planned, repeat
@@ -34,11 +27,7 @@ from bench.rounds import least, looked_at, planned, repeat
 SECONDS = 3.0  # of pairs, for each case
 PAIRS = 12, 500  # at least, at most
 CASES: list[tuple[Case, Size]] = [
-    (MIN_GOAL["all six constraints"], {"K": 9, "B": 64}),
-    (MIN_GOAL["all six constraints"], {"K": 9, "B": 8192}),
-    *((GOAL_SET[rule], {"K": 9, "B": 512}) for rule in ("spill", "smooth")),
-    (TOTAL_CORRELATION, {"B": 256, "D": 128}),
-    *((case, {"B": 4096, "D": 128}) for case in (KL, CONSISTENCY, ACTIVE, LATENT, COVARIANCE)),
+    (find(op, label), size) for op, benches in OPS.items() for label, size in benches.guarded
 ]
 
 

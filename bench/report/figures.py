@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.cases import OPS, named
 from bench.report.page import BOTH, CASES, largest
 from bench.results import Results, Row
 
@@ -25,10 +26,7 @@ COLOURS = {
     "separate calls": "#9a7fc0",
 }
 PARTS = {"networks": "#c3c8cf", "statistics": "#2a6fbb", "loss": "#c8401e", "updates": "#e3dccb"}
-PANELS = (
-    *("min_goal all six constraints", "goal_set spill", "total_correlation", "covariance_penalty"),
-    *("gaussian_kl", "consistency_variance", "active_units", "latent_statistics"),
-)
+PANELS = tuple(named(op, benches.panel) for op, benches in OPS.items())
 SHORT = {
     "bomkern": "all graphs walked",
     "bomkern routed": "branches routed",

@@ -6,27 +6,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.cases import OPS
+from bench.cases import named as named_case
 from bench.report import growth, worst
 from bench.report.tables import Lines, by_size, megabytes, memory, named, ratio, table, text, time
 from bench.results import HERE, PREDICTIONS, Results, Row, Size
 
 BOTH, FORWARD = "forward+backward", "forward"
 DIRECTIONS = (BOTH, FORWARD, "backward")
-CASES = {
-    "min_goal anchored": "`min_goal_loss`, nine `Minimize` goals",
-    "min_goal all six constraints": "`min_goal_loss`, nine goals, all six constraints",
-    "goal_set hard": "`GoalSet`'s op with the record of the step, each sample's worst goal",
-    "goal_set smooth": "`GoalSet`'s op with the record of the step, temperature 0.1",
-    "goal_set spill": "`GoalSet`'s op with the record of the step, weights by rank",
-    "total_correlation": "`total_correlation`",
-    "gaussian_kl": "`gaussian_kl`",
-    "consistency_variance": "`consistency_variance` of four views",
-    "active_units": "`active_units`",
-    "latent_statistics": "`latent_statistics`",
-    "covariance_penalty": "`covariance_penalty`, each sample's part",
-    "covariance_penalty weighed": "`covariance_penalty`, the parts weighed one by one",
-    "covariance_penalty of the batch": '`covariance_penalty(reduction="batch")`',
-}
+CASES = {named_case(op, label): words for op, benches in OPS.items() for label, words in benches.cases.items()}
 PARTS = ("networks", "statistics", "loss", "updates")
 MISS = 1.5  # how far a prediction may be off
 STEPS = {

@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from bench.cases import OPS
+from bench.cases import named as named_case
 from bench.report.page import BOTH, CASES, compiled_step, page, plain_step
 from bench.report.tables import named, ratio, table, time
 from bench.report.worst import EAGER, LIMIT, by_case, told
@@ -23,17 +25,7 @@ from bench.results import HERE, Results, committed, read
 README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- written by python -m bench.report -->", "<!-- end of what it writes -->"
 # What the main README shows, and at which batch sizes; there every regime is benched.
-SHOWN = {
-    "min_goal all six constraints": (64, 8192, 1_048_576),
-    "min_goal anchored": (64, 8192, 1_048_576),
-    "goal_set spill": (64, 8192),
-    "total_correlation": (512, 1024),
-    "gaussian_kl": (512, 65536),
-    "consistency_variance": (512, 65536),
-    "active_units": (512, 65536),
-    "latent_statistics": (512, 65536),
-    "covariance_penalty": (512, 65536),
-}
+SHOWN = {named_case(op, label): batches for op, benches in OPS.items() for label, batches in benches.shown.items()}
 DIMS = 128  # of what has them
 PEERS = (EAGER, "torch.compile", "KeOps")
 

@@ -10,7 +10,9 @@ import torch
 
 from .._version import __version__
 from ..common import torch_internals
-from . import select
+from .extension import extension, missing
+from .schemas import OPS
+from .select import IMPLS, why_not
 
 
 class Info(dict[str, Any]):
@@ -54,15 +56,13 @@ def info() -> Info:
         torch=torch.__version__,
         python=platform.python_version(),
         threads=torch.get_num_threads(),
-        build=select.extension.build() if select.extension else {},
-        not_compiled_because=select.missing,
+        build=extension.build() if extension else {},
+        not_compiled_because=missing,
         torch_lacks=torch_internals.describe(torch_internals.missing()),
-        ops={
-            op: {d: {name: select.why_not(op, name, d) for name in select.IMPLS} for d in devices} for op in select.OPS
-        },
+        ops={op: {d: {name: why_not(op, name, d) for name in IMPLS} for d in devices} for op in OPS},
     )
 
 
 def warn_if_not_compiled() -> None:
-    if select.extension is None:
-        warnings.warn(f"{select.missing}. Until then the slow reference serves every op.", RuntimeWarning, stacklevel=3)
+    if extension is None:
+        warnings.warn(f"{missing}. Until then the slow reference serves every op.", RuntimeWarning, stacklevel=3)

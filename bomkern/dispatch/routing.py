@@ -100,3 +100,26 @@ def gated(
     out = serve(list(_Gate.apply(owners, *goals)))
     owners.watch(out[place].detach()[: max(groups) + 1])
     return out
+
+
+def routed_min_goal(serve: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an implementation of min_goal in Python, so that branches can be left out."""
+
+    def routed(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
+        if not route:
+            return serve(goals, params, curves, reduction, stats)
+        out = gated(lambda given: serve(given, params, curves, reduction, True), goals, route, range(len(goals)), -3)
+        return out if stats else out[:1]
+
+    return routed
+
+
+def routed_goal_set(serve: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an implementation of goal_set in Python, so that branches can be left out."""
+
+    def routed(goals: Any, params: Any, curves: Any, groups: Any, *arguments: Any, route: int = 0) -> Any:
+        if not route:
+            return serve(goals, params, curves, groups, *arguments)
+        return gated(lambda given: serve(given, params, curves, groups, *arguments), goals, route, groups, 2)
+
+    return routed

@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import reference
-from ..common.checks import check_goals, check_latents, check_matrices, check_rows, check_views
 from ..common.decorators import constant
 from ..common.torch_internals import under_transform
 from . import double_backward as double_backward  # registers what second derivatives need
-from . import schemas
-from .routing import gated
-from .transforms import loop_under_vmap, refuse_under_vmap, refuse_vmap_of_record, through
+from .extension import extension, missing
+from .registry import Op
+from .schemas import OPS
+from .transforms import refuse_vmap_of_record, through
 
 IMPLS = ("cpu", "cuda", "triton", "reference")  # best first
-Single = Literal["total_correlation", "gaussian_kl", "consistency_variance", "covariance_penalty"]  # of one result
-Several = Literal["min_goal", "active_units", "latent_statistics"]
-
-
-# pip keeps the wheel that it built from an archive, and would take it again whatever compiler and torch are there now.
-AGAIN = "reinstall bomkern: pip install --force-reinstall --no-deps --no-cache-dir"
-
-
-def _why_not_compiled() -> str:
-    """The sentence that setup.py left beside the Python files."""
-    try:
-        return Path(__file__).parents[1].joinpath("_not_compiled.txt").read_text().strip()
-    except OSError:
-        return "install a C++ compiler."
-
-
-def _load() -> tuple[ModuleType | None, str]:
-    """The compiled extension, or None and why."""
-    try:
-        module = importlib.import_module("bomkern._C")
-    except ModuleNotFoundError:
-        return None, f"bomkern was installed without its compiled kernels: {_why_not_compiled()} Then {AGAIN}"
-    except ImportError as error:
-        return None, f"the compiled kernels do not load ({error}); {AGAIN}"
-    built, here = module.build()["torch"].split("+")[0], torch.__version__.split("+")[0]
-    if built.split(".")[:2] != here.split(".")[:2]:
-        return None, f"bomkern was built for torch {built}, this is {here}; {AGAIN}"
-    return module, ""
-
-
-extension, missing = _load()
-for _name in schemas.OPS:
-    (refuse_under_vmap if _name == "goal_set_keep" else loop_under_vmap)(_name, schemas._library)
-schemas._library.impl("goal_set_keep", reference.goal_set_keep, "CompositeExplicitAutograd")  # where none is compiled
 
 
 def _has_kernel(op: str, key: str) -> bool:
     try:
-        for name in schemas.OPS:
-            if name.split(".")[0].removesuffix("_backward").removesuffix("_keep") == op:
-                torch.library.get_kernel(f"bomkern::{name}", key)
+        for schema in OPS[op].schemas:
+            torch.library.get_kernel(f"bomkern::{schema.name}", key)
     except RuntimeError:
         return False
     return True
@@ -75,7 +36,7 @@ def why_not(op: str, impl: str, device: str) -> str | None:
     if impl == "triton":
         from . import triton
 
-        return triton.why_not(device) if hasattr(triton, op) else f"{op} has no Triton kernel"
+        return triton.why_not(device) if op in triton.served else f"{op} has no Triton kernel"
     if device != impl:
         return f"the input is on {device}; move it to {impl}"
     if extension is None:
@@ -85,87 +46,34 @@ def why_not(op: str, impl: str, device: str) -> str | None:
     return None
 
 
-def _min_goal() -> Callable[..., Any]:
-    plain, with_stats = torch.ops.bomkern.min_goal.default, torch.ops.bomkern.min_goal.stats
-
-    def serve(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
-        try:
-            return (with_stats if stats else plain)(goals, params, curves, reduction, route)
-        except RuntimeError:
-            check_goals(goals)  # what the dispatcher turned away before our own checks saw it, by name
-            raise
-
-    return serve
-
-
-def _routed_min_goal(serve: Callable[..., Any]) -> Callable[..., Any]:
-    def routed(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
-        if not route:
-            return serve(goals, params, curves, reduction, stats)
-        out = gated(lambda given: serve(given, params, curves, reduction, True), goals, route, range(len(goals)), -3)
-        return out if stats else out[:1]
-
-    return routed
-
-
-def _routed_goal_set(serve: Callable[..., Any]) -> Callable[..., Any]:
-    def routed(goals: Any, params: Any, curves: Any, groups: Any, *arguments: Any, route: int = 0) -> Any:
-        if not route:
-            return serve(goals, params, curves, groups, *arguments)
-        return gated(lambda given: serve(given, params, curves, groups, *arguments), goals, route, groups, 2)
-
-    return routed
-
-
-# Around an implementation in Python of an op whose branches can be left out; the compiled ones do it themselves.
-_ROUTED = {"min_goal": _routed_min_goal, "goal_set": _routed_goal_set}
-
-
-def _compiled(op: str, check: Callable[..., Any], results: int | slice = slice(None)) -> Callable[..., Any]:
-    """The compiled op: of what it returns, ``results``. ``check`` names what the dispatcher turned away unnamed."""
-    call = getattr(torch.ops.bomkern, op).default
+def compiled(op: Op) -> Callable[..., Any]:
+    """Return the caller of the compiled op: it takes the reference's arguments and returns the reference's results."""
+    if op.compiled is not None:
+        return op.compiled()
+    call, results = getattr(torch.ops.bomkern, op.name).default, op.results
 
     def serve(*arguments: Any, **options: Any) -> Any:
         try:
             returned = call(*arguments, **options)
         except RuntimeError:
-            check(*arguments)
+            op.check(*arguments)
             raise
-        return returned[results] if isinstance(returned, tuple) else returned
+        return returned if results is None else returned[results]
 
     return serve
 
 
-# How each op's compiled implementation is called with the reference's arguments.
-_COMPILED: dict[str, Callable[[], Callable[..., Any]]] = {
-    "min_goal": _min_goal,
-    "goal_set": lambda: _compiled("goal_set", lambda goals, *_: check_goals(goals), slice(3)),
-    "total_correlation": lambda: _compiled(
-        "total_correlation",
-        lambda z, mu, logvar, size, stratified, first=None: check_rows(z, mu, logvar, first),
-        0,
-    ),
-    "gaussian_kl": lambda: _compiled("gaussian_kl", lambda mu, logvar, *_: check_matrices(mu=mu, logvar=logvar)),
-    "consistency_variance": lambda: _compiled("consistency_variance", check_views),
-    "active_units": lambda: _compiled("active_units", lambda mu, *_: check_matrices(2, mu=mu), slice(2)),
-    "latent_statistics": lambda: _compiled(
-        "latent_statistics", lambda z, mu, logvar, *_: check_latents(z, mu, logvar, least=2), slice(9)
-    ),
-    "covariance_penalty": lambda: _compiled("covariance_penalty", lambda z, *_: check_matrices(2, z=z), 0),
-}
-OPS = tuple(_COMPILED)
-
-
-def _server(op: str, impl: str) -> Callable[..., Any]:
+def server(op: Op, impl: str) -> Callable[..., Any]:
+    """Return what serves the op by this implementation."""
     if impl not in ("reference", "triton"):
-        return _COMPILED[op]()
+        return compiled(op)
     if impl == "triton":
         from . import triton
 
-        serve = getattr(triton, op)
+        serve = triton.served[op.name]
     else:
-        serve = getattr(reference, op)
-    return _ROUTED[op](serve) if op in _ROUTED else serve
+        serve = op.reference
+    return op.routed(serve) if op.routed is not None else serve
 
 
 _chosen: dict[tuple[str, str, str | None], str] = {}
@@ -195,7 +103,7 @@ def choose(op: str, device: str, impl: str | None) -> str:
     if key not in _servers:
         # All at once: a graph that is being traced sees the table as it was when it first looked something up.
         all_of_it = [(one, name) for one in OPS for name in IMPLS if why_not(one, name, device) is None]
-        _servers.update({f"{one} {name}": _server(one, name) for one, name in all_of_it})
+        _servers.update({f"{one} {name}": server(OPS[one], name) for one, name in all_of_it})
     return key
 
 
@@ -219,18 +127,12 @@ def keeper(device: str, impl: str | None) -> Callable[..., None]:
     return torch.ops.bomkern.goal_set_keep.default if _compiled_keeps(device, impl) else reference.goal_set_keep
 
 
-@overload
-def resolve(op: Single, device: str, impl: str | None) -> Callable[..., Tensor]: ...
-@overload
-def resolve(op: Literal["goal_set"], device: str, impl: str | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]: ...
-@overload
-def resolve(op: Several, device: str, impl: str | None) -> Callable[..., tuple[Tensor, ...]]: ...
 def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:
     """The function that serves; `choose` says which."""
     key = choose(op, device, impl)
     if under_transform() and not key.endswith("reference"):
         if not torch.compiler.is_compiling():
-            return partial(through, op, _servers[key], _server(op, "reference"))
+            return partial(through, OPS[op], _servers[key], server(OPS[op], "reference"))
         if key.endswith("triton"):
             raise RuntimeError(
                 f"impl='triton' cannot serve {op} in a compiled torch.func transform: use impl='reference'"

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from ..common.torch_internals import tree_flatten, tree_unflatten, under_vmap
+from .registry import Op
+from .schemas import OPS, library
 
-LOSS_ALONE = ("min_goal", "goal_set")  # of their results only the first has a gradient
-NAMES = {"min_goal": "min_goal_loss"}
 NO_RECORD = "a GoalSet in training mode keeps a record of its step, which torch.vmap has several of: call eval() first"
 
 
 def through(
-    op: str, serve: Callable[..., Any], reference: Callable[..., Any], /, *arguments: Any, **options: Any
+    op: Op, serve: Callable[..., Any], reference: Callable[..., Any], /, *arguments: Any, **options: Any
 ) -> Any:
-    """``serve(*arguments, **options)`` as transforms understand it; ``reference`` is called alike."""
+    """Return ``serve(*arguments, **options)`` in a form that transforms understand; ``reference`` takes the same."""
     leaves, spec = tree_flatten((arguments, options))
     places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     tensors = [leaves[place] for place in places]
-    if op in LOSS_ALONE:  # their constraints and weights may be others when backward comes
+    if op.loss_alone:  # its constraints and weights may have changed when backward comes
         goals = len(arguments[0])
         tensors[goals:] = [setting.clone() for setting in tensors[goals:]]
     others = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
@@ -40,7 +40,7 @@ def through(
 class _Call:
     """A call without its tensors."""
 
-    op: str
+    op: Op
     serve: Callable[..., Any]
     reference: Callable[..., Any]
     others: tuple[Any, ...]
@@ -55,13 +55,13 @@ class _Call:
         return fn(*arguments, **options)
 
     def differentiable(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Of the results those that have a gradient."""
+        """Return the differentiable results."""
         out = self.run(fn, tensors)
         out = (out,) if isinstance(out, Tensor) else tuple(out)
-        return out[:1] if self.op in LOSS_ALONE else out
+        return out[:1] if self.op.loss_alone else out
 
     def refuse_forward_mode(self) -> None:
-        name = NAMES.get(self.op, self.op)
+        name = self.op.public_name
         raise NotImplementedError(f"{name} has no forward-mode derivative: use backward(), or impl='reference'")
 
 
@@ -77,7 +77,7 @@ class _Forward(torch.autograd.Function):
         ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        if ctx.call.op in LOSS_ALONE:
+        if ctx.call.op.loss_alone:
             ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -172,7 +172,7 @@ def _slice(x: Any, dim: Any, place: int) -> Any:
 
 
 def loop_under_vmap(op: str, library: torch.library.Library) -> None:
-    """Registers what vmap does of an op itself: a backward op inside jacrev, or a call in a compiled graph."""
+    """Register the loop that vmap runs for an op itself: a backward op inside jacrev, or a call in a compiled graph."""
     name, _, overload = op.partition(".")
 
     def rule(info: Any, in_dims: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
@@ -183,7 +183,7 @@ def loop_under_vmap(op: str, library: torch.library.Library) -> None:
 
 
 def refuse_under_vmap(op: str, library: torch.library.Library) -> None:
-    """The same for an op that writes what a step of a GoalSet leaves behind."""
+    """Make vmap refuse an op that writes what a step of a GoalSet leaves behind."""
 
     def rule(*arguments: Any) -> None:
         raise RuntimeError(NO_RECORD)
@@ -192,6 +192,11 @@ def refuse_under_vmap(op: str, library: torch.library.Library) -> None:
 
 
 def refuse_vmap_of_record() -> None:
-    """Before anything of a step is kept."""
+    """Raise under vmap, before anything of a step is kept."""
     if under_vmap():
         raise RuntimeError(NO_RECORD)
+
+
+for _op in OPS.values():
+    for _schema in _op.schemas:
+        (loop_under_vmap if _schema.in_place is None else refuse_under_vmap)(_schema.name, library)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +231,7 @@ class GoalSet(FullPrecisionBuffers):
             params, temperature = params.to(dtype), temperature.to(dtype)
             multipliers = None if multipliers is None else multipliers.to(dtype)
         device = params.device
-        serve = select.resolve("goal_set", device.type, self.impl)
+        serve: Callable[..., tuple[Tensor, Tensor, Tensor]] = select.resolve("goal_set", device.type, self.impl)
         route = self._may if routes(self.route, device) else 0
         code = REDUCTIONS[self.reduction]
         return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.decorators import fake
 from ..common.host_copy import HostCopy, capturing
 from ..common.torch_internals import FullPrecisionBuffers, buffers_of
-from ..dispatch.schemas import _library
+from ..dispatch.schemas import library
 from ..dispatch.select import keeper
 from .history import CAPACITY, History, Rows
 from .record import Layout
@@ -189,11 +189,11 @@ class Monitor(FullPrecisionBuffers):
         self._fresh = Rows(state["fresh"].clone())
 
 
-@torch.library.impl(_library, "goal_set_notice", "CompositeExplicitAutograd")
+@torch.library.impl(library, "goal_set_notice", "CompositeExplicitAutograd")
 def _notice(place: Tensor, handle: int) -> None:
     """Runs where a compiled graph runs, not where it is traced; in a capture, for nothing, as in `Monitor.add`."""
     if not capturing(place.device) and (monitor := _handled.get(handle)) is not None:
         monitor.notice()
 
 
-fake("goal_set_notice", _library)(lambda place, handle: None)
+fake("goal_set_notice", library)(lambda place, handle: None)

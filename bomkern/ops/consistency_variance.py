@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -49,5 +49,5 @@ def consistency_variance(
     if detach:
         first, *rest = given[0].unbind(0) if len(given) == 1 and given[0].dim() == 3 else given
         given = [first, *(view.detach() for view in rest)]
-    serve = select.resolve("consistency_variance", given[0].device.type, impl)
+    serve: Callable[..., Tensor] = select.resolve("consistency_variance", given[0].device.type, impl)
     return serve(given, float(correction))

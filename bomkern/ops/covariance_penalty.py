@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch import distributed as dist
 
@@ -63,4 +65,5 @@ def covariance_penalty(
     if ranks.size > 1:
         ranks.check_shape("z", z)
         return reference.covariance_penalty(z, normalize, REDUCTIONS[reduction], ranks)
-    return select.resolve("covariance_penalty", z.device.type, impl)(z, normalize, REDUCTIONS[reduction])
+    serve: Callable[..., Tensor] = select.resolve("covariance_penalty", z.device.type, impl)
+    return serve(z, normalize, REDUCTIONS[reduction])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..common.checks import check_matrices, check_number
@@ -52,6 +54,5 @@ def gaussian_kl(
         raise ValueError(f"block_size must be given where rho is not 0, got None and rho {rho}")
     if not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_matrices(mu=mu, logvar=logvar)  # raises
-    return select.resolve("gaussian_kl", mu.device.type, impl)(
-        mu, logvar, 1 if block_size is None else block_size, float(rho)
-    )
+    serve: Callable[..., Tensor] = select.resolve("gaussian_kl", mu.device.type, impl)
+    return serve(mu, logvar, 1 if block_size is None else block_size, float(rho))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -72,7 +74,7 @@ def total_correlation(
         raise TypeError(f"dataset_size must be an int or None, got {type(dataset_size).__name__}")
     if not isinstance(z, Tensor) or not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_latents(z, mu, logvar)  # raises
-    serve = select.resolve("total_correlation", z.device.type, impl)
+    serve: Callable[..., Tensor] = select.resolve("total_correlation", z.device.type, impl)
     stratified, ranks = ESTIMATORS[estimator], ranks_of(process_group)
     if ranks.size == 1:
         return serve(z, mu, logvar, dataset_size, stratified)

@@ -1,34 +1,25 @@
 """The nine goals. Each is a pure function with one raw value per sample, [B], lower is better.
 
 Every docstring states the formula, the *ideal* (the value a goal could reach alone) and the *nadir* (no better than
-doing nothing); `anchors` holds both as numbers. B samples, D latents. Those of the latent code alone share one
-`bomkern.latent_statistics` of it.
+doing nothing); `NINE` holds both as numbers. B samples, D latents. Those of the latent code alone share one
+`bomkern.latent_statistics` of it. A goal is a record in `NINE`: the trainer, its presets, plots and reports read those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bomkern import LatentStatistics, consistency_variance, covariance_penalty, total_correlation
+from bomkern import LatentStatistics, Lazy, consistency_variance, covariance_penalty, lazy, total_correlation
 from bomkern.common.process_group import ranks_of
 
 from . import features as see
+from .networks import Pass
 
-GOALS = (
-    "kl_divergence",
-    "disentanglement",
-    "capacity",
-    "behavioral_separation",
-    "latent_stats",
-    "reconstruction",
-    "cross_recon",
-    "realism",
-    "consistency",
-)
 RECONSTRUCTION_WEIGHTS = {"pixel": 0.55, "ssim": 0.15, "edge": 0.15, "perceptual": 0.15}
 
 
@@ -37,21 +28,6 @@ class Anchor(NamedTuple):
 
     ideal: float
     nadir: float
-
-
-def anchors(batch_size: int) -> dict[str, Anchor]:
-    """Ideal and nadir of every goal, from the docstrings below. Only one floor depends on the batch size."""
-    return {
-        "kl_divergence": Anchor(0.0, 120.0),
-        "disentanglement": Anchor(0.0, 20.0),
-        "capacity": Anchor(0.0, 1.0),
-        "behavioral_separation": Anchor(0.0, 1.0),
-        "latent_stats": Anchor(1 / (batch_size - 1), 1.0),
-        "reconstruction": Anchor(0.0, 1.0),
-        "cross_recon": Anchor(0.0, 1.0),
-        "realism": Anchor(0.5, 1.0),
-        "consistency": Anchor(0.0, 1.0),
-    }
 
 
 class Trivial(NamedTuple):
@@ -226,3 +202,91 @@ def trivial_answers(images: Tensor) -> Trivial:
     as_colour = cross_recon(grey.roll(1, 0), see.edges(grey), see.edges(images), other, found).mean()
     unchanged = cross_recon(images, see.edges(images), see.edges(images), other, found).mean()
     return found._replace(swap=torch.minimum(as_colour, unchanged))
+
+
+class Step(NamedTuple):
+    """What a goal's value is computed from. Tensors that several goals read are here once; those of images are lazy."""
+
+    out: Pass  # the forward pass
+    image: Tensor  # [B, 3, S, S]
+    logits: Tensor | Lazy  # of the discriminator for out.recon
+    order: Tensor  # [B, D] int64, a permutation of the rows for each latent
+    trivial: Trivial
+    impl: str | None  # the implementation of the statistics that have kernels
+    group: dist.ProcessGroup | None  # the processes that share the batch
+    code: LatentStatistics
+    edges: Tensor  # of the image, [B, 2, s, s]
+    recon_edges: Tensor | Lazy
+    swap_edges: Tensor | Lazy
+    moved_edges: Tensor | Lazy  # after noise on the appearance
+    colour: Tensor | Lazy  # [B, 3]
+    moved_colour: Tensor | Lazy  # after noise on the structure
+
+
+class Goal(NamedTuple):
+    """A goal of the trainer.
+
+    Attributes:
+        name: in logs, plots and checkpoints.
+        value: its raw values [B] in a step.
+        ideal: may depend on the batch size. nadir: see `Anchor`.
+        diagnosis: the hand-set scale of the preset "diagnosis"; None calibrates it.
+        moving: whether its anchors move in the preset "moving".
+    """
+
+    name: str
+    value: Callable[[Step], Tensor | Lazy]
+    ideal: float | Callable[[int], float]
+    nadir: float
+    diagnosis: float | None = None
+    moving: bool = False
+
+
+NINE = (
+    Goal("kl_divergence", lambda s: kl_divergence(s.code), 0.0, 120.0),
+    Goal(
+        "disentanglement",
+        lambda s: disentanglement(s.out.z, s.out.mu, s.out.logvar, s.order, s.impl, s.group),
+        ideal=0.0,
+        nadir=20.0,
+    ),
+    Goal("capacity", lambda s: capacity(s.code), 0.0, 1.0, diagnosis=0.4),
+    Goal(
+        "behavioral_separation",
+        lambda s: lazy(behavioral_separation, s.colour, s.moved_colour, s.recon_edges, s.moved_edges, s.trivial),
+        ideal=0.0,
+        nadir=1.0,
+    ),
+    Goal(
+        "latent_stats",
+        lambda s: latent_stats(s.out.z, s.code, s.impl, s.group),
+        ideal=lambda batch: 1 / (batch - 1),
+        nadir=1.0,
+    ),
+    Goal(
+        "reconstruction",
+        lambda s: lazy(reconstruction, s.out.recon, s.image, s.recon_edges, s.edges, s.trivial),
+        ideal=0.0,
+        nadir=1.0,
+    ),
+    Goal(
+        "cross_recon",
+        lambda s: lazy(cross_recon, s.out.swap, s.swap_edges, s.edges, s.image.roll(-1, 0), s.trivial),
+        ideal=0.0,
+        nadir=1.0,
+    ),
+    Goal("realism", lambda s: lazy(realism, s.logits), 0.5, 1.0, diagnosis=2.0, moving=True),
+    Goal(
+        "consistency",
+        lambda s: consistency(s.out.views, s.code.mu_variance[: s.out.views.shape[2]], s.impl),
+        ideal=0.0,
+        nadir=1.0,
+        diagnosis=500.0,
+    ),
+)
+GOALS = tuple(goal.name for goal in NINE)
+
+
+def anchors(batch_size: int) -> dict[str, Anchor]:
+    """Return the ideal and nadir of every goal. Only one ideal depends on the batch size."""
+    return {g.name: Anchor(g.ideal(batch_size) if callable(g.ideal) else g.ideal, g.nadir) for g in NINE}

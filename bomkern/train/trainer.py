@@ -39,7 +39,7 @@ def raw_values(
     impl: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[Tensor | Lazy]:
-    """The nine raw values of a step, each [B], in the order of `goals.GOALS`; those of images are lazy.
+    """The nine raw values of a step, each [B], in the order of `nine_goals.NINE`; those of images are lazy.
 
     Args:
         out: the forward pass. image: [B, 3, S, S]. logits: the discriminator's for ``out.recon``.
@@ -51,17 +51,11 @@ def raw_values(
     colour, moved_colour = (lazy(see.mean_colour, x) for x in (out.recon, out.moved_structure))
     edges = see.edges(image)
     code = latent_statistics(out.z, out.mu, out.logvar, process_group=group, impl=impl)
-    return [
-        goal.kl_divergence(code),
-        goal.disentanglement(out.z, out.mu, out.logvar, order, impl, group),
-        goal.capacity(code),
-        lazy(goal.behavioral_separation, colour, moved_colour, recon_edges, moved_edges, trivial),
-        goal.latent_stats(out.z, code, impl, group),
-        lazy(goal.reconstruction, out.recon, image, recon_edges, edges, trivial),
-        lazy(goal.cross_recon, out.swap, swap_edges, edges, image.roll(-1, 0), trivial),
-        lazy(goal.realism, logits),
-        goal.consistency(out.views, code.mu_variance[: out.views.shape[2]], impl),
-    ]
+    step = goal.Step(
+        *(out, image, logits, order, trivial, impl, group, code),
+        *(edges, recon_edges, swap_edges, moved_edges, colour, moved_colour),
+    )
+    return [one.value(step) for one in goal.NINE]
 
 
 class Trainer:

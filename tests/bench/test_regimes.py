@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 from dataclasses import replace
@@ -12,15 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import compare, harness, machine, regimes, rounds
+from bench import cases, compare, harness, machine, regimes, rounds
 from bench.ops import (
-    bench_active_units,
-    bench_consistency_variance,
-    bench_covariance_penalty,
     bench_gaussian_kl,
     bench_goal_set,
     bench_guard,
-    bench_latent_statistics,
     bench_min_goal,
     bench_total_correlation,
 )
@@ -29,11 +26,9 @@ from bench.results import USUAL, Results, read
 from bomkern import min_goal_loss
 from tests.support.bench_results import MACHINE, made, results, row
 
+CASES = [cases.find(op, label) for op, benches in cases.OPS.items() for label in benches.shown]
 GOAL_CASES = [*bench_min_goal.CASES.values(), *bench_goal_set.CASES.values()]
-CODE_CASES = [
-    *(bench_total_correlation.CASE, bench_gaussian_kl.CASE, bench_consistency_variance.CASE),
-    *(bench_active_units.CASE, bench_latent_statistics.CASE, bench_covariance_penalty.BY_SAMPLE),
-]
+CODE_CASES = [case for case in CASES if case.op not in ("min_goal", "goal_set")]
 EACH = [
     *((case, {"K": 9, "B": 64}, regime) for case in GOAL_CASES for regime in (case.usual, *case.regimes)),
     *((case, {"B": 48, "D": 32}, regime) for case in CODE_CASES for regime in (case.usual, *case.regimes)),
@@ -161,22 +156,9 @@ def benches(test: Any) -> list[tuple[dict[str, int], str, str, str]]:
     return next(mark.args[1] for mark in test.pytestmark if "regime" in mark.args[0])
 
 
-MODULES = {
-    "min_goal all six constraints": bench_min_goal,
-    "min_goal anchored": bench_min_goal,
-    "goal_set spill": bench_goal_set,
-    "total_correlation": bench_total_correlation,
-    "gaussian_kl": bench_gaussian_kl,
-    "consistency_variance": bench_consistency_variance,
-    "active_units": bench_active_units,
-    "latent_statistics": bench_latent_statistics,
-    "covariance_penalty": bench_covariance_penalty,
-}
-
-
 @pytest.mark.parametrize("case", write.SHOWN)
 def test_what_the_readme_shows_is_benched_in_every_regime(case: str) -> None:
-    module: Any = MODULES[case]
+    module: Any = importlib.import_module(f"bench.ops.bench_{case.split()[0]}")
     made = benches(module.test_peers)
     made += benches(module.test_large) if case == "total_correlation" else []
     asked = regimes.GOALS if "goal" in case else regimes.CODES

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import bomkern
-from bomkern.dispatch import select
+from bomkern.dispatch import extension, schemas, select
 from tests.support.servers import PAIRS, why_skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("op", select.OPS)
+@pytest.mark.parametrize("op", schemas.OPS)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_is_tested_here(op: str, pair: tuple[str, str]) -> None:
     if reason := why_skipped(op, *pair):
@@ -69,8 +69,8 @@ def test_what_lacks_is_told_with_the_way_to_get_it(found: Any, told: str, monkey
             raise found
         return found
 
-    monkeypatch.setattr(select.importlib, "import_module", import_module)
-    module, why = select._load()
+    monkeypatch.setattr(extension.importlib, "import_module", import_module)
+    module, why = extension.load()
     assert module is None and told in why and why.endswith("--no-cache-dir")
 
 

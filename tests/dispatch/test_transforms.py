@@ -16,6 +16,7 @@ from bomkern import Anchored, GoalSet, Group, Minimize, MinimizeHard, Upper, min
 from bomkern.dispatch import select
 from tests.support.processes import run_tests
 from tests.support.servers import servers
+from tests.support.statistics import OPS, Op, values_of
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
 Call = Callable[..., tuple[Tensor, ...]]
@@ -75,6 +76,18 @@ CALLS: dict[str, Call] = {
     "active_units": lambda z, mu, logvar, impl: bomkern.active_units(mu, impl=impl),
     "latent_statistics": lambda z, mu, logvar, impl: tuple(bomkern.latent_statistics(z, mu, logvar, impl=impl)),
 }
+
+
+def on_a_code(op: Op) -> Call:
+    def call(z: Tensor, mu: Tensor, logvar: Tensor, impl: str) -> tuple[Tensor, ...]:
+        given = {"z": z, "mu": mu, "logvar": logvar}
+        return values_of(op.call(*(given.get(name, z) for name in op.arguments), impl=impl))
+
+    return call
+
+
+for _name, _op in OPS.items():
+    CALLS.setdefault(_name, on_a_code(_op))
 EACH = pytest.mark.parametrize("name", CALLS)
 
 

@@ -17,7 +17,9 @@ from bomkern.dispatch import select
 from bomkern.reference import record_parts
 from tests.fuzz.cases import Case, Given, alike, size, tensor
 from tests.fuzz.ops import Drawn, Errors, Op, Outputs
+from tests.support.constraints import arguments, kinds
 
+KINDS = kinds()
 LEVEL = 1e-8  # scores are at most 1: one of 1e-16 may be 0
 
 
@@ -30,19 +32,13 @@ def level_unit(deficits: Tensor) -> float:
 def constraint(source: Random) -> list[Any]:
     """A constraint as data: its name and its numbers."""
     scale, at = source.choice([1e-3, 0.1, 0.3, 0.5, 1.0, 7.0, 1e3]), source.choice([0.0, 0.0, 0.1, 0.5, -1.3, 1e4])
-    kind = source.randrange(6)
-    if kind == 1:
-        return ["MinimizeHard", scale]
-    if kind < 4:
-        return [["Minimize", "", "Upper", "Lower"][kind], *((scale, at) if kind == 0 else (at, scale))]
+    name = source.choice(list(KINDS))
     tail = source.choice([0.05, 0.3, 0.01, 0.9])
-    if kind == 4:
-        return ["Box", at - scale, at + scale * 1.7, tail]
-    return ["BoxAsymmetric", at - scale, at, at + 2 * scale, tail]
+    return [name, *arguments(KINDS[name], scale, at, tail).values()]
 
 
 def made(given: list[list[Any]]) -> list[Constraint]:
-    return [getattr(bomkern, name)(*numbers) for name, *numbers in given]
+    return [KINDS[name](*numbers) for name, *numbers in given]
 
 
 def table(case: Case, tensors: list[Tensor], narrow: bool) -> ConstraintTable:

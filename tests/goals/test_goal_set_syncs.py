@@ -15,6 +15,7 @@ from bomkern import (
     Tracking,
 )
 from bomkern.dispatch import select
+from bomkern.dispatch.schemas import OPS
 from bomkern.goals import monitor, policies
 from tests.support.goal_sets import EACH_RULE, RULES, every_policy
 from tests.support.servers import COMPILED
@@ -67,7 +68,7 @@ def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: A
     monkeypatch.setattr(monitor, "ROWS", 4)
     monkeypatch.setattr(monitor, "HostCopy", Arrives)
     if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
-        monkeypatch.setattr(select, "resolve", lambda op, device, impl: select._COMPILED[op]())
+        monkeypatch.setattr(select, "resolve", lambda op, device, impl: select.compiled(OPS[op]))
     goals = every_policy(**rule).to("meta")
     monkeypatch.setattr(Arrives, "monitor", goals.monitor, raising=False)
     raw, ok = values("meta"), torch.ones((), dtype=torch.bool, device="meta")

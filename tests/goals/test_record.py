@@ -7,7 +7,7 @@ import torch
 
 from bomkern import GoalSet, Group, Minimize
 from bomkern.reference import RecordAt, record_parts
-from tests.conftest import ROOT
+from tests.support.processes import ROOT
 
 SIZES = pytest.mark.parametrize(("goals", "columns"), [(1, 1), (2, 5), (9, 9), (64, 64)])
 

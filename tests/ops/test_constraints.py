@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bomkern import Box, BoxAsymmetric, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
 from bomkern.constraints import Constraint
+from tests.support.constraints import arguments, kinds
 
 
 def box_score(x: float, lower: float, healthy: float, upper: float, tail: float) -> float:
@@ -29,6 +30,21 @@ CASES = [
     (Box(-1.0, 3.0, tail=0.3), lambda x: box_score(x, -1, 1, 3, 0.3)),
     (BoxAsymmetric(-1.0, 0.5, 4.0, tail=0.1), lambda x: box_score(x, -1, 0.5, 4, 0.1)),
 ]
+
+
+def test_every_constraint_has_a_formula_here() -> None:
+    assert {type(constraint).__name__ for constraint, _ in CASES} == set(kinds())
+
+
+@pytest.mark.parametrize("kind", kinds().values(), ids=kinds())
+def test_a_table_holds_every_constraint(kind: type[Constraint]) -> None:
+    """By its ramp and curve alone, which is all that the kernels know of it."""
+    constraint = kind(**arguments(kind, 0.5, 0.25, 0.1))
+    x = torch.linspace(-1, 2, 31, dtype=torch.float64)
+    for impl in ("reference", None):
+        table = ConstraintTable([constraint], dtype=torch.float64)
+        a, b = (min_goal_loss([x], given, reduction="none", impl=impl) for given in (constraint, table))
+        assert torch.equal(a, b) and pickle.loads(pickle.dumps(constraint)) == constraint
 
 
 @pytest.mark.parametrize(("constraint", "score"), CASES, ids=lambda c: repr(c) if isinstance(c, Constraint) else "")

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bomkern import Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
+from bomkern import Constraint, Minimize, Upper, min_goal_loss
 from bomkern.reference import record_parts
 from tests.fuzz.cases import LAYOUTS, laid_out
+from tests.support.constraints import arguments, kinds
 from tests.support.goal_set_op import call as goal_set
 from tests.support.goal_set_op import run as run_goal_set
 from tests.support.goals import REDUCTIONS
@@ -23,19 +24,13 @@ RULE = pytest.mark.parametrize("server", servers("min_goal"))
 
 
 def constraints_of(count: int, seed: int, unit: float = 1.0) -> list[Constraint]:
-    """All six kinds in turn, with numbers of their own, in units of raw values."""
+    """All kinds in turn, with numbers of their own, in units of raw values."""
     spread = torch.rand(count, generator=torch.Generator().manual_seed(seed)) + 0.3
+    every = list(kinds().values())
     made: list[Constraint] = []
     for k, s in enumerate((spread * unit).tolist()):
-        kinds = (
-            lambda s: Minimize(s, 0.25 * unit),
-            lambda s: MinimizeHard(s),
-            lambda s: Upper(0.5 * unit, s),
-            lambda s: Lower(0.5 * unit, s),
-            lambda s: Box(-s, s + unit),
-            lambda s: BoxAsymmetric(-s, 0.25 * unit, s + unit, 0.3),
-        )
-        made.append(kinds[k % 6](s))
+        kind = every[k % len(every)]
+        made.append(kind(**arguments(kind, s, 0.25 * unit, 0.3)))
     return made
 
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bomkern
 from bomkern import active_units, consistency_variance, covariance_penalty, gaussian_kl, latent_statistics
+from bomkern.dispatch import schemas
 from tests.support.processes import run_tests
 from tests.support.statistics import (
     EVERY,
@@ -35,7 +36,7 @@ def op_calls(batch: int, dims: int) -> dict[str, list[tuple[Inputs, tuple[Any, .
     """Arguments of the ops as torch.ops has them: some calls of each, as (inputs, numbers, keywords)."""
     z, mu, logvar = codes(batch, dims)
     given = views(batch, dims)
-    return {
+    written: dict[str, Any] = {
         "gaussian_kl": [((mu, logvar), (block, rho), {}) for block, rho in ((1, 0.0), (2, 0.5), (dims - 1, 0.5))],
         "consistency_variance": [(given, (1.0,), {}), ((torch.stack(given),), (0.5,), {})],
         "active_units": [((mu,), (0.1, 0.05), {})],
@@ -46,6 +47,7 @@ def op_calls(batch: int, dims: int) -> dict[str, list[tuple[Inputs, tuple[Any, .
             for per_sample in (False, True)
         ],
     }
+    return {name: written.get(name, [(op.make(batch, dims), op.numbers, {})]) for name, op in OPS.items()}
 
 
 def arguments_of(name: str, inputs: Inputs, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -63,7 +65,9 @@ def backward_arguments(name: str, inputs: Inputs, numbers: tuple[Any, ...], out:
     if name == "latent_statistics":
         every, some = [ramp(x) for x in out[:9]], [ramp(x) if k % 2 else None for k, x in enumerate(out[:9])]
         return [(g, *inputs, *out[9:], out[6], *numbers, want) for g in (every, some) for want in wants]
-    return [(ramp(out[0]), *inputs, *out[1:], *numbers)]
+    if name == "covariance_penalty":
+        return [(ramp(out[0]), *inputs, *out[1:], *numbers)]
+    return OPS[name].backward(getattr(torch.ops.bomkern, f"{name}_backward"), inputs, out)
 
 
 @pytest.mark.parametrize(("name", "batch", "dims"), [*((name, 9, 4) for name in OPS), ("covariance_penalty", 4, 6)])
@@ -91,7 +95,7 @@ def test_fakes_match_the_reference(name: str, dtypes: tuple[str, ...]) -> None:
     for inputs, numbers, keywords in (call for size in ((9, 4), (4, 6)) for call in op_calls(*size)[name]):
         inputs = tuple(x.to(getattr(torch, dtypes[k % len(dtypes)])) for k, x in enumerate(inputs))
         # The op takes the numbers in the reference's order, which the reference takes without names.
-        want = values_of(getattr(bomkern.reference, name)(*arguments_of(name, inputs, numbers)))
+        want = values_of(schemas.OPS[name].reference(*arguments_of(name, inputs, numbers)))
         with FakeTensorMode() as mode, torch.no_grad():
             fakes = tuple(mode.from_tensor(x) for x in inputs)
             saved = {"save": True} if keywords else {}

@@ -43,7 +43,7 @@ def mean_pull(value: Tensor) -> Tensor:
 def op_arguments(name: str, dtypes: tuple[torch.dtype, ...] = (FLOAT,) * 3) -> list[tuple[Any, ...]]:
     """Arguments of torch.ops.bomkern.NAME_triton, some calls of each."""
     z, mu, logvar = (x.to(DEVICE, dtype).requires_grad_() for x, dtype in zip(codes(5, 4, DOUBLE), dtypes, strict=True))
-    return {
+    written: dict[str, list[tuple[Any, ...]]] = {
         "gaussian_kl": [(mu, logvar, 1, 0.0), (mu, logvar, 2, 0.5), (mu, logvar, 3, 0.5)],
         "consistency_variance": [([z, mu, logvar], 1.0), ([torch.stack([z, z * 2]).detach().requires_grad_()], 0.5)],
         "active_units": [(mu, 0.1, 0.05)],
@@ -53,7 +53,11 @@ def op_arguments(name: str, dtypes: tuple[torch.dtype, ...] = (FLOAT,) * 3) -> l
             (z[:3].detach(), False, True, True),
             (z.detach(), True, False, False),
         ],
-    }[name]
+    }
+    if name in written:
+        return written[name]
+    inputs = OPS[name].make(5, 4)
+    return [(*(x.to(DEVICE, t).requires_grad_() for x, t in zip(inputs, dtypes, strict=False)), *OPS[name].numbers)]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, in what a `where` discards
@@ -269,7 +273,10 @@ def backward_arguments(name: str, given: list[Any], out: list[Tensor]) -> list[t
         some = [torch.ones_like(x) if k % 2 else None for k, x in enumerate(out[:9])]
         every = [torch.ones_like(x) for x in out[:9]]
         return [(every, *given[:3], out[9], [True] * 3), (some, *given[:3], out[9], [True, False, True])]
-    return [(pull, given[0], *out[1:], *given[1:3])] if given[3] else []
+    if name == "covariance_penalty":
+        return [(pull, given[0], *out[1:], *given[1:3])] if given[3] else []
+    inputs = tuple(given[: len(OPS[name].arguments)])
+    return OPS[name].backward(getattr(torch.ops.bomkern, f"{name}_triton_backward"), inputs, tuple(out))
 
 
 @needs_triton

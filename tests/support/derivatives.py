@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from bomkern import (
 from bomkern.common.reductions import REDUCTIONS
 from bomkern.dispatch import select
 from tests.support.goals import SIX
-from tests.support.statistics import codes, views
+from tests.support.statistics import OPS, codes, views
 
 Inputs = tuple[Tensor, ...]
 Values = Tensor | tuple[Tensor, ...]
@@ -266,6 +266,9 @@ def problems() -> dict[str, Problem]:
             found[f"covariance_penalty {reduction}{' normalized' * normalize}"] = statistics(
                 (z,), bomkern.covariance_penalty, normalize=normalize, reduction=reduction
             )
+    for name in OPS.keys() - {problem.op for problem in found.values()}:  # those without options of their own above
+        inputs = tuple(x.double() for x in OPS[name].make(6, 4))
+        found[name] = replace(statistics(inputs, OPS[name].call), op=name)
     for reduction in REDUCTIONS:
         for matrix in (False, True):
             lay = " matrix" * matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -55,12 +56,22 @@ def views(batch: int, dims: int, count: int = 3, dtype: torch.dtype = torch.floa
 
 @dataclass(frozen=True)
 class Op:
-    """One op as the shared tests call it: ``call(*inputs, impl=)`` on the inputs that ``make(B, D)`` gives."""
+    """One op as the shared tests call it: ``call(*inputs, impl=)`` on the inputs that ``make(B, D)`` gives.
+
+    Attributes:
+        arguments: names of the inputs. numbers: what torch.ops.bomkern.NAME takes after them.
+    """
 
     name: str
     make: Callable[[int, int], Inputs]
     call: Call
     arguments: tuple[str, ...]
+    numbers: tuple[float, ...] = ()
+
+    def backward(self, op: Any, inputs: Inputs, out: Inputs) -> list[tuple[Any, ...]]:
+        """Return arguments of the op's backward, where it takes what the forward took and saved."""
+        wants = any(argument.name == "want" for argument in op.default._schema.arguments)
+        return [(ramp(out[0]), *inputs, *out[1:], *self.numbers, *([[True] * len(inputs)] if wants else []))]
 
 
 OPS = {

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import bomkern
+from bomkern.dispatch import schemas
 
 DOCS = Path(__file__).parents[2] / "docs"
+ROOT = DOCS.parent
 RESULTS = DOCS.parent / "bench" / "results"
 PAGES = sorted(DOCS.rglob("*.md"))
 OPS = sorted((DOCS / "ops").glob("*.md"))
@@ -54,6 +56,12 @@ def test_every_op_has_its_figures(page: Path) -> None:
     cases = re.findall(r"^<!-- bench (\S+)", text, re.MULTILINE)
     assert set(cases) == {page.stem.removesuffix("_loss")}
     assert hooks.expand(text).count("\n|---|") > len(cases)
+
+
+def test_every_op_has_a_page_in_the_navigation() -> None:
+    assert "ops/" not in (ROOT / "mkdocs.yml").read_text(), "docs/hooks.py fills the navigation's ops"
+    navigation = [page for entry in hooks.ops_navigation() for page in entry.values()]
+    assert sorted(navigation) == sorted(op.page for op in schemas.OPS.values())
 
 
 def test_every_case_is_on_a_page() -> None:

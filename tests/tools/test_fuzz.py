@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bomkern.dispatch import select
+from bomkern.dispatch import schemas, select
 from tests.fuzz.cases import Case, Given
 from tests.fuzz.running import OPS, draw, failure_of, main
 from tests.support.servers import only_cpu
 
 Serve = Callable[..., Any]
+
+
+def test_every_op_is_fuzzed() -> None:
+    assert set(schemas.OPS) <= set(OPS), "add a class to tests/fuzz, and an instance to the OPS of its file"
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -4,25 +4,18 @@ Import it only where impl "triton" is asked for. It imports triton itself no soo
 may touch a driver.
 """
 
-# Each name is from now on the function, not its module.
-from .active_units import active_units
-from .consistency_variance import consistency_variance
-from .covariance_penalty import covariance_penalty
-from .gaussian_kl import gaussian_kl
-from .goal_set import goal_set
-from .latent_statistics import latent_statistics
-from .launcher import why_not
-from .min_goal import min_goal
-from .total_correlation import total_correlation
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
 
-__all__ = [
-    "active_units",
-    "consistency_variance",
-    "covariance_penalty",
-    "gaussian_kl",
-    "goal_set",
-    "latent_statistics",
-    "min_goal",
-    "total_correlation",
-    "why_not",
-]
+from ..schemas import OPS
+from .launcher import why_not as why_not
+
+# The function of each op that has a file here. Each name is from now on the function, not its module.
+served: dict[str, Callable[..., Any]] = {
+    op: getattr(importlib.import_module(f"{__name__}.{op}"), op)
+    for op in OPS
+    if importlib.util.find_spec(f"{__name__}.{op}") is not None
+}
+globals().update(served)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...common.torch_internals import is_legacy_batched
-from ..transforms import NAMES, loop_under_vmap
+from ..schemas import OPS
+from ..transforms import loop_under_vmap
 
 Grads = Sequence[Tensor | None]
 NO_BATCH = "takes no batched gradients (is_grads_batched=True, vectorize=True): use torch.func.jacrev"
@@ -95,7 +96,7 @@ def register(
         made: Grads = [None] * len(want)
         if any(want) and any(g is not None for g in grads):
             if lists and not torch.compiler.is_compiling() and any(map(_batched, grads)):
-                raise NotImplementedError(f"{NAMES.get(op, op)} {NO_BATCH}")
+                raise NotImplementedError(f"{OPS[op].public_name} {NO_BATCH}")
             found = (again if torch.is_grad_enabled() else pull)(ctx, grads, want)
             made = [g if wanted else None for g, wanted in zip(found, want, strict=True)]
         return (made, *ctx.others) if ctx.listed else (*made, *ctx.others)

@@ -310,3 +310,47 @@ CASES: dict[str, list[Case]] = {
     "latent_statistics": latent_statistics_cases(),
     "covariance_penalty": covariance_penalty_cases(),
 }
+
+# Kernels by Triton of a call and of its backward; then those of PyTorch beside them, in either.
+LAUNCHES = {
+    "min_goal": {
+        "one program": (1, 1, 0, 0),
+        "no statistics, no reduction": (1, 1, 0, 0),
+        "many programs": (2, 1, 0, 0),
+        "0-dim goals": (2, 2, 0, 0),
+        "no gradient": (2, 0, 0, 0),
+    },
+    "goal_set": {  # with a gradient, PyTorch copies the settings for a second one
+        "one program": (1, 1, 1, 0),
+        "many programs": (2, 1, 1, 0),
+        "0-dim goals": (2, 2, 1, 0),
+        "no gradient": (2, 0, 0, 0),
+    },
+    "total_correlation": {  # PyTorch's: the range and the sum of logvar, parts of grad_z, gradients to half precision
+        "one chunk": (4, 4, 2, 2),
+        "halves": (4, 4, 2, 4),
+        "one gradient": (4, 3, 2, 2),
+        "one dimension": (3, 4, 1, 2),
+        "two chunks": (4, 7, 2, 4),
+    },
+    "gaussian_kl": {"always": (1, 1, 0, 0)},
+    "consistency_variance": {"always": (1, 1, 0, 0)},
+    "active_units": {"one program": (1, 1, 0, 0), "many programs": (2, 1, 0, 0)},
+    "latent_statistics": {"one program": (1, 1, 0, 0), "many programs": (2, 1, 0, 0)},
+    "covariance_penalty": {  # PyTorch makes the matrix products, and fills diagonals
+        "sample": (3, 2, 3, 3),
+        "sample, raw": (3, 2, 3, 3),
+        "sample, one gradient": (3, 2, 3, 0),
+        "sample, one gradient, raw": (3, 1, 3, 0),
+        "sample, D > B": (3, 4, 1, 1),
+        "sample, D > B, raw": (3, 4, 1, 1),
+        "sample, D > B, one gradient": (3, 3, 1, 1),
+        "sample, D > B, one gradient, raw": (3, 2, 1, 1),
+        "batch": (3, 3, 1, 1),
+        "batch, raw": (3, 2, 1, 1),
+        "batch, D > B": (4, 3, 1, 1),
+        "batch, D > B, raw": (4, 2, 1, 1),
+        "rows cut": (4, 2, 3, 3),
+        "matrix cut": (4, 3, 1, 1),
+    },
+}
