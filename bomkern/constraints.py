@@ -1,6 +1,6 @@
-"""Constraints: how the raw value of a goal becomes a score, and so a deficit.
+"""Constraints: map the raw value of a goal to a score, and so to a deficit.
 
-Six constraints, one form. Each is a two-sided linear *ramp* around a centre,
+All six constraints have one form: a two-sided linear *ramp* around a centre,
 
     r(x) = right * (x - center)  where x > center,
            left  * (x - center)  where x < center,
@@ -12,7 +12,7 @@ followed by one of three *curves* that give the deficit ``d = -log(score)``:
     BARRIER  d = -log(1 - r)                r <= 1 - tail
                = -log(tail) + (r - 1 + tail) / tail       Box, BoxAsymmetric
 
-`ConstraintTable` holds four numbers a goal, ``(center, right, left, tail)``, on the device, so that they can change
+`ConstraintTable` holds four numbers per goal, ``(center, right, left, tail)``, on the device, so that they can change
 without a host sync and inside a captured CUDA graph. The kernels know only the ramp and the curve.
 """
 
@@ -57,7 +57,7 @@ def _tail(owner: str, value: object) -> float:
 class Constraint:
     """Base of the six constraints: immutable, hashable, equal by value.
 
-    ``curve`` is LINEAR, HARD or BARRIER; ``ramp`` is ``(center, right, left, tail)``: see the docstring of the module.
+    ``curve`` is LINEAR, HARD or BARRIER, and ``ramp`` is ``(center, right, left, tail)``; see the module's docstring.
     """
 
     curve: ClassVar[int]
@@ -66,7 +66,7 @@ class Constraint:
     ramp: tuple[float, float, float, float]
     _arguments: dict[str, float]
     _hash: int
-    _text: str  # the ramp: a compiled graph takes text for constant, but a number for one that may change
+    _text: str  # the ramp: torch.compile treats text as constant, but floats as values that may change
 
     def _freeze(self, ramp: tuple[float, float, float, float], **arguments: float) -> None:
         text = " ".join(map(repr, ramp))
@@ -80,7 +80,7 @@ class Constraint:
         )
 
     def __getattr__(self, name: str) -> float:
-        # Reached only where the slots hold no such name; the arguments as they were given.
+        # Called only for names without a slot: returns the arguments as the user gave them.
         if not name.startswith("_") and name in self._arguments:
             return self._arguments[name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
@@ -91,7 +91,7 @@ class Constraint:
     def __hash__(self) -> int:
         try:
             return self._hash
-        except AttributeError:  # only when asked for: torch 2.11 cannot trace it where a graph makes a constraint
+        except AttributeError:  # lazily: torch 2.11 cannot trace hash() in a graph that makes a constraint
             object.__setattr__(self, "_hash", hash((type(self), self.ramp)))
             return self._hash
 
@@ -105,7 +105,7 @@ class Constraint:
 class Minimize(Constraint):
     """Score ``exp(-(x - ideal) / scale)``: deficit 0 at ``ideal``, 1 at ``ideal + scale``.
 
-    A raw value below ``ideal`` scores above 1: better than ideal, and allowed.
+    A raw value below ``ideal`` scores above 1: it is better than ideal, which is allowed.
 
     Args:
         scale: raw units per unit of deficit, > 0; ``nadir - ideal`` for an anchored goal.
@@ -121,7 +121,7 @@ class Minimize(Constraint):
 
 
 class MinimizeHard(Constraint):
-    """Score ``1 / (1 + (x / scale)^2)``: flat near 0, one half at ``scale``, and a heavy tail far out.
+    """Score ``1 / (1 + (x / scale)^2)``: flat near 0, one half at ``scale``, heavy-tailed far out.
 
     Args:
         scale: the raw value with score one half, > 0.
@@ -168,12 +168,12 @@ class Lower(Constraint):
 
 
 class BoxAsymmetric(Constraint):
-    """Score 1 at ``healthy``, falling to ``tail`` near ``lower`` and ``upper``, and on towards 0 outside them.
+    """Score 1 at ``healthy``, falling to ``tail`` near ``lower`` and ``upper``, and towards 0 beyond them.
 
     A relaxed log barrier (Hauser & Saccon 2006, "A barrier function method for the optimization of trajectory
-    functionals with constraints"): with ``r`` the distance from ``healthy`` over the half-width of its side, the score
-    is ``1 - r`` where ``r <= 1 - tail``, else ``tail * exp(-(r - 1 + tail) / tail)``. Its slope has
-    no jump at the seam.
+    functionals with constraints"). Let ``r`` be the distance from ``healthy`` over the half-width of its side. The
+    score is ``1 - r`` if ``r <= 1 - tail``, else ``tail * exp(-(r - 1 + tail) / tail)``. Its slope has no jump at the
+    seam.
 
     Args:
         lower, healthy, upper: raw values, ``lower < healthy < upper``.
@@ -219,7 +219,7 @@ class Box(Constraint):
 
 
 def check_constraints(constraints: Sequence[object]) -> None:
-    """That each is a constraint; a TypeError names the first that is not."""
+    """Check that each is a constraint; a TypeError names the first that is not."""
     for k, constraint in enumerate(constraints):
         if not isinstance(constraint, Constraint):
             raise TypeError(f"constraints[{k}] must be a constraint, got {type(constraint).__name__}")
@@ -228,17 +228,17 @@ def check_constraints(constraints: Sequence[object]) -> None:
 class ConstraintTable:
     """K constraints with their parameters in device memory.
 
-    Pass it as ``constraints=`` where parameters change during training, above all inside a captured CUDA graph: write
-    into ``params``, or assign ``table[k] = Minimize(3.0)``, and the next call or replay sees it. No host sync is made.
+    Pass it as ``constraints=`` if parameters change during training, especially inside a captured CUDA graph. Write
+    into ``params``, or assign ``table[k] = Minimize(3.0)``: the next call or replay sees it, without a host sync.
 
     Args:
         constraints: 1 to 64 constraints.
-        device: where the goals live.
-        dtype: float32, or float64 for goals that are float64.
+        device: device of the goals.
+        dtype: float32, or float64 for float64 goals.
 
     Attributes:
         params: [K, 4], the columns ``center, right, left, tail`` of each goal's ramp and curve (see the module).
-        curves: K curve codes. They are fixed: a kernel launch has them baked in.
+        curves: K curve codes. They are fixed, because a kernel launch has them baked in.
     """
 
     def __init__(
@@ -272,13 +272,13 @@ class ConstraintTable:
 
 
 def write_ramp(row: Tensor, constraint: Constraint) -> None:
-    """Write a constraint's parameters into a row of a table, [4]; not by a copy from the host, which would wait."""
-    for place, value in zip(row.unbind(), constraint.ramp, strict=True):
-        place.fill_(value)
+    """Write a constraint's parameters into a row of a table, [4], without a copy from the host, which would wait."""
+    for entry, value in zip(row.unbind(), constraint.ramp, strict=True):
+        entry.fill_(value)
 
 
 def pack(constraints: Sequence[Constraint], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
-    """``params`` and ``curves`` of a table of these constraints; the tensor is shared, see `on_device`."""
+    """Return ``params`` and ``curves`` of a table of these constraints; the tensor is shared, see `on_device`."""
     if torch.compiler.is_dynamo_compiling():
         ramps: tuple[Any, ...] = tuple(tuple(float(x) for x in c._text.split()) for c in constraints)
     else:

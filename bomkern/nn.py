@@ -1,7 +1,7 @@
 """The ops as modules, for `torch.nn.Sequential`, configuration files and ``print(model)``.
 
-Each is a function of bomkern with its options bound: ``TotalCorrelation(50_000)(z, mu, logvar)`` is
-``total_correlation(z, mu, logvar, 50_000)``. Options are checked by the function, when the module is called.
+Each module is a function of bomkern with its options bound: ``TotalCorrelation(50_000)(z, mu, logvar)`` is
+``total_correlation(z, mu, logvar, 50_000)``. The function checks the options when the module is called.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ __all__ = [
 
 
 class _Bound(torch.nn.Module):
-    """A function with options, which it prints.
+    """Base of the modules that bind the options of a function and print them.
 
-    ``process_group``, where the function takes one, is not copied with the module, nor saved.
+    A ``process_group`` option is neither copied with the module nor saved.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -60,12 +60,12 @@ class MinGoalLoss(FullPrecisionBuffers):
     """`bomkern.min_goal_loss` with its constraints.
 
     Args:
-        constraints: one for each goal, or None where goals are scores already.
+        constraints: one for each goal, or None if the goals are scores already.
         reduction, return_stats, route, materialize, impl: see `bomkern.min_goal_loss`.
 
     Attributes:
         params: [K, 4] buffer of the constraints' parameters (`ConstraintTable`), which moves with ``to`` and is saved
-            by ``state_dict``; None without constraints. Changed in place, it is what the next call takes.
+            by ``state_dict``; None without constraints. The next call sees a change in place.
 
     Example:
         >>> loss = MinGoalLoss([Minimize(0.1), Upper(30.0, margin=10.0)])
@@ -100,11 +100,11 @@ class MinGoalLoss(FullPrecisionBuffers):
         """See `bomkern.min_goal_loss`."""
         table = self._table
         if table is not None and self.params is not None:
-            given = [goals] if isinstance(goals, Tensor) else goals
-            wide = any(isinstance(goal, Tensor) and goal.dtype is torch.float64 for goal in given)
+            columns = [goals] if isinstance(goals, Tensor) else goals
+            wide = any(isinstance(goal, Tensor) and goal.dtype is torch.float64 for goal in columns)
             table.params = self.params.to(torch.float64 if wide else torch.float32)
-        made: Tensor | tuple[Tensor, MinGoalStats] = min_goal_loss(goals, table, **self.options)
-        return made
+        out: Tensor | tuple[Tensor, MinGoalStats] = min_goal_loss(goals, table, **self.options)
+        return out
 
     def extra_repr(self) -> str:
         options = [f"{name}={value!r}" for name, value in self.options.items() if value not in (None, ())]
@@ -112,7 +112,7 @@ class MinGoalLoss(FullPrecisionBuffers):
 
 
 class TotalCorrelation(_Bound):
-    """`bomkern.total_correlation`: (z, mu, logvar), [B, D] each, to [B]."""
+    """`bomkern.total_correlation`: maps (z, mu, logvar), [B, D] each, to [B]."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class TotalCorrelation(_Bound):
 
 
 class GaussianTotalCorrelation(_Bound):
-    """`bomkern.gaussian_total_correlation`: z [B, D] to a number."""
+    """`bomkern.gaussian_total_correlation`: maps z [B, D] to a 0-dim tensor."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__(process_group=process_group)
@@ -139,7 +139,7 @@ class GaussianTotalCorrelation(_Bound):
 
 
 class GaussianKL(_Bound):
-    """`bomkern.gaussian_kl`: (mu, logvar), [B, D] each, to [B]."""
+    """`bomkern.gaussian_kl`: maps (mu, logvar), [B, D] each, to [B]."""
 
     def __init__(self, block_size: int | None = None, rho: float = 0.0, *, impl: str | None = None) -> None:
         super().__init__(block_size=block_size, rho=rho, impl=impl)
@@ -149,7 +149,7 @@ class GaussianKL(_Bound):
 
 
 class ConsistencyVariance(_Bound):
-    """`bomkern.consistency_variance`: views [V, B, D], or V tensors [B, D], to [B]."""
+    """`bomkern.consistency_variance`: maps views [V, B, D], or V tensors [B, D], to [B]."""
 
     def __init__(self, correction: float = 1, *, detach: bool = False, impl: str | None = None) -> None:
         super().__init__(correction=correction, detach=detach, impl=impl)
@@ -159,7 +159,7 @@ class ConsistencyVariance(_Bound):
 
 
 class CovariancePenalty(_Bound):
-    """`bomkern.covariance_penalty`: z [B, D] to [B], or to a number with ``reduction="batch"``."""
+    """`bomkern.covariance_penalty`: maps z [B, D] to [B], or to a 0-dim tensor with ``reduction="batch"``."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class CovariancePenalty(_Bound):
 
 
 class ActiveUnits(_Bound):
-    """`bomkern.active_units`: mu [B, D] to two numbers, the active and the effective fraction."""
+    """`bomkern.active_units`: maps mu [B, D] to the active and the effective fraction, 0-dim each."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class ActiveUnits(_Bound):
 
 
 class LatentStatistics(_Bound):
-    """`bomkern.latent_statistics`: (z, mu, logvar), [B, D] each, to its nine fields."""
+    """`bomkern.latent_statistics`: maps (z, mu, logvar), [B, D] each, to `bomkern.LatentStatistics`."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ TRAIN, HELD_OUT = IMAGES[:1500], IMAGES[1500:]
 
 
 def errors(recon: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Of pixels, and of differences between neighbours; [B] each."""
+    """Return the squared errors of pixels and of differences between neighbours, [B] each."""
     off = recon - x
     return {"recon": off.square().mean(dim=(1, 2, 3)), "edges": off.diff(dim=-1).square().mean(dim=(1, 2, 3))}
 
@@ -36,7 +36,7 @@ class DigitsVAE(pl.LightningModule):
             nn.Linear(LATENTS, 128), nn.ReLU(), nn.Linear(128, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8))
         )
         self.goals = GoalSet(
-            recon=Anchored(0.0, "baseline"),  # what is no better than nothing is measured before the first step
+            recon=Anchored(0.0, "baseline"),  # the error of the trivial answer, set by anchors() before the first step
             edges=Anchored(0.0, "baseline"),
             kl=Anchored(0.0, 25.0),  # nats
             apart=Anchored("floor", LATENTS - 1.0),  # squared correlations of the latents
@@ -44,7 +44,7 @@ class DigitsVAE(pl.LightningModule):
         )
 
     def anchors(self) -> dict[str, dict[str, float]]:
-        """What the mean image scores, and the squared correlations that chance alone leaves in a batch."""
+        """Return the errors of the mean image, and the squared correlations that a batch has by chance alone."""
         trivial = {name: float(error.mean()) for name, error in errors(TRAIN.mean(0), TRAIN).items()}
         return {"baseline": trivial, "floor": {"apart": (LATENTS - 1) / (BATCH - 1)}}
 
@@ -69,23 +69,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", help="folder for a log and a checkpoint; none are written without it")
     parser.add_argument("--resume", help="a checkpoint to go on from")
-    given = parser.parse_args()
+    args = parser.parse_args()
     pl.seed_everything(0, verbose=False)
     model = DigitsVAE()
     trainer = pl.Trainer(
-        max_steps=given.steps,
+        max_steps=args.steps,
         accelerator="cpu",
         callbacks=[GoalCallback("goals", log_every=50, anchor=DigitsVAE.anchors)],
-        logger=CSVLogger(given.out, name="") if given.out else False,
+        logger=CSVLogger(args.out, name="") if args.out else False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     train = DataLoader(TensorDataset(TRAIN), batch_size=BATCH, shuffle=True, drop_last=True)
     held_out = DataLoader(TensorDataset(HELD_OUT), batch_size=len(HELD_OUT))
-    trainer.fit(model, train, held_out, ckpt_path=given.resume)
-    if given.out:
-        trainer.save_checkpoint(f"{given.out}/last.ckpt")
+    trainer.fit(model, train, held_out, ckpt_path=args.resume)
+    if args.out:
+        trainer.save_checkpoint(f"{args.out}/last.ckpt")
     print(model.goals)
     print(f"held-out PSNR {float(trainer.callback_metrics['psnr']):.1f} dB")
 

@@ -1,1 +1,1 @@
-"""What every room may use: checks, processes, torch's private names. It knows nothing of goals."""
+"""Helpers for every room: checks, processes, torch's private names. Nothing here knows of goals."""

@@ -1,8 +1,8 @@
-"""Under autocast every op gives what it gives outside.
+"""Autocast: every op returns the same values inside and outside of it.
 
-The compiled ops and Triton's need nothing for that at the Autocast keys, where an op that is not registered falls
-through: they take halves as they are, convert inside the kernel, and call the products they need below the dispatcher,
-or with autocast off. What is written in PyTorch's own ops would have its matrix products made of halves: `exactly`.
+The compiled and the Triton ops register nothing at the Autocast keys, so that a call falls through. They take halves as
+they are, convert them inside the kernel, and multiply matrices below the dispatcher or with autocast off. A function
+written in PyTorch's own ops would multiply matrices of halves under autocast: `exactly` turns it off.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 def exactly(fn: Callable[P, R]) -> Callable[P, R]:
-    """``fn`` without autocast on the device of its first argument, a tensor or a sequence of them."""
+    """Run ``fn`` without autocast on the device of its first argument, a tensor or a sequence of tensors."""
 
     @functools.wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -40,7 +40,7 @@ def _has_autocast(device: str) -> bool:
 
 
 def _device(first: Any) -> str | None:
-    """None where it is nothing that has one, which ``fn`` will say."""
+    """Return the device type of the first argument, or None if it has none, which ``fn`` reports."""
     if isinstance(first, (list, tuple)) and first:
         first = first[0]
     return first.device.type if isinstance(first, Tensor) else None

@@ -1,4 +1,4 @@
-"""Decorators of torch that have no annotations, with them: what they decorate keeps its type."""
+"""Typed versions of torch's decorators without annotations: a decorated function keeps its type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fake(op: str, library: torch.library.Library) -> Callable[[F], F]:
-    """Registers the fake kernel of ``bomkern::op``."""
+    """Register the fake kernel of ``bomkern::op``."""
 
     def register(kernel: F) -> F:
         torch.library.register_fake(f"bomkern::{op}", kernel, lib=library)
@@ -21,6 +21,6 @@ def fake(op: str, library: torch.library.Library) -> Callable[[F], F]:
 
 
 def constant(fn: F) -> F:
-    """Called once where a graph is traced: its result is a constant of the graph."""
+    """Call ``fn`` once while a graph is traced, and make its result a constant of the graph."""
     marked: F = torch.compiler.assume_constant_result(fn)
     return marked

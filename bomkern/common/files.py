@@ -1,4 +1,4 @@
-"""Files: read tensors and plain values, never code; write whole or not at all."""
+"""Read files of tensors and plain values, never of code, and write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 
 
 def load_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dict that ``torch.save`` wrote to a file, on the host. A pickle that names anything else is not run.
+    """Return the dict that ``torch.save`` wrote to a file, on the host. A pickle that names anything else is not run.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it holds something else than tensors and plain Python values in a dict; in one line.
+        ValueError: the file holds anything but a dict of tensors and plain Python values; the message is one line.
     """
     try:
-        # Said explicitly: only then can the environment (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) not turn it off.
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # Explicit, or TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD in the environment could turn it off.
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as why:  # a file made to do harm ends in any of them; torch's own advice is to trust it
+    except Exception as why:  # a malicious file raises any of them; torch's own message advises to trust it
         raise ValueError(f"{os.fspath(path)} does not hold tensors and plain values alone: {_reason(why)}") from why
-    if not isinstance(found, dict):
-        raise ValueError(f"{os.fspath(path)} must hold a dict, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{os.fspath(path)} must hold a dict, got {type(content).__name__}")
+    return content
 
 
 def _reason(why: Exception) -> str:
@@ -39,7 +39,7 @@ def write_atomically(path: Path, write: Any, keep: Path | None = None) -> None:
     """Call ``write(file)`` on a temporary file beside ``path``, flush it to the disk, and rename it into place.
 
     Args:
-        keep: where to move what was at ``path``.
+        keep: where to move the old file at ``path``, if there is one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

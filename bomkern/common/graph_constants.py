@@ -1,4 +1,4 @@
-"""Small tables of numbers on a device, made once: no call copies them from the host, and no compiled graph either."""
+"""Small constant tables on a device, made once: neither a call nor a compiled graph copies them from the host."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .decorators import constant
 from .host_copy import capturing
 from .torch_internals import inside_dispatch_mode, mark_static_address, outside_modes, traced_by_python
 
-_captured: dict[int, Tensor] = {}  # what a CUDA graph reads, by id: a graph keeps nothing alive
+_captured: dict[int, Tensor] = {}  # tensors that a CUDA graph reads, by id: a graph keeps none of its inputs alive
 
 
 class _Traced:
-    """What compiled graphs read, as attributes, which Dynamo looks up one by one."""
+    """Hold the tables that compiled graphs read, as attributes, because Dynamo looks each one up alone."""
 
 
 _traced = _Traced()
 
 
 def on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values``, numbers or tuples of them, as a tensor that all callers share and nobody may write into.
+    """Return ``values``, numbers or tuples of them, as a tensor that all callers share and nobody may write into.
 
-    Where torch.compile or torch.export traces the caller, the graph reads that same tensor. A FakeTensorMode takes no
-    tensor from outside, so a call inside one gets a tensor of its own, compiled or not; so does make_fx.
+    A graph that torch.compile or torch.export traces reads that same tensor. A FakeTensorMode takes no tensor from
+    outside, so a call inside one returns a new tensor, compiled or not; so does a call inside make_fx.
 
     Raises:
-        RuntimeError: the values are not there yet, and a CUDA graph is being captured.
+        RuntimeError: the values are not on the device yet, and a CUDA graph is being captured.
     """
     if torch.compiler.is_dynamo_compiling():
         if _inside_fake_mode():
@@ -39,22 +39,23 @@ def on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device)
         return traced
     if not torch.compiler.is_exporting() and traced_by_python():
         return torch.tensor(values, dtype=dtype, device=device)
-    made = _made(values, dtype, device)
-    keep_for_graph(made)
-    return made
+    table = _made(values, dtype, device)
+    keep_for_graph(table)
+    return table
 
 
 @constant
 def _inside_fake_mode() -> bool:
-    """Whether the compiled function was called inside a FakeTensorMode, which is off while it is traced."""
+    """Return whether the compiled function was called inside a FakeTensorMode, which is off while it is traced."""
     return inside_dispatch_mode()
 
 
 @constant
 def _name(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> str:
-    """The attribute of `_traced` that holds them, for good: a graph that has been compiled looks it up.
+    """Return the name of the attribute of `_traced` that holds the table, making it if needed.
 
-    It is named by what it holds, should a graph ever be looked up in another process.
+    The attribute stays for good, because a compiled graph looks it up. Its name is a hash of its content, so that it
+    means the same in another process.
     """
     key = values, dtype, device
     name = f"table_{sha256(repr(key).encode()).hexdigest()[:16]}"
@@ -69,15 +70,15 @@ def _name(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> 
 def _made(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if capturing(device):
         raise RuntimeError(
-            f"bomkern: numbers that this call needs are not on {device} yet, and the CUDA graph that is being captured "
-            "cannot hold a copy from the host: make the same call once before the capture"
+            f"bomkern: constants that this call needs are not on {device} yet, and the CUDA graph being captured "
+            "cannot copy them from the host: make the same call once before the capture"
         )
-    # A plain tensor, whatever its first caller is inside of: all later ones get the same.
+    # A plain tensor whatever modes the first caller is in, because all later callers share it.
     with torch.inference_mode(False), outside_modes():
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 def keep_for_graph(x: Tensor) -> None:
-    """Keep x for good where a CUDA graph that will read it is being captured."""
+    """Keep x alive for good if a CUDA graph, which will read it, is being captured."""
     if capturing(x.device):
         _captured[id(x)] = x

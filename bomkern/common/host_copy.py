@@ -1,4 +1,4 @@
-"""A tensor's values on their way to the host, which does not wait for them until it reads them."""
+"""Asynchronous copies of tensors to the host, which waits for the values only when it reads them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from torch import Tensor
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured there: then the host can neither wait nor send what is not pinned."""
+    """Return whether a CUDA graph is being captured: the host can then neither wait nor copy from unpinned memory."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class HostCopy:
-    """The values that a tensor has now: from a GPU into pinned memory behind an event, else a plain copy."""
+    """A copy of the current values of a tensor: from a GPU into pinned memory behind an event, else a plain copy."""
 
     def __init__(self, source: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if source.device.type != "cuda":
-            # Never the source itself, which may be written to; a clone is no copy between devices.
+            # Never the source itself, which may be written to. A clone stays on the device.
             self._host = source.clone() if source.device.type == "cpu" else source.cpu()
             return
         self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
         self._host.copy_(source, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(source.device))  # the copy's, whichever GPU is current
+        self._event.record(torch.cuda.current_stream(source.device))  # the stream of the copy, whichever GPU is current
 
     def wait(self) -> Tensor:
+        """Wait for the copy and return it."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None

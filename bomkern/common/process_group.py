@@ -1,8 +1,8 @@
-"""A batch that several processes share: what each has of it is put together here, with gradient.
+"""Differentiable collectives over the processes that share a batch.
 
-The gradient of a rank's part is that of the sum of all ranks' losses, so that what DistributedDataParallel then makes
-of it, the mean over the ranks, is that of their mean, as torch.nn.SyncBatchNorm has it. All ranks must call backward
-through the same graph, as each waits for the others there.
+Each rank's part receives the gradient of the sum of all ranks' losses. DistributedDataParallel then averages over the
+ranks, which gives the gradient of the mean loss, as for torch.nn.SyncBatchNorm. All ranks must call backward through
+the same graph, because each waits there for the others.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import distributed as dist
 
 from .host_copy import capturing
 
-# The names of torch 2.13, and before; neither where torch was built without distributed.
+# The name in torch 2.13, then the older one; None if torch was built without distributed.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 
 
 class _Gather(torch.autograd.Function):
-    """[n] of each rank to [W n]."""
+    """Concatenate each rank's [n] to [W n]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -36,7 +36,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """[W n] of each rank, added up, to each its [n]."""
+    """Sum each rank's [W n] and return this rank's [n] of the sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -51,7 +51,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Total(torch.autograd.Function):
-    """The sum over the ranks."""
+    """Sum over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -66,7 +66,7 @@ class _Total(torch.autograd.Function):
 
 
 class _Shared(torch.autograd.Function):
-    """A number that all ranks know, whose gradient is ``weight`` times that of a rank's own."""
+    """Return a value known to all ranks, and pass ``weight`` times its gradient to this rank's own value."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, known: Tensor, weight: Tensor) -> Tensor:
@@ -79,17 +79,18 @@ class _Shared(torch.autograd.Function):
 
 
 class Ranks:
-    """The processes of a group, or this one alone: then everything is its own, and nothing is sent.
+    """The processes of a group, or this process alone, which then communicates nothing.
 
     Args:
         group: a `torch.distributed.ProcessGroup`, or None.
 
     Attributes:
-        size: W. rank: of this process.
+        size: W, the number of processes.
+        rank: rank of this process in the group.
 
     Raises:
-        TypeError: ``group`` is something else.
-        ValueError: this process is not in it.
+        TypeError: ``group`` is anything else.
+        ValueError: this process is not in the group.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -107,27 +108,29 @@ class Ranks:
         self.group = group if self.size > 1 else None
 
     def gather(self, x: Tensor) -> Tensor:
-        """[W, ...]: x of every rank, of one shape on all."""
+        """Return [W, ...], the x of every rank; all must have one shape."""
         if self.group is None:
             return x[None]
-        every: Tensor = _Gather.apply(x.contiguous().view(-1), self.group)
-        return every.view(self.size, *x.shape)
+        gathered: Tensor = _Gather.apply(x.contiguous().view(-1), self.group)
+        return gathered.view(self.size, *x.shape)
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks."""
+        """Return the sum of x over the ranks."""
         return x if self.group is None else _Total.apply(x, self.group)
 
     def shared(self, own: Tensor, known: Tensor, weight: float | Tensor) -> Tensor:
-        """``known``, the same on all ranks, with ``weight`` times the gradient of ``own``; no communication."""
-        given = weight.to(own) if isinstance(weight, Tensor) else own.new_full((), weight)
-        shared: Tensor = _Shared.apply(own, known.detach(), given)
+        """Return ``known``, the same on all ranks, with ``weight`` times the gradient of ``own``; no communication."""
+        factor = weight.to(own) if isinstance(weight, Tensor) else own.new_full((), weight)
+        shared: Tensor = _Shared.apply(own, known.detach(), factor)
         return shared
 
     def check_shape(self, name: str, x: Tensor) -> None:
-        """That x has one shape on all ranks. Asked once for each shape: it waits for the device, so in no capture.
+        """Check that x has one shape on all ranks, once for each shape.
+
+        The check waits for the device, so it is skipped while a CUDA graph is captured.
 
         Raises:
-            ValueError: it has not; on every rank that asks.
+            ValueError: shapes differ; raised on every rank.
         """
         if self.group is None or torch.compiler.is_compiling() or tuple(x.shape) in self._seen or capturing(x.device):
             return
@@ -140,10 +143,10 @@ class Ranks:
         self._seen.add(tuple(x.shape))
 
     def __deepcopy__(self, memo: object) -> Ranks:
-        return self  # a group is not copied
+        return self  # a process group cannot be copied
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
-        return Ranks, ()  # nor does it outlive its processes: what is loaded from a file is alone
+        return Ranks, ()  # a group does not outlive its processes: a pickled one loads as a single process
 
 
 ALONE = Ranks()
@@ -151,18 +154,18 @@ _ranks: dict[Any, Ranks] = {}
 
 
 def ranks_of(group: Any) -> Ranks:
-    """The same `Ranks` for the same group."""
+    """Return the `Ranks` of a group, the same object for the same group."""
     if group is None:
         return ALONE
     if not isinstance(group, dist.ProcessGroup):
-        return Ranks(group)  # which says why not
-    found = _ranks.get(group)
-    if found is None:
-        found = _ranks[group] = Ranks(group)
-    return found
+        return Ranks(group)  # raises
+    ranks = _ranks.get(group)
+    if ranks is None:
+        ranks = _ranks[group] = Ranks(group)
+    return ranks
 
 
 def several_ranks() -> bool:
-    """Whether this process is one of several: what one rank leaves out, another may wait for."""
+    """Return whether this process is one of several, which may wait for a collective that it leaves out."""
     group = torch.distributed
     return group.is_available() and group.is_initialized() and group.get_world_size() > 1

@@ -1,9 +1,9 @@
 """All private names of torch that bomkern uses. For a new torch read this file, and csrc/torch_internals.h for C++.
 
-Private is a name with a leading underscore, and what torch calls internal or experimental. No other file of bomkern/
-or kernels/ reaches such a name (tests/dispatch/test_torch_internals.py). `NEEDED` lists them all, and `missing` returns
-those that the installed torch lacks. A missing name stops neither the import nor what does not need it. What
-needs it takes another path or, where there is none, raises `NotImplementedError`.
+A name is private if it has a leading underscore, or if torch calls it internal or experimental. No other file of
+bomkern/ or kernels/ uses such a name (tests/dispatch/test_torch_internals.py). `NEEDED` lists them all, and `missing`
+returns those that the installed torch lacks. A missing name never stops the import. A feature that needs it takes
+another path or, if there is none, raises `NotImplementedError`.
 
 This file imports torch alone, so that tools/next_torch.py can run it before bomkern is built.
 """
@@ -25,11 +25,11 @@ class Internal(NamedTuple):
 
     Attributes:
         name: its path from ``torch``.
-        since: the oldest torch that is known to have it; "<=2.11" where nobody looked before the oldest supported one.
-        serves: what of bomkern needs it.
-        instead: the public name that would replace it, "none" where there is none.
+        since: the oldest torch known to have it; "<=2.11" if releases before the oldest supported one were not checked.
+        serves: the feature of bomkern that needs it.
+        instead: the public name that would replace it, or "none".
         without: what happens in a torch that lacks it.
-        owner: what has the last part of ``name``, where that is not what the path before it says.
+        owner: returns the object with the last part of ``name``, if the path before it does not lead there.
     """
 
     name: str
@@ -40,20 +40,20 @@ class Internal(NamedTuple):
     owner: Callable[[], Any] | None = None
 
     def find(self) -> Any:
-        """The object of that name. Raises AttributeError where this torch has none."""
+        """Return the object of that name. Raises AttributeError if this torch lacks it."""
         path = self.name.split(".")
         if self.owner is not None:
             return getattr(self.owner(), path[-1])
-        found: Any = torch
+        value: Any = torch
         for depth, part in enumerate(path[1:], 2):
             try:
-                found = getattr(found, part)
+                value = getattr(value, part)
             except AttributeError:
                 try:
-                    found = importlib.import_module(".".join(path[:depth]))
+                    value = importlib.import_module(".".join(path[:depth]))
                 except ImportError:
                     raise AttributeError(f"torch {torch.__version__} has no {self.name}") from None
-        return found
+        return value
 
 
 NEEDED: list[Internal] = []
@@ -69,13 +69,13 @@ def _need(
     without: str = "raises NotImplementedError",
     owner: Callable[[], Any] | None = None,
 ) -> Internal:
-    """Add a name to `NEEDED`, for what is looked up only when it is used."""
+    """Add a name to `NEEDED` that is looked up only when it is used."""
     NEEDED.append(Internal(name, since, serves, instead, without, owner))
     return NEEDED[-1]
 
 
 def _bind(name: str, *, fallback: Any = _RAISE, **facts: Any) -> Any:
-    """Add a name to `NEEDED` and return what it is. Without it: ``fallback``, or a class that raises when called."""
+    """Add a name to `NEEDED` and return its object, else ``fallback``, or a class that raises when called."""
     needed = _need(name, **facts)
     try:
         return needed.find()
@@ -84,7 +84,7 @@ def _bind(name: str, *, fallback: Any = _RAISE, **facts: Any) -> Any:
 
 
 def _raiser(needed: Internal) -> type:
-    """A class to stand for a missing function or class: a call, of a subclass too, raises NotImplementedError."""
+    """Return a stand-in for a missing function or class: calling it, or a subclass, raises NotImplementedError."""
 
     class Missing:
         def __new__(cls, *args: object, **options: object) -> Any:
@@ -97,7 +97,7 @@ def _raiser(needed: Internal) -> type:
 
 
 def missing() -> list[Internal]:
-    """The names of `NEEDED` that this torch lacks; of these the attributes tell what needs them, and what happens."""
+    """Return the entries of `NEEDED` that this torch lacks."""
     lacking = []
     for needed in NEEDED:
         try:
@@ -108,10 +108,10 @@ def missing() -> list[Internal]:
 
 
 def describe(lacking: list[Internal]) -> list[str]:
-    """A line for each missing name."""
+    """Return one line for each missing name."""
     return [
-        f"torch {torch.__version__} has no {one.name} ({one.serves}): {one.without}; public instead: {one.instead}"
-        for one in lacking
+        f"torch {torch.__version__} has no {name.name} ({name.serves}): {name.without}; public instead: {name.instead}"
+        for name in lacking
     ]
 
 
@@ -132,7 +132,7 @@ _transforms_are_active: Callable[[], bool] = _bind(
 _need(
     "torch.autograd.forward_ad._current_level",
     serves="refusing forward mode by name",
-    without="the compiled ops refuse it themselves; Triton's do not say whose op it was",
+    without="the compiled ops refuse it themselves; errors of Triton's ops do not name the op",
 )
 _VMAP: Any = _bind(
     "torch._C._functorch.TransformType.Vmap",
@@ -150,7 +150,7 @@ is_legacy_batched: Callable[[Tensor], bool] = _bind(
 
 
 class _NoForwardMode:
-    """Stands for `forward_ad` where it does not tell its level."""
+    """Stand-in for `forward_ad` in a torch without its ``_current_level``."""
 
     _current_level = -1
 
@@ -159,13 +159,13 @@ _forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else _N
 
 
 def under_transform() -> bool:
-    """Whether a transform of torch.func, or forward mode, is active now."""
+    """Return whether a transform of torch.func, or forward mode, is active."""
     return _transforms_are_active() or _forward_mode._current_level >= 0
 
 
 def under_vmap() -> bool:
-    """Whether a torch.vmap is among the transforms that are active now."""
-    return any(_VMAP is None or one.key() == _VMAP for one in interpreter_stack() or ())
+    """Return whether a torch.vmap is among the active transforms."""
+    return any(_VMAP is None or transform.key() == _VMAP for transform in interpreter_stack() or ())
 
 
 # Dispatch modes: Python code that sees every op, such as the tracers of torch.export.
@@ -215,13 +215,13 @@ _no_transforms: Any = _bind("torch._C._DisableFuncTorch", since="2.0", serves="t
 
 
 def traced_by_python() -> bool:
-    """Whether a tracer that runs Python (make_fx, torch.export, a FakeTensorMode) is active."""
+    """Return whether a tracer that runs Python (make_fx, torch.export, a FakeTensorMode) is active."""
     return any(key is None or _mode_of(key) is not None for key in _TRACERS)
 
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """Make plain tensors inside of this, whichever dispatch modes and transforms the caller is inside of."""
+    """Suspend all dispatch modes and transforms, so that plain tensors can be made inside."""
     with _no_modes(), _no_transforms():
         yield
 
@@ -235,7 +235,7 @@ _mark_static_address = _need(
 
 
 def mark_static_address(x: Tensor) -> None:
-    """Let the CUDA graph of a compiled graph read x where it is, instead of a copy. Imports torch._dynamo."""
+    """Let the CUDA graph of a compiled graph read x in place, instead of a copy. Imports torch._dynamo."""
     try:
         mark = _mark_static_address.find()
     except AttributeError:
@@ -281,23 +281,23 @@ _need(
 
 
 def pack_hook() -> Any:
-    """The function that packs the tensors that autograd saves, or None."""
+    """Return the hook that packs the tensors that autograd saves, or None."""
     hooks = _saved_tensors_hooks(True)
     return hooks and hooks[0]
 
 
 def write_count(x: Tensor) -> int:
-    """How often x has been written to."""
+    """Return how often x has been written to."""
     return x._version
 
 
 def buffers_of(module: nn.Module) -> dict[str, Any]:
-    """The buffers by name; each attribute of a module costs as much as a small op."""
+    """Return the buffers by name; reading an attribute of a module costs as much as a small op."""
     return module._buffers
 
 
 def children_of(module: nn.Module) -> dict[str, Any]:
-    """The submodules by name."""
+    """Return the submodules by name."""
     return module._modules
 
 
@@ -324,7 +324,7 @@ _need(
     owner=lambda: torch.optim.SGD([torch.zeros(1)], fused=True),
 )
 _unscale: Any = _bind(
-    "torch._amp_foreach_non_finite_check_and_unscale_",  # what torch.amp.GradScaler calls: one launch for many tensors
+    "torch._amp_foreach_non_finite_check_and_unscale_",  # called by torch.amp.GradScaler: one launch for many tensors
     since="1.8",
     serves="StepGuard",
     instead="torch.isfinite, several launches for each tensor",
@@ -334,30 +334,30 @@ _unscale: Any = _bind(
 
 
 def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `step_unless` can step it without waiting for the device."""
+    """Return whether `step_unless` can step the optimizer without waiting for the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def step_unless(found: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Step an optimizer unless ``found``, 0-dim float32 on its device, is 1, as torch.amp.GradScaler steps it."""
-    optimizer.found_inf = found  # type: ignore[attr-defined]
+def step_unless(found_inf: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Step an optimizer unless ``found_inf``, 0-dim float32 on its device, is 1, as torch.amp.GradScaler does."""
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
         del optimizer.found_inf  # type: ignore[attr-defined]
 
 
-def flag_non_finite(grads: list[Tensor], found: Tensor, one: Tensor) -> None:
-    """Set ``found``, 0-dim float32, to 1 where a number in the gradients, all of one dtype, is not finite.
+def flag_non_finite(grads: list[Tensor], found_inf: Tensor, one: Tensor) -> None:
+    """Set ``found_inf``, 0-dim float32, to 1 if any gradient, all of one dtype, has a value that is not finite.
 
     Args:
-        one: 1.0, 0-dim float32 on the same device.
+        one: the number 1.0, 0-dim float32 on the same device.
     """
     if _unscale is not None:
-        _unscale(grads, found, one)  # times 1, which changes no bit
+        _unscale(grads, found_inf, one)  # times 1, which changes no bit
         return
     for grad in grads:
-        torch.maximum(found, (~grad.isfinite().all()).to(found), out=found)
+        torch.maximum(found_inf, (~grad.isfinite().all()).to(found_inf), out=found_inf)
 
 
 # Processors.
@@ -365,6 +365,6 @@ def flag_non_finite(grads: list[Tensor], found: Tensor, one: Tensor) -> None:
 cpu_has_amx_fp16: Callable[[], bool] = _bind(
     "torch.cpu._is_amx_fp16_supported",
     serves="products that keep float32's digits on a CPU",
-    without="takes every CPU to have it, and multiplies in float64",
+    without="assumes that every CPU has it, and multiplies in float64",
     fallback=lambda: True,
 )

@@ -1,4 +1,4 @@
-"""Branch routing: a goal without a share gets an undefined gradient, not zeros, and autograd passes its branch by."""
+"""Branch routing: a goal without a share gets an undefined gradient instead of zeros, and autograd skips its branch."""
 
 from __future__ import annotations
 
@@ -22,54 +22,55 @@ def check_route(route: object) -> None:
 
 
 def routes(route: str, device: torch.device) -> bool:
-    """Whether branches are to be left out of the backward of a loss on this device."""
+    """Return whether the backward of a loss on this device may skip branches."""
     if route == "never" or torch.compiler.is_compiling():
-        return False  # a compiled graph has its branches fixed
+        return False  # the branches of a compiled graph are fixed
     if under_transform():
-        return False  # the shares inside torch.func have no values that the host could read
+        return False  # inside torch.func the host cannot read the shares
     if device.type == "cuda":
-        # What auto should do where the host waits for a GPU's answer has not been measured yet.
+        # The cost of waiting for a GPU has not been measured yet, so "auto" does not route there.
         return route == "always" and not capturing(device)
     return route == "always" or not several_ranks()
 
 
 def rows_too(route: str) -> bool:
-    """Whether graphs may be built for a part of the rows of lazy goals.
+    """Return whether graphs may be built for a part of the rows of lazy goals.
 
-    Never with several processes: where a rank owns no row there is no graph, so not even an undefined gradient arrives
-    at the parameters that the others wait for.
+    This is never so with several processes. A rank that owns no row would have no graph, so not even an undefined
+    gradient would reach the parameters that the other ranks wait for.
     """
     return route != "never" and not several_ranks()
 
 
 def bits(names: Sequence[object], materialize: Sequence[object]) -> int:
-    """A bit for each goal that may be left out, as the int64 that the ops take."""
+    """Return a bit mask of the goals that may be skipped, as the int64 that the ops take."""
     may = sum(1 << k for k, name in enumerate(names) if name not in materialize)
     return may - (1 << 64) if may >> 63 else may
 
 
 class _Gate(torch.autograd.Function):
-    """The goals as they are; in backward, nothing for those that hold no share by then."""
+    """Identity whose backward returns None for goals without a share."""
 
     @staticmethod
     def forward(ctx: Any, owners: Owners, *goals: Tensor) -> tuple[Tensor, ...]:
         ctx.owners = owners
         ctx.set_materialize_grads(False)
         out = tuple(goal.view_as(goal) for goal in goals)
-        ctx.mark_non_differentiable(*[same for same, goal in zip(out, goals, strict=True) if not goal.requires_grad])
+        ctx.mark_non_differentiable(*[view for view, goal in zip(out, goals, strict=True) if not goal.requires_grad])
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        held = ctx.owners.held()
-        return (None, *(grad if hold else None for grad, hold in zip(grads, held, strict=True)))
+        needed = ctx.owners.needed()
+        return (None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)))
 
 
 class Owners:
-    """Who holds a share, known on the host when backward asks: csrc/route.h in Python.
+    """The goals that hold a share, copied to the host for backward: csrc/route.h in Python.
 
     Args:
-        may: see `bits`. groups: the goal of each column.
+        may: see `bits`.
+        groups: the goal of each column.
     """
 
     def __init__(self, may: int, groups: Sequence[int]) -> None:
@@ -77,12 +78,12 @@ class Owners:
         self.copy: HostCopy | None = None
 
     def watch(self, share: Tensor) -> None:
-        """Take the shares [G] of the forward; from a GPU without waiting for them."""
+        """Start to copy the shares [G] of the forward to the host, without waiting for a GPU."""
         if share.device.type == "cuda" or (share.device.type == "cpu" and type(share) is Tensor):
             self.copy = HostCopy(share)
 
-    def held(self) -> list[bool]:
-        """Whether each column has to be reached."""
+    def needed(self) -> list[bool]:
+        """Return whether the gradient has to reach each column."""
         if self.copy is None:
             return [True] * len(self.groups)
         shares = (self.copy.wait() != 0).tolist()
@@ -92,7 +93,7 @@ class Owners:
 def gated(
     serve: Callable[..., tuple[Tensor, ...]], goals: Sequence[Tensor], may: int, groups: Sequence[int], place: int
 ) -> tuple[Tensor, ...]:
-    """``serve(goals)`` with a gate before the goals; shares begin result number ``place``."""
+    """Call ``serve(goals)`` with a gate before the goals; result number ``place`` begins with the shares."""
     check_goals(goals)
     if goals[0].dim() == 2:
         return serve(goals)  # one tensor, one branch

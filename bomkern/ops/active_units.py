@@ -1,4 +1,4 @@
-"""`active_units`: how much of a latent code is in use, from one pass over its columns."""
+"""`active_units`: the fraction of a latent code that is in use, from one pass over its columns."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ def active_units(
     process_group: dist.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fractions of the dimensions that are active, and effective. With the batch variance ``v_d = Var_b(mu_bd)``:
+    """Compute the active and the effective fraction of the dimensions.
+
+    With the batch variance ``v_d = Var_b(mu_bd)``:
 
         active    = mean_d sigmoid((v_d - threshold) / temperature)
         effective = exp(-sum_d p_d log p_d) / D,  p_d = v_d / sum v
 
-    Active units count ``v_d > 0.01`` in Burda et al. 2016 ("Importance weighted autoencoders", section 5.2), softened
-    here so that there is a gradient. The effective dimension is the exponential of the spectral entropy (Roy & Vetterli
-    2007) of the variances as they stand, without rotation: 1 where all vary alike, 1/D where one varies alone, 0
-    (without gradient) where none does. Its units do not matter.
+    Burda et al. 2016 ("Importance weighted autoencoders", section 5.2) count a unit as active if ``v_d > 0.01``; the
+    sigmoid softens this count so that it has a gradient. The effective dimension is the exponential of the spectral
+    entropy (Roy & Vetterli 2007) of the variances, without a rotation. The effective fraction is 1 if all dimensions
+    vary alike, 1/D if a single one varies, and 0, without gradient, if none does. It does not depend on units.
 
     Args:
         mu: [B, D] posterior means, B >= 2. float16, bfloat16, float32 or float64, any strides.
-        threshold: the variance at which a dimension counts half, in units of mu squared.
-        temperature: how soft the threshold is, in the same units, > 0.
-        process_group: the ranks that share the batch, each with B samples of it, the same number: the variances of all
-            of them, for which 2 D numbers are gathered, in plain PyTorch whatever ``impl`` says. All ranks get the same
-            values, and gradients that DistributedDataParallel averages to those of one process with the whole batch.
-        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
+        threshold: variance at which a dimension counts as half active, in units of mu squared.
+        temperature: softness of the threshold, in the same units, > 0.
+        process_group: the ranks that share the batch, each with the same number B of samples. The variances are those
+            of the whole batch: 2 D numbers are gathered, in plain PyTorch whatever ``impl`` says. All ranks get the
+            same values. DistributedDataParallel averages the gradients to those of one process with the whole batch.
+        impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the device.
 
     Returns:
         (active, effective), 0-dim each, in [0, 1] up to rounding, float32 (float64 for float64). Gradient for mu.
 
     Raises:
-        ValueError: a shape or number that cannot serve, named in the message.
-        TypeError: an argument of the wrong type or dtype, named in the message.
-        RuntimeError: ``impl`` cannot serve here; the message says why.
+        ValueError: an argument has an invalid shape or value; the message names it.
+        TypeError: an argument has the wrong type or dtype; the message names it.
+        RuntimeError: ``impl`` is not available here; the message says why.
 
     Example:
         >>> active, effective = active_units(mu)

@@ -1,4 +1,4 @@
-"""`covariance_penalty`: how far the dimensions of a code are from uncorrelated, around a library's matrix product."""
+"""`covariance_penalty`: squared covariances between the dimensions of a code, by a library's matrix product."""
 
 from __future__ import annotations
 
@@ -23,34 +23,33 @@ def covariance_penalty(
     process_group: dist.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Squared off-diagonal covariances, ``sum_{i != j} C_ij^2 / D`` (VICReg, Bardes et al. 2022), or a sample's part.
+    """Compute the squared off-diagonal covariances ``sum_{i != j} C_ij^2 / D`` (VICReg, Bardes et al. 2022).
 
-    With ``x = z - mean(z)`` and ``C = x'x / (B - 1)``, a sample's part is ``B / (B - 1) x_b' offdiag(C) x_b / D``; the
-    mean of the parts over the batch is the penalty. A single part can be negative. Independent columns of variance 1
-    give ``(D - 1) / (B - 1)`` by chance: that is the *ideal* of a goal made of it.
+    With ``x = z - mean(z)`` and ``C = x'x / (B - 1)``, a sample's part is ``B / (B - 1) x_b' offdiag(C) x_b / D``. The
+    mean of the parts over the batch is the penalty; a single part can be negative. Independent columns of variance 1
+    give ``(D - 1) / (B - 1)`` by chance: use that as the *ideal* of a goal.
 
     Args:
-        z: [B, D] samples, B >= 2. float16, bfloat16, float32 or float64, any strides. Where D > B the B x B product of
-            the samples is formed instead of the D x D one of the columns, diagonal and all, and the diagonal is taken
-            out again: columns whose variances differ by orders of magnitude then cost digits, normalized ones do not.
-        normalize: correlations instead of covariances: x is divided by each column's deviation, which has gradient
-            too. A column that is constant to within rounding, deviation at most eps |mean| with the eps of the compute
-            dtype, correlates with nothing: it counts 0 and gets no gradient. Deviations whose squares overflow
-            give NaN.
-        reduction: "sample", [B]; "batch", their mean, 0-dim, for less work.
-        process_group: the ranks that share the batch, each with B samples of it, the same number: C of all of them, for
-            which a D x D product is added up, in plain PyTorch whatever ``impl`` says. Each rank gets the parts of its
-            own samples, as one process with the whole batch would, and gradients that DistributedDataParallel averages
-            to that process's.
-        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
+        z: [B, D] samples, B >= 2. float16, bfloat16, float32 or float64, any strides. If D > B, the B x B product of
+            the samples replaces the D x D product of the columns, and the diagonal is subtracted afterwards. Columns
+            whose variances differ by orders of magnitude then lose digits; normalized columns do not.
+        normalize: use correlations instead of covariances: x is divided by each column's standard deviation, which has
+            gradient too. A column counts as constant if its deviation is at most eps |mean|, with the eps of the
+            compute dtype. It contributes 0 and gets no gradient. Deviations whose squares overflow give NaN.
+        reduction: "sample" returns the parts, [B]; "batch" returns their mean, 0-dim, for less work.
+        process_group: the ranks that share the batch, each with the same number B of samples. C is that of the whole
+            batch: a D x D product is summed, in plain PyTorch whatever ``impl`` says. Each rank gets the parts of its
+            own samples, as in one process with the whole batch. DistributedDataParallel averages the gradients to those
+            of that process.
+        impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the device.
 
     Returns:
-        [B] or 0-dim, float32 (float64 for float64). Gradient for z, through C too.
+        [B] or 0-dim, float32 (float64 for float64). z gets gradient, through C too.
 
     Raises:
-        ValueError: a shape or name that cannot serve, named in the message.
-        TypeError: an argument of the wrong type or dtype, named in the message.
-        RuntimeError: ``impl`` cannot serve here; the message says why.
+        ValueError: an argument has an invalid shape or value; the message names it.
+        TypeError: an argument has the wrong type or dtype; the message names it.
+        RuntimeError: ``impl`` is not available here; the message says why.
 
     Example:
         >>> penalty = covariance_penalty(z, normalize=True)

@@ -1,4 +1,4 @@
-"""`gaussian_kl`: the information cost of a code, per sample, in one pass."""
+"""`gaussian_kl`: the KL divergence of each posterior from a Gaussian prior, in one pass."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from ..dispatch import select
 def gaussian_kl(
     mu: Tensor, logvar: Tensor, block_size: int | None = None, rho: float = 0.0, *, impl: str | None = None
 ) -> Tensor:
-    """``KL(N(mu, diag exp(logvar)) || N(0, S))`` of each sample, in nats.
+    """Compute ``KL(N(mu, diag exp(logvar)) || N(0, S))`` of each sample, in nats.
 
-    With S = I, ``sum_d (mu_d^2 + exp(logvar_d) - 1 - logvar_d) / 2`` (Kingma & Welling 2014, appendix B). With a
-    ``block_size``, S is block-diagonal, each block ``(1 - rho) I + rho 11'``: dimensions of a block correlate by rho.
-    The last block has what is left of D: 20 dimensions in blocks of 8 are blocks of 8, 8 and 4.
+    If S = I, it is ``sum_d (mu_d^2 + exp(logvar_d) - 1 - logvar_d) / 2`` (Kingma & Welling 2014, appendix B). With a
+    ``block_size``, S is block-diagonal, and each block is ``(1 - rho) I + rho 11'``: dimensions of a block have the
+    correlation rho. The last block holds the remaining dimensions: 20 in blocks of 8 are blocks of 8, 8 and 4.
 
-    The divergence is the sum of those of the blocks, each with its own number n of dimensions: by the formula for two
-    normal distributions (Kullback 1959, chapter 9), with m the block's ``mu`` and v its ``exp(logvar)``, a block adds
+    The divergence is the sum over the blocks. Let a block have n dimensions, the mean m and the variance v. By the
+    formula for two normal distributions (Kullback 1959, chapter 9) it adds
     ``(tr(S^-1 diag v) + m' S^-1 m - n + log det S - sum log v) / 2``, where
     ``S^-1 = (I - rho 11' / (1 - rho + n rho)) / (1 - rho)`` and
     ``log det S = (n - 1) log(1 - rho) + log(1 - rho + n rho)``. Nothing is divided by the number of blocks or by n, so
-    that a shorter block counts by the dimensions it has. A block of one dimension has a standard normal prior.
+    a shorter block counts by its own dimensions. A block of one dimension has a standard normal prior.
 
-    Clamp: above ``logvar = 80`` the exponential goes on as its tangent, because exp overflows float32 at 88.7: value
-    and gradient stay finite there, and the gradient still points down.
+    Clamp: above ``logvar = 80`` the tangent continues the exponential, because exp overflows float32 at 88.7. Value and
+    gradient stay finite there, and the gradient still points down.
 
     Args:
         mu, logvar: [B, D] means and log-variances. float16, bfloat16, float32 or float64, any strides.
-        block_size: dimensions of a block of the prior, 1 to D; None is 1.
-        rho: correlation within a block, ``-1 / (block_size - 1) < rho < 1``; 0 without ``block_size``.
-        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
+        block_size: dimensions of a block of the prior, 1 to D; None means 1.
+        rho: correlation within a block, ``-1 / (block_size - 1) < rho < 1``; must be 0 without ``block_size``.
+        impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the device.
 
     Returns:
-        [B], float32 (float64 if any input is float64), at least 0 up to rounding. Gradients for mu and logvar.
+        [B], float32 (float64 if any input is float64), at least 0 up to rounding. mu and logvar get gradient.
 
     Raises:
-        ValueError: a shape, device or number that cannot serve, named in the message.
-        TypeError: an argument of the wrong type or dtype, named in the message.
-        RuntimeError: ``impl`` cannot serve here; the message says why.
+        ValueError: an argument has an invalid shape, device or value; the message names it.
+        TypeError: an argument has the wrong type or dtype; the message names it.
+        RuntimeError: ``impl`` is not available here; the message says why.
 
     Example:
         >>> kl = gaussian_kl(mu, logvar)

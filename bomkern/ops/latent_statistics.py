@@ -1,4 +1,4 @@
-"""`latent_statistics`: what a trainer asks of its latent code, from one read of it."""
+"""`latent_statistics`: the statistics of a latent code that a trainer needs, from one read of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..dispatch import select
 
 
 class LatentStatistics(NamedTuple):
-    """What `latent_statistics` returns; every field has gradients."""
+    """Result of `latent_statistics`; every field has a gradient."""
 
     kl: Tensor  # [B] nats, `gaussian_kl` to the standard normal
     logvar_mean: Tensor  # [B] mean over D
@@ -38,24 +38,26 @@ def latent_statistics(
     process_group: dist.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> LatentStatistics:
-    """`gaussian_kl`, `active_units` and the moments of a latent code, from one read of each input, and one in backward.
+    """Compute `gaussian_kl`, `active_units` and the moments of a latent code.
+
+    Each input is read once in forward and once in backward.
 
     Args:
         z: [B, D] samples, B >= 2. float16, bfloat16, float32 or float64, any strides.
         mu, logvar: [B, D] mean and log-variance of the posteriors; see `gaussian_kl` for the clamp at ``logvar = 80``.
         threshold, temperature: see `active_units`.
-        process_group: the ranks that share the batch, each with B samples of it, the same number: what is of the batch
-            is of all of theirs, for which 4 D numbers are gathered; what is by sample, of a rank's own. Gradients are
-            such that DistributedDataParallel averages them to those of one process with the whole batch.
-        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
+        process_group: the ranks that share the batch, each with the same number B of samples. Statistics of the batch
+            are those of the whole batch, for which 4 D numbers are gathered; those per sample are of the rank's own
+            samples. DistributedDataParallel averages the gradients to those of one process with the whole batch.
+        impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the device.
 
     Returns:
-        `LatentStatistics`, float32 (float64 if any input is float64). Gradients for all three inputs.
+        `LatentStatistics`, float32 (float64 if any input is float64). All three inputs get gradient.
 
     Raises:
-        ValueError: a shape, device or number that cannot serve, named in the message.
-        TypeError: an argument of the wrong type or dtype, named in the message.
-        RuntimeError: ``impl`` cannot serve here; the message says why.
+        ValueError: an argument has an invalid shape, device or value; the message names it.
+        TypeError: an argument has the wrong type or dtype; the message names it.
+        RuntimeError: ``impl`` is not available here; the message says why.
 
     Example:
         >>> code = latent_statistics(z, mu, logvar)
@@ -66,15 +68,15 @@ def latent_statistics(
     if not isinstance(z, Tensor) or not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_latents(z, mu, logvar)  # raises
     serve = select.resolve("latent_statistics", z.device.type, impl)
-    found = LatentStatistics(*serve(z, mu, logvar, float(threshold), float(temperature)))
+    local = LatentStatistics(*serve(z, mu, logvar, float(threshold), float(temperature)))
     ranks = ranks_of(process_group)
     if ranks.size == 1:
-        return found
+        return local
     ranks.check_shape("z", z)
-    means, variances = torch.stack([found.z_mean, found.mu_mean]), torch.stack([found.z_variance, found.mu_variance])
+    means, variances = torch.stack([local.z_mean, local.mu_mean]), torch.stack([local.z_variance, local.mu_variance])
     mean, variance = reference.merged_moments(means, variances, len(z), ranks)
     active, effective = reference.units_of(variance[1], float(threshold), float(temperature))
-    return found._replace(
+    return local._replace(
         z_mean=mean[0],
         mu_mean=mean[1],
         z_variance=variance[0],

@@ -20,12 +20,12 @@ from ..lazy_goals.lazy import Lazy
 
 
 class MinGoalStats(NamedTuple):
-    """What happened in one call of `min_goal_loss`; every field is a tensor on the goals' device, none has a gradient.
+    """Statistics of one call of `min_goal_loss`: tensors on the goals' device, without gradient.
 
     Attributes:
-        bottleneck: [B] int64, the index of each sample's worst goal.
-        share: [K], the fraction of the samples taken into the loss whose bottleneck is that goal. With
-            ``reduction="min"`` one sample is taken, the worst, so share is 1 for the goal that gets the gradient.
+        bottleneck: [B] int64, index of each sample's worst goal.
+        share: [K], fraction of the samples in the loss whose bottleneck is that goal. With ``reduction="min"`` only the
+            worst sample is in the loss, so share is 1 for the goal that gets the gradient.
         level: [K], mean score over the batch: the water level. An infeasible entry counts as score 0.
         finite: 0-dim bool, whether every sample's loss is finite.
     """
@@ -79,60 +79,63 @@ def min_goal_loss(
     route: str = "auto",
     materialize: Sequence[int] = (),
 ) -> Tensor | tuple[Tensor, MinGoalStats]:
-    """``-log(min over goals of score)`` per sample, and its gradient to the worst goal alone.
+    """Compute ``-log(min over goals of score)`` per sample; only the worst goal of a sample gets its gradient.
 
-    With the deficit ``d = -log(score)`` of goal k in sample b, ``l_b = max_k d_kb``; the scores themselves are never
+    With the deficit ``d = -log(score)`` of goal k in sample b, ``l_b = max_k d_kb``. The scores themselves are never
     formed, so a raw value 10,000 scales away gives loss 10,000 and the right gradient.
 
     Args:
         goals: [B, K], or [K] (one sample), or a sequence of K tensors, each [B] or 0-dim (a batch-level goal, used for
-            every sample). float16, bfloat16, float32 or float64, mixed as you like, any strides; 1 <= K <= 64.
-            Scores in (0, 1] where ``constraints`` is None, raw values otherwise.
+            every sample). float16, bfloat16, float32 or float64, in any mixture, any strides; 1 <= K <= 64.
+            They are scores in (0, 1] if ``constraints`` is None, raw values otherwise.
         constraints: None, one constraint for all goals, K of them, or a `ConstraintTable`.
-        reduction: "mean" (over samples), "sum", "none" ([B]), or "min": the one worst entry of the whole batch, which
-            is ``-log(goals.min())``.
+        reduction: "mean" (over samples), "sum", "none" ([B]), or "min": the single worst entry of the whole batch,
+            ``-log(goals.min())``.
         return_stats: also return `MinGoalStats`, from the same launch.
-        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the goals' device.
-        route: whether backward passes by the graphs of goals without a share in the batch: "auto", "always" or "never",
+        impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the goals' device.
+        route: whether backward skips the graphs of goals without a share in the batch: "auto", "always" or "never",
             see below.
-        materialize: indices of goals that get a gradient of zeros all the same.
+        materialize: indices of goals that always get a gradient, of zeros if they have no share.
 
     Returns:
         The loss, float32 (float64 if any goal is float64): 0-dim, or [B] for ``reduction="none"``. With
         ``return_stats``, ``(loss, MinGoalStats)``.
 
-    Ties go to the lowest goal index, and for "min" to the lowest sample. A NaN entry is the worst there is: it makes
+    Ties go to the lowest goal index, and for "min" to the lowest sample. A NaN entry is worse than any other: it makes
     the loss NaN and is its sample's bottleneck. A score <= 0, or a raw value whose deficit is not finite, makes the
-    loss inf. Such samples get zero gradient, and ``stats.finite`` is False; no host sync is made to tell. A
-    score of which 1 / score overflows, in float32 one below 3e-39, has an infinite gradient whatever comes from above.
+    loss inf. Such samples get zero gradient, and ``stats.finite`` is False, all without a host sync. A score whose
+    reciprocal overflows, below 3e-39 in float32, has an infinite gradient whatever the incoming gradient is.
     Constraint parameters get no gradient.
 
-    **Routing.** A goal that is no sample's bottleneck has gradient zero. Routed, its gradient is *undefined* instead,
-    and autograd does not walk its graph (a decode, a feature network, a discriminator): the other gradients are the
-    same, to the bit where those that meet in a sum have one memory layout. What only such graphs reach keeps ``grad``
-    None, or what it had accumulated, exactly as if the goal had not been computed (and `torch.autograd.grad` wants
-    ``materialize_grads=True``): an optimizer then skips that parameter, where a gradient of zeros would have let its
-    weight decay and its momentum move it. ``route="never"`` is for who wants that. Also: 0 times an infinite derivative
-    would be NaN, and is not computed.
+    **Routing.** A goal that is no sample's bottleneck has gradient zero. With routing its gradient is *undefined*
+    instead, and autograd skips its graph (a decode, a feature network, a discriminator). The other gradients are the
+    same, bit by bit if all gradients in a sum have one memory layout. A parameter that only skipped graphs reach keeps
+    its ``grad``, None or accumulated, as if the goal had not been computed; `torch.autograd.grad` then needs
+    ``materialize_grads=True``. An optimizer skips a parameter whose ``grad`` is None. A gradient of zeros would let
+    weight decay and momentum move it: use ``route="never"`` if you want that. Routing also avoids NaN from 0 times an
+    infinite derivative.
 
-    "auto" routes on the CPU, where it costs nothing; not on a GPU (the host must wait for the forward to know the
-    shares, and what that costs has not been measured yet), not with several processes, never under torch.compile.
-    "always" routes on a GPU too, though not while a CUDA graph is captured: the shares go to pinned memory and backward
-    waits for them alone. With several processes: DistributedDataParallel takes undefined gradients in its stride (every
-    rank reaches every parameter's hook), so "always" is right there, unless ``static_graph=True`` has promised it that
-    the same parameters get gradient in every step (ranks would drift apart); under FSDP a rank that has no gradient for
-    a layer leaves its collective out and the others wait for it, so it is wrong there. A `torch.autograd.Function` is
-    handed zeros, unless it calls ``set_materialize_grads(False)`` and so says that it takes None. A hook on a tensor of
-    such a graph, or on a parameter that only it reaches, is called with None where it would have got zeros:
-    ``materialize`` names goals whose graphs have hooks, or something else, that cannot take that.
+    "auto" routes on the CPU, where it costs nothing. It does not route on a GPU, with several processes, or under
+    torch.compile. On a GPU the host must wait for the shares of the forward, and that cost has not been measured yet.
+    "always" routes on a GPU too, except while a CUDA graph is captured: the shares go to pinned memory, and backward
+    waits for them alone.
 
-    `lazy` goals go further: of their graphs only the rows are built that get gradient.
+    With several processes, "always" is right under DistributedDataParallel, which accepts undefined gradients because
+    every rank reaches every parameter's hook. The exception is ``static_graph=True``, which promises that the same
+    parameters get gradient in every step: ranks would drift apart. "always" is wrong under FSDP: a rank without a
+    gradient for a layer skips its collective, and the others wait for it.
+
+    A `torch.autograd.Function` gets zeros, unless it calls ``set_materialize_grads(False)`` to accept None. A hook on a
+    tensor of a skipped graph, or on a parameter that only such graphs reach, is called with None instead of zeros.
+    Name in ``materialize`` the goals whose graphs have hooks or other code that cannot take None.
+
+    `lazy` goals go further: only the rows that get gradient are built into their graphs.
 
     Raises:
-        ValueError: a shape, device, count or name that cannot serve, named in the message.
-        TypeError: an argument of the wrong type or dtype, named in the message.
-        RuntimeError: ``impl`` cannot serve here; the message says why. Or a CUDA graph is being captured, and no call
-            before has brought these constraints to the device.
+        ValueError: an argument has an invalid shape, device, count or value; the message names it.
+        TypeError: an argument has the wrong type or dtype; the message names it.
+        RuntimeError: ``impl`` is not available here; the message says why. Or a CUDA graph is being captured, and no
+            earlier call has copied these constraints to the device.
 
     Example:
         >>> loss = min_goal_loss([recon, kl], [Minimize(0.1), Upper(30.0, margin=10.0)])
@@ -159,7 +162,7 @@ def min_goal_loss(
     if code is None:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if count == 0 or not isinstance(tensors[0], Tensor):
-        check_goals(tensors)  # raises; all else is checked by the implementation
+        check_goals(tensors)  # raises; the implementation checks everything else
     for k in materialize:
         if k not in range(count):
             raise ValueError(f"materialize must hold indices of goals, 0 to {count - 1}, got {k!r}")
@@ -175,8 +178,8 @@ def min_goal_loss(
     return (loss, MinGoalStats(*out[-4:])) if return_stats else loss
 
 
-# The parameters and curves of the tuples seen last, by identity: a tuple of immutable constraints cannot change, and
-# hashing its numbers is what a small call would otherwise spend its time on.
+# Parameters and curves of recent tuples, by identity: a tuple of immutable constraints cannot change, and hashing its
+# numbers would take most of the time of a small call.
 _recent: dict[tuple[int, torch.device, torch.dtype], tuple[object, tuple[Tensor, list[int]]]] = {}
 
 
@@ -186,30 +189,30 @@ def _packed(
     tensors: list[Tensor],
     device: torch.device,
 ) -> tuple[Tensor, list[int]]:
-    """The constraints' parameters on the goals' device, in the dtype they are computed in, and their curves."""
+    """Return the constraints' parameters on the goals' device, in the compute dtype, and their curves."""
     if isinstance(constraints, ConstraintTable):
         return constraints.params, constraints.curves
     dtype = torch.float32
     for t in tensors:
         if getattr(t, "dtype", None) is torch.float64:
             dtype = torch.float64
-    # Compiled code sees no table of Python's change; a dispatch mode may want a tensor of its own.
+    # Compiled code cannot see a Python table change; a dispatch mode may need a tensor of its own.
     if torch.compiler.is_compiling() or dispatch_modes():
         return pack(_all(constraints, count), device, dtype)
     key = (id(constraints), device, dtype)
-    held, found = _recent.get(key, (None, None))
-    if found is None or held is not constraints or len(found[1]) != count:
-        found = pack(_all(constraints, count), device, dtype)
+    owner, packed = _recent.get(key, (None, None))
+    if packed is None or owner is not constraints or len(packed[1]) != count:
+        packed = pack(_all(constraints, count), device, dtype)
         if isinstance(constraints, (tuple, Constraint)):
             if len(_recent) >= 64:
                 _recent.clear()
-            _recent[key] = (constraints, found)
-    keep_for_graph(found[0])
-    return found
+            _recent[key] = (constraints, packed)
+    keep_for_graph(packed[0])
+    return packed
 
 
 def _all(constraints: Constraint | Sequence[Constraint], count: int) -> tuple[Constraint, ...]:
-    """K constraints, checked."""
+    """Return K checked constraints."""
     if isinstance(constraints, Constraint):
         return (constraints,) * count
     if not isinstance(constraints, (list, tuple)):

@@ -1,4 +1,4 @@
-"""`total_correlation` by streaming kernels, and its cheap companion from the covariance."""
+"""`total_correlation` by streaming kernels, and a cheap estimate from the covariance."""
 
 from __future__ import annotations
 
@@ -27,42 +27,43 @@ def total_correlation(
     process_group: dist.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Total correlation of a latent code, per sample, in nats: ``log q(z_b) - sum_d log q(z_bd)``.
+    """Compute the total correlation of a latent code, per sample, in nats: ``log q(z_b) - sum_d log q(z_bd)``.
 
     q is the mixture of the batch's posteriors ``N(mu_i, exp(logvar_i))`` (Chen et al. 2018, "Isolating sources of
     disentanglement", section 4 and appendix C). With ``t_bid = log N(z_bd; mu_id, exp(logvar_id))`` and weights w,
 
         TC_b = log sum_i w_bi exp(sum_d t_bid) - sum_d log sum_i w_bi exp(t_bid).
 
-    The B x B x D temporary never exists: memory is O(B D), in backward too, which computes the exponentials again.
-    Second derivatives are those of plain PyTorch, a chunk of rows at a time.
+    The B x B x D temporary is never formed. Memory is O(B D), in backward too, which recomputes the exponentials.
+    Second derivatives are computed in plain PyTorch, a chunk of rows at a time.
 
     Args:
         z: [B, D] samples, one from each posterior. float16, bfloat16, float32 or float64, any strides.
         mu, logvar: [B, D] mean and log-variance of the posteriors. -87 < logvar < 87 in float32.
-        dataset_size: N, the number of samples that the model trains on, for the weights; None weighs plainly 1/B.
+        dataset_size: N, the number of samples that the model trains on, for the weights; None weights each by 1/B.
         estimator: "mws", minibatch weighted sampling: w = 1/(N B). "mss", minibatch stratified sampling: with
             M = B - 1, 1/N for a sample's own component, (N - M)/(N M) for the next one, 1/M for the rest.
-        process_group: the ranks that share the batch, each with B samples of it, the same number. Each gets the values
-            of its own samples under the mixture of all W B posteriors, as one process with the whole batch would, and
-            gradients that DistributedDataParallel averages to that process's. mu and logvar are gathered, and their
-            gradients scattered: memory is O(W B D) and time O(W B^2 D) on each rank.
-        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves the device.
+        process_group: the W ranks that share the batch, each with the same number B of samples. Each rank gets the
+            values of its own samples under the mixture of all W B posteriors, as in one process with the whole batch.
+            DistributedDataParallel averages the gradients to those of that process. mu and logvar are gathered and
+            their gradients scattered: memory is O(W B D) and time O(W B^2 D) on each rank.
+        impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the device.
 
     Returns:
-        [B], float32 (float64 if any input is float64). Gradients for z, mu and logvar. NaN in z makes its row NaN;
-        in mu or logvar, every row.
+        [B], float32 (float64 if any input is float64). z, mu and logvar get gradient. A NaN in z makes its row NaN; a
+        NaN in mu or logvar makes every row NaN.
 
-    The estimates carry large offsets that depend on B, N and D. Independent latents, mu ~ N(0, 1), deviations 0.5,
-    D = 10, N = 4,000: the truth is 0 for the data's distribution and 1.0 for the mixture of these 4,000 posteriors; at
-    B = 256 MSS gives 0.6, plain 1/B 2.7 and MWS, which is always plain + (D - 1) log N, 77. So a goal made of it needs
-    an *ideal*: ``Minimize(scale, ideal)`` with the value that independent latents have, which the same call on a batch
-    with every column permuted gives (`bomkern train` does that), and never a bare ``exp(-x / scale)``.
+    The estimates have large offsets that depend on B, N and D. As an example, take independent latents with
+    mu ~ N(0, 1), deviations 0.5, D = 10 and N = 4,000. The true value is 0 for the distribution of the data, and 1.0
+    for the mixture of these 4,000 posteriors. At B = 256, MSS gives 0.6, plain 1/B gives 2.7, and MWS, which is always
+    plain + (D - 1) log N, gives 77. A goal therefore needs an *ideal*: ``Minimize(scale, ideal)`` with the value of
+    independent latents, never a bare ``exp(-x / scale)``. The same call on a batch with every column permuted returns
+    that value, as `bomkern train` does.
 
     Raises:
-        ValueError: a shape, device, size or name that cannot serve, named in the message.
-        TypeError: an argument of the wrong type or dtype, named in the message.
-        RuntimeError: ``impl`` cannot serve here; the message says why.
+        ValueError: an argument has an invalid shape, device or value; the message names it.
+        TypeError: an argument has the wrong type or dtype; the message names it.
+        RuntimeError: ``impl`` is not available here; the message says why.
 
     Example:
         >>> tc = total_correlation(z, mu, logvar)
@@ -80,7 +81,7 @@ def total_correlation(
         return serve(z, mu, logvar, dataset_size, stratified)
     rows, dims, dtype = check_latents(z, mu, logvar)
     ranks.check_shape("z", z)
-    # In the compute dtype: gradients of halves would be rounded before they are added up.
+    # In the compute dtype: gradients in half precision would be rounded before they are summed.
     posteriors = ranks.gather(torch.cat([mu, logvar], 1).to(dtype)).flatten(0, 1)
     first = ranks.rank * rows
     return serve(z, posteriors[:, :dims], posteriors[:, dims:], dataset_size, stratified, first)
@@ -88,20 +89,20 @@ def total_correlation(
 
 @exactly
 def gaussian_total_correlation(z: Tensor, *, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Total correlation of the Gaussian with the sample covariance C of z, in nats: ``(sum_d log C_dd - log det C)/2``.
+    """Compute the total correlation of a Gaussian with the sample covariance C of z, in nats.
 
-    The batch-level companion of `total_correlation`: one D x D Cholesky factor, no posterior, and no offset from
-    weights. It sees linear dependence only, and is the exact total correlation where z is Gaussian. Independent columns
-    give about ``D (D - 1) / (4 (B - 1))`` by chance.
+    It is ``(sum_d log C_dd - log det C) / 2``, the batch-level companion of `total_correlation`: one D x D Cholesky
+    factor, no posterior, and no offset from weights. It measures linear dependence only, and is exact if z is Gaussian.
+    Independent columns give about ``D (D - 1) / (4 (B - 1))`` by chance.
 
     Args:
         z: [B, D], B > D >= 1: fewer samples have a singular covariance. float16, bfloat16, float32 or float64.
-        process_group: the ranks that share the batch, each with B samples of it, the same number: the covariance of all
-            W B > D, for which D x D products are added up. See `total_correlation` for gradients.
+        process_group: the W ranks that share the batch, each with the same number B of samples. The covariance is that
+            of all W B > D samples, for which D x D products are summed. See `total_correlation` for gradients.
 
     Returns:
-        0-dim, float32 (float64 for float64), at least 0 up to rounding. inf, without gradient, where a column is
-        constant or, to within rounding, a linear function of others. NaN where z has one, or an infinity.
+        0-dim, float32 (float64 for float64), at least 0 up to rounding. It is inf, without gradient, if a column is
+        constant or, to within rounding, a linear function of others. It is NaN if z has a NaN or an infinity.
 
     Raises:
         ValueError: z is not [B, D] with B > D.
@@ -117,11 +118,11 @@ def gaussian_total_correlation(z: Tensor, *, process_group: dist.ProcessGroup | 
         raise ValueError(f"z must have shape [B, D] with more samples than dimensions, got {list(z.shape)}{several}")
     ranks.check_shape("z", z)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    x = z.to(torch.float64 if loses_digits(z.device.type) else dtype)  # its factor's gradient has products too
+    x = z.to(torch.float64 if loses_digits(z.device.type) else dtype)  # the gradient of its factor has products too
     low, high, mean = ranks.gather(torch.stack([-x.detach().amin(0), x.detach().amax(0), x.mean(0)])).unbind(1)
     lowest, highest, mean = -low.detach().amax(0), high.detach().amax(0), mean.mean(0)
-    constant = highest == lowest  # asked before the mean, whose rounding can leave a spread
-    # No scale: squares neither overflow nor vanish.
+    constant = highest == lowest  # before the mean is subtracted, whose rounding can leave a spread
+    # Columns are scaled to [-1, 1], so that squares neither overflow nor vanish.
     x = (x - mean) / torch.where(constant, 1, torch.maximum(highest - mean, mean - lowest).detach())
     products = ranks.total(x.T @ x)
     # The correlation matrix has the same total correlation as the covariance.
@@ -129,10 +130,10 @@ def gaussian_total_correlation(z: Tensor, *, process_group: dist.ProcessGroup | 
     correlation = products * inverse * inverse[:, None]
     with torch.no_grad():
         factor, failed = torch.linalg.cholesky_ex(correlation)
-        # What is left of a copied column's variance, 1, is the rounding of the product.
-        left = factor.diagonal().square()
-        singular = (failed != 0) | constant.any() | (left < 32 * torch.finfo(dtype).eps).any()
+        # Of a copied column's variance, 1, only the rounding of the product remains.
+        remaining = factor.diagonal().square()
+        singular = (failed != 0) | constant.any() | (remaining < 32 * torch.finfo(dtype).eps).any()
         worst = torch.where(correlation.isfinite().all(), torch.inf, torch.nan).to(x.dtype)
-    identity = torch.eye(len(left), dtype=x.dtype, device=x.device)
-    regular = torch.where(singular, identity, correlation)  # or backward would divide by zero
+    identity = torch.eye(len(remaining), dtype=x.dtype, device=x.device)
+    regular = torch.where(singular, identity, correlation)  # otherwise backward would divide by zero
     return torch.where(singular, worst, -torch.linalg.cholesky_ex(regular)[0].diagonal().log().sum()).to(dtype)

@@ -1,4 +1,4 @@
-"""The statistics that goals are made of."""
+"""The reference definitions of the statistics that serve as goals."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from ..common.torch_internals import under_transform
 
 
 def log_weights(rows: Tensor, batch: int, dataset_size: int | None, stratified: bool) -> Tensor:
-    """Log weight of each component in the mixture of each of the given rows (Chen et al. 2018, appendix C).
+    """Return the log weight of each mixture component, for each of the given rows (Chen et al. 2018, appendix C).
 
-    Plain 1/B, or MWS: 1 / (N B). MSS, with M = B - 1: 1/N for the row's own component, (N - M) / (N M) for the next
-    one, 1/M for the rest: a row sums to 1.
+    Plain: 1/B. MWS: 1 / (N B). MSS, with M = B - 1: 1/N for the row's own component, (N - M) / (N M) for the next one,
+    1/M for the rest, so that a row sums to 1.
     """
     if dataset_size is None or not stratified:
         return rows.new_full((len(rows), batch), -math.log(batch * (dataset_size or 1)), dtype=torch.float64)
@@ -40,7 +40,7 @@ def log_weights(rows: Tensor, batch: int, dataset_size: int | None, stratified: 
 
 
 def log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """``log N(z_bd; mu_id, exp(logvar_id))``, [rows, B, D]."""
+    """Return ``log N(z_bd; mu_id, exp(logvar_id))``, [rows, B, D]."""
     return -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
 
 
@@ -73,14 +73,14 @@ def _by_rows(
     first: int | None,
     limit: int,
 ) -> list[Any]:
-    """``fn`` of chunks of rows, of mu, logvar and the chunk's weights: what it gives for each chunk.
+    """Call ``fn`` with each chunk of rows, mu, logvar and the chunk's weights, and return the list of results.
 
-    A chunk's [rows, B, D] temporaries have at most ``limit`` elements, and backward computes them again: the memory is
-    bounded, whatever B and D, except under torch.func. One chunk is the textbook's formula, as it stands.
+    A chunk's [rows, B, D] temporaries have at most ``limit`` elements, and backward recomputes them. Memory is bounded
+    whatever B and D are, except under torch.func. A single chunk is the textbook formula.
     """
     batch, dims = mu.shape
     rows, count = max(1, limit // (batch * dims)), len(by_row[0])
-    bounded = rows < count and not under_transform()  # torch.func has no hooks on what backward keeps
+    bounded = rows < count and not under_transform()  # torch.func does not support saved-tensor hooks
     out = []
     for begin in range(0, count, rows):
         part = slice(begin, min(begin + rows, count))
@@ -106,10 +106,10 @@ def total_correlation(
     first: int | None = None,
     limit: int = LIMIT,
 ) -> Tensor:
-    """``log q(z_b) - sum_d log q(z_bd)``, [R]. See `bomkern.total_correlation`.
+    """Return ``log q(z_b) - sum_d log q(z_bd)``, [R]. See `bomkern.total_correlation`.
 
-    With ``first`` z is [R, D], samples of the R posteriors from that one on among the B of mu and logvar; else R = B.
-    Rows go in chunks of at most ``limit`` elements of the [rows, B, D] temporary.
+    With ``first``, z is [R, D]: samples of R consecutive posteriors from number ``first`` on, among the B of mu and
+    logvar. Without it, R = B. A chunk of rows has at most ``limit`` elements in its [rows, B, D] temporary.
     """
     batch, _, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
@@ -127,40 +127,41 @@ def total_correlation_gradients(
     first: int | None = None,
     limit: int = LIMIT,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of z, mu and logvar for the gradient ``grad`` [R] of `total_correlation`, for a second derivative.
+    """Return the gradients of z, mu and logvar for the gradient ``grad`` [R] of `total_correlation`.
 
-    In closed form, so that rows go in chunks here too: autograd's own gradient of the value would keep every [B, B, D]
-    temporary. With p and q the shares of component i in the joint and in the marginal of dimension d, the derivative
-    by ``log N(z_bd; mu_id, exp(logvar_id))`` is ``grad_b (p_bi - q_bid)``; the rest is the Gaussian's own.
+    They are differentiable, for second derivatives. The closed form allows chunks of rows here too, whereas autograd's
+    own gradient of the value would keep every [B, B, D] temporary. Let p and q be the shares of component i in the
+    joint and in the marginal of dimension d. The derivative by ``log N(z_bd; mu_id, exp(logvar_id))`` is
+    ``grad_b (p_bi - q_bid)``; the chain rule through the Gaussian gives the rest.
     """
     _, _, dtype = check_rows(z, mu, logvar, first)
     rows = [grad.to(dtype), z.to(dtype)]
     parts = _by_rows(_gradients_of, rows, mu.to(dtype), logvar.to(dtype), dataset_size, stratified, first, limit)
     of_z, of_mu, of_logvar = zip(*parts, strict=True)
-    made = torch.cat(of_z), torch.stack(of_mu).sum(0), torch.stack(of_logvar).sum(0)
-    return made[0].to(z.dtype), made[1].to(mu.dtype), made[2].to(logvar.dtype)
+    grad_z, grad_mu, grad_logvar = torch.cat(of_z), torch.stack(of_mu).sum(0), torch.stack(of_logvar).sum(0)
+    return grad_z.to(z.dtype), grad_mu.to(mu.dtype), grad_logvar.to(logvar.dtype)
 
 
 LOGVAR_LIMIT = 80.0  # e^80 is finite in float32
 
 
 def _variance_of(logvar: Tensor) -> Tensor:
-    """``exp(logvar)``, its tangent above `LOGVAR_LIMIT`."""
+    """Return ``exp(logvar)``, continued by its tangent above `LOGVAR_LIMIT`."""
     beyond = logvar > LOGVAR_LIMIT
-    tangent = math.exp(LOGVAR_LIMIT) * (1 + (logvar - LOGVAR_LIMIT))  # finite slope at infinity too
+    tangent = math.exp(LOGVAR_LIMIT) * (1 + (logvar - LOGVAR_LIMIT))  # its slope is finite at infinity too
     return torch.where(beyond, tangent, torch.exp(torch.where(beyond, LOGVAR_LIMIT, logvar)))
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
-    """``KL(N(mu, diag e^logvar) || N(0, S))``, [B]. See `bomkern.gaussian_kl`."""
+    """Return ``KL(N(mu, diag e^logvar) || N(0, S))``, [B]. See `bomkern.gaussian_kl`."""
     _, dims, dtype = check_matrices(mu=mu, logvar=logvar)
     check_prior(dims, block_size, rho)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
     rest = dims % block_size
-    if rest:  # the divergence of independent parts is a sum: whole blocks, and one of what is left
+    if rest:  # sum of the divergences of the whole blocks and of the shorter last one
         whole = gaussian_kl(mu[:, :-rest], logvar[:, :-rest], block_size, rho)
         return whole + gaussian_kl(mu[:, -rest:], logvar[:, -rest:], rest, rho)
-    # S has blocks (1 - rho) I + rho 11', whose inverse is precision I - shared 11'. A block of one is 1, whatever rho.
+    # S has blocks (1 - rho) I + rho 11', whose inverse is precision I - shared 11'. A block of one dimension is 1.
     rho = 0.0 if block_size == 1 else rho
     precision, last = 1 / (1 - rho), 1 - rho + block_size * rho
     shared, diagonal = precision * rho / last, precision * (1 - rho / last)
@@ -173,21 +174,21 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tens
 
 
 def consistency_variance(views: Sequence[Tensor], correction: float) -> Tensor:
-    """Mean over D of the variance over the views, [B]. See `bomkern.consistency_variance`."""
+    """Return the mean over D of the variance over the views, [B]. See `bomkern.consistency_variance`."""
     _, _, _, dtype = check_views(views, correction)
     x = views[0].to(dtype) if len(views) == 1 else torch.stack([v.to(dtype) for v in views])
-    x = x - x[0].detach()  # no digits are lost where all values are far from 0
+    x = x - x[0].detach()  # so that values far from 0 lose no digits
     return x.var(0, correction=correction).mean(1)
 
 
 def column_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of each column, [D] each; of a constant column exactly 0."""
-    shifted = x - x[0].detach()  # no digits are lost where all values are far from 0
+    """Return the mean and the unbiased variance of each column, [D] each; 0 exactly for a constant column."""
+    shifted = x - x[0].detach()  # so that values far from 0 lose no digits
     return shifted.mean(0) + x[0].detach(), shifted.var(0)
 
 
 def merged_moments(mean: Tensor, variance: Tensor, rows: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance over all ranks' rows, of those of each rank's (Chan et al. 1979); any shape."""
+    """Merge each rank's mean and unbiased variance into those over all ranks' rows (Chan et al. 1979); any shape."""
     means, variances = ranks.gather(torch.stack([mean, variance])).unbind(1)
     origin, total = means[0].detach(), rows * ranks.size
     apart = means - origin
@@ -197,17 +198,17 @@ def merged_moments(mean: Tensor, variance: Tensor, rows: int, ranks: Ranks) -> t
 
 
 def units_of(variance: Tensor, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """Active and effective fraction, 0-dim each, of column variances [D]. See `bomkern.active_units`."""
+    """Return the active and the effective fraction, 0-dim each, of column variances [D]. See `bomkern.active_units`."""
     active = torch.sigmoid((variance - threshold) / temperature).mean()
     total = variance.sum()
     p = variance / torch.where(total == 0, 1, total)
-    some = p != 0
-    entropy = -(p * torch.where(some, p, 1).log()).sum()
+    positive = p != 0
+    entropy = -(p * torch.where(positive, p, 1).log()).sum()
     return active, torch.where(total == 0, 0, torch.exp(entropy) / len(variance))
 
 
 def active_units(mu: Tensor, threshold: float, temperature: float, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
-    """Active and effective fraction of the dimensions, 0-dim each. See `bomkern.active_units`."""
+    """Return the active and the effective fraction of the dimensions, 0-dim each. See `bomkern.active_units`."""
     rows, _, dtype = check_matrices(2, mu=mu)
     check_units(threshold, temperature)
     moments = merged_moments(*column_moments(mu.to(dtype)), rows, ranks)
@@ -217,7 +218,7 @@ def active_units(mu: Tensor, threshold: float, temperature: float, ranks: Ranks 
 def latent_statistics(
     z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float
 ) -> tuple[Tensor, ...]:
-    """The fields of `bomkern.LatentStatistics`, in order."""
+    """Return the fields of `bomkern.LatentStatistics`, in order."""
     _, _, dtype = check_latents(z, mu, logvar, least=2)
     check_units(threshold, temperature)
     z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
@@ -227,8 +228,8 @@ def latent_statistics(
 
 
 def centered(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """x less its column means over all ranks' rows, and the means, [D], without gradient."""
-    first = x[0].detach()  # taken off before the mean is: no digits are lost where all values are far from 0
+    """Return x minus its column means over all ranks' rows, and the means, [D], without gradient."""
+    first = x[0].detach()  # subtracted before the mean, so that values far from 0 lose no digits
     firsts, means = ranks.gather(torch.stack([first, (x - first).mean(0)])).unbind(1)
     origin = firsts[0].detach()
     mean = (firsts.detach() - origin + means).mean(0)
@@ -237,7 +238,7 @@ def centered(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
 
 @exactly
 def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool, ranks: Ranks = ALONE) -> Tensor:
-    """``B/(B-1) x' offdiag(C) x / D`` of each sample, [B], or ``sum_{i != j} C_ij^2 / D``, 0-dim.
+    """Return ``B/(B-1) x' offdiag(C) x / D`` of each sample, [B], or ``sum_{i != j} C_ij^2 / D``, 0-dim.
 
     See `bomkern.covariance_penalty`.
     """
@@ -250,7 +251,7 @@ def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool, ranks: Rank
         constant = variance.detach().sqrt() <= torch.finfo(dtype).eps * mean.abs()
         inverse = torch.where(constant, torch.inf, variance).rsqrt()
         c, x = c * inverse * inverse[:, None], x * inverse
-    own = torch.eye(dims, dtype=torch.bool, device=c.device) & ~c.isnan()  # a NaN may have no other place to show in
+    own = torch.eye(dims, dtype=torch.bool, device=c.device) & ~c.isnan()  # a NaN may appear on the diagonal only
     off = torch.where(own, 0, c)
     if not per_sample:
         return off.square().sum() / dims

@@ -1,4 +1,4 @@
-"""Checkpoints: one file, written whole or not at all, loadable with ``weights_only=True``; and the one before it."""
+"""Checkpoints, written whole or not at all and loadable with ``weights_only=True``; the previous one is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("bomkern")
 
 
 def before(path: Path) -> Path:
-    """Where the checkpoint before that at ``path`` is kept."""
+    """Return the path of the checkpoint before the one at ``path``."""
     return path.with_suffix(f".previous{path.suffix}")
 
 
@@ -27,32 +27,30 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=before(path))
     except (OSError, RuntimeError) as why:  # torch reports a full disk as RuntimeError
-        raise TrainError(
-            f"cannot write {path}: {str(why).splitlines()[0]}; the checkpoint before it is intact"
-        ) from why
+        raise TrainError(f"cannot write {path}: {str(why).splitlines()[0]}; the previous checkpoint is intact") from why
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint into host memory; where it cannot be read, the one before it.
+    """Read a checkpoint into host memory; if it cannot be read, read the previous one.
 
     Raises:
-        TrainError: there is none, neither can be read, or it is another version's.
+        TrainError: no checkpoint exists or can be read, or another version wrote it.
     """
-    there = [one for one in (path, before(path)) if one.is_file()]
-    if not there:
+    candidates = [candidate for candidate in (path, before(path)) if candidate.is_file()]
+    if not candidates:
         raise TrainError(f"nothing to resume: {path} does not exist")
     reasons = []
-    for one in there:
+    for candidate in candidates:
         try:
-            state = _read(one)
+            state = _read(candidate)
         except TrainError as why:
             reasons.append(str(why))
             continue
-        if one != path:
+        if candidate != path:
             why_not = reasons[0] if reasons else f"{path} does not exist"
-            log.warning("%s: going on from the one before it, at step %s", why_not, state.get("step"))
+            log.warning("%s: going on from the previous checkpoint, at step %s", why_not, state.get("step"))
         if state.get("format") != FORMAT:
-            raise TrainError(f"{one} is not a checkpoint of this version of bomkern")
+            raise TrainError(f"{candidate} is not a checkpoint of this version of bomkern")
         return state
     raise TrainError("; ".join(reasons))
 
@@ -64,6 +62,6 @@ def _read(path: Path) -> dict[str, Any]:
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         return load_plain(path)
-    except Exception as why:  # what a damaged file raises depends on where it is damaged
+    except Exception as why:  # the exception depends on where the file is damaged
         text = (str(why) or type(why).__name__).splitlines()[0]
         raise TrainError(f"{path} is not a readable checkpoint: {text}") from why

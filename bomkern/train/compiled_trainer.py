@@ -1,13 +1,13 @@
-"""A step in one graph of torch.compile, forward and backward: networks, statistics, goals and both losses.
+"""One training step as one graph of torch.compile: networks, statistics, goals, both losses and their backward.
 
-The networks are written here once more, in the form that Inductor fuses best, with the parameters of `networks` and, to
-rounding, its values:
+This file defines the networks a second time, in the form that Inductor fuses best. They use the parameters of
+`networks` and compute the same values up to rounding:
 
-- Tensors are [N, H, W, C] and what depends on a channel is [N, C], so that loops over channels are vectors.
-- Upsampling, replicate padding and 3 x 3 convolution are one convolution of the small image by folded kernels, four for
-  each channel, one for each pixel of the 2 x 2 that a pixel becomes: as many multiplications, a quarter of the bytes.
-- What depends on the structure alone is computed once for the decodes that share it. Up to the first norm it is linear:
-  where there are more samples than latents, the pictures of the latents are convolved, not those of the samples.
+- Feature maps are [N, H, W, C] and values per channel are [N, C], so that loops over channels are vectorised.
+- One convolution of the small image replaces upsampling, replicate padding and 3 x 3 convolution. It has four folded
+  kernels per channel, one for each output pixel of a 2 x 2: as many multiplications, a quarter of the bytes.
+- Layers that depend on the structure alone run once for all decodes that share it. They are linear up to the first
+  norm: with more samples than latents, the images of the latents are convolved, not those of the samples.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .data import Crops
 from .networks import SMALLEST, VAE, Block, Decoder, Encoder, Pass
 from .trainer import Trainer, raw_values
 
-# Bilinear upsampling to twice the side, then a tap of the kernel: [parity, tap, of x[i - 1], x[i], x[i + 1]].
+# Bilinear upsampling to twice the side, then a tap of the kernel: weights [parity, tap, (x[i - 1], x[i], x[i + 1])].
 FOLD = (
     ((0.75, 0.25, 0.0), (0.25, 0.75, 0.0), (0.0, 0.75, 0.25)),
     ((0.25, 0.75, 0.0), (0.0, 0.75, 0.25), (0.0, 0.25, 0.75)),
@@ -38,7 +38,7 @@ FOLD = (
 
 
 class _Replicate(torch.autograd.Function):
-    """[N, H, W, C] -> [N, H + 2, W + 2, C], borders repeated. Backward adds slices; autograd's would scatter."""
+    """Repeat the borders, [N, H, W, C] -> [N, H + 2, W + 2, C]. Backward adds slices, where autograd would scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -59,22 +59,23 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, paddi
 
 
 def _single(x: Tensor) -> Tensor:
+    """Convert to float32, or keep float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _moments(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal deviation of every channel's group; [N, ..., C] -> [N, C] each."""
+    """Return the mean and the reciprocal deviation of each channel's group; [N, ..., C] -> [N, C] each."""
     variance, mean = torch.var_mean(_single(x), tuple(range(1, x.dim() - 1)), correction=0)
     group = torch.arange(norm.num_channels, device=x.device) // (norm.num_channels // norm.num_groups)
     same = (group[:, None] == group).to(mean.dtype)
-    average = same / same.sum(0)  # by a matrix product, after which each channel has its own number
+    average = same / same.sum(0)  # a matrix product broadcasts the average of a group to its channels
     with torch.autocast(x.device.type, enabled=False):
         middle = mean @ average
         return middle, torch.rsqrt((variance + (mean - middle).square()) @ average + norm.eps)
 
 
 def encode(encoder: Encoder, image: Tensor) -> tuple[Tensor, Tensor]:
-    """`Encoder.forward`. [B, 3, S, S] -> mu, logvar, [B, D] each."""
+    """Compute `Encoder.forward`. [B, 3, S, S] -> mu, logvar, [B, D] each."""
     x = image.permute(0, 2, 3, 1) * 2 - 1
     layers: list[Any] = list(encoder.trunk)
     for conv, norm in zip(layers[::3], layers[1::3], strict=True):
@@ -87,23 +88,23 @@ def encode(encoder: Encoder, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _folded(weight: Tensor) -> Tensor:
-    """[O, I, 3, 3] -> [4 O, I, 3, 3]: of each parity of row and column, the kernels before the upsampling."""
+    """Fold the upsampling into the kernels, for each parity of row and column. [O, I, 3, 3] -> [4 O, I, 3, 3]."""
     fold = weight.new_tensor(FOLD)
     o, i = weight.shape[:2]
     with torch.autocast(weight.device.type, enabled=False):
         both = torch.einsum("pac,qbd->pqcdab", fold, fold).reshape(36, 9)
-        made = both @ weight.permute(0, 2, 3, 1).reshape(o, 9, i)  # [O, 36, I]
-    return made.view(o, 4, 3, 3, i).transpose(0, 1).reshape(4 * o, 3, 3, i).permute(0, 3, 1, 2)
+        folded = both @ weight.permute(0, 2, 3, 1).reshape(o, 9, i)  # [O, 36, I]
+    return folded.view(o, 4, 3, 3, i).transpose(0, 1).reshape(4 * o, 3, 3, i).permute(0, 3, 1, 2)
 
 
 def _upsampled(block: Block, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Upsampling and convolution, pixels not in place yet. [N, H, W, I] -> [N, H, W, 4, O]."""
+    """Upsample and convolve; each 2 x 2 of pixels stays in one dimension. [N, H, W, I] -> [N, H, W, 4, O]."""
     wide: Tensor = _conv(_Replicate.apply(x), _folded(block.conv.weight), bias)
     return cast(Tensor, wide.unflatten(-1, (4, -1)))
 
 
 def _styled(block: Block, x: Tensor, moments: tuple[Tensor, Tensor], mood: Tensor) -> Tensor:
-    """Normalised, scaled and shifted, SiLU, pixels in place. [N, H, W, 4, O] -> [N, 2 H, 2 W, O]."""
+    """Normalise, scale, shift, apply SiLU and put pixels in place. [N, H, W, 4, O] -> [N, 2 H, 2 W, O]."""
     mean, slope = moments
     scale, shift = (part[:, None, None, None] for part in block.style(mood).chunk(2, dim=1))
     x = F.silu((x - mean[:, None, None, None]) * (slope[:, None, None, None] * (1 + scale)) + shift)
@@ -115,11 +116,12 @@ def _blocks(decoder: Decoder) -> list[Block]:
 
 
 def _fourfold(block: Block) -> Tensor:
+    """Repeat a block's bias for the four folded kernels, [4 O]."""
     return cast(Tensor, block.conv.bias).repeat(4)
 
 
-def _started(decoder: Decoder, structure: Tensor) -> Tensor:
-    """What the first block normalises. [N, structure] -> [N, H, W, 4, O]."""
+def _before_first_norm(decoder: Decoder, structure: Tensor) -> Tensor:
+    """Compute the input of the first block's norm. [N, structure] -> [N, H, W, 4, O]."""
     start, block = decoder.start, _blocks(decoder)[0]
     bias = _fourfold(block)
     few = structure.shape[1] < len(structure)
@@ -133,20 +135,21 @@ def _started(decoder: Decoder, structure: Tensor) -> Tensor:
 
 
 def decode(decoder: Decoder, structures: Tensor, appearances: Tensor, which: list[int]) -> list[Tensor]:
-    """`Decoder.forward` of several appearances, each with one of the structures.
+    """Compute `Decoder.forward` for several appearances, each with one of the structures.
 
     Args:
-        structures: [s, B, structure]. appearances: [a, B, appearance].
-        which: of each appearance, the number of its structure.
+        structures: [s, B, structure].
+        appearances: [a, B, appearance].
+        which: index of the structure of each appearance.
 
     Returns:
-        a images [B, 3, S, S].
+        a tensors of images, [B, 3, S, S] each.
     """
     first, *others = _blocks(decoder)
     mood = decoder.mood(appearances.flatten(0, 1))
-    x = _started(decoder, structures.flatten(0, 1))
-    made = (part.unflatten(0, (len(structures), -1)) for part in (x, *_moments(x, first.norm)))
-    x, *moments = (torch.cat([part[k] for k in which]) for part in made)
+    x = _before_first_norm(decoder, structures.flatten(0, 1))
+    by_structure = (part.unflatten(0, (len(structures), -1)) for part in (x, *_moments(x, first.norm)))
+    x, *moments = (torch.cat([part[k] for k in which]) for part in by_structure)
     x = _styled(first, x, (moments[0], moments[1]), mood)
     for block in others:
         x = _upsampled(block, x, _fourfold(block))
@@ -157,7 +160,7 @@ def decode(decoder: Decoder, structures: Tensor, appearances: Tensor, which: lis
 
 
 def forward(vae: VAE, image: Tensor, view: Tensor, noise: Tensor, shake: Tensor) -> Pass:
-    """`VAE.forward`; the decodes are tensors."""
+    """Compute `VAE.forward`, with tensors as decodes."""
     mu, logvar = (_single(part) for part in encode(vae.encoder, torch.cat([image, view])))
     views = mu.unflatten(0, (2, len(image)))[..., : vae.parts[0]]
     mu, logvar = mu[: len(image)], logvar[: len(image)]
@@ -171,42 +174,47 @@ def forward(vae: VAE, image: Tensor, view: Tensor, noise: Tensor, shake: Tensor)
 def losses(
     trainer: Trainer, image: Tensor, noise: Tensor, shake: Tensor, view: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of a step: the sum of both losses, whose backward is that of both networks; the VAE's, its bottlenecks and record
-    (`GoalOutput`), and the discriminator's, without gradient. The arguments are those of a step (`Trainer.raw`)."""
+    """Compute both losses of a step. The arguments are those of `Trainer.raw`.
+
+    Returns:
+        The sum of both losses, whose backward serves both networks. Without gradient: the VAE's loss, its bottleneck
+        and record (`GoalOutput`), and the discriminator's loss.
+    """
     judge = trainer.discriminator
     with torch.autocast(image.device.type, torch.bfloat16, enabled=trainer.config.precision == "bf16-mixed"):
         out = forward(trainer.vae, image, see.photometric(image, view), noise, shake)
-        # The VAE's step needs no gradient of the judge's weights, nor the judge's step one of the reconstruction.
+        # The VAE's step needs no gradient of the judge's weights, and the judge's step none of the reconstruction.
         fixed = {name: parameter.detach() for name, parameter in judge.named_parameters()}
         logits = torch.func.functional_call(judge, fixed, (out.recon,))
         recon = cast(Tensor, out.recon).detach()
         real, fake = _single(judge(image)), _single(judge(recon))
     values = raw_values(out, image, logits, order, trainer.trivial, trainer.config.impl)
-    made = trainer.goals(dict(zip(goal.GOALS, values, strict=True)))
+    output = trainer.goals(dict(zip(goal.GOALS, values, strict=True)))
     judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
-    return made.loss + judge_loss, made.loss.detach(), made.bottleneck, made.record, judge_loss.detach()
+    total = output.loss + judge_loss
+    return total, output.loss.detach(), output.bottleneck, output.record, judge_loss.detach()
 
 
 def compiled(trainer: Trainer) -> Any:
-    """`losses` of a trainer, compiled whole; the first call takes a minute or more."""
+    """Return `losses` of a trainer as one compiled graph; its first call takes a minute or more."""
     return torch.compile(partial(losses, trainer), fullgraph=True, dynamic=False)
 
 
 class CompiledTrainer(Trainer):
-    """`Trainer` whose step is compiled, all but the updates, and but for a probe's steps. One process."""
+    """A `Trainer` with a compiled step, for one process. The updates and the steps of a probe are not compiled."""
 
     def __init__(self, config: Config, fabric: Fabric, crops: Crops, total: int | None = None) -> None:
         super().__init__(config, fabric, crops, total)
         self._losses = compiled(self)
 
     def _walk(self) -> tuple[GoalOutput, Tensor]:
-        if self.goals.alone is not None:  # each goal alone would be compiled anew
+        if self.goals.alone is not None:  # a graph would be compiled for each goal alone
             return super()._walk()
         begun = time.perf_counter()
         try:
             total, loss, bottleneck, record, judge_loss = self._losses(self.images(), *self._noise())
             self.fabric.backward(total)
-        except RuntimeError as why:  # what compilers raise is one
+        except RuntimeError as why:  # compilers raise subclasses of it
             if self.first_seconds:
                 raise
             reason = next((line for line in str(why).splitlines() if line.strip()), "")[:200]

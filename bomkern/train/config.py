@@ -1,4 +1,4 @@
-"""What a run can be told. No heavy import: the command line reads its defaults here."""
+"""Settings of a run. Nothing heavy is imported here, because the command line reads its defaults from this file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 SCALES = ("anchored", "moving", "probed", "auto", "diagnosis")
-LEAST_BATCH = 4  # samples of a process: some goals compare them with one another
+LEAST_BATCH = 4  # samples per process: some goals compare samples with one another
 SPILL = 0.5  # the default ratio, see bomkern.Spill
 REDUCTIONS = ("mean", "min")
 IMAGE_SIZES = (32, 64, 128, 256)
 PRECISIONS = ("32-true", "bf16-mixed")
 STRATEGIES = ("auto", "ddp", "fsdp")
-# May differ between a run and its continuation; everything else must not.
+# Settings that may differ between a run and its continuation; all others must not.
 FREE = (
     "out",
     "steps",
@@ -36,11 +36,13 @@ class TrainError(Exception):
 
 @dataclass
 class Config:
+    """Settings of a training run, named as the options of ``bomkern train``."""
+
     out: str = "runs/demo"
     data: str | None = None
     steps: int | None = None  # None and no epochs: 1000
     epochs: float | None = None
-    batch_size: int = 32  # of each process that the run begins with
+    batch_size: int = 32  # per process at the start of the run
     image_size: int = 32
     seed: int = 0
     scales: str = "anchored"
@@ -68,7 +70,7 @@ class Config:
 
     @property
     def spill_ratio(self) -> float:
-        """What goals' weights fall by from rank to rank; 0 for the minimum alone."""
+        """Ratio of each goal's weight to that of the next worse one; 0 for the minimum alone."""
         if self.spill is not None:
             return self.spill
         anchored = self.scales in ("anchored", "moving", "probed")
@@ -78,10 +80,10 @@ class Config:
         return asdict(self)
 
     def merged(self, stored: dict[str, Any], given: set[str]) -> Config:
-        """This run as the continuation of a stored one: what was not ``given`` comes from there.
+        """Return these settings for the continuation of a stored run, whose values replace those not in ``given``.
 
         Raises:
-            TrainError: something was given that must not change.
+            TrainError: a setting that must not change was given another value.
         """
         values = self.to_dict()
         for field in fields(self):

@@ -1,4 +1,4 @@
-"""What happened in the steps that only the trainer knows: counted on the device, read only when a line is logged."""
+"""Counters of the trainer's steps, kept on the device and read only when a line is logged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ class Tally:
         self.values["steps"] = torch.zeros((), device=device, dtype=torch.float64)
 
     def add(self, ok: Tensor, share: Tensor, blame: Tensor) -> None:
-        """Count one step. ok: 0-dim bool; share: [K]; blame: [K] bool, only read where not ok."""
+        """Count one step.
+
+        Args:
+            ok: 0-dim bool, whether the step was accepted.
+            share: [K].
+            blame: [K] bool, read only if the step was rejected.
+        """
         v, zero = self.values, self.values["steps"].new_zeros(())
         v["share"].add_(torch.where(ok, share.double(), zero))
         v["steps"].add_(ok)
@@ -34,11 +40,11 @@ class Tally:
         v["blame"].copy_(torch.where(ok, zero, v["blame"] + blame))
 
     def blamed(self) -> str:
-        """The goal that was at fault most often."""
+        """Return the goal that was at fault most often."""
         return GOALS[int(self.values["blame"].argmax())]
 
     def totals(self) -> dict[str, Any]:
-        """share and longest starvation per goal over all accepted steps."""
+        """Return the share and the longest starvation of each goal over all accepted steps."""
         share = (self.values["share"] / self.values["steps"].clamp(min=1)).tolist()
         return {
             "share": dict(zip(GOALS, share, strict=True)),

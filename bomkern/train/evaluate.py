@@ -28,12 +28,12 @@ def reconstruct(vae: VAE, images: Tensor) -> Tensor:
 
 
 def quality(vae: VAE, images: Tensor) -> dict[str, float]:
-    """``psnr`` in dB and ``ssim`` of reconstructed held-out crops [n, 3, S, S]."""
+    """Return ``psnr`` in dB and ``ssim`` of reconstructed held-out crops [n, 3, S, S]."""
     scores = _metrics(images.device)(reconstruct(vae, images), images)
     return {name: float(value) for name, value in scores.items()}
 
 
 def baseline(images: Tensor) -> dict[str, float]:
-    """The same for each crop's own mean colour: what a model has to beat."""
+    """Return the quality of each crop's own mean colour, which a model has to beat."""
     scores = _metrics(images.device)(flat(images).contiguous(), images)
     return {f"baseline_{name}": float(value) for name, value in scores.items()}

@@ -1,4 +1,4 @@
-"""A run from start to end: folder, data, steps, lines, checkpoints, pictures, summary."""
+"""A run from start to end: folder, data, steps, metrics, checkpoints, pictures, summary."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger("bomkern")
 
 
 class Interrupted(Exception):
-    """Training was asked to stop by a signal, and has saved a checkpoint."""
+    """A signal stopped the training, which has saved a checkpoint."""
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped at step {step} by {signal.Signals(number).name}")
@@ -43,12 +43,12 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps; the second is the usual one."""
+    """Turn the first SIGINT or SIGTERM into a flag that the loop reads between steps; the second acts as usual."""
 
     def __init__(self) -> None:
         self.asked = 0
         numbers = (signal.SIGINT, signal.SIGTERM)
-        in_main = threading.current_thread() is threading.main_thread()  # others may not handle signals
+        in_main = threading.current_thread() is threading.main_thread()  # other threads may not handle signals
         self.old = {number: signal.signal(number, self._note) for number in numbers} if in_main else {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -61,14 +61,14 @@ class Stop:
 
 
 def total_steps(config: Config, crops: int, samples: int) -> int:
-    """Steps of the run, of so many samples; an epoch is as many as crops fit side by side into the training regions."""
+    """Return the steps of a run. An epoch is as many samples as crops fit side by side into the training regions."""
     if config.epochs is not None:
         return max(1, math.ceil(config.epochs * crops / samples))
     return config.steps if config.steps is not None else DEFAULT_STEPS
 
 
 def shared(total: int, processes: int) -> int:
-    """The samples a step of a run that goes on, in so many processes."""
+    """Return the samples per step of a resumed run, after checking that so many processes can share them."""
     fits = [n for n in range(1, total // LEAST_BATCH + 1) if total % n == 0]
     if processes not in fits:
         raise TrainError(
@@ -79,12 +79,12 @@ def shared(total: int, processes: int) -> int:
 
 
 def serving(device: str, impl: str | None) -> str:
-    """Which implementation of every op serves on this type of device: ``impl``, or the best there is of the loss."""
+    """Return the implementation of every op on this type of device: ``impl``, or else the best one of the loss."""
     ops = bomkern.info()["ops"].values()
     reasons = [op.get(device, {}) for op in ops]
     if impl is None:
         return next((name for name, reason in reasons[0].items() if reason is None), "reference")
-    for reason in (found[impl] for found in reasons if found.get(impl)):
+    for reason in (by_impl[impl] for by_impl in reasons if by_impl.get(impl)):
         raise TrainError(f"--impl {impl} cannot serve on {device}: {reason}")
     return impl
 
@@ -94,26 +94,26 @@ def train(config: Config, given: set[str] | None = None) -> dict[str, Any]:
 
     Args:
         config: the run.
-        given: the names of the settings that were asked for; when resuming, the others come from the run's checkpoint.
+        given: names of the settings that the user gave. A resumed run takes the others from its checkpoint.
 
     Raises:
-        TrainError: one line on why the run cannot start or go on.
-        Interrupted: a signal came; a checkpoint was saved.
+        TrainError: the run cannot start or go on; the message is one line.
+        Interrupted: a signal stopped the run after a checkpoint was saved.
     """
     processes.join()
     with processes.watch():
-        settled, stored = processes.from_rank_0(lambda: _settle(config, given if given is not None else set()))
-        return _run(settled, launch(settled), stored)
+        resolved, stored = processes.from_rank_0(lambda: _resolve(config, given if given is not None else set()))
+        return _run(resolved, launch(resolved), stored)
 
 
-def _settle(config: Config, given: set[str]) -> tuple[Config, dict[str, Any] | None]:
-    """The run's settings, checked, and the checkpoint that it goes on from."""
+def _resolve(config: Config, given: set[str]) -> tuple[Config, dict[str, Any] | None]:
+    """Return the checked settings, and the checkpoint that a resumed run starts from."""
     stored = None
     if config.resume:
         stored = checkpoint.load(Path(config.out) / recorder.CHECKPOINT)
         config = config.merged(stored["config"], given)
         if processes.by_torchrun() and "devices" not in given:
-            config.devices = None  # as many as there are now
+            config.devices = None  # torchrun decides the number of processes
     if config.scales not in SCALES or config.reduction not in REDUCTIONS:
         raise TrainError(f"unknown --scales {config.scales} or --reduction {config.reduction}")
     if config.scales == "probed" and not config.probe:
@@ -124,7 +124,7 @@ def _settle(config: Config, given: set[str]) -> tuple[Config, dict[str, Any] | N
 
 
 def _prepare(config: Config, fabric: Fabric) -> tuple[str, Data]:
-    """Which implementation serves, and the images; on rank 0 the run folder is made too."""
+    """Return the implementation and the images; rank 0 also makes the run folder."""
     if config.compile and fabric.world_size > 1:
         raise TrainError(f"--compile works in one process, not in {fabric.world_size}")
     impl = serving(fabric.device.type, config.impl)
@@ -140,7 +140,7 @@ def _prepare(config: Config, fabric: Fabric) -> tuple[str, Data]:
 
 
 def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[str, Any]:
-    """Train, in processes that have found each other."""
+    """Train in the launched processes and return the summary, empty on all ranks but rank 0."""
     folder, chief = Path(config.out), fabric.is_global_zero
     impl, data = processes.together(lambda: _prepare(config, fabric))
     trainer = _trainer(config, fabric, data.train, shared(stored["total"], fabric.world_size) if stored else None)
@@ -176,7 +176,7 @@ def _trainer(config: Config, fabric: Fabric, crops: Crops, total: int | None) ->
 
 
 def _probe(trainer: Trainer) -> bomkern.Payoff:
-    """The payoff table, the same on all ranks; anchors that wait for it are given."""
+    """Measure the payoff table, the same on all ranks, and set the anchors that depend on it."""
     config, chief = trainer.config, trainer.fabric.is_global_zero
     trainer.partial = trainer.fabric.world_size > 1 and not trainer.sharded
     try:
@@ -189,23 +189,23 @@ def _probe(trainer: Trainer) -> bomkern.Payoff:
     late = [name for name, low in zip(GOALS, least, strict=True) if ideals[name] > low]
     if late and chief:
         log.warning("--probe %d is short: %s got further when another goal was trained", config.probe, ", ".join(late))
-    told = payoff.table.clone()
+    table = payoff.table.clone()
     for k, (name, usual) in enumerate(anchors(trainer.total).items()):
-        if ideals[name] >= nadirs[name]:  # a scale of nothing would hold the gradient
-            told[:, k], told[k, k] = usual.nadir, usual.ideal
+        if ideals[name] >= nadirs[name]:  # a zero scale would take all the gradient
+            table[:, k], table[k, k] = usual.nadir, usual.ideal
             if chief and config.scales == "probed":
                 log.warning("%s came out worst when trained alone: it keeps its anchors %g and %g", name, *usual)
-    trainer.goals.anchor(probe=payoff._replace(table=told))
+    trainer.goals.anchor(probe=payoff._replace(table=table))
     return payoff
 
 
 def _steps(
     trainer: Trainer, steps: int, images: torch.Tensor, metrics: recorder.Recorder, stop: Stop, folder: Path
 ) -> float | None:
-    """Train up to ``steps``; returns steps per second without evaluation, checkpoints and compilation."""
+    """Train up to ``steps``; return the steps per second without evaluation, checkpoints and compilation."""
     config, fabric = trainer.config, trainer.fabric
     chief, first = fabric.is_global_zero, trainer.step
-    aside = 0.0  # seconds that are not training
+    paused_seconds = 0.0  # in evaluation and checkpoints
     begun = time.perf_counter()
     bar = tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=0.5, dynamic_ncols=True)
     with bar:
@@ -213,33 +213,33 @@ def _steps(
             trainer.advance()
             bar.update()
             n = trainer.step
-            log, look = n % config.log_every == 0, n % config.eval_every == 0
-            if log or n % REJECTED_IN_A_ROW == 0:
+            logs, evaluates = n % config.log_every == 0, n % config.eval_every == 0
+            if logs or n % REJECTED_IN_A_ROW == 0:
                 _check(trainer)
             line: dict[str, Any] = {"step": n}
-            if log and (window := trainer.window()):
+            if logs and (window := trainer.window()):
                 line |= window
                 worst = max(GOALS, key=lambda name: window["goals"][name]["share"])
                 bar.set_postfix_str(f"loss {window['loss']:.3f}, {worst} {window['goals'][worst]['share']:.0%}")
             paused = time.perf_counter()
-            if look:
+            if evaluates:
                 trainer.remeasure(images)
                 average = trainer.averaged()
                 line |= evaluate.quality(average, images) if chief else {}
             if len(line) > 1:
                 metrics.line(line)
-            asked = stop.asked if fabric.world_size == 1 or log else 0
-            if fabric.world_size > 1 and log:  # every rank must leave at the same step
+            asked = stop.asked if fabric.world_size == 1 or logs else 0
+            if fabric.world_size > 1 and logs:  # every rank must leave at the same step
                 most: Any = fabric.all_reduce(torch.tensor(float(asked), device=trainer.device), reduce_op="max")
                 asked = int(most)
             if asked or n == steps or n % config.checkpoint_every == 0:
                 _save(trainer, folder)
-            aside += time.perf_counter() - paused
+            paused_seconds += time.perf_counter() - paused
             if asked:
                 raise Interrupted(asked, n)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
-    seconds = time.perf_counter() - begun - aside - trainer.first_seconds
+    seconds = time.perf_counter() - begun - paused_seconds - trainer.first_seconds
     # After the checkpoint, which keeps the open window for a run that goes on.
     if steps % config.log_every and (window := trainer.window()):
         metrics.line({"step": steps, **window, "partial": True})
@@ -248,7 +248,7 @@ def _steps(
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
-    """The checkpoint and the history, by rank 0. What is sharded is put together first."""
+    """Save the checkpoint and the history on rank 0; sharded weights are gathered first."""
     chief = trainer.fabric.is_global_zero
     state = processes.whole(trainer.state_dict()) if chief or trainer.sharded else {}
 
@@ -274,16 +274,16 @@ def _check(trainer: Trainer) -> None:
 def _finish(
     trainer: Trainer, average: VAE, images: torch.Tensor, folder: Path, speed: float | None, impl: str
 ) -> dict[str, Any]:
-    """Evaluate, write summary and pictures."""
+    """Evaluate, write the pictures and the summary, and return the summary."""
     from . import plots
 
-    found = {**evaluate.quality(average, images), **evaluate.baseline(images)}
+    quality = {**evaluate.quality(average, images), **evaluate.baseline(images)}
     totals = trainer.tally.totals()
     lines = [line for line in recorder.read_lines(folder / recorder.METRICS) if "goals" in line]
     last = lines[-1]["goals"] if lines else {}
     config = trainer.config
     summary = {
-        **found,
+        **quality,
         "steps": trainer.step,
         "steps_per_second": speed,
         **totals,
@@ -310,14 +310,14 @@ def _finish(
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        plots.contact_sheets(folder, average, images, found)
+        plots.contact_sheets(folder, average, images, quality)
     summary["diagnosis"] = _diagnosis(trainer, folder)
     recorder.write_json(folder / recorder.SUMMARY, summary)
     return summary
 
 
 def _diagnosis(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
-    """What `bomkern diagnose` finds, and its report; a run is not lost over them."""
+    """Return the findings of `bomkern diagnose` and write its report; a failure only logs a warning."""
     try:
         write_atomically(folder / recorder.HISTORY, trainer.goals.history.save)
         return diagnose_folder(folder)[0].to_dict()
@@ -328,7 +328,7 @@ def _diagnosis(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
 
 
 def report(summary: dict[str, Any], folder: str) -> str:
-    """The summary as a short table for a terminal."""
+    """Format the summary as a short table for a terminal."""
     verdict = "above" if summary["psnr"] > summary["baseline_psnr"] else "NOT above"
     rows = [
         "",
@@ -352,14 +352,14 @@ def report(summary: dict[str, Any], folder: str) -> str:
 
 
 def _top_finding(diagnosis: dict[str, Any] | None, folder: str) -> list[str]:
-    """The worst of what was found, in a few lines."""
+    """Format the worst finding in a few lines."""
     if diagnosis is None:
         return []
     faults = [finding for finding in diagnosis["findings"] if not is_information(finding["kind"])]
     if not faults:
         return [f"diagnosis: {diagnosis['note'] or NOTHING}"]
     top = faults[0]
-    maybe = "perhaps " * (top["confidence"] < 0.5)  # right about every second time: bench/results/faults.json
+    maybe = "perhaps " * (top["confidence"] < 0.5)  # right about half the time: bench/results/faults.json
     return [
         f"diagnosis: {' and '.join(top['goals']) or 'the run'}: {maybe}{top['kind']} ({top['confidence']:.0%} sure)",
         f"  {top['evidence']}",

@@ -18,13 +18,13 @@ from bomkern import Lazy, lazy
 from bomkern.common.process_group import several_ranks
 
 SMALLEST = 4  # side of the innermost feature map, in pixels
-JOINT = 2**20  # numbers in images that are decoded in one call on a CPU
+JOINT = 2**20  # largest number of elements of images decoded in one call on a CPU
 
 
 class Pass(NamedTuple):
-    """One forward pass of `VAE`, everything a step needs. B images, D = structure + appearance latents.
+    """Result of a forward pass of `VAE`. B images, D = structure + appearance latents.
 
-    The decodes are `bomkern.lazy`: of each, only the rows that a goal gets gradient for are put into a graph.
+    The decodes are `bomkern.lazy`: only the rows with a gradient for some goal are put into a graph.
     """
 
     z: Tensor  # [B, D] sample of the posterior
@@ -38,7 +38,7 @@ class Pass(NamedTuple):
 
 
 def widths(image_size: int, width: int) -> list[int]:
-    """Channels at each halving from ``image_size`` to `SMALLEST`: ``width``, then doubling up to four times it."""
+    """Return the channels at each halving from ``image_size`` to `SMALLEST`: ``width``, doubling up to 4 ``width``."""
     return [width * min(4, 2**k) for k in range(int(math.log2(image_size // SMALLEST)))]
 
 
@@ -47,7 +47,7 @@ def _norm(channels: int, affine: bool = True) -> nn.GroupNorm:
 
 
 class Encoder(nn.Module):
-    """[B, 3, S, S] -> mu, logvar, [B, D] each."""
+    """Map images [B, 3, S, S] to mu and logvar, [B, D] each."""
 
     def __init__(self, image_size: int, latents: int, width: int) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         mu, logvar = self.head(self.trunk(image * 2 - 1).flatten(1)).chunk(2, dim=1)
-        # Bounded smoothly: exp never overflows, and the bound is out of the way of any posterior worth having.
+        # A smooth bound keeps exp from overflowing, far from any useful posterior.
         return mu, 8 * torch.tanh(logvar / 8)
 
 
 class Block(nn.Module):
-    """Twice the side: bilinear upsampling, 3 x 3 convolution, GroupNorm scaled and shifted by the appearance, SiLU."""
+    """Upsample bilinearly to twice the side, convolve 3 x 3, normalise, scale and shift by the appearance, SiLU."""
 
     def __init__(self, before: int, after: int, appearance: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Structure is the feature map the decoder starts from; appearance only scales and shifts its channels."""
+    """Decoder: the structure is the first feature map, and the appearance only scales and shifts its channels."""
 
     def __init__(self, image_size: int, structure: int, appearance: int, width: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
 
 
 class _ChannelsLast(torch.autograd.Function):
-    """An image as it is, whose gradient has one memory layout whatever reads the image: a sum over it, one order."""
+    """Identity whose gradient is always channels last, so that a sum over it has one order whatever reads the image."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor) -> Tensor:
@@ -135,20 +135,20 @@ class VAE(nn.Module):
         return image
 
     def decode(self, z: Tensor) -> Tensor:
-        """[B, D] -> [B, 3, S, S] in [0, 1]."""
+        """Decode latents. [B, D] -> [B, 3, S, S] in [0, 1]."""
         structure, appearance = z.split(self.parts, dim=1)
         image: Tensor = self.decoder(structure, appearance)
         return image
 
     def forward(self, image: Tensor, view: Tensor, noise: Tensor, shake: Tensor) -> Pass:
-        """One encoder call for image and view, one decoder call for reconstruction, swap and the two perturbed decodes.
+        """Encode image and view in one call, and decode reconstruction, swap and two perturbations in one call.
 
-        Call it as a function where several processes train: they need the decoder's call to be inside this one, so the
-        decodes are tensors then.
+        With several processes the decodes are tensors, because the decoder's call must be inside this one. Call the
+        module itself then, not this method.
 
         Args:
             image, view: [B, 3, S, S].
-            noise: [B, D] standard normal, of the posterior sample.
+            noise: [B, D] standard normal, for the posterior sample.
             shake: [B, D] standard normal, added to one part at a time.
         """
         mu, logvar = self.encoder(torch.cat([image, view]))
@@ -158,7 +158,7 @@ class VAE(nn.Module):
         s, a = z.split(self.parts, dim=1)
         ds, da = shake.split(self.parts, dim=1)
         codes = ((s, a), (s, a.roll(-1, 0)), (s + ds, a), (s, a + da))
-        # One call for all, unless its feature maps are so large that the C library gives their memory back after use.
+        # Decode in one call, unless the feature maps are so large that the C library frees their memory after use.
         large = image.device.type == "cpu" and len(codes) * image.numel() > JOINT
         images: list[Tensor | Lazy] = [lazy(partial(self._image) if large else self._image, *code) for code in codes]
         if several_ranks():
@@ -167,7 +167,7 @@ class VAE(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Is each patch of a photograph? [B, 3, S, S] -> logits [B, 1, S/8, S/8] (PatchGAN, Isola et al. 2017)."""
+    """Classify patches as real, [B, 3, S, S] -> logits [B, 1, S/8, S/8] (PatchGAN, Isola et al. 2017)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

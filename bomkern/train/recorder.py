@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: `metrics.jsonl`, TensorBoard events, `config.json`, `summary.json`."""
+"""Files that a run writes: `metrics.jsonl`, TensorBoard events, `config.json`, `summary.json`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOM = 200 * 2**20  # bytes that must be free before a run starts
 
 
 def prepare(folder: Path, overwrite: bool, resume: bool) -> None:
-    """Make the run folder, or say in one line why it cannot be used. Removes only what a run of ours has written."""
+    """Make the run folder, or raise a TrainError of one line. Removes only files that an earlier run has written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / ".writable", lambda file: file.write(b"\0" * 4096))
@@ -38,24 +38,25 @@ def prepare(folder: Path, overwrite: bool, resume: bool) -> None:
         raise TrainError(f"--out {folder}: cannot write there ({why.strerror or why})") from why
     if free < ROOM:
         raise TrainError(f"--out {folder}: {free // 2**20} MiB free, a run needs {ROOM // 2**20}")
-    there = [name for name in OWN if (folder / name).exists()]
-    if resume or not there:
+    existing = [name for name in OWN if (folder / name).exists()]
+    if resume or not existing:
         return
     if not overwrite:
         raise TrainError(
-            f"--out {folder} holds a run ({there[0]}): add --resume to go on with it, or --overwrite to lose it"
+            f"--out {folder} holds a run ({existing[0]}): add --resume to go on with it, or --overwrite to lose it"
         )
-    for path in [*(folder / name for name in there), *folder.glob("events.out.tfevents.*")]:
+    for path in [*(folder / name for name in existing), *folder.glob("events.out.tfevents.*")]:
         path.unlink()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON, whole or not at all."""
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one cut short by a crash is left out."""
+    """Read the lines of a `metrics.jsonl`; a line cut short by a crash is left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -66,28 +67,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides what a run computes."""
+    """Return the versions of all packages that affect the results of a run."""
     from importlib.metadata import PackageNotFoundError, version
 
     import bomkern
 
-    found = {"bomkern": bomkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    installed = {"bomkern": bomkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("lightning-fabric", "numpy", "pillow", "scikit-image", "scikit-learn", "torchmetrics"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            installed[name] = "missing"
+    return installed
 
 
 class Recorder:
-    """Appends to `metrics.jsonl` and to TensorBoard events, on rank zero only.
+    """Append to `metrics.jsonl` and to TensorBoard events, on rank 0 only.
 
     Args:
         folder: the run folder.
-        step: the step to go on from. Lines beyond it, and lines of a window cut short by the end of a run, are removed:
-            the steps are about to be done again.
-        active: False on every rank but zero.
+        step: the step to go on from. Lines beyond it, and lines of a window cut short by the end of a run, are removed,
+            because their steps are repeated.
+        active: False on every rank but rank 0.
     """
 
     def __init__(self, folder: Path, step: int, active: bool) -> None:
@@ -95,14 +96,14 @@ class Recorder:
         if not active:
             return
         path = folder / METRICS
-        kept = [line for line in read_lines(path) if line["step"] <= step and not line.get("partial")]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        earlier = [line for line in read_lines(path) if line["step"] <= step and not line.get("partial")]
+        text = "".join(json.dumps(line) + "\n" for line in earlier)
         write_atomically(path, lambda file: file.write(text.encode()))
         self.file = path.open("a")
         self.events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def line(self, content: dict[str, Any]) -> None:
-        """Write one line, and its numbers as scalars."""
+        """Write one line, and its values as TensorBoard scalars."""
         if not self.active:
             return
         self.file.write(json.dumps(content) + "\n")

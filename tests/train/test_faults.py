@@ -38,7 +38,7 @@ def test_the_checkpoint_before_is_taken_and_told_of(tmp_path: Path, caplog: pyte
     path = tmp_path / recorder.CHECKPOINT
     path.write_bytes(path.read_bytes()[:-100])
     assert faults.run(tmp_path, steps=3, resume=True)["steps"] == 3
-    assert "is not a readable checkpoint" in caplog.text and "the one before it, at step 1" in caplog.text
+    assert "is not a readable checkpoint" in caplog.text and "the previous checkpoint, at step 1" in caplog.text
     for one in (path, checkpoint.before(path)):
         one.write_bytes(b"PK")
     with pytest.raises(TrainError, match=r"checkpoint\.pt is not a readable .*checkpoint\.previous\.pt is not a"):
@@ -48,7 +48,7 @@ def test_the_checkpoint_before_is_taken_and_told_of(tmp_path: Path, caplog: pyte
 @pytest.mark.usefixtures("plain")
 def test_a_full_disk(tmp_path: Path) -> None:
     found = faults.full_disk(tmp_path)
-    assert "TrainError: cannot write" in found["said"] and "the checkpoint before it is intact" in found["said"], found
+    assert "TrainError: cannot write" in found["said"] and "the previous checkpoint is intact" in found["said"], found
     assert found["kept"] == 2 and found["left"] == [] and found["steps"] == 4
 
 
