@@ -40,8 +40,10 @@ def pytest_with(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_file_of_benches_is_collected_or_says_what_it_needs() -> None:
     done = pytest_with("bench", "--collect-only", "-rs")
     assert done.returncode == 0, done.stdout + done.stderr
-    for path in (ROOT / "bench").glob("bench_*.py"):
-        assert f"bench/{path.name}" in done.stdout, path
+    paths = sorted((ROOT / "bench" / "ops").glob("bench_*.py"))
+    assert paths
+    for path in paths:
+        assert f"bench/ops/{path.name}" in done.stdout, path
     assert "the trainer needs " in done.stdout and "pip install 'bomkern[train]'" in done.stdout
 
 
@@ -56,13 +58,14 @@ def test_benches_are_timed_kept_and_reported(tmp_path: Path) -> None:
     kept = tmp_path / "bench.jsonl"
     done = pytest_with("bench/ops/bench_gaussian_kl.py", "--benchmark-only", "-k", chosen, f"--keep={kept}", "-rs")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
-    done = bare(f"from bench import report; sys.exit(report.main([{str(kept)!r}, '--results', {str(tmp_path)!r}]))")
+    main = f"write.main([{str(kept)!r}, '--results', {str(tmp_path)!r}])"
+    done = bare(f"from bench.report import write; sys.exit({main})")
     assert done.returncode == 0 and "no pictures" in done.stderr, done.stdout + done.stderr
     assert "gaussian_kl" in (tmp_path / "README.md").read_text()
 
 
 def test_what_trains_says_what_it_needs() -> None:
-    done = bare("from bench import route; sys.exit(route.main([]))")
+    done = bare("from bench.route import command; sys.exit(command.main([]))")
     assert done.returncode == 2 and "bench.route trains, which needs " in done.stderr and "Traceback" not in done.stderr
 
 
