@@ -83,7 +83,7 @@ def test_runs_of_one_machine_are_joined_and_of_two_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="different machines"):
         read([made(tmp_path / "a.json", results()), made(tmp_path / "c.json", results(), GPU)])
     (tmp_path / "d.json").write_text('{"benchmarks": [{"extra_info": {}}]}')
-    with pytest.raises(ValueError, match=r"d\.json is not of pytest bench/"):
+    with pytest.raises(ValueError, match=r"d\.json is not a file of pytest bench/"):
         read([tmp_path / "d.json"])
 
 
@@ -176,8 +176,8 @@ def test_another_folder_leaves_the_kept_results_alone(tmp_path: Path, capsys: py
 def test_without_matplotlib_there_are_pages_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "bench.figures")
-    monkeypatch.delattr("bench.figures")
+    monkeypatch.delitem(sys.modules, "bench.report.figures")
+    monkeypatch.delattr("bench.report.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write.main([str(made(tmp_path / "run.json", results())), "--results", str(tmp_path)]) == 0
     assert "no pictures, for there is no matplotlib" in capsys.readouterr().err
