@@ -180,7 +180,7 @@ def test_without_matplotlib_there_are_pages_alone(
     monkeypatch.delattr("bench.report.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write.main([str(made(tmp_path / "run.json", results())), "--results", str(tmp_path)]) == 0
-    assert "no pictures, for there is no matplotlib" in capsys.readouterr().err
+    assert "no pictures: matplotlib is not installed" in capsys.readouterr().err
     assert (tmp_path / "README.md").exists() and not list(tmp_path.glob("*.png"))
 
 
