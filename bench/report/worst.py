@@ -171,7 +171,8 @@ def section(results: Results, cases: Mapping[str, str]) -> Lines:
     lines = ["## Kinds of data", ""]
     lines += text(
         "bomkern's time forward and backward on every kind of data, and each peer's time over it. A peer is wrong "
-        "where its result differs from the reference's by more than its tolerance (bench/harness.py); it is not timed then."
+        "where its result differs from the reference's by more than its tolerance (bench/harness.py); it is not timed "
+        "then."
     )
     lines += table(["regime", ""], [[name, words] for name, words in WORDS.items() if name in used])
     over = apart(results, cases)
