@@ -88,9 +88,9 @@ def mean(values: Sequence[float]) -> float:
 def by_kind(cases: list[Case]) -> dict[str, dict[str, Any]]:
     """Return the figures of each fault.
 
-    They are the number of runs, recall (right kind and goal, confidence of an alarm), how often the right finding came
-    first and how often it had any confidence, the median delay of its first step after the onset, and the first finding
-    of the runs that missed the fault.
+    Recall counts findings of the right kind and goal with the confidence of an alarm. Further figures say how often the
+    right finding came first, and how often it had any confidence. The delay is the median, from the onset, of its first
+    step. The last figure counts the first alarms of the runs that missed the fault.
     """
     table: dict[str, dict[str, Any]] = {}
     for fault in KINDS:

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from bench.route import measure, report
     except ModuleNotFoundError as why:
-        print(f"bench.route needs {why.name} for training: pip install 'bomkern[train]'", file=sys.stderr)
+        print(f"bench.route trains, which needs {why.name}: pip install 'bomkern[train]'", file=sys.stderr)
         return 2
     if args.memory:
         variant, batch, reduction = args.memory

@@ -120,9 +120,9 @@ def _small(results: dict[str, Any]) -> int:
 def _waits(waits: dict[str, float]) -> list[str]:
     if not waits:
         return []
-    told = ", ".join(f"{us:.1f} us at B = {int(batch):,}" for batch, us in waits.items())
+    by_batch = ", ".join(f"{us:.1f} us at B = {int(batch):,}" for batch, us in waits.items())
     return [
         "",
-        f"Most of it is the host's wait for the shares: {told}. Routing pays where the skipped branches take longer "
-        "than that.",
+        f"Most of it is the host's wait for the shares: {by_batch}. Routing pays where the skipped branches take "
+        "longer than that.",
     ]

@@ -58,15 +58,16 @@ def test_benches_are_timed_kept_and_reported(tmp_path: Path) -> None:
     kept = tmp_path / "bench.jsonl"
     done = pytest_with("bench/ops/bench_gaussian_kl.py", "--benchmark-only", "-k", chosen, f"--keep={kept}", "-rs")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
-    main = f"write.main([{str(kept)!r}, '--results', {str(tmp_path)!r}])"
-    done = bare(f"from bench.report import write; sys.exit({main})")
+    done = bare(
+        f"from bench.report import write; sys.exit(write.main([{str(kept)!r}, '--results', {str(tmp_path)!r}]))"
+    )
     assert done.returncode == 0 and "no pictures" in done.stderr, done.stdout + done.stderr
     assert "gaussian_kl" in (tmp_path / "README.md").read_text()
 
 
 def test_what_trains_says_what_it_needs() -> None:
     done = bare("from bench.route import command; sys.exit(command.main([]))")
-    assert done.returncode == 2 and "bench.route needs " in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "bench.route trains, which needs " in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
