@@ -1,20 +1,20 @@
-# Everything a newcomer types. `make demo` and `make test` need Python 3.10+ and a C++ compiler, and set up the rest.
+# The commands of the project. `make demo` and `make test` need Python 3.10+ and a C++ compiler, and set up the rest.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
-# Tested, and where there is a build for the CPU alone a small download; any from 2.11 on will do.
+# The tested torch, a small download where there is a build for the CPU alone; any torch from 2.11 on works.
 TORCH ?= torch==2.13.0
 TRITON = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
-# Set, what is installed beside torch is what requirements/ci.txt says, to the hash, and nothing is built in isolation.
+# If set, packages beside torch are installed from requirements/ci.txt by hash, and nothing is built in isolation.
 LOCKED ?=
-# A CUDA build of torch to check the CUDA extension against; no GPU is needed.
+# The CUDA build of torch for `make cuda-check`; no GPU is needed.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
-# The Triton of the oldest torch that is supported.
+# The Triton of the oldest supported torch.
 TRITON_OLD ?= triton==3.6.0
 TRITON_VENV ?= .venv-triton
 
-# A process to each core, up to 8: most tests are one thread of Python.
+# One process per core, up to 8: most tests use one thread.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow fuzz trust lint tidy docs bench guard sanitize cuda-check triton-check gpu dist-check install-matrix lock audit clean
@@ -22,22 +22,22 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 demo: $(VENV)/.built $(VENV)/.extra-train
 	$(RUN)/bomkern train --out runs/demo --overwrite
 
-# The quick tests: every op by every implementation that serves here, errors, the trainer, commands, pages.
+# The quick tests: every op with every implementation that serves here, errors, the trainer, commands, pages.
 test: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python -m pytest tests $(PARALLEL) -m "not slow" --durations=20
 
-# The others: Triton's interpreter and the emulated CUDA kernels in full, builds by nvcc, runs of several processes,
+# The slow tests: Triton's interpreter and the emulated CUDA kernels in full, builds by nvcc, runs of several processes,
 # studies and long runs.
 test-slow: $(VENV)/.built $(VENV)/.extra-test $(VENV)/.extra-bench
 	$(RUN)/python -m pytest tests $(PARALLEL) -m slow --durations=20
 
-# Cases drawn by SEED for SECONDS, every op and implementation that serves here against the reference in float64.
+# Random cases from SEED for SECONDS: every op and implementation that serves here against the reference in float64.
 SECONDS ?= 60
 SEED ?= 0
 fuzz: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
-# What tests/README.md shows, but for the install matrix: half an hour on two cores.
+# Repeats the results in tests/README.md except the install matrix: half an hour on two cores.
 trust: $(VENV)/.built $(VENV)/.extra-test sanitize
 	$(RUN)/python -m tests.fuzz --seconds 600 --seed 0 --json tests/results/fuzz.json
 	$(RUN)/python -m tests.faults --kills 20 --offsets 50
@@ -50,33 +50,34 @@ lint: $(VENV)/.torch $(VENV)/.extra-lint
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy bomkern
 
-# clang-tidy over csrc/ and kernels/, where it is installed (pip install clang-tidy), by .clang-tidy.
+# Runs clang-tidy with .clang-tidy over csrc/ and kernels/, if it is installed (pip install clang-tidy).
 tidy: $(VENV)/.torch
 	PYTHON=$(RUN)/python bash tools/tidy.sh
 
-# The pages of docs/ into site/, with what was measured; a warning is an error. Needs neither torch nor a build.
+# Builds the pages of docs/ into site/, with the measured figures; a warning is an error. Needs neither torch nor a build.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
 
-# Everything against its peers on this machine, and the report of it in bench/results.
+# Times everything against its peers on this machine, and writes the report in bench/results.
 bench: $(VENV)/.built $(VENV)/.extra-bench
 	mkdir -p build
 	$(RUN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
 	$(RUN)/python -m bench.report build/bench.json
 
-# Three minutes of it, compared with the report: fails where bomkern became slower against eager PyTorch, on the worst
-# kind of data, or where one kind takes much longer than another.
+# Runs three minutes of the benches and compares them with the report: fails where bomkern became slower against eager
+# PyTorch on its worst kind of data, or where one kind of data takes much longer than another.
 guard: $(VENV)/.built $(VENV)/.extra-bench
 	$(RUN)/python -m bench.compare bench/results/cpu.json --run 3
 
-# The C++ and the emulated CUDA kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, built in
-# .sanitize. PART= for some of: planted kernels emulator memory threads; all of them write what they found for tests/README.
+# Runs the C++ and the emulated CUDA kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, built
+# in .sanitize. PART= selects some of: planted kernels emulator memory threads. A full run writes the results for
+# tests/README.
 sanitize: $(VENV)/.torch $(VENV)/.extra-test
 	$(RUN)/python tools/sanitize.py $(or $(PART),--results tests/results/sanitize.json)
 
-# Builds every CUDA kernel, imports the extension, and checks that each op has one and that none spills registers.
-# For one architecture, the one whose machine code is read: six would take most of an hour on two cores.
-# From a copy, so that this build and the one for $(VENV) do not undo each other.
+# Builds every CUDA kernel, imports the extension, and checks that each op has one and that none spills registers. It
+# builds for the one architecture whose machine code is read: six would take most of an hour on two cores. It builds from
+# a copy, so that this build and the one for $(VENV) do not overwrite each other.
 cuda-check: $(CUDA_VENV)/.ready
 	rm -rf $(CUDA_VENV)/src/bomkern $(CUDA_VENV)/src/csrc $(CUDA_VENV)/src/kernels && mkdir -p $(CUDA_VENV)/src
 	tar --exclude='_C*.so' --exclude=__pycache__ -cf - bomkern bomkern_command.py csrc kernels tools setup.py pyproject.toml README.md LICENSE \
@@ -84,32 +85,35 @@ cuda-check: $(CUDA_VENV)/.ready
 	BOMKERN_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} $(CUDA_VENV)/bin/python -m pip install --no-deps --force-reinstall $(CUDA_VENV)/src
 	cd $(CUDA_VENV) && bin/python $(CURDIR)/tools/cuda_check.py
 
-# Every launch by Triton on a libcuda that runs nothing, and no spills, with TRITON_OLD beside what $(VENV) has.
+# Checks every Triton launch on a libcuda that runs nothing, and that no kernel spills, with TRITON_OLD and the other
+# packages of $(VENV).
 triton-check: $(TRITON_VENV)/.ready
 	$(TRITON_VENV)/bin/python -m pytest tests/dispatch/test_triton_launch.py tests/ops/test_*_triton.py $(PARALLEL) -rP -k "on_a_stub or spills"
 
-# Another torch, TORCH='torch==X', in an environment of its own: the private names that it lacks, a build, the quick tests.
+# Tries another torch, TORCH='torch==X', in its own environment: the private names it lacks, a build, the quick tests.
 .PHONY: next-torch
 next-torch:
 	$(PYTHON) tools/next_torch.py '$(TORCH)'
 
-# On a machine with a GPU, in the Python that has its torch: three calls of under ten minutes, each of which ends with an
-# archive of what it found (tools/gpu.py). BEFORE= archives of the calls before, ONLY= some stages, DRY=1 without a GPU.
+# Runs everything on a machine with a GPU, with the Python that has its torch, in three calls of under ten minutes. Each
+# ends with an archive of its results (tools/gpu.py). BEFORE= archives of earlier calls, ONLY= some stages, DRY=1 without
+# a GPU.
 CALL ?= 1
 gpu:
 	$(if $(DRY),$(RUN)/python,$(PYTHON)) tools/gpu.py --call $(CALL) $(if $(DRY),--dry) $(if $(ARCHIVE),--archive $(ARCHIVE)) \
 		$(if $(BEFORE),--before $(BEFORE)) $(if $(ONLY),--only $(ONLY))
 
-# Builds the sdist and the wheel twice, compares them and what they hold, and runs the quick tests on the wheel alone.
+# Builds the sdist and the wheel twice, checks their files, and runs the quick tests on the wheel alone.
 dist-check: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python tools/check_dist.py --test
 
-# Every way to install, each into a fresh environment; goes on where it was. ONLY='cpu/g++/*' for some, CUDA=1 for all.
+# Installs in every common way, each into a fresh environment; continues an interrupted run. ONLY='cpu/g++/*' for some,
+# CUDA=1 for all.
 install-matrix: $(VENV)/.built $(VENV)/.extra-test
 	$(RUN)/python tools/install_matrix.py --only '$(or $(ONLY),*)' $(if $(CUDA),--cuda)
 
-# What CI installs, with hashes, for Python 3.10 and later on any platform. Without torch and triton, whose files differ
-# from build to build (CPU, CUDA), and what torch alone brings.
+# Locks the packages that CI installs, with hashes, for Python 3.10 and later on any platform. Torch and triton, whose
+# files differ between builds (CPU, CUDA), and packages that torch alone requires are left out.
 lock:
 	uv pip compile pyproject.toml requirements/ci.in --extra dev --extra docs --excludes requirements/left-out.txt \
 		--universal --python-version 3.10 --generate-hashes --no-annotate --upgrade --quiet \
@@ -118,8 +122,8 @@ lock:
 audit:
 	$(PYTHON) tools/audit.py
 
-# What a target needs is installed by the files it waits for, each once: an environment with torch, bomkern built into
-# it, and the packages of an extra. With LOCKED the first brings the packages of all of them.
+# Stamp files install the requirements of a target, each once: an environment with torch, bomkern built into it, and the
+# packages of an extra. With LOCKED the first installs the packages of all extras.
 $(VENV)/.torch:
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 ifneq ($(LOCKED),)
@@ -127,12 +131,12 @@ ifneq ($(LOCKED),)
 	$(RUN)/python -m pip install --quiet '$(TORCH)' $(TRITON)
 else
 	$(RUN)/python -m pip install --quiet --upgrade 'pip>=23'
-	# torch first, and only where there is none: bomkern is built for the one that is there.
+	# torch comes first, and only if there is none: bomkern is built for the installed one.
 	$(RUN)/python -c "import torch" 2>/dev/null || $(RUN)/python -m pip install '$(TORCH)' $(TRITON)
 endif
 	touch $@
 
-# Built anew when what it is built from changes.
+# The sources: bomkern is rebuilt when one of them changes.
 SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py $(wildcard tools/build_*.py)
 
 $(VENV)/.built: $(SOURCES) pyproject.toml | $(VENV)/.torch
@@ -143,7 +147,7 @@ $(VENV)/.extra-%: pyproject.toml | $(VENV)/.torch
 	$(if $(LOCKED),$(RUN)/python -m pip check,$(RUN)/python tools/install.py extra $*)
 	touch $@
 
-# Without torch, which the docs have no use for.
+# Without torch, which the docs do not need.
 $(VENV)/.docs: pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python tools/install.py extra docs
@@ -154,7 +158,7 @@ $(CUDA_VENV)/.ready:
 	$(CUDA_VENV)/bin/python -m pip install --quiet $(CUDA_TORCH) numpy
 	touch $@
 
-# Its own site-packages come first, then those of $(VENV).
+# The environment's own site-packages come first, then those of $(VENV).
 $(TRITON_VENV)/.ready: $(VENV)/.built $(VENV)/.extra-test
 	test -x $(TRITON_VENV)/bin/python || $(RUN)/python -m venv $(TRITON_VENV)
 	$(TRITON_VENV)/bin/python -m pip install --quiet --no-deps '$(TRITON_OLD)'

@@ -1,8 +1,8 @@
-"""Builds ``bomkern._C`` as far as this machine's compilers reach; pyproject.toml holds everything else.
+"""Build ``bomkern._C`` as far as this machine's compilers allow; pyproject.toml holds all other metadata.
 
-The ladder: a C++ compiler gives the CPU kernels; an nvcc of torch's CUDA major gives the CUDA kernels too; no compiler
-gives a pure Python install, which says so when it is imported. What is asked of the machine, and of the environment's
-variables, is in tools/build_ladder.py and tools/build_extension.py.
+A C++ compiler gives the CPU kernels, and an nvcc of torch's CUDA major version also the CUDA kernels. Without a
+compiler the install is pure Python, and says so when it is imported. tools/build_ladder.py and tools/build_extension.py
+check the machine and the environment variables.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
-import build_extension  # noqa: E402  where tools/ is on the path
+import build_extension  # noqa: E402  found once tools/ is on the path
 
-# Read by bomkern/dispatch/select.py; why nothing is compiled in this installation.
+# The file that says why nothing is compiled in this installation; bomkern/dispatch/select.py reads it.
 WHY_NOT = "_not_compiled.txt"
 
 
 class BuildPython(build_py):
-    """Python's files, and beside them why there is nothing else."""
+    """Copy the Python files, and write the reason beside them if nothing is compiled."""
 
     reason = ""
 
@@ -36,14 +36,14 @@ class BuildPython(build_py):
 
 
 def compiled() -> dict[str, Any]:
-    """The arguments of `setup` for a command that builds; no other needs a compiler or torch."""
+    """Return the arguments of `setup` for a command that builds; other commands need neither compiler nor torch."""
     if not {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"} & set(sys.argv):
         return {}
-    found = build_extension.ladder()
-    BuildPython.reason = found.cpp
-    print(f"bomkern: building {found}", flush=True)
-    given = build_extension.arguments(found)
-    return {**given, "cmdclass": {**given.get("cmdclass", {}), "build_py": BuildPython}}
+    ladder = build_extension.ladder()
+    BuildPython.reason = ladder.cpp
+    print(f"bomkern: building {ladder}", flush=True)
+    arguments = build_extension.arguments(ladder)
+    return {**arguments, "cmdclass": {**arguments.get("cmdclass", {}), "build_py": BuildPython}}
 
 
 packages = [".".join(p.parent.relative_to(ROOT).parts) for p in sorted((ROOT / "bomkern").rglob("__init__.py"))]

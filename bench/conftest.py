@@ -1,4 +1,4 @@
-"""Prints, after pytest-benchmark's own tables, each peer's median over bomkern's: the figures that pages quote."""
+"""Configure pytest-benchmark, and print each peer's median over bomkern's after its tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 def pytest_addoption(parser: Any) -> None:
     parser.getgroup("benchmark").addoption(
-        "--keep", type=Path, metavar="FILE", help="write each bench to FILE as it ends; those in FILE are not run again"
+        "--keep", type=Path, metavar="FILE", help="write each bench to FILE as it ends; skip those already in FILE"
     )
     parser.getgroup("benchmark").addoption(
         "--trial", action="store_true", help="take one round of a whole step: to see that the bench runs"
@@ -28,13 +28,13 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    if os.environ.get(CACHE, default_cache_dir()) == default_cache_dir():  # to import torch may have set it to that
-        # torch.compile keeps what it made on disk, where a first call would find what an earlier run compiled.
+    if os.environ.get(CACHE, default_cache_dir()) == default_cache_dir():  # importing torch may have set the variable
+        # torch.compile caches on disk: with the default folder a first call would reuse an earlier run's code.
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
         os.environ[CACHE] = folder.name
-    # glibc keeps freed memory, up to twice the largest block below 32 MB that was freed, and gives back the rest:
-    # without this one, what ran before a small bench decides what that pays for fresh pages.
+    # glibc keeps freed memory up to twice the largest freed block below 32 MB, and returns the rest to the system.
+    # Freeing one such block here makes the cost of fresh pages independent of the benches that ran before.
     torch.empty(31 << 20, dtype=torch.uint8)
     config.option.benchmark_group_by = config.option.benchmark_group_by or "group"
     config.option.benchmark_disable_gc = True
@@ -45,18 +45,18 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """What a figure depends on, and nothing that tells whose machine it was."""
+    """Keep what the figures depend on, and nothing that identifies the owner of the machine."""
     machine_info.clear()
     machine_info.update(machine.described(), ceilings={u: machine.ceiling(u) for u in machine.UNITS})
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """What was not timed, because it was wrong, stands beside what was."""
+    """Add the peers that were not timed because their results were wrong."""
     output_json["wrong"] = harness.WRONG
 
 
 def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
-    """Nothing to do is no failure where all was done before, or what a file of benches needs is not installed."""
+    """Exit with 0 where no bench was left to run: all are in the file, or a package they need is not installed."""
     plugins = session.config.pluginmanager
     keeper, reporter = plugins.get_plugin("bench-keep"), plugins.get_plugin("terminalreporter")
     nothing = (keeper and keeper.left_out) or (reporter and reporter.stats.get("skipped"))
@@ -74,8 +74,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         return
     write = terminalreporter.write_line
     terminalreporter.section("each peer's median time over bomkern's")
-    found = machine.described()
-    write(f"{found['name']}, torch {found['torch']}, {found['threads']} threads")
+    described = machine.described()
+    write(f"{described['name']}, torch {described['torch']}, {described['threads']} threads")
     for group, peers in groups.items():
         name, ours = next(iter(peers.items()))
         others = [f"{peer} {time / ours:.2f}x" for peer, time in peers.items() if peer != name]

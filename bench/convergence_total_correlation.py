@@ -1,4 +1,4 @@
-"""How the estimates of total correlation approach the truth as the batch grows, where the truth is known: a picture.
+"""Plot estimates of total correlation against the exact value as the batch grows, for Gaussian latents.
 
 python -m bench.convergence_total_correlation --out bench/results/total_correlation_convergence.png
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from bomkern import gaussian_total_correlation, total_correlation
 
-# So large that the mixture of a data set's posteriors is the distribution itself, which is what is known here.
+# So large that the mixture of the data set's posteriors is the distribution itself, whose value is known exactly.
 DATASET_SIZE = 1_000_000
 SIZES = tuple(2**k for k in range(5, 13))
 REPEATS = {batch: max(8, min(32, 16384 // batch)) for batch in SIZES}
 
 
 class Gaussians(NamedTuple):
-    """Latents whose aggregate posterior is known: ``mu ~ N(0, S)`` and ``z ~ N(mu, v I)`` give ``z ~ N(0, S + v I)``.
+    """Latents with a known aggregate posterior: ``mu ~ N(0, S)`` and ``z ~ N(mu, v I)`` give ``z ~ N(0, S + v I)``.
 
     S has ones on its diagonal and ``correlation`` everywhere else; v is ``variance``.
     """
@@ -32,21 +32,21 @@ class Gaussians(NamedTuple):
     variance: float
 
     def covariance_of_means(self) -> Tensor:
-        """S, [D, D] float64."""
+        """Return S, [D, D] float64."""
         ones = torch.ones(self.dims, self.dims, dtype=torch.float64)
         return self.correlation * ones + (1 - self.correlation) * torch.eye(self.dims, dtype=torch.float64)
 
     def covariance(self) -> Tensor:
-        """S + v I, [D, D] float64."""
+        """Return S + v I, [D, D] float64."""
         return self.covariance_of_means() + self.variance * torch.eye(self.dims, dtype=torch.float64)
 
     def exact(self) -> float:
-        """``(sum_d log C_dd - log det C) / 2`` nats, C the covariance of z."""
+        """Return ``(sum_d log C_dd - log det C) / 2`` nats, where C is the covariance of z."""
         c = self.covariance()
         return float(c.diagonal().log().sum() - c.logdet()) / 2
 
     def information(self) -> tuple[float, float]:
-        """chi-squared information between z and its component: of all latents at once, and of one alone.
+        """Return the chi-squared information between z and its component, for all latents together and for one.
 
         For a component N(mu, v I) of N(0, C), the mean over components of ``int N(z; mu, v I)^2 / N(z; 0, C) dz`` is
         ``det C / v^D``, and the information is 1 less.
@@ -56,7 +56,7 @@ class Gaussians(NamedTuple):
         return together, float(c[0, 0]) / self.variance - 1
 
     def draw(self, batch: int, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """z, mu and logvar of a batch, [B, D] float32."""
+        """Draw z, mu and logvar of a batch, [B, D] float32."""
         root = torch.linalg.cholesky(self.covariance_of_means()).float()
         mu = torch.randn(batch, self.dims, generator=source) @ root.T
         z = mu + math.sqrt(self.variance) * torch.randn(batch, self.dims, generator=source)
@@ -73,7 +73,7 @@ SETTINGS = (Gaussians(2, 0.9, 0.25), Gaussians(6, 0.6, 0.5), Gaussians(10, 0.5, 
 
 
 def estimates(setting: Gaussians, batch: int, repeats: int, seed: int = 0) -> dict[str, Tensor]:
-    """Each estimate's mean over the batch, of ``repeats`` batches: name -> [repeats] nats."""
+    """Return each estimate's batch mean for ``repeats`` batches: name -> [repeats] nats."""
     source = torch.Generator().manual_seed(seed)
     draws = [setting.draw(batch, source) for _ in range(repeats)]
     return {name: torch.stack([estimate(*x) for x in draws]).double() for name, estimate in ESTIMATES.items()}
@@ -87,11 +87,11 @@ def picture(path: str) -> None:
 
     figure, axes = plt.subplots(1, len(SETTINGS), figsize=(13, 4.6), layout="constrained")
     for axis, setting in zip(axes, SETTINGS, strict=True):
-        found = [estimates(setting, batch, REPEATS[batch], seed=batch) for batch in SIZES]
+        by_size = [estimates(setting, batch, REPEATS[batch], seed=batch) for batch in SIZES]
         axis.axhline(setting.exact(), color="black", linestyle="--", label="exact")
         for name, marker in zip(ESTIMATES, "osD", strict=True):
-            mean = torch.stack([each[name].mean() for each in found])
-            spread = torch.stack([each[name].std() for each in found])
+            mean = torch.stack([each[name].mean() for each in by_size])
+            spread = torch.stack([each[name].std() for each in by_size])
             (line,) = axis.plot(SIZES, mean, marker=marker, markersize=4, label=name)
             axis.fill_between(SIZES, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set_xscale("log", base=2)

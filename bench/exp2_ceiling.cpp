@@ -1,4 +1,4 @@
-// What the vector exp2 costs where nothing else is done: nanoseconds per exponential on one thread, the least there is.
+// Measures the vector exp2 alone, and prints the least nanoseconds per exponential on one thread.
 // The target header comes first, as in the kernels: -DTARGET=\"target_avx2.h\" or nothing.
 #ifdef TARGET
 #include TARGET
@@ -25,7 +25,7 @@ static double now() {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// `streams` exponentials at a time, side by side in registers, and no load or store but where they are too many.
+// Keeps `streams` exponentials in flight in registers; loads and stores occur only where the registers do not suffice.
 template <int streams> static double nanoseconds() {
   constexpr int rounds = 30;
   constexpr int64_t turns = (1 << 20) / streams;
@@ -35,7 +35,7 @@ template <int streams> static double nanoseconds() {
     const double begin = now();
     for (int64_t turn = 0; turn < turns; ++turn) {
       VecF x[streams];
-      // The empty statements are no instructions: for all the compiler knows x is new each time, and is used.
+      // The empty statements emit no instructions, but the compiler must assume that they write and read x.
 #pragma GCC unroll 8
       for (int i = 0; i < streams; ++i) {
         x[i] = start;
@@ -53,7 +53,8 @@ template <int streams> static double nanoseconds() {
 }
 
 int main() {
-  // How many streams fill the pipes without spilling depends on the registers: 16, or 32 with AVX-512 and NEON.
+  // The best number of streams fills the pipes without spilling: it depends on the registers, 16, or 32 with AVX-512
+  // and NEON.
   const double costs[] = {nanoseconds<2>(), nanoseconds<4>(), nanoseconds<8>()};
   double least = costs[0];
   for (const double cost : costs) least = cost < least ? cost : least;

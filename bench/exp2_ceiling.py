@@ -1,4 +1,4 @@
-"""What the exponential unit of a GPU gives where nothing else is done, by Triton."""
+"""A Triton kernel that computes nothing but exponentials, to measure the peak rate of a GPU's exponential unit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # with four warps eight independent streams to a thread
+BLOCK = 1024  # eight independent streams for each thread of four warps
 
 
 @triton.jit
@@ -19,5 +19,5 @@ def _fill(out, turns, BLOCK: tl.constexpr):
 
 
 def fill(out: Tensor, turns: int) -> None:
-    """``turns`` exponentials for every element of ``out``, a multiple of `BLOCK` of them."""
+    """Compute ``turns`` exponentials for every element of ``out``, whose size is a multiple of `BLOCK`."""
     _fill[(out.numel() // BLOCK,)](out, turns, BLOCK=BLOCK)

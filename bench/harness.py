@@ -1,18 +1,18 @@
-"""How every op is timed: checked against the reference, warmed up, in batches of calls with one sync.
+"""Time every op: check it against the reference, warm it up, and time batches of calls with one sync each.
 
-A bench is one peer at one size in one direction on one kind of data, its *regime* (`bench.regimes`). What it did is in
-its ``extra_info``, which `bench.report` reads:
+A bench is one peer at one size in one direction on one kind of data, its *regime* (`bench.regimes`). It puts its
+figures into ``extra_info``, which `bench.report` reads:
 
-- ``op``, ``case``, ``direction``, ``peer``, ``size``, ``regime``: what was timed; ``impl``: what served bomkern's.
-- ``first_seconds``: the first call of all, with whatever was compiled for it.
-- ``work`` of a call in its ``unit`` (bytes, exponentials, flops), ``rate`` in a second, ``ceiling``, the most of it
-  that this machine does in a second by a measurement of the same run, and ``share`` of that.
+- ``op``, ``case``, ``direction``, ``peer``, ``size``, ``regime``: what was timed; ``impl``: bomkern's implementation.
+- ``first_seconds``: seconds of the very first call, including compilation.
+- ``work`` of a call in its ``unit`` (bytes, exponentials, flops) and ``rate``, the same per second. ``ceiling`` is the
+  highest rate that this machine reached in the same run, and ``share`` is the rate over it.
 - ``peak_bytes`` of memory, ``launches`` and ``syncs`` of a call. See `bench.machine`.
-- on a GPU, unless backward is alone, ``host_us``, what a call holds the host; ``event_us`` between two events;
-  ``graph_us`` the same when a graph of the calls is replayed.
+- On a GPU, unless backward is timed alone: ``host_us``, the host's time in a call; ``event_us``, the time between two
+  events; ``graph_us``, the same for a replayed graph of the calls.
 
-Outside of its usual regime a bench is brief and takes times alone. A peer whose result is wrong there is not timed, but
-noted in `WRONG`, which goes into the file of the run.
+Outside of its usual regime a bench is brief and measures times alone. A peer with a wrong result there is not timed: it
+is noted in `WRONG`, which goes into the file of the run.
 
 With ``--keep FILE`` all of it is in FILE as soon as a bench ends (`bench.keep`).
 """
@@ -39,38 +39,38 @@ from bench.rounds import SLOW, least, looked_at, of_a_gpu, planned
 from bomkern.dispatch import select
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-OURS = "bomkern"  # the best implementation here; others by name, "bomkern triton"
+OURS = "bomkern"  # the best implementation here; others are named, as in "bomkern triton"
 OTHERS = [f"{OURS} {impl}" for impl in (("triton", "reference") if DEVICE == "cuda" else ("reference",))]
 PEERS = (OURS, *OTHERS, "torch.compile", "eager")
 COMPARED = (OURS, "torch.compile", "eager")  # in every regime
-L2_TIMES = 2  # inputs are changed from call to call until they are so many times the size of a GPU's cache
-ROUNDING = 2.0**-8  # of a bfloat16, relative
-TINY = 1e-30  # where single precision comes to an end, and zero is as good
+L2_TIMES = 2  # calls rotate through copies of the inputs that together are this many times a GPU's cache
+ROUNDING = 2.0**-8  # relative rounding error of bfloat16
+TINY = 1e-30  # near the end of single precision's range: smaller values count as zero
 Size = Mapping[str, int]
-Key = tuple[tuple[str, int], ...]  # of a size
+Key = tuple[tuple[str, int], ...]  # a size as a hashable key
 Function = Callable[..., Any]
-WRONG: list[dict[str, Any]] = []  # peers that gave a wrong result in a regime, and by how much
+WRONG: list[dict[str, Any]] = []  # peers with a wrong result in a regime, and their errors
 SLOWEST: dict[tuple[str, Key], str] = {}  # the regime in which `in_turn` found our call slowest
 
 
 class Wrong(AssertionError):
-    """A result is not that of the reference."""
+    """A result differs from the reference's."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """An op as it is benched.
+    """An op with its inputs, peers and tolerances.
 
     Attributes:
-        op: as `bomkern.info` names it. label: what tells this case from others of the op.
-        make: inputs of a regime and a size that require gradients, on `DEVICE`; the same each time.
-        ours: called with the inputs and ``impl``. plain: with the inputs: what a user would write.
-        loss: 0-dim, of what either returns; backward begins from it.
-        work: of a call, by size and direction, in ``unit``.
-        regimes: beside the usual one. tolerance: of values and of gradients, relative to the largest.
-        half: the same of peers that compute in half precision, relative in the Euclidean norm: where goals tie to its
-            few digits, another goal gets the gradient.
-        least: of values and, B times, of gradients: what an error is relative to where none of them is larger.
+        op: name of the op in `bomkern.info`. label: distinguishes this case from others of the op.
+        make: makes the inputs of a regime and a size on `DEVICE`, leaves with gradients; the same each time.
+        ours: called with the inputs and ``impl``. plain: called with the inputs; the code that a user would write.
+        loss: maps the result of either to a 0-dim tensor, from which backward begins.
+        work: maps size and direction to the work of a call, in ``unit``.
+        regimes: regimes beside the usual one. tolerance: of values and of gradients, relative to the largest.
+        half: the same for peers in half precision, relative in the Euclidean norm: goals that tie in its few digits
+            may give the gradient to another goal.
+        least: lower bounds, for values and for B times the gradients, of the size that an error is relative to.
         more: further peers.
     """
 
@@ -102,25 +102,25 @@ def tensors_of(result: Any) -> Inputs:
 
 
 def traffic(read: int, forward: float = 1.0, backward: float = 2.0) -> Callable[[Size, str], float]:
-    """Bytes by count: forward reads ``read`` matrices of B x D, backward reads them again and writes as many."""
+    """Count the bytes of an op whose forward reads ``read`` [B, D] matrices; backward reads them and writes as many."""
 
     def work(size: Size, direction: str) -> float:
-        one = 4.0 * read * math.prod(size.values())
-        return one * {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[direction]
+        forward_bytes = 4.0 * read * math.prod(size.values())
+        return forward_bytes * {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[direction]
 
     return work
 
 
 @functools.cache
 def compiled(function: Function, size: Key, half: bool = False) -> Function:
-    """For this size and precision alone, which is faster than one for all where a call is short."""
+    """Compile a function for this size and precision alone: for short calls that is faster than dynamic shapes."""
     mode = "max-autotune-no-cudagraphs" if DEVICE == "cuda" else None
-    torch._dynamo.reset()  # or the limit of recompilations of one function is met, and it is left uncompiled
+    torch._dynamo.reset()  # without it dynamo reaches its limit of recompilations and runs the function uncompiled
     return torch.compile(function, mode=mode, dynamic=False)
 
 
 def peer(case: Case, name: str, size: Key, regime: str = "") -> Function:
-    """What is timed; the bench is skipped where it cannot be had."""
+    """Return the function to time; skip the bench where it is not available."""
     if name == "eager":
         return case.plain
     if name == "torch.compile":
@@ -132,19 +132,19 @@ def peer(case: Case, name: str, size: Key, regime: str = "") -> Function:
     if impl and (reason := select.why_not(case.op, impl, DEVICE)):
         pytest.skip(f"{impl} cannot serve here: {reason}")
     if impl == best:
-        pytest.skip(f"{impl} is the best here, which {OURS} is")
+        pytest.skip(f"{impl} is the best implementation here, which {OURS} already times")
     return functools.partial(case.ours, impl=impl)
 
 
 @functools.lru_cache(maxsize=1)
 def inputs(case: Case, size: Key, regime: str = "") -> Inputs:
-    """Those of a regime, the usual one where none is named."""
+    """Return the inputs of a regime, by default the usual one."""
     return case.make(regime or case.usual, **dict(size))
 
 
 @functools.lru_cache(maxsize=1)
 def exact(case: Case, size: Key, regime: str = "") -> tuple[Inputs, Inputs]:
-    """Values and gradients by the reference in float64; the gradients rounded, to take less room."""
+    """Return values and gradients of the reference in float64; the gradients are rounded to float32 to save memory."""
     x = tuple(t.detach().double().requires_grad_() for t in inputs(case, size, regime))
     result = case.ours(*x, impl="reference")
     grads = torch.autograd.grad(case.loss(result), x)
@@ -152,10 +152,10 @@ def exact(case: Case, size: Key, regime: str = "") -> tuple[Inputs, Inputs]:
 
 
 def check(case: Case, function: Function, size: Key, backward: bool, regime: str = "", name: str = "eager") -> None:
-    """A peer that is wrong is not timed.
+    """Compare a peer's values, and its gradients for ``backward``, with the reference's.
 
     Raises:
-        Wrong: it is.
+        Wrong: they differ by more than the tolerance.
     """
     x = inputs(case, size, regime)
     values, gradients = exact(case, size, regime)
@@ -169,12 +169,12 @@ def check(case: Case, function: Function, size: Key, backward: bool, regime: str
 
 
 def rough(name: str, regime: str) -> bool:
-    """Whether a peer computes in half precision, which no implementation of ours does."""
+    """Return whether a peer computes in half precision; bomkern's implementations never do."""
     return regime == HALF and not name.startswith(OURS)
 
 
 def tolerance(case: Case, name: str, regime: str) -> tuple[float, float]:
-    """Of values and of gradients; those of halves are halves, and rounded to that."""
+    """Return the tolerances of values and of gradients; gradients of half inputs are rounded to half precision."""
     if rough(name, regime):
         return case.half
     values, gradients = case.tolerance
@@ -186,12 +186,12 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _close(what: str, error: Tensor, most: float, relative_to: Any) -> None:
-    if not error <= most * relative_to:  # nor where it is NaN
+    if not error <= most * relative_to:  # so written, NaN is an error too
         raise Wrong(f"{what} is off by {float(error / relative_to):.2g}, more than {most:.2g}")
 
 
 def rotating(x: Inputs) -> list[Inputs]:
-    """``x``, and on a GPU as many copies of it as do not fit into the cache, so that each call reads memory."""
+    """Return ``x``, and on a GPU enough copies to exceed the cache, so that each call reads memory."""
     if DEVICE == "cpu":
         return [x]
     size = sum(t.numel() * t.element_size() for t in x)
@@ -201,14 +201,14 @@ def rotating(x: Inputs) -> list[Inputs]:
 
 
 def once(case: Case, function: Function, x: Inputs, backward: bool) -> machine.Step:
-    """One call; a forward as training has it, which keeps what its backward needs."""
+    """Return a function that makes one call; a forward keeps what its backward needs, as in training."""
     if backward:
         return lambda: torch.autograd.grad(case.loss(function(*x)), x)
     return lambda: function(*x)
 
 
 def measure(benchmark: Any, case: Case, name: str, size: Size, direction: str, regime: str = "") -> None:
-    """Time a peer; see the head of this file for what ends up in ``benchmark.extra_info``."""
+    """Time a peer; the head of this file lists the entries of ``benchmark.extra_info``."""
     key = tuple(size.items())
     brief = regime not in ("", case.usual)
     function = peer(case, name, key, regime)
@@ -218,14 +218,14 @@ def measure(benchmark: Any, case: Case, name: str, size: Size, direction: str, r
         info["impl"] = name.removeprefix(OURS).strip() or select.choose(case.op, DEVICE, None).split()[-1]
     try:
         call = once(case, function, x, direction != FORWARD)
-        if not brief or name == "torch.compile":  # which compiles anew for halves
+        if not brief or name == "torch.compile":  # torch.compile compiles again for halves
             first = machine.seconds(call)
             info |= {} if brief else {"first_seconds": first}
         exact(case, key, regime)
         spent = machine.seconds(lambda: check(case, function, key, direction != FORWARD, regime, name))
         if direction == BOTH and not brief:
             info["peak_bytes"] = machine.peak_bytes(call, 1 if info["first_seconds"] > SLOW else 3)
-            # What is compiled for a CPU hides its operators from those who count.
+            # Code compiled for a CPU hides its operators from the count.
             if DEVICE == "cuda" or name not in ("torch.compile", "KeOps"):
                 info |= machine.counted(call)
     except torch.OutOfMemoryError:
@@ -233,8 +233,8 @@ def measure(benchmark: Any, case: Case, name: str, size: Size, direction: str, r
     except Wrong as why:
         if not brief or name.startswith(OURS):
             raise
-        told = {"op": case.op, "case": case.name, "direction": direction, "peer": name, "size": dict(size)}
-        WRONG.append({**told, "regime": regime, "wrong": str(why)})
+        described = {"op": case.op, "case": case.name, "direction": direction, "peer": name, "size": dict(size)}
+        WRONG.append({**described, "regime": regime, "wrong": str(why)})
         pytest.skip(f"{name} is wrong here: {why}")
     about(benchmark, case.op, case.name, direction, name, size)
     if brief:
@@ -246,40 +246,40 @@ def measure(benchmark: Any, case: Case, name: str, size: Size, direction: str, r
         steps = [once(case, function, y, direction == BOTH) for y in rotating(x)]
         known = spent if brief and spent > SLOW and not name.startswith(OURS) else None
         timed(benchmark, steps, not brief, brief, known)
-    if benchmark.stats:  # none with --benchmark-disable
+    if benchmark.stats:  # absent with --benchmark-disable
         rate, ceiling = info["work"] / benchmark.stats.stats.median, machine.ceiling(case.unit)
         benchmark.extra_info.update(rate=rate, ceiling=ceiling, share=ceiling and rate / ceiling)
 
 
 def in_turn(benchmark: Any, case: Case, size: Size) -> None:
-    """Time our call in every regime, one after the other in turn, for what the slowest takes over the fastest.
+    """Time our call in all regimes in turn, to compare the slowest with the fastest.
 
-    ``spread`` in ``extra_info`` is that for single precision, and ``slowest`` is the regime.
+    ``spread`` in ``extra_info`` is slowest over fastest in single precision, and ``slowest`` names the regime.
     """
     key = tuple(size.items())
-    found = {
+    calls = {
         regime: once(case, peer(case, OURS, key), inputs(case, key, regime), True)
         for regime in (case.usual, *case.regimes)
     }
     about(benchmark, case.op, case.name, TURNS, OURS, size)
-    benchmark.extra_info.update(as_info(looked_at(found)))
+    benchmark.extra_info.update(as_info(looked_at(calls)))
     note_slowest(benchmark.extra_info)
-    benchmark.pedantic(found[case.usual], rounds=1)  # or it would not be in the file
+    benchmark.pedantic(calls[case.usual], rounds=1)  # a bench without a round is not written to the file
 
 
 def note_slowest(info: Mapping[str, Any]) -> None:
-    """Note what `in_turn` found, or had found in the run that this one goes on from."""
+    """Note the slowest regime that `in_turn` found, in this run or in the one that it continues."""
     if info["direction"] == TURNS and "slowest" in info:
         SLOWEST[info["case"], tuple(info["size"].items())] = info["slowest"]
 
 
 def slowest(case: Case, size: Size) -> str:
-    """The regime in which this run found our call slowest; halves aside, which not every peer takes."""
+    """Return the regime in which our call was slowest in this run, halves excluded: not every peer takes them."""
     return SLOWEST.get((case.name, tuple(size.items())), case.usual)
 
 
 def about(benchmark: Any, op: str, case: str, direction: str, name: str, size: Size) -> None:
-    """Say what a bench times; peers of one group stand side by side."""
+    """Describe a bench in its group and ``extra_info``; the peers of a group are shown together."""
     benchmark.group = f"{case} {direction} {' '.join(f'{letter}={n}' for letter, n in size.items())}"
     benchmark.extra_info.update(op=op, case=case, direction=direction, peer=name, size=dict(size), device=DEVICE)
 
@@ -287,9 +287,9 @@ def about(benchmark: Any, op: str, case: str, direction: str, name: str, size: S
 def timed(
     benchmark: Any, steps: Sequence[machine.Step], graph: bool = True, brief: bool = False, call: float | None = None
 ) -> None:
-    """Time calls, one step after the other in turn, in rounds of many with one sync; on a GPU also as a ``graph``.
+    """Time the steps in turn, in rounds of many calls with one sync; on a GPU also as a ``graph``.
 
-    ``call`` is how many seconds one takes, if that is known.
+    ``call`` is the duration of one call in seconds, if known.
     """
     calls, rounds = planned(call or least(steps), brief)
     turn = itertools.cycle(steps)
@@ -300,7 +300,7 @@ def timed(
 
 
 def timed_backward(benchmark: Any, forward: Callable[[], Tensor], x: Inputs) -> None:
-    """Time backward alone, one a round: what is compiled lets go of what forward kept, and can only do it once."""
+    """Time backward alone, one call a round: compiled code frees what forward saved, so a graph serves only once."""
 
     def graph() -> tuple[tuple[Tensor], dict[str, Any]]:
         return (forward(),), {}
@@ -320,10 +320,10 @@ def sizes_and(
     regimes: Sequence[str] = (),
     at: Sequence[int] = (),
 ) -> Callable[[Any], Any]:
-    """Parametrizes a test by peer, within direction, within regime, within size: what those need is made once.
+    """Parametrize a test by size, regime, direction and peer, in this order, so that inputs are made once.
 
-    The reference, which is for where nothing was compiled, is timed in both directions together alone, and so is
-    everything in the ``regimes`` beside the usual one, which are for the batch sizes ``at``.
+    The reference, the fallback where nothing is compiled, is timed in both directions together alone. So is every peer
+    in ``regimes`` beside the usual one, which are timed at the batch sizes ``at``.
     """
     pairs = [(d, p) for d in directions for p in peers or PEERS if d == BOTH or not p.endswith("reference")]
     benches, ids = [], []
@@ -338,6 +338,6 @@ def sizes_and(
 
 
 def sizes_at(sizes: Sequence[Size], batches: Sequence[int]) -> Callable[[Any], Any]:
-    """Parametrizes a test by the sizes of these batches."""
+    """Parametrize a test by the sizes of these batches."""
     chosen = [size for size in sizes if size["B"] in batches]
     return pytest.mark.parametrize("size", chosen, ids=[f"B{size['B']}" for size in chosen])

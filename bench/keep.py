@@ -1,17 +1,18 @@
-"""Keeps each bench as soon as it ends, so that whoever stops the run, SIGKILL too, takes the bench in flight alone.
+"""Write each bench to a file as soon as it ends, so that a killed run loses the bench in flight alone.
 
-pytest bench/ops/bench_min_goal.py --benchmark-only --keep FILE   # again and again: it goes on where it was
-python -m bench.report FILE [FILE ...]                        # reads such files as those of --benchmark-json
+pytest bench/ops/bench_min_goal.py --benchmark-only --keep FILE   # run again to continue
+python -m bench.report FILE [FILE ...]                            # reads these files like those of --benchmark-json
 
-FILE holds a JSON object a line, each on the disk before the next bench begins; many bench files may share one:
+FILE holds one JSON object per line. Each is on disk before the next bench begins, and several bench files may share
+FILE:
 
-- the head: ``kind``, ``machine`` as `bench.machine.described` has it, ``code``, a sum over the sources that are timed,
-  ``date`` and ``command``;
-- ``ceilings``, the most that the machine does of a unit in a second, when a run has measured it for the first time;
-- ``bench``, the name that pytest has for it, and ``row``, what is kept of it; that of a peer which was wrong says so.
+- the head: ``kind``, ``machine`` from `bench.machine.described`, ``code``, a hash of the timed sources, ``date`` and
+  ``command``;
+- ``ceilings``: the machine's highest rate of a unit per second, written when a run first measures it;
+- ``bench``, pytest's name of the bench, and ``row``, its figures; the row of a peer with a wrong result says so.
 
-A bench that is in FILE is not timed again; one that failed or was skipped is not in it. FILE goes on with the machine,
-the torch and the sources that it was begun with, and is refused with others: their figures would stand side by side.
+A bench in FILE is not timed again; one that failed or was skipped is not in it. FILE is refused on another machine,
+with another torch or with other sources, because its figures would not be comparable.
 """
 
 from __future__ import annotations
@@ -29,35 +30,35 @@ import pytest
 from bench import harness, machine
 from bench.results import KEPT, apart, kept_lines, rounded, row_of
 
-TIMED = ("bomkern", "csrc", "kernels")  # folders of the sources that decide what a bench finds
+TIMED = ("bomkern", "csrc", "kernels")  # folders with the sources that benches time
 SOURCES = (".py", ".cpp", ".h", ".cu")
 
 
 def code() -> str:
-    """A sum over the sources."""
-    found = hashlib.sha256()
+    """Return a hash of the timed sources."""
+    digest = hashlib.sha256()
     for path in sorted(path for folder in TIMED for path in (machine.ROOT / folder).rglob("*")):
         if path.suffix in SOURCES:
-            found.update(f"{path.relative_to(machine.ROOT)}\0".encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+            digest.update(f"{path.relative_to(machine.ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class Keeper:
-    """The plugin of ``--keep``.
+    """The pytest plugin of ``--keep``.
 
     Raises:
-        pytest.UsageError: the file is of something else, another machine, another torch or other sources.
+        pytest.UsageError: the file is not one of ``--keep``, or is of another machine, torch or version of the sources.
     """
 
     def __init__(self, path: Path) -> None:
-        self.done: set[str] = set()  # names of benches
-        self.wrong = len(harness.WRONG)  # of those that are in the file
-        self.ceilings: set[str] = set()  # those of this run that are in the file
-        self.left_out = 0  # benches of this run that are in the file
+        self.done: set[str] = set()  # names of the benches in the file
+        self.wrong = len(harness.WRONG)  # how many entries of WRONG are in the file
+        self.ceilings: set[str] = set()  # units whose ceiling this run has written
+        self.left_out = 0  # benches of this run that are not run because they are in the file
         try:
             lines, size = kept_lines(path) if path.exists() else ([], 0)
         except json.JSONDecodeError as why:
-            raise pytest.UsageError(f"--keep {path} is no file of --keep: {why}") from why
+            raise pytest.UsageError(f"--keep {path} is not a file of --keep: {why}") from why
         head = {
             "kind": KEPT, "machine": {**machine.described(), "ceilings": dict.fromkeys(machine.UNITS)}, "code": code(),
             "date": datetime.now(timezone.utc).isoformat(), "command": "pytest bench/ --benchmark-only --keep FILE",
@@ -73,8 +74,8 @@ class Keeper:
     def _go_on(self, path: Path, lines: list[dict[str, Any]], head: dict[str, Any]) -> None:
         begun = lines[0]
         if not isinstance(begun, dict) or begun.get("kind") != KEPT:
-            raise pytest.UsageError(f"--keep {path} is no file of --keep")
-        was, now = ({**apart(one["machine"]), "sources": one["code"]} for one in (begun, head))
+            raise pytest.UsageError(f"--keep {path} is not a file of --keep")
+        was, now = ({**apart(each["machine"]), "sources": each["code"]} for each in (begun, head))
         if other := [f"{x} {was.get(x)}, not {now.get(x)}" for x in {**was, **now} if was.get(x) != now.get(x)]:
             raise pytest.UsageError(f"--keep {path} was begun with {'; '.join(other)}: name another file, or remove it")
         for line in lines:

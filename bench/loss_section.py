@@ -1,4 +1,4 @@
-"""The loss section of a step as one writes it in plain PyTorch: scores, stack, checks, minimum, log, numbers to log."""
+"""The loss section of a step in plain PyTorch: scores, stack, checks, minimum, log, and numbers to log."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Anchors = Mapping[str, tuple[float, float]]  # ideal and nadir of each goal
 
 
 def plain_loss(raw: Mapping[str, Tensor], anchors: Anchors, log: dict[str, float], reduction: str = "mean") -> Tensor:
-    """``-log(min over goals of score)`` of raw values, [B] each; ``log`` takes each goal's mean score and the loss.
+    """Return ``-log(min over goals of score)`` of raw values, [B] each; write mean scores and the loss to ``log``.
 
     Raises:
-        ValueError: something is not finite.
+        ValueError: a raw value or the loss is not finite.
     """
     scores = []
     for name, (ideal, nadir) in anchors.items():

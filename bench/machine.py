@@ -1,4 +1,4 @@
-"""What a bench asks the machine: what it is, what it can do at most, memory at its peak, launches and host syncs."""
+"""Describe the machine, and measure its ceilings, peak memory, launches and host syncs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
 COPY_BYTES = 2**30 if DEVICE == "cuda" else 2**28
 UNITS = ("bytes", "exponentials", "flops")
-SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")  # each makes the host wait for a GPU
+SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")  # these make the host wait for a GPU
 NO_WORK = ("empty", "empty_strided", "empty_like", "detach", "_local_scalar_dense", "alias", "promote_types")
 Step = Callable[[], object]
-CEILINGS: dict[str, float | None] = {}  # by unit, those that this run has measured
+CEILINGS: dict[str, float | None] = {}  # the ceilings that this run has measured, by unit
 
 
 def synchronize() -> None:
@@ -35,7 +35,7 @@ def synchronize() -> None:
 
 
 def timer() -> float:
-    """Seconds, when all work that was given to the device is done."""
+    """Wait for all work on the device, and return the time in seconds."""
     synchronize()
     return time.perf_counter()
 
@@ -47,19 +47,19 @@ def seconds(step: Step) -> float:
 
 
 def name() -> str:
-    """Of the GPU, or else of the CPU."""
+    """Return the name of the GPU, or of the CPU where there is none."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return model or platform.processor() or platform.machine()
 
 
 def described() -> dict[str, Any]:
-    """All that decides what a bench measures."""
+    """Return every property of the machine and its software that the figures of a bench depend on."""
     build = bomkern.info()["build"]
-    found = {
+    properties = {
         "device": DEVICE,
         "name": name(),
         "threads": torch.get_num_threads(),
@@ -70,9 +70,9 @@ def described() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     if DEVICE == "cuda":
-        found["cuda"] = torch.version.cuda
-        found["driver"] = _nvidia_smi("driver_version")
-    return found
+        properties["cuda"] = torch.version.cuda
+        properties["driver"] = _nvidia_smi("driver_version")
+    return properties
 
 
 def _nvidia_smi(field: str) -> str:
@@ -84,22 +84,22 @@ def _nvidia_smi(field: str) -> str:
 
 
 def ceiling(unit: str) -> float | None:
-    """The most of it that this machine does in a second, measured once a run; None where there is no way to.
+    """Return this machine's highest rate of a unit per second, measured once a run; None where it cannot be measured.
 
-    A measurement that fails is a warning: what was timed before it is worth keeping without its share of a ceiling.
+    A measurement that fails gives a warning, so that the times of the run are kept without their share of a ceiling.
     """
     measure = {"bytes": _copy, "exponentials": _exponentials, "flops": _products}[unit]
     if unit not in CEILINGS:
         try:
             CEILINGS[unit] = measure()
-        except Exception as why:  # of a compiler, or of whatever a GPU's driver says
+        except Exception as why:  # an error of the compiler or of the GPU's driver
             warnings.warn(f"the ceiling of {unit} could not be measured: {why}", stacklevel=2)
             CEILINGS[unit] = None
     return CEILINGS[unit]
 
 
 def _copy() -> float:
-    """Bytes read and written by ``y.copy_(x)``, both far larger than any cache; the best of many."""
+    """Return bytes per second read and written by ``y.copy_(x)`` on tensors far larger than any cache; best of 20."""
     x = torch.zeros(COPY_BYTES // 4, device=DEVICE)
     y = torch.ones_like(x)
     y.copy_(x)
@@ -107,7 +107,7 @@ def _copy() -> float:
 
 
 def _products(side: int = 2048) -> float:
-    """Operations of a float32 matrix product of the library's, in full precision; the best of many."""
+    """Return operations per second of torch's float32 matrix product in full precision; best of 10."""
     x = torch.rand(side, side, device=DEVICE)
     x @ x
     return 2 * side**3 / min(seconds(lambda: x @ x) for _ in range(10))
@@ -121,7 +121,7 @@ def _exponentials() -> float | None:
 
 
 def _exponentials_of_a_cpu(compiler: str) -> float:
-    """The kernels' own exp2 in a loop that does nothing else (bench/exp2_ceiling.cpp), on all threads at once."""
+    """Return exponentials per second of the kernels' exp2 alone (bench/exp2_ceiling.cpp), on all threads at once."""
     simd = bomkern.info()["build"].get("simd_here", "baseline")
     target = [] if simd == "baseline" else [f'-DTARGET="target_{simd}.h"']
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi", "-std=c++20"]
@@ -131,15 +131,15 @@ def _exponentials_of_a_cpu(compiler: str) -> float:
         subprocess.run([compiler, *flags, f"-I{ROOT}/kernels/common", *target, source, "-o", program], check=True)
         rates = []
         for _ in range(3):
-            running = [
+            processes = [
                 subprocess.Popen([program], stdout=subprocess.PIPE, text=True) for _ in range(torch.get_num_threads())
             ]
-            rates.append(sum(1e9 / float(one.communicate()[0]) for one in running))
+            rates.append(sum(1e9 / float(process.communicate()[0]) for process in processes))
         return max(rates)
 
 
 def _exponentials_of_a_gpu(turns: int = 512) -> float | None:
-    """ex2 by the special-function unit in registers, eight streams a thread, nothing else."""
+    """Return exponentials per second of the special-function unit alone: ex2 in registers, eight streams a thread."""
     try:
         from bench.exp2_ceiling import fill
     except ImportError:
@@ -150,10 +150,10 @@ def _exponentials_of_a_gpu(turns: int = 512) -> float | None:
 
 
 def peak_bytes(step: Step, repeats: int = 3) -> int | None:
-    """By how much memory in use peaks during a step above what it was before; None where the system cannot tell.
+    """Return the peak of memory in use during a step, above its value before; None where it cannot be measured.
 
-    On a CPU the resident memory of the process, by Linux; what the heap holds for reuse is given back first. It is
-    counted to about 0.3 MB.
+    On a CPU this is the resident memory of the process on Linux, accurate to about 0.3 MB; free memory of the heap is
+    returned to the system first.
     """
     if DEVICE == "cuda":
         before = torch.cuda.memory_allocated()
@@ -163,29 +163,29 @@ def peak_bytes(step: Step, repeats: int = 3) -> int | None:
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
-    found = []
+    peaks = []
     for _ in range(repeats):
         before = live_bytes()
-        clear.write_text("5")  # the high-water mark starts again from here
+        clear.write_text("5")  # resets the high-water mark
         step()
-        found.append(resident("VmHWM") - before)
-    return max(0, int(statistics.median(found)))
+        peaks.append(resident("VmHWM") - before)
+    return max(0, int(statistics.median(peaks)))
 
 
 def live_bytes() -> int:
-    """Resident memory, by Linux, once the heap has given back what it holds for reuse."""
+    """Return the resident memory in bytes on Linux, after returning the heap's free memory to the system."""
     ctypes.CDLL(None).malloc_trim(0)
     return resident("VmRSS")
 
 
 def resident(field: str) -> int:
-    """Bytes of resident memory of this process, by Linux: "VmRSS" now, "VmHWM" at its peak."""
+    """Return this process's resident memory in bytes on Linux: now for "VmRSS", at its peak for "VmHWM"."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 class _Operators(TorchDispatchMode):
-    """Counts operators that do work, each of which is a launch or more on a GPU, and those that wait for one."""
+    """Count operators that do work, each at least one launch on a GPU, and those that make the host wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,18 +199,18 @@ class _Operators(TorchDispatchMode):
 
 
 def counted(step: Step) -> dict[str, int]:
-    """``launches`` and ``syncs`` of one step: of a GPU as its driver saw them, of a CPU the operators that would be."""
+    """Return ``launches`` and ``syncs`` of one step: as profiled on a GPU, or on a CPU the operators that would be."""
     if DEVICE == "cpu":
-        with _Operators() as seen:
+        with _Operators() as counter:
             step()
-        return {"launches": seen.launches, "syncs": seen.syncs}
+        return {"launches": counter.launches, "syncs": counter.syncs}
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
-    events = found.events() or []
+    events = profiled.events() or []
     return {
         "launches": sum(e.device_type == DeviceType.CUDA and not e.name.startswith("Mem") for e in events),
         "syncs": sum(e.name == "cudaStreamSynchronize" for e in events),

@@ -1,10 +1,10 @@
-"""One batch on 1, 2 and 4 processes: that losses and gradients are those of one, and what is sent for it.
+"""Compare 1, 2 and 4 processes that share a batch with one that has all of it, and count the numbers they exchange.
 
     python -m bench.ranks
 
-starts gloo processes on the CPU, each with its part of the batch, runs every case below in float32 and float64,
-averages the gradients as DistributedDataParallel does, compares with one process that has the whole batch, and writes
-bench/results/ranks.json. tests/goals/test_process_group.py holds the differences to rounding.
+starts gloo processes on the CPU, each with its part of the batch, and runs every case below in float32 and float64. It
+averages the gradients as DistributedDataParallel does, compares losses and gradients with those of one process, and
+writes bench/results/ranks.json. tests/goals/test_process_group.py checks that the differences are rounding alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCH, INPUTS, DIMS, STEPS = 24, 7, 5, 6
 
 
 class Code(NamedTuple):
-    """A rank's part of a batch, encoded."""
+    """The encoded samples of one rank."""
 
     z: Tensor
     mu: Tensor
@@ -42,14 +42,14 @@ class Code(NamedTuple):
 
 
 def batch(step: int, dtype: torch.dtype, size: int = BATCH, dims: int = DIMS) -> tuple[Tensor, Tensor]:
-    """Inputs [B, P] and noise [B, D], the same in every process."""
+    """Return inputs [B, P] and noise [B, D], the same in every process."""
     generator = torch.Generator().manual_seed(step)
-    made = torch.randn(size, INPUTS + dims, generator=generator, dtype=torch.float64) * 0.7
-    return made[:, :INPUTS].to(dtype), made[:, INPUTS:].to(dtype)
+    values = torch.randn(size, INPUTS + dims, generator=generator, dtype=torch.float64) * 0.7
+    return values[:, :INPUTS].to(dtype), values[:, INPUTS:].to(dtype)
 
 
 def weights(dtype: torch.dtype, dims: int = DIMS) -> Tensor:
-    """Of the encoder: [P, 2 D]."""
+    """Return the encoder's weights, [P, 2 D]."""
     generator = torch.Generator().manual_seed(1)
     return (torch.randn(INPUTS, 2 * dims, generator=generator, dtype=torch.float64) * 0.4).to(dtype)
 
@@ -59,10 +59,10 @@ def encode(w: Tensor, x: Tensor, noise: Tensor) -> Code:
     return Code(mu + torch.exp(logvar / 2) * noise, mu, logvar)
 
 
-def _spread(found: bomkern.LatentStatistics) -> Tensor:
-    by_sample = (found.kl + found.logvar_mean + 2 * found.logvar_square).mean()
-    by_column = (found.z_mean.square() + found.z_variance + found.mu_mean.square() + 3 * found.mu_variance).sum()
-    return by_sample + by_column + found.active + found.effective
+def _sum_of_fields(s: bomkern.LatentStatistics) -> Tensor:
+    by_sample = (s.kl + s.logvar_mean + 2 * s.logvar_square).mean()
+    by_column = (s.z_mean.square() + s.z_variance + s.mu_mean.square() + 3 * s.mu_variance).sum()
+    return by_sample + by_column + s.active + s.effective
 
 
 STATISTICS: dict[str, Callable[[Code, Any], Tensor]] = {
@@ -81,12 +81,12 @@ STATISTICS: dict[str, Callable[[Code, Any], Tensor]] = {
         c.z, True, reduction="batch", process_group=group
     ),
     "active_units": lambda c, group: (
-        lambda a, e: a + 2 * e  # both are of the whole batch
+        lambda a, e: a + 2 * e  # both are statistics of the whole batch
     )(*bomkern.active_units(c.mu, process_group=group)),
-    "latent_statistics": lambda c, group: _spread(bomkern.latent_statistics(*c, process_group=group)),
+    "latent_statistics": lambda c, group: _sum_of_fields(bomkern.latent_statistics(*c, process_group=group)),
 }
 
-# What a GoalSet is made with, beside its goals.
+# The arguments of a GoalSet beside its goals.
 RULES: dict[str, dict[str, Any]] = {
     **{f"GoalSet, {reduction}": {"reduction": reduction} for reduction in REDUCTIONS},
     "GoalSet, temperature": {"temperature": 0.5},
@@ -96,8 +96,8 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def goal_set(group: Any, **rule: Any) -> GoalSet:
-    """Goals by sample and of the batch; scales that are fixed, learnt in the first steps, and always."""
-    made = GoalSet(
+    """Return a GoalSet with goals by sample and of the batch, and with fixed, calibrated and tracked scales."""
+    return GoalSet(
         {
             "recon": Calibrated(3),
             "kl": Calibrated(4, statistic=0.8),
@@ -108,7 +108,6 @@ def goal_set(group: Any, **rule: Any) -> GoalSet:
         process_group=group,
         **rule,
     )
-    return made
 
 
 def raw_values(code: Code, x: Tensor, group: Any) -> dict[str, Any]:
@@ -126,7 +125,7 @@ def raw_values(code: Code, x: Tensor, group: Any) -> dict[str, Any]:
 
 
 def statistic(name: str, group: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Value and gradient."""
+    """Return value and gradient of a statistic, averaged over the ranks."""
     w = weights(dtype).requires_grad_()
     value = STATISTICS[name](encode(w, *part(group, *batch(0, dtype))), group)
     value.backward()
@@ -134,7 +133,7 @@ def statistic(name: str, group: Any, dtype: torch.dtype) -> list[Tensor]:
 
 
 def training(name: str, group: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Some steps: losses, records, and where they lead."""
+    """Take some training steps, and return the losses, the final weights and the history."""
     goals = goal_set(group, **RULES[name])
     w = weights(dtype).requires_grad_()
     losses = []
@@ -155,14 +154,14 @@ def training(name: str, group: Any, dtype: torch.dtype) -> list[Tensor]:
 
 
 def part(group: Any, *whole: Tensor) -> list[Tensor]:
-    """This rank's samples."""
+    """Return this rank's samples, all of them without a group."""
     if group is None:
         return list(whole)
     return [x.chunk(dist.get_world_size(group))[dist.get_rank(group)] for x in whole]
 
 
 def averaged(x: Tensor, group: Any) -> Tensor:
-    """Over the ranks, as DistributedDataParallel does."""
+    """Average a tensor over the ranks, as DistributedDataParallel does."""
     if group is not None:
         dist.all_reduce(x, group=group)
         x /= dist.get_world_size(group)
@@ -170,7 +169,7 @@ def averaged(x: Tensor, group: Any) -> Tensor:
 
 
 class Counted:
-    """Numbers that collectives hand over on this rank: of a gather what the others give it, of a sum what it gives."""
+    """Count the numbers that collectives exchange on this rank: those a gather receives and those a sum sends."""
 
     def __init__(self) -> None:
         self.numbers = 0
@@ -187,16 +186,16 @@ class Counted:
 
 
 def cases(group: Any, dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    found = {name: statistic(name, group, dtype) for name in STATISTICS}
-    return {**found, **{name: training(name, group, dtype) for name in RULES}}
+    statistics = {name: statistic(name, group, dtype) for name in STATISTICS}
+    return {**statistics, **{name: training(name, group, dtype) for name in RULES}}
 
 
 SCALE = {"batch": 2048, "dims": 64, "calls": 5}
 
 
 def scaling(group: Any) -> dict[str, dict[str, float]]:
-    """Of a large batch: seconds of a forward and backward, and numbers handed over, by statistic."""
-    counted, found = Counted(), {}
+    """Return seconds of forward and backward on a large batch, and the numbers exchanged, by statistic."""
+    counted, figures = Counted(), {}
     torch.set_num_threads(1)
     x, noise = part(group, *batch(0, torch.float32, SCALE["batch"], SCALE["dims"]))
     w = weights(torch.float32, SCALE["dims"]).requires_grad_()
@@ -209,8 +208,8 @@ def scaling(group: Any) -> dict[str, dict[str, float]]:
             counted.numbers, begun = 0, time.perf_counter()
             STATISTICS[name](code, group).backward()
             seconds.append(time.perf_counter() - begun)
-        found[name] = {"seconds": sorted(seconds)[len(seconds) // 2], "numbers": counted.numbers}
-    return found
+        figures[name] = {"seconds": sorted(seconds)[len(seconds) // 2], "numbers": counted.numbers}
+    return figures
 
 
 def _worker(rank: int, world: int, folder: str, work: str) -> None:
@@ -219,16 +218,16 @@ def _worker(rank: int, world: int, folder: str, work: str) -> None:
     group = dist.group.WORLD
     try:
         if work == "scaling":
-            found: Any = scaling(group)
+            result: Any = scaling(group)
         else:
-            found = {str(dtype): cases(group, dtype) for dtype in (torch.float32, torch.float64)}
-        torch.save(found, f"{folder}/{work}{world}-{rank}.pt")
+            result = {str(dtype): cases(group, dtype) for dtype in (torch.float32, torch.float64)}
+        torch.save(result, f"{folder}/{work}{world}-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def on_ranks(world: int, work: str = "cases") -> list[Any]:
-    """What each of so many processes found."""
+    """Run ``work`` on ``world`` processes, and return each one's result."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, (world, folder, work), nprocs=world)
         return [torch.load(f"{folder}/{work}{world}-{rank}.pt", weights_only=True) for rank in range(world)]
@@ -239,14 +238,14 @@ def alone(dtype: torch.dtype) -> dict[str, list[Tensor]]:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest, over the largest value."""
+    """Return the largest difference over the largest finite value of ``b``; where both are NaN they are equal."""
     same = (a == b) | (a.isnan() & b.isnan())
     apart = torch.where(same, 0, (a - b).abs().double())
     return float(apart.max() / b[b.isfinite()].abs().max().clamp(min=1e-30))
 
 
 def main() -> None:
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "command": "python -m bench.ranks",
         "machine": machine.name(),
         "cores": os.cpu_count(),
@@ -262,13 +261,13 @@ def main() -> None:
         for dtype, expected in truth.items():
             for name, tensors in expected.items():
                 worst = max(difference(a, b) for rank in each for a, b in zip(rank[dtype][name], tensors, strict=True))
-                found["differences"].setdefault(name, {}).setdefault(dtype.removeprefix("torch."), []).append(worst)
+                results["differences"].setdefault(name, {}).setdefault(dtype.removeprefix("torch."), []).append(worst)
         for name, numbers in on_ranks(world, "scaling")[0].items():
-            found["scaling"].setdefault(name, []).append(numbers)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    for name, row in found["differences"].items():
+            results["scaling"].setdefault(name, []).append(numbers)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    for name, row in results["differences"].items():
         print(f"{name:38}", *(f"{dtype} " + " ".join(f"{x:.1e}" for x in values) for dtype, values in row.items()))
-    for name, runs in found["scaling"].items():
+    for name, runs in results["scaling"].items():
         print(name, *(f"{run['seconds'] * 1e3:.1f} ms {run['numbers']:,} numbers" for run in runs), sep="  ")
 
 

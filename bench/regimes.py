@@ -1,13 +1,13 @@
-"""The kinds of data, *regimes*, that the benches are fed: an op that is fast on one of them alone is not fast.
+"""The kinds of data, *regimes*, that the benches run on: an op is fast only if it is fast on all of them.
 
 python -m bench.regimes --make    # trains 1,000 steps and writes bench/data, in some minutes on one core
 
-What each regime is, `bench.worst.WORDS` says; which one is an op's usual, `bench.results.USUAL`.
+`bench.report.worst.WORDS` describes each regime, and `bench.results.USUAL` names the usual one of each op.
 
-Codes of a real run are kept in bench/data: mu and logvar of 512 training crops, as the encoder gives them after 0, 100
-and 1,000 steps, in float16. The run is `bomkern train` at 32 px with seed 0 and one thread. It has 128 latents (96 of
-structure and 32 of appearance; the default is 48 and 16), because the benches have D = 128. A larger batch repeats the
-512 rows, and moves each repeated mu by a draw of its own posterior. A larger D repeats the columns with shifted rows.
+bench/data holds codes of a real run: mu and logvar of 512 training crops in float16, from the encoder after 0, 100 and
+1,000 steps. The run is `bomkern train` at 32 px with seed 0 and one thread. It has 128 latents (96 of structure and 32
+of appearance; the default is 48 and 16), because the benches have D = 128. A larger batch repeats the 512 rows, and
+moves each repeated mu by a draw of its own posterior. A larger D repeats the columns with shifted rows.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from bench.machine import DEVICE
 from bomkern.constraints import BARRIER, HARD, LINEAR, Constraint
 
 DATA = Path(__file__).parent / "data"
-STEPS, ROWS = (0, 100, 1000), 512  # of the run that is kept
+STEPS, ROWS = (0, 100, 1000), 512  # of the run in bench/data
 HALF = "half"
 CODES = (*(f"step {step}" for step in STEPS), "normal", "separated", "collapsed", "sharp", HALF)
 GOALS = ("near the ideal", "far beyond", "all tied", "one behind", "one hopeless", HALF)
 SIZES = [{"B": batch, "D": 128} for batch in (512, 4096, 65536)]
 if DEVICE == "cuda":
     SIZES.append({"B": 1_048_576, "D": 128})
-CLUSTERS, PLACES = 64, 5  # clusters, and the places that their centres take in a dimension
-APART, SPREAD = 10.0, 2.0  # in deviations of a posterior: between places, and of the means within a cluster
+CLUSTERS, PLACES = 64, 5  # clusters, and the possible positions of their centres in a dimension
+APART, SPREAD = 10.0, 2.0  # distance of positions, and deviation of means in a cluster, in posterior deviations
 Inputs = tuple[Tensor, ...]
 
 
 def leaves(tensors: Sequence[Tensor], regime: str) -> Inputs:
-    """The tensors on `DEVICE`, in the dtype of the regime, as leaves that require gradients."""
+    """Return the tensors on `DEVICE` in the regime's dtype, as leaves that require gradients."""
     dtype = torch.bfloat16 if regime == HALF else torch.float32
     return tuple(x.to(DEVICE, dtype).requires_grad_() for x in tensors)
 
 
 def codes(regime: str, B: int, D: int) -> Inputs:
-    """z, mu and logvar, [B, D] each, the same each time."""
+    """Return z, mu and logvar, [B, D] each, the same each time."""
     source = torch.Generator().manual_seed(0)
     mu, logvar, noise = _posteriors(regime, B, D, source)
     return leaves([mu + noise * torch.exp(logvar / 2), mu, logvar], regime)
 
 
 def views(regime: str, B: int, D: int, count: int) -> Inputs:
-    """So many views of a code, [B, D] each: draws of the same posterior, or a normal code with noise where usual."""
+    """Return ``count`` views of a code, [B, D] each: draws of one posterior, or in the usual regime a noisy code."""
     source = torch.Generator().manual_seed(0)
     if regime == "noisy views":
         mu, scale = torch.randn(B, D, generator=source), torch.tensor(0.3)
@@ -63,14 +63,14 @@ def views(regime: str, B: int, D: int, count: int) -> Inputs:
 
 
 def _posteriors(regime: str, B: int, D: int, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """mu, logvar, and the noise of a sample."""
+    """Return mu, logvar, and the noise of a sample."""
     mu, logvar, noise = torch.randn(3, B, D, generator=source).unbind()
     if regime == "busy and idle":
         return mu * torch.logspace(-1.5, 0.3, D), 0.5 * logvar - 1, noise
     if regime == "wide":
         return 0.3 * mu, 0.2 * logvar - 0.3, noise
     if regime.startswith("step") or regime == HALF:
-        return (*_of_a_run(f"step {STEPS[-1]}" if regime == HALF else regime, mu), noise)
+        return (*_run_codes(f"step {STEPS[-1]}" if regime == HALF else regime, mu), noise)
     if regime == "separated":
         places = torch.randint(PLACES, (CLUSTERS, D), generator=source)
         centres = places[torch.randint(CLUSTERS, (B,), generator=source)]
@@ -91,13 +91,13 @@ def _kept(regime: str) -> tuple[Tensor, Tensor]:
 
 
 def _halves(npy: bytes) -> Tensor:
-    """[ROWS, D] of float16 as numpy saves it; read without numpy, which torch does without and a GPU machine may."""
+    """Read [ROWS, D] float16 from numpy's format without numpy, which a machine with torch need not have."""
     begin = 10 + int.from_bytes(npy[8:10], "little")
     return torch.frombuffer(bytearray(npy[begin:]), dtype=torch.float16).view(ROWS, -1).float()
 
 
-def _of_a_run(regime: str, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """mu and logvar like ``noise`` out of those kept, see the head of this file."""
+def _run_codes(regime: str, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mu and logvar of the shape of ``noise`` from bench/data, as the head of this file describes."""
     kept = _kept(regime)
     rows, columns = kept[0].shape
     row, column = torch.arange(noise.shape[0])[:, None], torch.arange(noise.shape[1])
@@ -107,15 +107,15 @@ def _of_a_run(regime: str, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def goals(regime: str, constraints: Sequence[Constraint], B: int) -> Inputs:
-    """Raw values of the goals, [B] each, the same each time.
+    """Return raw values of the goals, [B] each, the same each time.
 
-    Everywhere but in "uniform" the worst goals of a sample are tied exactly, or too far apart for rounding to decide.
+    In every regime but "uniform" the worst goals of a sample either tie exactly or differ by far more than rounding.
     """
     source = torch.Generator().manual_seed(0)
     count = len(constraints)
     if regime == "uniform":
         return leaves([torch.rand(B, generator=source) + 0.05 for _ in constraints], regime)
-    # Each goal has another of so many steps from 0 to 1 in a sample, and the worst goal changes from sample to sample.
+    # In each sample the goals take different steps from 0 to 1, and the worst goal changes from sample to sample.
     order = (torch.arange(count)[:, None] + torch.randint(count, (B,), generator=source)) % count
     steps = (order + 0.5 * torch.rand(count, B, generator=source, dtype=torch.float64)) / count
     if regime == HALF:
@@ -125,7 +125,7 @@ def goals(regime: str, constraints: Sequence[Constraint], B: int) -> Inputs:
     elif regime == "far beyond":
         deficits = 10 ** (2 * steps + 2)
     elif regime == "all tied":
-        # Multiples of 1/64, which single precision holds; the other curves would round them.
+        # Multiples of 1/64 are exact in single precision; the other curves would round them.
         linear = torch.tensor([constraint.curve == LINEAR for constraint in constraints])
         deficits = torch.randint(1, 129, (B,), generator=source) / 64 * linear[:, None]
     elif regime in ("one behind", "one hopeless"):
@@ -138,9 +138,9 @@ def goals(regime: str, constraints: Sequence[Constraint], B: int) -> Inputs:
 
 
 def raw(constraint: Constraint, deficit: Tensor) -> Tensor:
-    """The raw value that has this deficit, above the centre where both sides have one.
+    """Return the raw value with this deficit, the one above the centre where there are two.
 
-    A hard constraint gets at most 60: it takes 1e13 scales to get there, and more would overflow.
+    The deficit of a hard constraint is at most 60, which takes 1e13 scales; more would overflow.
     """
     center, right, left, tail = constraint.ramp
     ramp = deficit
@@ -154,7 +154,7 @@ def raw(constraint: Constraint, deficit: Tensor) -> Tensor:
 
 
 def make() -> None:
-    """Train as `bomkern train` does, and keep what the encoder makes of the same crops at each of `STEPS`."""
+    """Train as `bomkern train` does, and save the encoder's codes of the same crops at each of `STEPS`."""
     import numpy as np
 
     from bomkern.train import loop
@@ -178,6 +178,6 @@ def make() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make", action="store_true", required=True, help="train, and write bench/data anew")
+    parser.add_argument("--make", action="store_true", required=True, help="train, and write bench/data again")
     parser.parse_args()
     make()

@@ -1,4 +1,4 @@
-"""What is kept of a benchmark run: a small file for each machine, in bench/results."""
+"""The results of benchmark runs: one small file for each machine, in bench/results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from bench.cases import OPS
 
 HERE = Path(__file__).resolve().parent / "results"
-KIND = "bench"  # what tells these files from others in the folder
-KEPT = "kept benches"  # and those of --keep, see bench.keep
-PREDICTED, PREDICTIONS = "predictions", HERE / "predictions.json"  # and what bench.predictions writes
-USUAL = {op: benches.usual for op, benches in OPS.items()}  # the regime in which everything is measured
+KIND = "bench"  # the "kind" of these files, which distinguishes them from others in the folder
+KEPT = "kept benches"  # the "kind" of files of --keep, see bench.keep
+PREDICTED, PREDICTIONS = "predictions", HERE / "predictions.json"  # kind and path of the file of bench.predictions
+USUAL = {op: benches.usual for op, benches in OPS.items()}  # the usual regime of each op, see bench/cases.py
 Row = dict[str, Any]
 Size = tuple[tuple[str, int], ...]
 KEEP = (
@@ -24,7 +24,7 @@ KEEP = (
 
 
 def usual(row: Row) -> bool:
-    """Whether a bench was of the usual regime, or of what has none."""
+    """Return whether a bench ran in the usual regime of its op, or has no regime."""
     return row.get("regime") in (None, USUAL.get(row["op"]))
 
 
@@ -33,7 +33,7 @@ def named(size: Mapping[str, int]) -> str:
 
 
 def stem_of(gpu: str) -> str:
-    """What the files of a GPU are called."""
+    """Return the stem of the file names of a GPU."""
     return re.sub(r"\W+", "-", gpu).strip("-")
 
 
@@ -41,9 +41,9 @@ class Results:
     """The benches of one machine.
 
     Attributes:
-        machine: what it is, and its ceilings. date: ISO. command: that which made it. rows: a dict for each bench;
-            that of a peer which was wrong in a regime says so under "wrong" and has no "seconds".
-        folder: where a profile of the same machine may lie.
+        machine: its properties and ceilings. date: in ISO format. command: the command that made the results.
+        rows: a dict for each bench; the row of a peer with a wrong result has "wrong" and no "seconds".
+        folder: the folder that a profile of the same machine may be in.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Results:
 
     @property
     def stem(self) -> str:
-        """What its file and its pictures are called: the GPU, or "cpu"."""
+        """The stem of the file names of results and pictures: the GPU's name, or "cpu"."""
         if self.machine["device"] == "cpu":
             return "cpu"
         return stem_of(self.machine["name"])
@@ -66,76 +66,76 @@ class Results:
         return f"{where}{m['name']}, torch {m['torch']}, {self.date[:10]}"
 
     def of(self, case: str, direction: str) -> dict[Size, dict[str, Row]]:
-        """Rows of the usual regime by size, D before B, then by peer in the order in which they ran."""
-        found: dict[Size, dict[str, Row]] = {}
+        """Return the rows of the usual regime by size, D before B, then by peer in the order in which they ran."""
+        by_size: dict[Size, dict[str, Row]] = {}
         for row in self.rows:
             if row["case"] == case and row["direction"] == direction and usual(row) and "wrong" not in row:
-                found.setdefault(tuple(row["size"].items()), {})[row["peer"]] = row
-        return dict(sorted(found.items(), key=lambda item: item[0][::-1]))
+                by_size.setdefault(tuple(row["size"].items()), {})[row["peer"]] = row
+        return dict(sorted(by_size.items(), key=lambda item: item[0][::-1]))
 
     def regimes(self, case: str, direction: str) -> dict[Size, dict[str, dict[str, Row]]]:
-        """All rows by size, as above, then by regime, the usual one first, then by peer."""
-        found: dict[Size, dict[str, dict[str, Row]]] = {}
+        """Return all rows by size, as above, then by regime, the usual one first, then by peer."""
+        by_size: dict[Size, dict[str, dict[str, Row]]] = {}
         rows = [row for row in self.rows if row["case"] == case and row["direction"] == direction]
         for row in sorted(rows, key=usual, reverse=True):
             regime = row.get("regime") or USUAL.get(row["op"], "")
-            found.setdefault(tuple(row["size"].items()), {}).setdefault(regime, {})[row["peer"]] = row
-        return dict(sorted(found.items(), key=lambda item: item[0][::-1]))
+            by_size.setdefault(tuple(row["size"].items()), {}).setdefault(regime, {})[row["peer"]] = row
+        return dict(sorted(by_size.items(), key=lambda item: item[0][::-1]))
 
     def groups(self) -> dict[str, dict[str, Row]]:
-        """Rows by group, then by peer."""
-        found: dict[str, dict[str, Row]] = {}
+        """Return the rows by group, then by peer."""
+        by_group: dict[str, dict[str, Row]] = {}
         for row in self.rows:
             if "wrong" not in row:
                 where = "" if usual(row) else f" in {row['regime']}"
                 group = f"{row['case']} {row['direction']} {named(row['size'])}{where}"
-                found.setdefault(group, {})[row["peer"]] = row
-        return found
+                by_group.setdefault(group, {})[row["peer"]] = row
+        return by_group
 
     def save(self, path: Path) -> None:
-        """One row a line, so that a change can be read."""
+        """Write the results, one row per line so that a diff is readable."""
         rows = ",\n  ".join(json.dumps(row) for row in self.rows)
         head = {"kind": KIND, "machine": self.machine, "date": self.date, "command": self.command}
         path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
 
 
 def read(paths: Iterable[Path]) -> Results:
-    """Of files of pytest-benchmark, of ``--keep``, or of one written by `Results.save`.
+    """Read files of pytest-benchmark, of ``--keep`` or of `Results.save`, all of one machine, as one `Results`.
 
     Raises:
-        ValueError: they were not made by these benches, or on different machines.
+        ValueError: the files were not made by these benches, or are of different machines.
     """
-    found: list[Results] = []
+    parts: list[Results] = []
     for path in paths:
         try:
-            found.append(_of_file(path))
+            parts.append(_from_file(path))
         except (KeyError, json.JSONDecodeError) as why:
             what = f"it has no {why}" if isinstance(why, KeyError) else str(why)
-            raise ValueError(f"{path} is not of pytest bench/ --benchmark-only: {what}") from why
-    if not found:
+            raise ValueError(f"{path} is not a file of pytest bench/ --benchmark-only: {what}") from why
+    if not parts:
         raise ValueError("no benchmark files were given")
-    first = found[0]
-    for other in found[1:]:
+    first = parts[0]
+    for other in parts[1:]:
         if apart(first.machine) != apart(other.machine):
             raise ValueError(f"files of different machines: {apart(first.machine)} and {apart(other.machine)}")
-    ceilings = [one.machine["ceilings"] for one in found]
+    ceilings = [part.machine["ceilings"] for part in parts]
     machine = {**first.machine, "ceilings": {u: max((c[u] or 0.0) for c in ceilings) or None for u in ceilings[0]}}
-    rows = [row for one in found for row in one.rows]
-    return Results(machine, min(one.date for one in found), first.command, rows)
+    rows = [row for part in parts for row in part.rows]
+    return Results(machine, min(part.date for part in parts), first.command, rows)
 
 
 def committed(folder: Path = HERE) -> list[Results]:
-    """All that are kept in a folder, the CPU's first."""
-    found = [read([p]) for p in sorted(folder.glob("*.json")) if f'"kind": "{KIND}"' in p.read_text()[:200]]
-    for results in found:
+    """Return all results in a folder, the CPU's first."""
+    machines = [read([p]) for p in sorted(folder.glob("*.json")) if f'"kind": "{KIND}"' in p.read_text()[:200]]
+    for results in machines:
         results.folder = folder
-    return sorted(found, key=lambda r: (r.stem != "cpu", r.stem))
+    return sorted(machines, key=lambda r: (r.stem != "cpu", r.stem))
 
 
 def kept_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file of ``--keep``, and how many bytes they are.
+    """Return the objects of a file of ``--keep`` and their length in bytes.
 
-    A last line without its end is left out: the run was killed while it was written.
+    An unfinished last line is ignored: the run was killed while it wrote the line.
     """
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
@@ -143,7 +143,7 @@ def kept_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def row_of(bench: dict[str, Any]) -> Row:
-    """What is kept of a bench, out of what pytest-benchmark knows of it."""
+    """Return the row of a bench from the dict of pytest-benchmark."""
     info, stats = bench["extra_info"], bench["stats"]
     row = {name: info[name] for name in ("op", "case", "direction", "peer", "size")}
     row |= {"seconds": rounded(stats["median"]), "iqr": rounded(stats["iqr"]), "rounds": stats["rounds"]}
@@ -151,15 +151,15 @@ def row_of(bench: dict[str, Any]) -> Row:
 
 
 def apart(machine: dict[str, Any]) -> dict[str, Any]:
-    """What tells a machine from others: all but its ceilings, which are measured."""
+    """Return the properties that identify a machine: all but its ceilings, which are measured."""
     return {name: value for name, value in machine.items() if name != "ceilings"}
 
 
-def _of_file(path: Path) -> Results:
+def _from_file(path: Path) -> Results:
     with path.open() as file:
         first = file.readline()
     if f'"kind": "{KEPT}"' in first and first.endswith("\n"):
-        return _of_lines(*kept_lines(path)[0])
+        return _from_lines(*kept_lines(path)[0])
     raw = json.loads(path.read_text())
     if raw.get("kind") == KIND:
         return Results(raw["machine"], raw["date"], raw["command"], raw["rows"])
@@ -169,8 +169,8 @@ def _of_file(path: Path) -> Results:
     return Results(machine, raw["datetime"], "pytest bench/ --benchmark-only", rows)
 
 
-def _of_lines(head: dict[str, Any], *lines: dict[str, Any]) -> Results:
-    """Of a file of ``--keep``: of ceilings that several runs measured the highest."""
+def _from_lines(head: dict[str, Any], *lines: dict[str, Any]) -> Results:
+    """Return the results of a file of ``--keep``, with the highest of the ceilings that its runs measured."""
     most = dict(head["machine"]["ceilings"])
     for line in lines:
         for unit, rate in line.get("ceilings", {}).items():
@@ -180,7 +180,7 @@ def _of_lines(head: dict[str, Any], *lines: dict[str, Any]) -> Results:
 
 
 def rounded(x: Any) -> Any:
-    """Four digits: more would be noise."""
+    """Round floats, also inside a dict, to four digits: more would be noise."""
     if isinstance(x, dict):
         return {name: rounded(value) for name, value in x.items()}
     return float(f"{x:.4g}") if isinstance(x, float) else x

@@ -1,4 +1,4 @@
-"""The trainer's nine-goal step in parts, networks, statistics, loss and updates, by bomkern's means and by others'."""
+"""The trainer's nine-goal step, split into networks, statistics, loss and updates, with bomkern and with its peers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from bomkern.train.networks import Pass
 from bomkern.train.trainer import Trainer, raw_values
 
 SIZE = 32  # pixels
-WARM, WARM_BATCH = 40, 32  # steps before anything is measured, so that goals are as far apart as they become
-RULES = ("weighted sum", "UPGrad", "MGDA")  # of others, on the same nine losses with the same statistics as "plain"
+WARM, WARM_BATCH = 40, 32  # steps before the measurement, after which the goals differ as in a real run
+RULES = ("weighted sum", "UPGrad", "MGDA")  # other rules, on the same nine losses and statistics as "plain"
 BLOCKS = "plain in blocks"
 SPILL, COMPILED = "bomkern spill", "bomkern spill compiled"
 VARIANTS = ("bomkern lazy", "bomkern routed", "bomkern", SPILL, COMPILED, "plain", BLOCKS, *RULES)
@@ -43,7 +43,7 @@ def in_blocks(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 def eager_values(
     out: Pass, image: Tensor, logits: Tensor, order: Tensor, trivial: goal.Trivial, correlation: Estimate = textbook
 ) -> list[Tensor]:
-    """The nine raw values as one writes them without bomkern. See `bomkern.train.trainer.raw_values`."""
+    """Compute the nine raw values without bomkern. See `bomkern.train.trainer.raw_values`."""
     z, mu, logvar = out.z, out.mu, out.logvar
     edges, recon_edges = see.edges(image), see.edges(out.recon)
     code = LatentStatistics(*plain_statistics(z, mu, logvar))
@@ -78,7 +78,7 @@ def data() -> Data:
 
 
 class Clock:
-    """Seconds of each part, the device waited for at both ends."""
+    """Measure the seconds of each part, with a device sync at both ends."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -91,15 +91,15 @@ class Clock:
 
 
 class Run(Trainer):
-    """A trainer that takes the same step again and again: one batch of images, one draw of noise.
+    """A trainer that repeats the same step, with one batch of images and one draw of noise.
 
     Args:
         variant: one of `VARIANTS`.
-        batch: samples.
-        start: whose weights to begin with.
+        batch: batch size.
+        start: a trainer whose weights to begin with.
 
     Attributes:
-        first_seconds: what the first call of a compiled step took.
+        first_seconds: seconds of the first call of a compiled step.
     """
 
     def __init__(self, variant: str, batch: int, start: Trainer | None = None) -> None:
@@ -117,7 +117,7 @@ class Run(Trainer):
         self._losses = compiled(self)
 
     def networks(self) -> tuple[Pass, Tensor | Lazy]:
-        """All that the networks make of the images; of the lazy variant nothing is evaluated yet."""
+        """Return the outputs of the networks for the images; those of the lazy variant are not evaluated yet."""
         noise, shake, view, _ = self.draw
         out = self.vae(self.image, see.photometric(self.image, view), noise, shake)
         self.discriminator.requires_grad_(False)
@@ -148,11 +148,11 @@ class Run(Trainer):
         return loss
 
     def deficits(self, raw: dict[str, Tensor]) -> Tensor:
-        """Means over the batch, [K]."""
+        """Return the mean deficits over the batch, [K]."""
         return torch.stack([((raw[n] - ideal) / (nadir - ideal)).mean() for n, (ideal, nadir) in self.anchored.items()])
 
     def backward(self) -> Tensor | Lazy | None:
-        """Gradients of the VAE; returns what was reconstructed, or None if the judge has its gradients too."""
+        """Compute the gradients of the VAE. Return the reconstructions, or None if the judge has its gradients too."""
         if self.variant == COMPILED:
             self._compiled()
             return None
@@ -181,7 +181,7 @@ class Run(Trainer):
         jac_to_grad(self.parameters, getattr(aggregation, self.variant)())
 
     def update(self, recon: Tensor | Lazy | None) -> None:
-        """The discriminator's backward, unless it was walked, and both optimisers."""
+        """Run the discriminator's backward, unless `backward` has, and both optimisers."""
         if recon is None:
             self._apply(self.finite)
             return
@@ -193,12 +193,12 @@ class Run(Trainer):
         self._apply(self.finite & judged.isfinite())
 
     def whole(self) -> None:
-        """A step."""
+        """Take one step."""
         self.update(self.backward())
         self.step += 1
 
     def gradients(self) -> list[Tensor | None]:
-        """Of the VAE's parameters, without taking the step."""
+        """Return the gradients of the VAE's parameters without taking the step."""
         self.backward()
         grads = [p.grad for p in self.parameters]
         for optimizer in self.optimizers:
@@ -206,7 +206,7 @@ class Run(Trainer):
         return grads
 
     def in_parts(self, clock: Callable[[str], Any]) -> None:
-        """A step whose graph is cut between the parts, so that each one's backward can be timed too."""
+        """Take one step with the graph cut between the parts, so that each part's backward can be timed too."""
         with clock("networks"):
             out, logits = self.networks()
         cut = [x.detach().requires_grad_() for x in (*out, logits)]
@@ -225,14 +225,14 @@ class Run(Trainer):
 
 
 def _onward(tensors: list[Tensor], leaves: list[Tensor]) -> None:
-    """Backward from where a graph was cut, along the branches that got a gradient."""
+    """Continue backward from the tensors at a cut, along the branches whose leaves got a gradient."""
     reached = [(x, leaf.grad) for x, leaf in zip(tensors, leaves, strict=True) if leaf.grad is not None]
     torch.autograd.backward(*map(list, zip(*reached, strict=True)))
 
 
 @functools.lru_cache
 def started() -> Run:
-    """Weights after a few steps."""
+    """Return a trainer after the first `WARM` steps."""
     run = Run("bomkern lazy", WARM_BATCH)
     for _ in range(WARM):
         run.image, run.draw = run.images(), run._noise()

@@ -1,8 +1,8 @@
-"""Times trainers that share this machine's cores, by how long OpenMP's waiting threads keep their core busy.
+"""Time trainers that share this machine's cores, for several spin counts of OpenMP's waiting threads.
 
 ``python -m bench.together [--runs 3] [--steps 60] [--rounds 3] [--spins 300000 1000 0]`` prints steps per second of one
-run alone, a median over rounds that take turns, and of several at once, added up. 300000 is what GNU's OpenMP does when
-nothing is set; `bomkern train` sets what bomkern_command.py says.
+run alone, the median of alternating rounds, and the sum over several runs at once. 300000 is the default of GNU's
+OpenMP; `bomkern train` sets the value in bomkern_command.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "bomkern", "train", "--overwrite"]
 
 
 def rates(runs: int, steps: int, spin: int) -> list[float]:
-    """Steps per second of each of some runs that start together, with another seed each."""
+    """Return the steps per second of runs that start together, each with its own seed."""
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder, str(run)) for run in range(runs)]
         started = [
@@ -40,26 +40,28 @@ def rates(runs: int, steps: int, spin: int) -> list[float]:
 
 
 def table(alone: dict[int, list[float]], together: dict[int, list[float]]) -> str:
-    """The rates as Markdown, a row for each spin."""
+    """Return the rates as Markdown, with a row for each spin count."""
     runs = len(next(iter(together.values())))
     lines = [f"| GOMP_SPINCOUNT | one alone, steps/s | {runs} at once, steps/s together |", "|---|---|---|"]
-    for spin, found in alone.items():
-        lines.append(f"| {spin:,} | {statistics.median(found):.2f} | {sum(together[spin]):.2f} |")
+    for spin, rates_alone in alone.items():
+        lines.append(f"| {spin:,} | {statistics.median(rates_alone):.2f} | {sum(together[spin]):.2f} |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time trainers that share this machine's cores.")
-    parser.add_argument("--runs", type=int, default=3, help="at once (3)")
-    parser.add_argument("--steps", type=int, default=60, help="of each run (60)")
-    parser.add_argument("--rounds", type=int, default=3, help="of a run alone (3)")
-    parser.add_argument("--spins", type=int, nargs="+", default=[300_000, 1_000, 0], help="(300000 1000 0)")
-    given = parser.parse_args()
-    alone: dict[int, list[float]] = {spin: [] for spin in given.spins}
-    for turn in range(given.rounds):
-        for spin in given.spins[:: -1 if turn % 2 else 1]:
-            alone[spin] += rates(1, given.steps, spin)
-    together = {spin: rates(given.runs, given.steps, spin) for spin in given.spins}
+    parser.add_argument("--runs", type=int, default=3, help="number of runs at once (3)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each run (60)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of a run alone (3)")
+    parser.add_argument(
+        "--spins", type=int, nargs="+", default=[300_000, 1_000, 0], help="values of GOMP_SPINCOUNT (300000 1000 0)"
+    )
+    args = parser.parse_args()
+    alone: dict[int, list[float]] = {spin: [] for spin in args.spins}
+    for turn in range(args.rounds):
+        for spin in args.spins[:: -1 if turn % 2 else 1]:
+            alone[spin] += rates(1, args.steps, spin)
+    together = {spin: rates(args.runs, args.steps, spin) for spin in args.spins}
     print(table(alone, together))
     return 0
 

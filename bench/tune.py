@@ -1,13 +1,13 @@
-"""Times the constants by which launches are planned, each at several values, and says which to commit.
+"""Time each constant of the launch plans at several values, and report which value to commit.
 
 python -m bench.tune                       # every knob that serves here, then where routing a backward pays
 python -m bench.tune min_goal route        # some: an op's name, "triton", "cuda", "route"
-python -m bench.tune --json tuned.json --stop-at 1767225600   # what was found so far stays in the file
+python -m bench.tune --json tuned.json --stop-at 1767225600   # the file holds all rows so far
 
-A value is timed only where its result is that of the reference. Values go in turn, so that a busy neighbour meets all.
-Knobs go in turn too, a row each, so that each has some rows when the time is over. On a GPU, calls are replayed as a
-CUDA graph where they can be. Launched one by one, small ones would take the host's time, which no knob changes.
-On a CPU nothing here decides anything: ``--device cpu --quick`` runs what can run there, to see that it does.
+A value is timed only if its result agrees with the reference. Values alternate, so that load on the machine affects all
+alike. Knobs alternate too, one row each, so that every knob has some rows when the time is over. On a GPU, calls are
+replayed as a CUDA graph where possible: launched singly, small calls would measure the host, which no knob changes. On
+a CPU the times decide nothing: ``--device cpu --quick`` only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from bomkern import Anchored, GoalSet
 from bomkern.dispatch import select
 
 RECORDED = 20  # calls of a graph
-WORTH = 1.03  # times faster, from which on another value is worth a change
-SMALL = {"B": 48, "D": 8}  # of a dry run
+WORTH = 1.03  # a value that is this many times faster is worth a change
+SMALL = {"B": 48, "D": 8}  # the sizes of a dry run
 WIDE = ({"B": 4096, "D": 128}, {"B": 65536, "D": 128}, {"B": 262_144, "D": 32})
 CODES = ({"B": 1024, "D": 128}, {"B": 4096, "D": 64})
 GOALS = tuple({"K": 9, "B": batch} for batch in (2048, 8192, 16384, 65536, 1_048_576))
@@ -52,7 +52,7 @@ class Knob:
     """A constant of a module, or of the CUDA kernels where ``module`` is "", and the values to try.
 
     Attributes:
-        name: of the constant. values: to try, beside what it is. cases: what is timed, in float32.
+        name: name of the constant. values: values to try beside the current one. cases: the cases to time, in float32.
     """
 
     module: str
@@ -91,14 +91,14 @@ class Knob:
 
 
 def _cuda(name: str, value: int = 0) -> int:
-    """What a threshold of the CUDA kernels is, "op.threshold"; then it becomes ``value``, if that is one it can have.
+    """Return a threshold of the CUDA kernels, named "op.threshold", and set it to ``value`` if that is a valid value.
 
-    See kernels/common/cuda_tune.h, of which nothing else in Python knows.
+    This is the only use in Python of kernels/common/cuda_tune.h.
     """
     op, _, threshold = name.partition(".")
-    found = getattr(ctypes.CDLL(bomkern._C.__file__), f"bomkern_tune_{op}")
-    found.argtypes, found.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int64
-    before = int(found(threshold.encode(), value))
+    setter = getattr(ctypes.CDLL(bomkern._C.__file__), f"bomkern_tune_{op}")
+    setter.argtypes, setter.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int64
+    before = int(setter(threshold.encode(), value))
     if before < 0:
         raise ValueError(f"{op} has no threshold {threshold}")
     return before
@@ -111,7 +111,7 @@ MOMENTS, SPILL = (CASE["active_units"], CASE["latent_statistics"]), (CASE["goal_
 COVARIANCE, CORRELATION = (CASE["covariance_penalty"],), (CASE["total_correlation"],)
 ROWS, COLUMNS = (CASE["gaussian_kl"], CASE["consistency_variance"], *COVARIANCE), (*MOMENTS, *COVARIANCE)
 RECENTERED = (bench_covariance_penalty.WEIGHED, bench_covariance_penalty.BATCH)
-# The sizes of a CUDA threshold are those at which its values plan different grids for 132 multiprocessors.
+# At the sizes of a CUDA threshold its values plan different grids for 132 multiprocessors.
 CORNERS = ({"B": 512, "D": 32}, {"B": 512, "D": 128}, {"B": 2048, "D": 128})
 KNOBS = (
     Knob("", "min_goal.one_block", (256, 512, 2048), MIN_GOALS, FEW_GOALS),
@@ -139,13 +139,13 @@ KNOBS = (
     Knob(f"{TRITON}.total_correlation.triton", "LEAST", (8, 16, 32), CORRELATION, CODES),
 )
 PLANNED = "as planned"
-# Sizes at which the warps of a program are tried, where they are not those of the statistics.
+# Sizes at which numbers of warps are tried, for ops whose sizes differ from those of the statistics.
 WARPS = {"min_goal": GOALS[3:], "goal_set": GOALS[3:], "total_correlation": CODES[:1]}
 BRANCHES = (1, 2, 4, 8, 16, 32)  # layers behind each goal
 WIDTH = 512
 
 
-class Late(Exception):
+class TimeOver(Exception):
     """The time is over."""
 
 
@@ -155,7 +155,7 @@ class Clock:
 
     def look(self) -> None:
         if time.time() >= self.stop_at:
-            raise Late
+            raise TimeOver
 
 
 def small(size: Size) -> Size:
@@ -163,7 +163,7 @@ def small(size: Size) -> Size:
 
 
 def timed(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Microseconds of a call of each, in turn."""
+    """Return the microseconds of a call of each step, timed in turn."""
     return {name: round(1e6 * seconds, 3) for name, seconds in looked_at(steps).items()}
 
 
@@ -175,7 +175,7 @@ def compare(
     title: str, now: str, settings: Settings, impl: str, cases: Sequence[Case], sizes: Sequence[Size], clock: Clock,
     quick: bool,
 ) -> Rows:  # fmt: skip
-    """The times under each setting, a dict for each case and size; one with a wrong result says so instead."""
+    """Yield a row for each case and size, with the time under each setting or the error of a wrong result."""
     for case in cases:
         for size in sizes:
             clock.look()
@@ -186,20 +186,20 @@ def compare(
                 try:
                     with setting():
                         check(case, ours, key, True)
-                except Exception as why:  # a tile too large, a launch refused
+                except Exception as why:  # such as a tile that is too large or a refused launch
                     wrong[name] = str(why).splitlines()[0][:120]
                     continue
                 steps[name] = functools.partial(_within, setting, once(case, ours, inputs(case, key), True))
-            us, replayed = of_replays(steps)
-            steps.clear()  # and its inputs, while other knobs have their turn
+            us, replayed = timed_replays(steps)
+            steps.clear()  # frees the inputs while other knobs have their turn
             yield {
                 "knob": title, "now": now, "case": case.name, "size": dict(size), "us": us, "replayed": replayed,
                 "wrong": wrong,
             }  # fmt: skip
 
 
-def of_replays(steps: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float], bool]:
-    """Microseconds of a call of each, and whether they are of graphs: all of them or none, so that they compare."""
+def timed_replays(steps: Mapping[str, Callable[[], object]]) -> tuple[dict[str, float], bool]:
+    """Return the microseconds of a call of each step, and whether all were replayed as graphs; otherwise none was."""
     replays = {name: replay for name, step in steps.items() if (replay := recorded(step))}
     if not replays or len(replays) < len(steps):
         return timed(steps), False
@@ -207,7 +207,7 @@ def of_replays(steps: Mapping[str, Callable[[], object]]) -> tuple[dict[str, flo
 
 
 def recorded(step: Callable[[], object]) -> Callable[[], object] | None:
-    """A replay of `RECORDED` calls as a CUDA graph; None without a GPU, or where a call asks the device something."""
+    """Return a replay of `RECORDED` calls as a CUDA graph; None without a GPU or where a call cannot be captured."""
     if machine.DEVICE != "cuda":
         return None
     try:
@@ -216,11 +216,11 @@ def recorded(step: Callable[[], object]) -> Callable[[], object] | None:
             for _ in range(RECORDED):
                 step()
     except RuntimeError:
-        with contextlib.suppress(RuntimeError):  # the driver may tell of the capture once more
+        with contextlib.suppress(RuntimeError):  # the driver may report the failed capture once more
             machine.synchronize()
         return None
 
-    def replay(inputs: object = step) -> None:  # which a graph does not keep
+    def replay(inputs: object = step) -> None:  # keeps the inputs alive, which a graph does not
         graph.replay()
 
     return replay
@@ -239,7 +239,7 @@ def tune(knob: Knob, clock: Clock, quick: bool) -> Rows:
 
 @contextmanager
 def warps(count: int) -> Iterator[None]:
-    """Every kernel of Triton with so many warps, whatever its launch says; 0 leaves them."""
+    """Launch every Triton kernel with ``count`` warps whatever its launch says; 0 changes nothing."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
@@ -255,7 +255,7 @@ def warps(count: int) -> Iterator[None]:
 
 
 def tune_warps(op: str, clock: Clock, quick: bool) -> Rows:
-    """Of every kernel of an op at once."""
+    """Time numbers of warps, each for all Triton kernels of an op at once."""
     counts = (0, 4) if quick else (0, 2, 4, 8, 16)
     settings = {str(count or PLANNED): functools.partial(warps, count) for count in counts}
     return compare(
@@ -264,10 +264,11 @@ def tune_warps(op: str, clock: Clock, quick: bool) -> Rows:
 
 
 def route(clock: Clock, quick: bool) -> Rows:
-    """A step of nine goals with so many layers behind each, one of which owns all: every branch walked, or its own.
+    """Time a step of nine goals of which one owns all samples, with all branches walked and with that goal's alone.
 
-    ``wait_us`` is how long the host waits, at the start of a backward, for shares that the device has only just got to
-    compute. Routing pays where ``always`` takes less than ``never``; ``auto`` should change over there.
+    The rows differ in the number of layers behind each goal. ``wait_us`` is the host's wait for the shares at the start
+    of a backward, when the device has only just begun to compute them. Routing pays where ``always`` takes less than
+    ``never``; ``auto`` should change over there.
     """
     width, batch = (32, 16) if quick else (WIDTH, 4096)
     for layers in BRANCHES[:2] if quick else BRANCHES:
@@ -286,12 +287,12 @@ def route(clock: Clock, quick: bool) -> Rows:
                 goals(raw).loss.backward()
 
             steps[how] = step
-        found = timed(steps)
-        yield {"knob": "route", "layers": layers, "width": width, "B": batch, "us": found, "wait_us": _wait(x)}
+        us = timed(steps)
+        yield {"knob": "route", "layers": layers, "width": width, "B": batch, "us": us, "wait_us": _wait(x)}
 
 
 def _wait(x: torch.Tensor) -> float | None:
-    """Microseconds between the host's question for a small result and its answer, the GPU idle; None without one."""
+    """Return the microseconds in which the host gets a small result from an idle GPU; None without a GPU."""
     if machine.DEVICE != "cuda":
         return None
     from bomkern.common.host_copy import HostCopy
@@ -306,14 +307,14 @@ def _wait(x: torch.Tensor) -> float | None:
 
 
 def advice(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What to commit: of each knob the value that is best over all its rows, where it is worth a change."""
+    """Return a line for each knob: the best value over all its rows if it is worth a change, else the current one."""
     lines = []
     for title in dict.fromkeys(row["knob"] for row in rows if "now" in row):
         mine = [row for row in rows if row["knob"] == title and row["us"]]
         shared = set.intersection(*(set(row["us"]) for row in mine)) if mine else set()
         now = str(mine[0]["now"]) if mine else ""
         if now not in shared:
-            lines.append(f"{title}: what it is now gave no right result")
+            lines.append(f"{title}: the current value gave no right result")
             continue
         score = {v: math.prod(row["us"][now] / row["us"][v] for row in mine) ** (1 / len(mine)) for v in shared}
         best = max(score, key=lambda v: score[v])
@@ -328,7 +329,7 @@ def advice(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def jobs(wanted: Sequence[str], clock: Clock, quick: bool) -> Iterator[tuple[str, Callable[[], Rows]]]:
-    """What there is to time, by name, nothing of it begun."""
+    """Yield the title of each job and a function that begins it."""
     everything = not wanted or "all" in wanted
     for knob in KNOBS:
         if everything or knob.impl in wanted or any(case.op in wanted for case in knob.cases):
@@ -341,51 +342,51 @@ def jobs(wanted: Sequence[str], clock: Clock, quick: bool) -> Iterator[tuple[str
 
 
 def why_not(title: str) -> str | None:
-    """What keeps a knob from being turned here."""
+    """Return the reason why a knob cannot be turned here, or None."""
     if title == "route":
         return None
     impl = "cuda" if title.startswith("cuda") else "triton"
     return select.why_not("min_goal", impl, machine.DEVICE)
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="KNOB", help="ops, triton, cuda, route or all (all)")
-    parser.add_argument("--json", type=Path, help="keeps what was found, after each row")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, after each row")
     parser.add_argument(
-        "--stop-at", type=float, default=math.inf, help="seconds since 1970; nothing is begun after them"
+        "--stop-at", type=float, default=math.inf, help="begin nothing after this time, in seconds since 1970"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
-    asked = parser.parse_args(given)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs")
+    args = parser.parse_args(argv)
     known = {"all", "triton", "cuda", "route", *CASE}
-    if unknown := set(asked.what) - known:
-        parser.error(f"no knob of {', '.join(sorted(unknown))}: {' '.join(sorted(known))}")
-    if asked.device != machine.DEVICE:
+    if unknown := set(args.what) - known:
+        parser.error(f"no such knob: {', '.join(sorted(unknown))}; the knobs are {' '.join(sorted(known))}")
+    if args.device != machine.DEVICE:
         print(f"bench.tune: this machine's device is {machine.DEVICE}; say --device {machine.DEVICE}", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
-    status, clock = 0, Clock(asked.stop_at)
+    status, clock = 0, Clock(args.stop_at)
     turns: deque[tuple[str, Rows]] = deque()
-    for title, begin in jobs(asked.what, clock, asked.quick):
+    for title, begin in jobs(args.what, clock, args.quick):
         if reason := why_not(title):
             print(f"{title}: not turned: {reason}")
         else:
             turns.append((title, begin()))
     while turns:
-        title, found = turns.popleft()
+        title, pending = turns.popleft()
         try:
-            if (row := next(found, None)) is None:
+            if (row := next(pending, None)) is None:
                 continue
-            turns.append((title, found))
+            turns.append((title, pending))
             rows.append(row)
             print(json.dumps(row), flush=True)
-            if asked.json:
-                asked.json.write_text(json.dumps({"machine": machine.described(), "rows": rows}, indent=1) + "\n")
-        except Late:
+            if args.json:
+                args.json.write_text(json.dumps({"machine": machine.described(), "rows": rows}, indent=1) + "\n")
+        except TimeOver:
             print(f"not begun or not ended, the time was over: {', '.join([title, *(other for other, _ in turns)])}")
             break
-        except Exception as why:  # one knob does not lose the others
+        except Exception as why:  # the other knobs go on
             print(f"{title}: FAILED: {type(why).__name__}: {why}")
             status = 1
     print("\n".join(advice(rows)))

@@ -1,7 +1,7 @@
-"""Docstrings as Markdown: sections as lists, names of the package as links.
+"""Convert docstrings to Markdown: sections become lists, and names of the package become links.
 
-The usual parsers want one name an entry and a type before a colon; the docstrings here say "mu, logvar: ..." and what
-is returned in a sentence.
+The usual parsers expect one name per entry and a type before a colon. The docstrings here have entries such as
+"mu, logvar: ...", and describe the result in a sentence.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ NAME = re.compile(r"(?<![`\[])`(?:bomkern\.)?([A-Za-z]\w*(?:\.\w+)?)`(?!`)")
 
 
 class Markdown(griffe.Extension):
-    """Rewrites every docstring of the package once it is loaded."""
+    """Rewrite every docstring of the package once it is loaded."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         self.public = {name: pkg.members[name] for name in map(str, pkg.exports or ())}
         self._walk(pkg, set())
-        # A module that has the name of its function hides it: bomkern.total_correlation is the function.
+        # A module with the name of its function hides it: bomkern.total_correlation is the function.
         for name, member in self.public.items():
             if member.is_module and name in member.members:
                 function = member.members[name]
@@ -40,15 +40,15 @@ class Markdown(griffe.Extension):
             thing.docstring.value = self.linked(markdown(thing.docstring.value))
 
     def linked(self, text: str) -> str:
-        """With links from single backticks, where what they hold is public."""
+        """Turn public names in single backticks into links."""
 
         def link(found: re.Match[str]) -> str:
             name, _, member = found[1].partition(".")
             if name not in self.public:
                 return found[0]
-            # An attribute is told of by its class.
-            told = not member or bool(getattr(self.public[name].all_members.get(member), "docstring", None))
-            return f"[`{found[1]}`][bomkern.{found[1] if told else name}]"
+            # A member without a docstring is described by its class.
+            documented = not member or bool(getattr(self.public[name].all_members.get(member), "docstring", None))
+            return f"[`{found[1]}`][bomkern.{found[1] if documented else name}]"
 
         return NAME.sub(link, text)
 
@@ -58,15 +58,15 @@ def markdown(docstring: str) -> str:
     lines = docstring.splitlines()
     while lines:
         line = lines.pop(0)
-        found = SECTION.match(line)
-        if not found:
+        heading = SECTION.match(line)
+        if not heading:
             out.append(line)
             continue
         block = []
         while lines and (not lines[0].strip() or lines[0].startswith(" ")):
             block.append(lines.pop(0))
         body = textwrap.dedent("\n".join(block)).strip()
-        out += [f"**{found[1]}**", "", *_section(found[1], body), ""]
+        out += [f"**{heading[1]}**", "", *_section(heading[1], body), ""]
     return "\n".join(out)
 
 

@@ -1,15 +1,15 @@
-"""Puts what was measured into the pages while they are built, so that no figure in them is typed.
+"""Insert measured figures into the pages while they are built, so that no figure is typed by hand.
 
-A page says where, in a line of its own:
+A page marks the place with a line of its own:
 
     <!-- bench CASE -->         time and memory of a case of bench/report/page.py, for each machine with results
     <!-- report PART -->        a part of the report: one of `PARTS`
     <!-- findings -->           the kinds of findings of `bomkern.diagnose`
-    <!-- faults -->             how well `bomkern.diagnose` finds faults that were planted
-    <!-- ranks -->              one batch on several processes: differences, and what is sent
+    <!-- faults -->             how well `bomkern.diagnose` finds planted faults
+    <!-- ranks -->              one batch on several processes: differences, and the numbers exchanged
     <!-- from PAGE: HEADING --> a section of a page in bench/results
 
-and the pages and pictures of bench/results are part of the site, as results/. Nothing here needs torch.
+The pages and pictures of bench/results are part of the site, as results/. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ PARTS = {"whole step": report.steps, "loss section": report.section, "small call
 
 
 class Missing(Exception):
-    """What a marker asks for is not in bench/results."""
+    """The content of a marker is not in bench/results."""
 
 
 def expand(markdown: str) -> str:
-    """The page with what its markers stand for.
+    """Return the page with its markers replaced by their content.
 
     Raises:
-        Missing: there is nothing to show for one of them.
+        Missing: a marker has no content.
     """
     writers = {
         "bench": bench,
@@ -190,7 +190,7 @@ def on_config(config: Any, **_: Any) -> Any:
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:
-    """Pages and pictures of bench/results, the report as it follows from the figures that are kept; tests/README.md."""
+    """Add tests/README.md and the pages and pictures of bench/results, with the report generated from the figures."""
     from mkdocs.structure.files import File
 
     for path in sorted(HERE.glob("*")):

@@ -1,7 +1,7 @@
-"""Looks up known vulnerabilities of what CI installs: ``make audit``, by pip-audit, on requirements/ci.txt.
+"""Look up known vulnerabilities of the packages that CI installs: ``make audit`` runs pip-audit on requirements/ci.txt.
 
-Exit code 1 where there is one. Where pip-audit is not installed or reaches no database, says so and exits with 0: that
-is no finding, and no clean bill either.
+The exit code is 1 where there is a vulnerability. Where pip-audit is not installed or reaches no database, the tool
+prints "not audited" and exits with 0.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ LOCK = Path(__file__).resolve().parent.parent / "requirements" / "ci.txt"
 
 
 def flaws(answer: str) -> tuple[int, list[str], list[str]] | None:
-    """Of pip-audit's JSON: how many were looked up, which were not, and the flaws; None where it is no answer."""
+    """Return from pip-audit's JSON the number of packages looked up, the packages missed, and the flaws.
+
+    Returns None if ``answer`` is not such JSON.
+    """
     try:
         packages = json.loads(answer)["dependencies"]
     except (ValueError, KeyError, TypeError):
         return None
     missed = [f"{p['name']}: {p['skip_reason']}" for p in packages if "skip_reason" in p]
-    found = []
+    vulnerable = []
     for package in packages:
         for flaw in package.get("vulns", ()):
             fixed = ", ".join(flaw["fix_versions"]) or "no release"
-            found.append(f"{package['name']} {package['version']}: {flaw['id']}, fixed in {fixed}")
-    return len(packages) - len(missed), missed, found
+            vulnerable.append(f"{package['name']} {package['version']}: {flaw['id']}, fixed in {fixed}")
+    return len(packages) - len(missed), missed, vulnerable
 
 
 def main() -> int:
@@ -45,16 +48,16 @@ def main() -> int:
     except subprocess.TimeoutExpired:
         print("not audited: no answer from the database within ten minutes")
         return 0
-    if (told := flaws(done.stdout)) is None:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        print(f"not audited: {said[-1] if said else 'pip-audit said nothing'}")
+    if (answer := flaws(done.stdout)) is None:
+        errors = [line for line in done.stderr.splitlines() if line.strip()]
+        print(f"not audited: {errors[-1] if errors else 'pip-audit printed nothing'}")
         return 0
-    count, missed, found = told
+    count, missed, vulnerable = answer
     if not count:
         print(f"not audited: the database knows none of the {len(missed)} packages; the first: {missed[0]}")
         return 0
-    print(*missed, *found, f"{LOCK.name}: {count} packages looked up, {len(found)} flaws", sep="\n")
-    return int(bool(found))
+    print(*missed, *vulnerable, f"{LOCK.name}: {count} packages looked up, {len(vulnerable)} flaws", sep="\n")
+    return int(bool(vulnerable))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The PEP 517 backend: setuptools, built against the torch of the environment that pip installs into.
 
-pip builds in an isolated environment. Were torch named in ``build-system.requires``, pip would fetch a second torch, of
-another version or CUDA than the one installed, and the extension would be built against the wrong ABI. The isolated
-build still knows where the target environment keeps its packages, so we look there first, and ask for a torch of our
-own only where there is none.
+pip builds in an isolated environment. If ``build-system.requires`` named torch, pip would fetch a second torch there.
+Its version or CUDA could differ from the installed one, and the extension would be built against the wrong ABI. The
+isolated build can still find the packages of the target environment. The backend therefore looks there first, and
+requires torch only where there is none.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ except ImportError:
 
 @functools.cache
 def _target_path() -> list[str]:
-    """Where the Python that runs this looks for packages when nobody isolates it: the user's folder, too, and those of
-    the system's Python behind an environment that sees them."""
-    # What pip sets for an isolated build; -c keeps the current folder in front, which is dropped.
+    """Return this Python's package folders outside of the isolated build.
+
+    They include the user's folder, and those of the system's Python where the environment sees them.
+    """
+    # pip sets these for an isolated build. The slice drops the current folder, which -c puts first.
     hidden = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     ask = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
@@ -48,12 +50,12 @@ def _target_path() -> list[str]:
 
 
 def _see_target() -> str:
-    """Put the target environment's packages at the end of sys.path; the version of its torch, empty if it has none."""
+    """Append the target environment's packages to sys.path, and return the version of its torch, empty without one."""
     sys.path.extend(folder for folder in _target_path() if folder not in sys.path)
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         return ""
-    version = re.search(r"__version__ = ['\"]([^'\"]+)", Path(found.origin).with_name("version.py").read_text())
+    version = re.search(r"__version__ = ['\"]([^'\"]+)", Path(spec.origin).with_name("version.py").read_text())
     return version[1] if version else "of an unknown version"
 
 
@@ -61,7 +63,7 @@ def _requires(config_settings: Any = None) -> list[str]:
     if version := _see_target():
         build_extension.refuse_old_torch(version)
         return []
-    # Where nothing can be compiled, gigabytes of torch would be fetched for nothing.
+    # Without a compiler torch is not needed, and its download takes gigabytes.
     return [] if build_ladder.why_no_compiler() else [build_extension.TORCH]
 
 
@@ -70,7 +72,7 @@ def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
 
 
 def _with_torch(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """setup.py imports torch where it compiles, and these hooks let it."""
+    """Wrap a hook so that setup.py, which imports torch to compile, finds the target environment's."""
 
     @functools.wraps(hook)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +83,7 @@ def _with_torch(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _normalise(path: Path) -> None:
-    """Rewrite an sdist so that it tells nothing of who built it, nor when where SOURCE_DATE_EPOCH is set."""
+    """Rewrite an sdist without its builder's identity, and without the build time if SOURCE_DATE_EPOCH is set."""
     epoch = int(os.environ["SOURCE_DATE_EPOCH"]) if os.environ.get("SOURCE_DATE_EPOCH") else None
     out = io.BytesIO()
     with (
@@ -107,7 +109,7 @@ def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
 
 @_with_torch
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    # Modules that an earlier build left there would be packed too; of the rest, torch's headers take 400 MB.
+    # Stale modules of an earlier build would be packed too. Temporary files, with torch's headers, take 400 MB.
     for folder in [*Path("build").glob("lib*"), *Path("build").glob("temp*")]:
         shutil.rmtree(folder)
     name: str = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

@@ -1,8 +1,8 @@
-"""How far this machine can build bomkern, and why not further: in Python alone, with C++ kernels, with CUDA kernels.
+"""Find out how far this machine can build bomkern: in Python alone, with C++ kernels, or with CUDA kernels too.
 
-Asked before anything is compiled (build_extension.py): each rung is tried on one tiny file, with the compilers, flags
-and libraries of the real build. A rung that fails is left out, with the reason and the fix in one sentence; an error in
-bomkern's own code comes later, and stays an error.
+build_extension.py calls this before it compiles anything. Each rung of the ladder is tried on one tiny file, with the
+compilers, flags and libraries of the real build. A rung that fails is left out, with the reason and the fix in one
+sentence. An error in bomkern's own code comes later, and stays an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Compiled for where no GPU is visible: what people train on since Ampere, and PTX of the newest for what comes later.
+# The targets where no GPU is visible: training GPUs since Ampere, and PTX of the newest for later ones.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 COMPILER_FIX = "install g++ 11 or later, or set CXX to one"
 CPP = """
@@ -42,36 +42,35 @@ extern "C" void* PyInit__C() {
 }
 """
 CU = "__global__ void one(float* x) { *x = 1.0f; }\nvoid start_one(float* x) { one<<<1, 1>>>(x); }\n"
-# Makes the extension of some files: with CUDA or without, with OpenMP or without, for these nvcc flags.
+# Makes the extension from files, with or without CUDA, with or without OpenMP, and with these nvcc flags.
 Make = Callable[[list[str], bool, bool, list[str]], Any]
 
 
 class Ladder(NamedTuple):
-    """Why each rung is left out, in one sentence with the fix; empty where it is built."""
+    """The reason why each rung is left out, in one sentence with the fix; empty where it is built."""
 
     cpp: str
     openmp: str = ""
     cuda: str = ""
-    architectures: str = ""  # what nvcc compiles for, as TORCH_CUDA_ARCH_LIST has it
+    architectures: str = ""  # nvcc's targets, in the format of TORCH_CUDA_ARCH_LIST
     remark: str = ""  # on how the CUDA kernels are built
 
     def __str__(self) -> str:
         if self.cpp:
             return f"without compiled kernels: {self.cpp}"
-        said = [f"without CUDA kernels: {self.cuda}"] if self.cuda else [f"with CUDA kernels for {self.architectures}"]
-        return "; ".join(
-            said + [f"on one thread: {self.openmp}"] * bool(self.openmp) + [self.remark] * bool(self.remark)
-        )
+        cuda = f"without CUDA kernels: {self.cuda}" if self.cuda else f"with CUDA kernels for {self.architectures}"
+        openmp = [f"on one thread: {self.openmp}"] * bool(self.openmp)
+        return "; ".join([cuda, *openmp] + [self.remark] * bool(self.remark))
 
 
 def compiler() -> str | None:
-    """The C++ compiler: CXX, c++, g++ or clang++, the first that is there."""
+    """Return the first C++ compiler that exists of CXX, c++, g++ and clang++."""
     wanted = [os.environ.get("CXX", "c++"), "g++", "clang++"]
     return next((name for name in wanted if name and shutil.which(shlex.split(name)[0])), None)
 
 
 def why_no_compiler() -> str:
-    """What can be said of the C++ rung before there is a torch; empty where nothing stands against it."""
+    """Return why the C++ rung cannot be built, as far as that is known without torch; empty if nothing prevents it."""
     if platform.system() == "Windows":
         return "bomkern has no compiled kernels on Windows yet; use WSL 2 or Linux for them."
     if compiler() is None:
@@ -87,13 +86,13 @@ def why_no_compiler() -> str:
 
 
 def find_cuda_home() -> None:
-    """Set CUDA_HOME to the toolkit that nvcc itself says it belongs to: a wrapper script may stand on the PATH."""
+    """Set CUDA_HOME to the toolkit that nvcc reports, since the nvcc on the PATH may be a wrapper script."""
     nvcc = shutil.which("nvcc")
     if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return
     done = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
-    if found := re.search(r"^#\$ _?TOP=(.+)$", done.stderr, re.MULTILINE):
-        os.environ["CUDA_HOME"] = os.path.realpath(found[1])
+    if top := re.search(r"^#\$ _?TOP=(.+)$", done.stderr, re.MULTILINE):
+        os.environ["CUDA_HOME"] = os.path.realpath(top[1])
 
 
 def _nvcc(home: str, flag: str) -> str:
@@ -104,7 +103,7 @@ def _nvcc(home: str, flag: str) -> str:
 
 
 def why_no_toolkit() -> str:
-    """What stands against the CUDA rung before anything is compiled; empty where nothing does."""
+    """Return why the CUDA rung cannot be built, before anything is compiled; empty if nothing prevents it."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -127,10 +126,16 @@ def _number(architecture: str) -> tuple[int, int]:
 
 
 def choose_architectures(visible: Sequence[str], known: Sequence[str]) -> tuple[str, str, str]:
-    """What to compile for, as TORCH_CUDA_ARCH_LIST has it; why nothing; and a remark.
+    """Choose the architectures to compile for.
 
-    ``visible``: the capabilities of the GPUs that are there, as in '9.0'. ``known``: what this nvcc compiles for. For a
-    GPU that it does not know, code of the newest before it, which the driver compiles anew when it is first used.
+    For a GPU that nvcc does not know, the choice is the newest older architecture with PTX, which the driver compiles
+    at the first use.
+
+    Args:
+        visible: the capabilities of the GPUs of this machine, as in '9.0'. known: the architectures that nvcc knows.
+
+    Returns:
+        The architectures in the format of TORCH_CUDA_ARCH_LIST, the reason if there are none, and a remark.
     """
     if not visible:
         both = [a for a in ARCHITECTURES if a in known]
@@ -147,18 +152,18 @@ def choose_architectures(visible: Sequence[str], known: Sequence[str]) -> tuple[
                 f"this nvcc does not know the GPU that is there ({gpu}), whose driver compiles the kernels for "
                 f"{newest} when they are first used: install a newer toolkit"
             )
-    # Both of '9.0' and '9.0+PTX' are the latter.
+    # '9.0+PTX' includes '9.0'.
     kept = {a for a in chosen if f"{a}+PTX" not in chosen}
     return ";".join(sorted(kept, key=lambda a: _number(a.removesuffix("+PTX")))), "", "; ".join(remarks)
 
 
 def architectures() -> tuple[str, str, str]:
-    """`choose_architectures` of this machine; TORCH_CUDA_ARCH_LIST holds where it is set."""
+    """Return `choose_architectures` for this machine; TORCH_CUDA_ARCH_LIST takes precedence where it is set."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return given, "", ""
+    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return wanted, "", ""
     visible = set()
     if torch.cuda.is_available():
         visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -167,10 +172,10 @@ def architectures() -> tuple[str, str, str]:
 
 
 def architecture_flags(wanted: str) -> list[str]:
-    """nvcc's flags for a list such as '9.0;12.0+PTX', or for one of torch's names.
+    """Return nvcc's flags for a list such as '9.0;12.0+PTX', or for one of torch's names.
 
-    Given to nvcc by ourselves: torch adds none of its own where 'arch' stands anywhere in the flags, a folder's name
-    among them.
+    The build passes them explicitly, because torch adds none if 'arch' occurs anywhere in the flags, even in the name
+    of a folder.
     """
     from torch.utils import cpp_extension
 
@@ -187,16 +192,16 @@ def architecture_flags(wanted: str) -> list[str]:
 
 
 def memory() -> int:
-    """Bytes of memory that the compilers may take together: the machine's, or less where a container allows less."""
+    """Return the bytes of memory available to all compilers together: the machine's, or a container's limit."""
     try:
-        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
-        found = [8 << 30]
-    return min(found + list(_container_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))))
+        machine = 8 << 30
+    return min([machine, *_container_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
 def _container_limits(own: Path, root: Path) -> Iterator[int]:
-    """The memory limits of our control group and of those around it, of version 2 and of version 1."""
+    """Yield the memory limits of this process's control group and its parents, for versions 1 and 2."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -208,23 +213,23 @@ def _container_limits(own: Path, root: Path) -> Iterator[int]:
         top = root / controllers
         name = "memory.limit_in_bytes" if controllers else "memory.max"
         inner = top / path.lstrip("/")
-        # In a container the path is the host's, and the limit is at the top.
+        # In a container the path is the host's, and the limit is in the top folder.
         for folder in [inner, *inner.parents]:
-            with contextlib.suppress(OSError, ValueError):  # 'max' is no number
+            with contextlib.suppress(OSError, ValueError):  # 'max' is not a number
                 yield int((folder / name).read_text())
             if folder == top:
                 break
 
 
 def jobs() -> int:
-    """Parallel compilers: one a core, and 2 GiB of memory each, which a file with torch's headers needs."""
+    """Return the number of parallel compilers: one per core, and at least 2 GiB of memory each for torch's headers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, memory() // (2 << 30)))
 
 
 @contextlib.contextmanager
-def _output_kept() -> Iterator[Callable[[], str]]:
-    """What this process and its children print meanwhile, read afterwards by the function."""
+def _captured_output() -> Iterator[Callable[[], str]]:
+    """Capture the output of this process and its children, and yield a function that reads it."""
     with tempfile.TemporaryFile() as log:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -249,21 +254,22 @@ def _output_kept() -> Iterator[Callable[[], str]]:
 
 
 def first_error(text: str, fallback: str) -> str:
-    """The line of a compiler's output that says what is wrong, without the tiny file's folder."""
+    """Return the first line of a compiler's output that reports an error, without the tiny file's folder."""
     lines = [line.strip() for line in text.splitlines()]
-    said = [line for line in lines if re.search(r"\berror\b(?!s)|\bfatal\b|cannot find|not found", line, re.IGNORECASE)]
-    line = next((line for line in said if not line.startswith(("FAILED", "ninja:"))), fallback)
+    pattern = re.compile(r"\berror\b(?!s)|\bfatal\b|cannot find|not found", re.IGNORECASE)
+    errors = [line for line in lines if pattern.search(line)]
+    line = next((line for line in errors if not line.startswith(("FAILED", "ninja:"))), fallback)
     return (
         re.sub(r"^\S*/probe\.(cpp|cu)\S* ", "", line).removeprefix("fatal error: ").removeprefix("error: ").rstrip(".")
     )
 
 
 def attempt(make: Make, cuda: bool, openmp: bool, nvcc_flags: list[str]) -> str:
-    """What went wrong in building a tiny extension, empty where nothing did."""
+    """Build a tiny extension, and return the error, empty where it succeeds."""
     from setuptools import Distribution
     from torch.utils.cpp_extension import BuildExtension
 
-    with tempfile.TemporaryDirectory() as folder, _output_kept() as printed:
+    with tempfile.TemporaryDirectory() as folder, _captured_output() as printed:
         files = {"probe.cpp": CPP} | ({"probe_cuda.cu": CU} if cuda else {})
         for name, text in files.items():
             Path(folder, name).write_text(text)
@@ -275,12 +281,12 @@ def attempt(make: Make, cuda: bool, openmp: bool, nvcc_flags: list[str]) -> str:
             command.ensure_finalized()
             command.run()
         except (Exception, SystemExit) as error:
-            # A RuntimeError of torch's may hold a whole paragraph.
+            # The message of torch's RuntimeError may be a whole paragraph.
             return first_error(printed(), (str(error).strip() or type(error).__name__).split(". ")[0])
     return ""
 
 
-def _compiler_named() -> str:
+def _compiler_description() -> str:
     name = compiler() or ""
     try:
         done = subprocess.run([*shlex.split(name), "--version"], capture_output=True, text=True)
@@ -293,19 +299,21 @@ def climb(make: Make, want_cuda: bool = True) -> Ladder:
     """Try each rung on this machine.
 
     Args:
-        make: makes the extension that `setup` takes, of given files, with the real flags.
-        want_cuda: False leaves the rung out untried.
+        make: makes the extension for `setup` from files, with the real flags.
+        want_cuda: False leaves the rung out without a trial.
     """
     if reason := why_no_compiler():
         return Ladder(reason)
     if "CXX" not in os.environ and shutil.which("c++") is None:
-        os.environ["CXX"] = str(compiler())  # which torch and setuptools ask for too
+        os.environ["CXX"] = str(compiler())  # torch and setuptools read it too
     find_cuda_home()
     openmp = ""
     if error := attempt(make, False, True, []):
         if without := attempt(make, False, False, []):
-            return Ladder(f"{_compiler_named()} does not build for torch here ({without}); {COMPILER_FIX}.")
-        openmp = f"{_compiler_named()} does not link OpenMP ({error}); install its OpenMP library, as in libomp-dev."
+            return Ladder(f"{_compiler_description()} does not build for torch here ({without}); {COMPILER_FIX}.")
+        openmp = (
+            f"{_compiler_description()} does not link OpenMP ({error}); install its OpenMP library, as in libomp-dev."
+        )
     if not want_cuda:
         return Ladder("", openmp, "BOMKERN_BUILD_CUDA is 0; unset it to build the CUDA kernels.")
     if reason := why_no_toolkit():
@@ -313,7 +321,7 @@ def climb(make: Make, want_cuda: bool = True) -> Ladder:
     chosen, reason, remark = architectures()
     if not reason and (error := attempt(make, True, not openmp, architecture_flags(chosen))):
         reason = (
-            f"nvcc does not build for {chosen} with {_compiler_named()} ({error}); set CC and CXX to a compiler that "
-            "it takes, or install a newer CUDA toolkit."
+            f"nvcc does not build for {chosen} with {_compiler_description()} ({error}); set CC and CXX to a compiler "
+            "that it takes, or install a newer CUDA toolkit."
         )
     return Ladder("", openmp, reason) if reason else Ladder("", openmp, "", chosen, remark)

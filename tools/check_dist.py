@@ -1,9 +1,9 @@
-"""Builds the sdist, and the wheel from it, twice in different folders; says what should not be in them, or is not.
+"""Build the sdist, and the wheel from it, twice in different folders, and check their files.
 
-``python tools/check_dist.py [--no-compiler] [--keep FOLDER] [--test]`` in a Python with setuptools, ninja and torch.
-Exit code 1 where a list of files differs from the rule below, where the two builds differ in a byte, or where a folder
-of this machine is named. ``--no-compiler``: as on a machine without one, in seconds. ``--test``: install the wheel into
-an empty environment and run the quick tests there, on nothing but the wheel.
+``python tools/check_dist.py [--no-compiler] [--keep FOLDER] [--test]`` runs in a Python with setuptools, ninja and
+torch. The exit code is 1 where a list of files differs from the rules below, or the two builds differ in a byte. It is
+also 1 where an archive names a folder of this machine. ``--no-compiler`` builds as on a machine without one, in
+seconds. ``--test`` also installs the wheel into an empty environment, and runs the quick tests there on it alone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SDIST = ("bomkern/*.py", "bomkern/py.typed", "csrc/*", "kernels/*", "tools/build_*.py")  # * goes into folders
+SDIST = ("bomkern/*.py", "bomkern/py.typed", "csrc/*", "kernels/*", "tools/build_*.py")  # * also matches subfolders
 SDIST_TOP = ("LICENSE", "MANIFEST.in", "README.md", "bomkern_command.py", "pyproject.toml", "setup.py")
 EGG_INFO = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt", "top_level.txt")
 DIST_INFO = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
 EPOCH = "1700000000"
-# Tests of the sources and the tools, which a wheel does not hold.
+# Tests of sources and tools that are not in the wheel.
 NOT_OF_A_WHEEL = (
     "test_build.py",
     "test_cuda_offline.py",
@@ -40,7 +40,7 @@ NOT_OF_A_WHEEL = (
 
 
 def tracked() -> list[str]:
-    """The files of the project: git's, new ones too, or all but caches where there is no git."""
+    """Return the project's files: those that git does not ignore, or all but caches without git."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     try:
         names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -52,13 +52,17 @@ def tracked() -> list[str]:
 
 
 def expected_sdist(files: list[str]) -> set[str]:
-    """The rule: all that a build reads, every file of csrc/ and kernels/, and what setuptools writes."""
+    """Return the files of a right sdist: all that a build reads, all of csrc/ and kernels/, and setuptools' files."""
     wanted = {name for name in files if any(fnmatch.fnmatch(name, rule) for rule in SDIST)}
     return {*wanted, *SDIST_TOP, "PKG-INFO", "setup.cfg", *(f"bomkern.egg-info/{name}" for name in EGG_INFO)}
 
 
 def expected_wheel(files: list[str], version: str, compiled: bool) -> set[str]:
-    """The rule: the Python files of bomkern/ and kernels/, the mark of typing, the library or why not, metadata."""
+    """Return the files of a right wheel.
+
+    They are the Python files of bomkern/ and kernels/, py.typed, the compiled library or the note why there is none,
+    and the metadata.
+    """
     python = {n for n in files if n.startswith("bomkern/") and n.endswith(".py")}
     kernels = {f"bomkern/{n}" for n in files if n.startswith("kernels/") and n.endswith(".py")}
     library = {f"bomkern/_C{sysconfig.get_config_var('EXT_SUFFIX')}" if compiled else "bomkern/_not_compiled.txt"}
@@ -73,7 +77,7 @@ def expected_wheel(files: list[str], version: str, compiled: bool) -> set[str]:
 
 
 def build(kind: str, source: Path, into: Path, compiler: bool) -> Path:
-    """What the backend makes of the sources in a folder, without isolation."""
+    """Build an sdist or a wheel of the sources in a folder with the backend, without isolation."""
     environment = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "PYTHONPATH": str(source / "tools")}
     if not compiler:
         (into / "no-path").mkdir(parents=True, exist_ok=True)
@@ -88,13 +92,13 @@ def build(kind: str, source: Path, into: Path, compiler: bool) -> Path:
 
 
 def build_both(folder: Path, files: list[str], compiler: bool) -> tuple[Path, Path]:
-    """The sdist of a copy of the project, and the wheel of what the sdist holds."""
+    """Build the sdist of a copy of the project, and the wheel from the sdist."""
     copy, into = folder / "copy", folder / "dist"
     into.mkdir(parents=True)
     for name in files:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
-    # What lies about in a checkout that is worked in, and must not be packed.
+    # Stale files as in a working checkout, which must not be packed.
     (copy / "bomkern" / "_C.so").touch()
     (copy / "kernels" / "__pycache__").mkdir()
     (copy / "kernels" / "__pycache__" / "stale.cpython-311.pyc").touch()
@@ -109,7 +113,7 @@ def build_both(folder: Path, files: list[str], compiler: bool) -> tuple[Path, Pa
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """The files of an archive; of an sdist without the folder that they are all in."""
+    """Return the files of an archive; those of an sdist without its top folder."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             return {name: wheel.read(name) for name in wheel.namelist()}
@@ -119,7 +123,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def compare(path: Path, want: set[str]) -> list[str]:
-    """What is in an archive and should not be, and the other way round."""
+    """Return a line for each file that is missing from an archive or should not be in it."""
     have = set(contents(path))
     return [f"{path.name}: {name} is missing" for name in sorted(want - have)] + [
         f"{path.name}: {name} should not be there" for name in sorted(have - want)
@@ -127,17 +131,17 @@ def compare(path: Path, want: set[str]) -> list[str]:
 
 
 def folders(path: Path, places: list[str]) -> list[str]:
-    """Where an archive names a folder of the machine that built it."""
-    found = []
+    """Return a line for each file in an archive that names one of ``places``, folders of this machine."""
+    lines = []
     for name, data in contents(path).items():
         for place in places:
             for text in re.findall(rb"[\x20-\x7e]*" + re.escape(place.encode()) + rb"[\x20-\x7e]*", data)[:1]:
-                found.append(f"{path.name}: {name} names {text.decode()[-120:]}")
-    return found
+                lines.append(f"{path.name}: {name} names {text.decode()[-120:]}")
+    return lines
 
 
 def test(wheel: Path, folder: Path) -> None:
-    """Install the wheel into an empty environment and run the quick tests on it, bomkern's sources out of reach."""
+    """Install the wheel into an empty environment, and run the quick tests on it without bomkern's sources."""
     python = folder / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
     torch = subprocess.run(
@@ -160,33 +164,33 @@ def test(wheel: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check what the sdist and the wheel hold.")
-    parser.add_argument("--no-compiler", action="store_true", help="as on a machine without one")
+    parser = argparse.ArgumentParser(description="Check the files of the sdist and the wheel.")
+    parser.add_argument("--no-compiler", action="store_true", help="build as on a machine without a compiler")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy both archives there")
     parser.add_argument("--test", action="store_true", help="run the quick tests on the wheel, in an empty environment")
-    arguments = parser.parse_args()
-    files, compiler = tracked(), not arguments.no_compiler
+    args = parser.parse_args()
+    files, compiler = tracked(), not args.no_compiler
     with tempfile.TemporaryDirectory() as name:
-        one, two = (build_both(Path(name, part), files, compiler) for part in ("one", "a longer name, two"))
-        sdist, wheel = one
+        first, second = (build_both(Path(name, part), files, compiler) for part in ("one", "a longer name, two"))
+        sdist, wheel = first
         version = sdist.name.removeprefix("bomkern-").removesuffix(".tar.gz")
         wrong = compare(sdist, expected_sdist(files)) + compare(wheel, expected_wheel(files, version, compiler))
         wrong += [
             f"{a.name} is not the same when built again"
-            for a, b in zip(one, two, strict=True)
+            for a, b in zip(first, second, strict=True)
             if a.read_bytes() != b.read_bytes()
         ]
         places = [name, str(ROOT), str(Path.home()), sys.prefix, sys.base_prefix]
-        wrong += [line for path in one for line in folders(path, sorted({p for p in places if len(p) > 1}))]
+        wrong += [line for path in first for line in folders(path, sorted({p for p in places if len(p) > 1}))]
         print(*wrong, sep="\n", end="\n" * bool(wrong))
-        if arguments.keep:
-            arguments.keep.mkdir(parents=True, exist_ok=True)
-            for path in one:
-                shutil.copy2(path, arguments.keep)
+        if args.keep:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            for path in first:
+                shutil.copy2(path, args.keep)
         if not wrong:
-            counts = [f"{path.name}: {len(contents(path))} files" for path in one]
-            print(f"{', '.join(counts)}; as they should be")
-            if arguments.test:
+            counts = [f"{path.name}: {len(contents(path))} files" for path in first]
+            print(f"{', '.join(counts)}; all as expected")
+            if args.test:
                 test(wheel, Path(name))
     return int(bool(wrong))
 

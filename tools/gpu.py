@@ -1,15 +1,15 @@
-"""On a machine with a GPU: build for it, test, sanitize, profile and measure, in three calls, and pack what was found.
+"""Build, test, sanitize, profile and measure on a machine with a GPU, in three calls, and pack the results.
 
     make gpu                                        # the first call
-    make gpu CALL=2 BEFORE=call1.tar.xz             # the second, which knows what the first found
+    make gpu CALL=2 BEFORE=call1.tar.xz             # the second, which reads the results of the first
     make gpu CALL=3 BEFORE="call1.tar.xz call2.tar.xz"
     make gpu CALL=1 DRY=1                           # every stage on a CPU, small, with stand-ins for the tools
 
-Each call takes SECONDS (560) at most on a bare machine, with the python3 that has torch, and fetches nothing. A stage
-has its seconds whatever those before it took, and beside them what those did not need. It knows when it has to stop:
-tests and benches begin nothing new after that, and write what they have. After every stage, and last of all however the
-call ends, ARCHIVE (build/gpu<call>.tar.xz) is written anew, at most 12 MB: logs, failures, what was measured and
-profiled, and ``summary.txt``, which is to be read first.
+Each call takes at most SECONDS (560) on a bare machine, uses the python3 that has torch, and downloads nothing. A stage
+always has its own seconds, and those that earlier stages did not use. It gets the time at which it has to stop: after
+it, tests and benches begin nothing new and write their results. After every stage, and at the end however the call
+ends, ARCHIVE (build/gpu<call>.tar.xz) is written again. Its at most 12 MB hold logs, failures, measurements, profiles
+and ``summary.txt``, which is to be read first.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_stages import CALLS, ROOT, Call, Stage
 
-SECONDS = 560.0  # of a call
-START = 12.0  # seconds until the first stage, and between stages
-MOST = 12_000_000  # bytes of the archive
-LOG = 400_000  # bytes of a log that are packed at first: the beginning and the end
-GRACE = 12.0  # seconds between the time at which a stage begins nothing new and its end
-KILL = 6.0  # seconds that it has to write what it has after SIGTERM
-PACKING = 12.0  # seconds kept for the archive
-SHORT = 15.0  # of a stage: it is not begun with less
+SECONDS = 560.0  # most seconds of a call
+START = 12.0  # seconds before the first stage and between stages
+MOST = 12_000_000  # most bytes of the archive
+LOG = 400_000  # most bytes of a log at the first attempt to pack: its beginning and its end
+GRACE = 12.0  # seconds of a stage, before its end, in which it begins nothing new
+KILL = 6.0  # seconds that a stage has to write its results after SIGTERM
+PACKING = 12.0  # seconds reserved for the archive
+SHORT = 15.0  # a stage is not begun with fewer seconds
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT came."""
+    """The process received SIGTERM or SIGINT."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -50,7 +50,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def end(process: subprocess.Popen[bytes], patience: float = KILL) -> None:
-    """Stop a process and all that it started: with SIGTERM, which lets it write what it has, then with SIGKILL."""
+    """Stop a process and all its children with SIGTERM, which lets them write their results, then with SIGKILL."""
     for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, number)
@@ -62,7 +62,7 @@ def end(process: subprocess.Popen[bytes], patience: float = KILL) -> None:
 
 
 def run(call: Call, stage: Stage, until: float, kept: float = 0.0) -> str:
-    """What became of a stage, in a line. Its output is in the folder of the call.
+    """Run a stage, and return a line about its outcome. Its output is in the folder of the call.
 
     Args:
         until: seconds since 1970 at which the call's stages end. kept: seconds before that for the stages to come.
@@ -90,17 +90,17 @@ def run(call: Call, stage: Stage, until: float, kept: float = 0.0) -> str:
         )  # fmt: skip
         try:
             status = process.wait(max(0.0, hard - KILL - time.time()))
-            told = "well" if status == 0 else f"FAILED: exit status {status}"
+            outcome = "well" if status == 0 else f"FAILED: exit status {status}"
         except subprocess.TimeoutExpired:
             end(process)
-            told = "CUT SHORT: it had not ended in time"
+            outcome = "CUT SHORT: it had not ended in time"
         except Stopped:
             end(process, 3.0)
             raise
-        end(process)  # what it left running
+        end(process)  # stops processes that the stage left running
     if stage.after and (more := stage.after(call)):
-        told += f"; {more}"
-    return f"{told}, {time.time() - begun:.0f} s"
+        outcome += f"; {more}"
+    return f"{outcome}, {time.time() - begun:.0f} s"
 
 
 def last_lines(log: Path, count: int = 6) -> list[str]:
@@ -109,19 +109,20 @@ def last_lines(log: Path, count: int = 6) -> list[str]:
 
 
 def cut(data: bytes, most: int) -> bytes:
-    """The beginning and the end of a log, which have the command and the summary."""
+    """Return the beginning and the end of a log, which hold the command and the summary."""
     if len(data) <= most:
         return data
     return data[: most // 4] + b"\n... cut ...\n" + data[-(most * 3 // 4) :]
 
 
 def pack(work: Path, archive: Path, most: int = MOST) -> list[str]:
-    """Write everything in ``work`` into ``archive``; logs are cut until it is small enough. Returns what was left out.
+    """Pack ``work`` into ``archive``, with logs cut until it is small enough, and return the files left out.
 
-    The archive is whole at every moment: a new one takes the place of the old one when it is written.
+    The archive is complete at every moment: a finished new one replaces the old one.
     """
-    rank = {".txt": 0, ".jsonl": 1, ".json": 2, ".md": 3, ".csv": 4, ".log": 5}
-    files = sorted((p for p in work.rglob("*") if p.is_file()), key=lambda p: (rank.get(p.suffix, 6), p.stat().st_size))
+    order = {".txt": 0, ".jsonl": 1, ".json": 2, ".md": 3, ".csv": 4, ".log": 5}
+    files = [p for p in work.rglob("*") if p.is_file()]
+    files.sort(key=lambda p: (order.get(p.suffix, 6), p.stat().st_size))
     archive.parent.mkdir(parents=True, exist_ok=True)
     fresh = archive.with_name(archive.name + ".new")
     left_out: list[str] = []
@@ -137,63 +138,65 @@ def pack(work: Path, archive: Path, most: int = MOST) -> list[str]:
                 tar.addfile(entry, io.BytesIO(data))
         if fresh.stat().st_size <= most:
             break
-        left_out = [str(files.pop().relative_to(work))] if files else []  # the largest of the least needed
+        left_out = [str(files.pop().relative_to(work))] if files else []  # the largest of the least important kind
     else:
         left_out.append("and it is still too large")
     fresh.replace(archive)
     return left_out
 
 
-def summary(call: Call, told: Sequence[tuple[str, str]], how: str) -> str:
+def summary(call: Call, outcomes: Sequence[tuple[str, str]], how: str) -> str:
     lines = [f"call {call.number}{' (dry run)' if call.dry else ''}: {how}", ""]
-    for name, what in told:
-        lines += [f"{name}: {what}", *last_lines(call.work / f"{name}.log"), ""]
+    for name, outcome in outcomes:
+        lines += [f"{name}: {outcome}", *last_lines(call.work / f"{name}.log"), ""]
     return "\n".join(lines)
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--call", type=int, choices=sorted(CALLS), default=1)
-    parser.add_argument("--seconds", type=float, help=f"of the whole call ({SECONDS:g}; a dry run's 1,800)")
-    parser.add_argument("--archive", type=Path, help="what is packed (build/gpu<call>.tar.xz)")
-    parser.add_argument("--work", type=Path, help="where stages write (build/gpu<call>)")
-    parser.add_argument("--before", type=Path, nargs="*", default=[], help="archives of the calls before")
-    parser.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="these stages alone")
-    parser.add_argument("--dry", action="store_true", help="on the CPU, small, with stand-ins for what needs a GPU")
-    asked = parser.parse_args(given)
-    stages = CALLS[asked.call]
-    if unknown := set(asked.only) - {stage.name for stage in stages}:
-        parser.error(f"call {asked.call} has no stage {', '.join(sorted(unknown))}: {' '.join(s.name for s in stages)}")
-    if asked.only:
-        stages = tuple(stage for stage in stages if stage.name in asked.only)
-    until = time.time() + (asked.seconds or (1800.0 if asked.dry else SECONDS)) - PACKING
-    name = f"gpu{asked.call}{'-dry' if asked.dry else ''}"
-    work = (asked.work or ROOT / "build" / name).resolve()
-    archive = (asked.archive or ROOT / "build" / f"{name}.tar.xz").resolve()
+    parser.add_argument("--seconds", type=float, help=f"seconds of the whole call ({SECONDS:g}; 1,800 for a dry run)")
+    parser.add_argument("--archive", type=Path, help="archive to write (build/gpu<call>.tar.xz)")
+    parser.add_argument("--work", type=Path, help="folder that stages write to (build/gpu<call>)")
+    parser.add_argument("--before", type=Path, nargs="*", default=[], help="archives of earlier calls")
+    parser.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="run these stages alone")
+    parser.add_argument(
+        "--dry", action="store_true", help="run on the CPU, small, with stand-ins for tools that need a GPU"
+    )
+    args = parser.parse_args(argv)
+    stages = CALLS[args.call]
+    if unknown := set(args.only) - {stage.name for stage in stages}:
+        parser.error(f"call {args.call} has no stage {', '.join(sorted(unknown))}: {' '.join(s.name for s in stages)}")
+    if args.only:
+        stages = tuple(stage for stage in stages if stage.name in args.only)
+    until = time.time() + (args.seconds or (1800.0 if args.dry else SECONDS)) - PACKING
+    name = f"gpu{args.call}{'-dry' if args.dry else ''}"
+    work = (args.work or ROOT / "build" / name).resolve()
+    archive = (args.archive or ROOT / "build" / f"{name}.tar.xz").resolve()
     work.mkdir(parents=True, exist_ok=True)
-    call = Call(asked.call, work, asked.dry, [path.resolve() for path in asked.before])
+    call = Call(args.call, work, args.dry, [path.resolve() for path in args.before])
     if missing := call.why_not():
         print(f"make gpu: {missing}", file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    told: list[tuple[str, str]] = []
-    how, status = "all stages were gone through", 0
+    outcomes: list[tuple[str, str]] = []
+    how, status = "all stages were run", 0
     try:
         for k, stage in enumerate(stages):
-            what = run(call, stage, until, call.patience * sum(later.seconds for later in stages[k + 1 :]))
-            told.append((stage.name, what))
-            print(f"== {stage.name}: {what}", *last_lines(work / f"{stage.name}.log"), sep="\n", flush=True)
-            (work / "summary.txt").write_text(summary(call, told, "cut off here"))
+            outcome = run(call, stage, until, call.patience * sum(later.seconds for later in stages[k + 1 :]))
+            outcomes.append((stage.name, outcome))
+            print(f"== {stage.name}: {outcome}", *last_lines(work / f"{stage.name}.log"), sep="\n", flush=True)
+            (work / "summary.txt").write_text(summary(call, outcomes, "cut off here"))
             pack(work, archive)
     except Stopped as why:
         how, status = f"stopped by {why}", 143
-    except Exception as why:  # whatever it is, what was found comes home
+    except Exception as why:  # the results so far are packed whatever the error
         how, status = f"broke off: {type(why).__name__}: {why}", 1
     finally:
-        (work / "summary.txt").write_text(summary(call, told, how))
+        (work / "summary.txt").write_text(summary(call, outcomes, how))
         left_out = pack(work, archive)
-    bad = [stage for stage, what in told if not what.startswith("well")]
+    bad = [stage for stage, outcome in outcomes if not outcome.startswith("well")]
     print(f"== {how}; not well: {' '.join(bad) or 'none'}; {archive} has {archive.stat().st_size:,} bytes")
     if left_out:
         print(f"== left out of it: {', '.join(left_out)}")

@@ -1,8 +1,8 @@
-"""What the Makefile installs into the environment of the Python that runs this.
+"""Install bomkern or its extras for the Makefile, into the environment of the Python that runs this.
 
-``python tools/install.py build [PIP ARGUMENT ...]`` builds bomkern and installs it editable, with a line for each file
-that is compiled; what pip printed is in build/install.log, and its end is shown where it fails.
-``python tools/install.py extra NAME ...`` installs what pyproject.toml's extras name, and not bomkern itself.
+``python tools/install.py build [PIP ARGUMENT ...]`` builds bomkern and installs it editable, with a line for each
+compiled file. pip's output is in build/install.log, and its end is printed if pip fails.
+``python tools/install.py extra NAME ...`` installs the packages of pyproject.toml's extras without bomkern itself.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ PIP = [sys.executable, "-m", "pip", "install"]
 
 
 def requirements(names: list[str]) -> list[str]:
-    """What the extras of these names need, those inside them too, once each."""
+    """Return the requirements of these extras and of the extras inside them, without duplicates."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    found: dict[str, None] = {}
+    unique: dict[str, None] = {}
     for name in names:
         if name not in extras:
             raise SystemExit(f"install: no extra is called {name!r}; there are {', '.join(sorted(extras))}.")
         for wanted in extras[name]:
             inner = re.fullmatch(r"bomkern\[(.+)\]", wanted)
-            found |= dict.fromkeys(requirements(inner[1].split(",")) if inner else [wanted])
-    return list(found)
+            unique |= dict.fromkeys(requirements(inner[1].split(",")) if inner else [wanted])
+    return list(unique)
 
 
 def build(arguments: list[str]) -> int:
@@ -52,7 +52,7 @@ def build(arguments: list[str]) -> int:
             if line.lstrip().startswith("bomkern: "):
                 print(line.strip(), flush=True)
     if process.returncode:
-        print(*end, f"install: pip failed; all that it printed is in {LOG.relative_to(ROOT)}", sep="", file=sys.stderr)
+        print(*end, f"install: pip failed; its whole output is in {LOG.relative_to(ROOT)}", sep="", file=sys.stderr)
     return process.returncode
 
 

@@ -1,9 +1,10 @@
-"""Installs bomkern in every way that people do, into fresh environments, and says what each gives.
+"""Install bomkern into fresh environments in every common way, and record the result of each.
 
-``python tools/install_matrix.py [--only PATTERN] [--cuda] [--again] [--work FOLDER]``; ``--table`` prints the results
-as Markdown and installs nothing. A cell is named torch/compiler/what/tool. Each is done once: results are kept in
-tests/results/install_matrix.json after every cell, so that an interrupted run goes on where it was. Exit code 1 where
-a cell did not turn out as expected. ``--cuda`` adds the cells with a CUDA build of torch, gigabytes of download.
+``python tools/install_matrix.py [--only PATTERN] [--cuda] [--again] [--work FOLDER]`` runs the cells of the matrix;
+``--table`` prints the results as Markdown and installs nothing. A cell is named torch/compiler/what/tool. Each cell is
+run once: tests/results/install_matrix.json is written after every cell, so that a later run continues an interrupted
+one. The exit code is 1 where a cell did not turn out as expected. ``--cuda`` adds the cells with a CUDA build of torch,
+gigabytes of download.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ info = bomkern.info()
 best = {op: next(name for name, why in d["cpu"].items() if why is None) for op, d in info["ops"].items()}
 print(json.dumps({"torch": info["torch"], "serve": sorted(set(best.values())), "cuda": info["build"].get("cuda", "")}))
 """
-# What is installed, and which file torch is: the same before and after, but for bomkern and what it brings.
+# Prints the installed packages and the identity of torch's file: an installation may add bomkern and triton alone.
 INSTALLED = """
 import importlib.metadata as m, importlib.util as u, json, os
 spec = u.find_spec("torch")
@@ -53,22 +54,22 @@ print(json.dumps({"packages": {d.name.lower().replace("_", "-"): d.version for d
                   "torch": [spec.origin, file.st_ino, file.st_mtime_ns] if spec else None}))
 """
 ITS_OWN = {"bomkern", "triton"}
-# A module that every Python of the environment imports: a GPU that no nvcc knows.
+# A module that every Python of the environment imports, to pretend a GPU that no nvcc knows.
 PRETENDED_GPU = """
 import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_capability = lambda index=None: (99, 0)
 """
-# A line of a shell that makes a compiler behave as one of that kind, before the machine's own is called with "$@".
+# A shell line that imitates a kind of compiler, before the machine's own compiler is called with "$@".
 COMPILERS = {
     "old g++": 'case "$*" in *-std=c++2*) echo "error: unrecognized command-line option" >&2; exit 1;; esac',
-    "g++ that nvcc refuses": 'set -- -U__GNUC__ -D__GNUC__=99 "$@"',  # which nvcc's own header looks at
+    "g++ that nvcc refuses": 'set -- -U__GNUC__ -D__GNUC__=99 "$@"',  # nvcc's header checks __GNUC__
 }
-# Why a cell is to end in an error, and how that error reads.
+# The messages of the errors that some cells are expected to end with.
 NO_TORCH = r"needs torch in the environment"
 NO_SETUPTOOLS = r"needs setuptools.*in the environment"
-# What `bomkern info` says where a rung of the ladder was left out, or was built otherwise.
+# The message of `bomkern info` where a rung of the ladder was left out or was built differently.
 SAYS = {
     "no Python.h": r"Python's headers are missing",
     "old g++": r"unrecognized command-line option",
@@ -79,12 +80,12 @@ SAYS = {
 
 
 class Cell(NamedTuple):
-    # In the environment beforehand: none, cpu, cuda, 2.11, newest; or a CPU build in the user's folder, or in that of
-    # the system's Python behind an environment that sees it.
+    # The torch in the environment beforehand: none, cpu, cuda, 2.11, newest; "user" is a CPU build in the user's
+    # folder, and "system" one in the folder of the system's Python, which the environment sees.
     torch: str
     compiler: str  # none, g++, g++ and nvcc, or a key of SAYS
     what: str  # one of WHATS
-    tool: str  # one of TOOLS, or bare: without isolation, and without setuptools
+    tool: str  # one of TOOLS, or "bare": without isolation and without setuptools
 
     @property
     def name(self) -> str:
@@ -92,7 +93,7 @@ class Cell(NamedTuple):
 
     @property
     def error(self) -> str | None:
-        """What a clear error of this cell says, None where it is to work."""
+        """The pattern of the error that this cell is expected to end with; None where it is to work."""
         if self.tool == "bare":
             return NO_SETUPTOOLS
         return NO_TORCH if (self.torch, self.tool) == ("none", "no-isolation") and self.compiler != "none" else None
@@ -107,20 +108,20 @@ class Cell(NamedTuple):
 
 
 def cells(cuda: bool) -> list[Cell]:
-    """All of them, the quick ones first; `cuda`: also those whose torch is gigabytes of download."""
-    found = [Cell(t, c, w, by) for c, t, by, w in itertools.product(("none", "g++"), ("cpu", "none"), TOOLS, WHATS)]
-    found.append(Cell("none", "none", "editable", "bare"))
-    found += [Cell("cpu", compiler, "editable", "pip") for compiler in ("no Python.h", "old g++")]
-    found += [Cell("user", "g++", "wheel", "pip"), Cell("system", "g++", "editable", "pip")]
+    """Return all cells, the quick ones first; with ``cuda`` also those whose torch is gigabytes of download."""
+    matrix = [Cell(t, c, w, by) for c, t, by, w in itertools.product(("none", "g++"), ("cpu", "none"), TOOLS, WHATS)]
+    matrix.append(Cell("none", "none", "editable", "bare"))
+    matrix += [Cell("cpu", compiler, "editable", "pip") for compiler in ("no Python.h", "old g++")]
+    matrix += [Cell("user", "g++", "wheel", "pip"), Cell("system", "g++", "editable", "pip")]
     if cuda:
-        found += [Cell(torch, "g++", "wheel", "pip") for torch in ("2.11", "newest", "cuda")]
-        found += [Cell("cuda", c, "wheel", "pip") for c in ("g++ and nvcc", "g++ that nvcc refuses")]
-        found.append(Cell("cuda", "unknown GPU", "wheel", "no-isolation"))
-    return found
+        matrix += [Cell(torch, "g++", "wheel", "pip") for torch in ("2.11", "newest", "cuda")]
+        matrix += [Cell("cuda", c, "wheel", "pip") for c in ("g++ and nvcc", "g++ that nvcc refuses")]
+        matrix.append(Cell("cuda", "unknown GPU", "wheel", "no-isolation"))
+    return matrix
 
 
 class Failed(Exception):
-    """A command failed; what it printed."""
+    """A command failed; the message is its output."""
 
 
 def run(command: list[str], environment: Mapping[str, str], folder: Path) -> str:
@@ -133,10 +134,10 @@ def run(command: list[str], environment: Mapping[str, str], folder: Path) -> str
 
 
 class Bench:
-    """The folder in which one cell after the other is tried.
+    """The folder in which the cells are run, one after the other.
 
-    Each gets the environment at the same place, as compilers' caches go by paths: a copy, by hard links, of one that
-    was made once.
+    The environment of every cell has the same path, because compilers' caches depend on paths. It is a copy, by hard
+    links, of an environment that is made once.
     """
 
     def __init__(self, work: Path) -> None:
@@ -154,7 +155,7 @@ class Bench:
         return str(place / "bin" / "uv")
 
     def interpreter(self, cell: Cell) -> str:
-        """The Python that environments are made from: a copy where the cell changes it or installs into it."""
+        """Return the Python that makes the environment: a copy where the cell changes it or installs into it."""
         if cell.torch not in ("user", "system") and cell.compiler != "no Python.h":
             return sys.executable
         copy = self.work / f"python-{cell.torch}-{cell.compiler}".replace(" ", "-")
@@ -165,7 +166,7 @@ class Bench:
         return str(copy / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
 
     def fresh(self, cell: Cell) -> None:
-        """An environment with the cell's torch, with setuptools and ninja but for bare, and the sources beside it."""
+        """Make an environment with the cell's torch, setuptools and ninja (not for "bare"), and copy the sources."""
         tools, base = cell.tool != "bare", self.interpreter(cell)
         kept = (
             self.work / "bases" / f"{cell.torch}{'-tools' * tools}{'-bare-python' * (cell.compiler == 'no Python.h')}"
@@ -187,10 +188,10 @@ class Bench:
             elif cell.torch in TORCH and cell.torch != "user":
                 lifted = {"PIP_CONFIG_FILE": os.devnull} if cell.torch == "newest" else {}
                 run([*pip, TORCH[cell.torch]], {**os.environ, **lifted}, self.work)
-            if not tools:  # torch may bring it
+            if not tools:  # torch may have installed it
                 run([self.python, "-m", "pip", "uninstall", "-y", "setuptools"], os.environ, self.work)
             shutil.copytree(self.venv, kept, symlinks=True, copy_function=os.link)
-        if cell.torch == "user":  # where pip puts it for who may not write to the system's folder
+        if cell.torch == "user":  # pip installs there for users who cannot write to the system's folder
             self.python = base
             run([base, "-m", "pip", "install", "--user", "--quiet", TORCH["user"]], self.environment(cell), self.work)
         if cell.compiler == "unknown GPU":
@@ -204,11 +205,11 @@ class Bench:
             shutil.copy2(ROOT / name, self.source / name)
 
     def environment(self, cell: Cell) -> dict[str, str]:
-        """The machine as the cell has it: without compilers nothing is on the PATH at all."""
+        """Return the environment variables of a cell; without a compiler the PATH is an empty folder."""
         left_out = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "PYTHONPATH", "BOMKERN_BUILD_CUDA")
         kept = {k: v for k, v in os.environ.items() if k not in left_out}
         kept |= {"TMPDIR": str(self.work / "tmp"), "UV_LINK_MODE": "copy", "PYTHONUSERBASE": str(self.work / "user")}
-        # pip keeps what it built from an archive, and takes it again whatever compiler and torch are there by then.
+        # pip caches the wheel built from an archive and reuses it whatever the compiler and torch: each has its cache.
         kept["PIP_CACHE_DIR"] = str(self.work / "pip" / f"{cell.torch} {cell.compiler}".replace(" ", "-"))
         kept.setdefault("MAX_JOBS", "2")
         if cell.compiler == "unknown GPU":
@@ -233,13 +234,13 @@ class Bench:
         return kept
 
     def commands(self, cell: Cell) -> list[list[str]]:
-        """What is typed. Archives are built by the same tool, under the same conditions."""
+        """Return the commands of a cell. Archives are built by the same tool under the same conditions."""
         dist, source = str(self.work / "dist"), str(self.source)
         user = ["--user"] * (cell.torch == "user")
         open_ = ["--no-build-isolation"] if cell.tool in ("no-isolation", "bare") else []
         if cell.tool == "uv":
             install = [self.uv, "pip", "install", "--python", self.python]
-            if cell.torch != "none":  # the README's way: uv's isolated builds do not see the torch that is there
+            if cell.torch != "none":  # as in the README: uv's isolated builds do not see the installed torch
                 open_ = ["--no-build-isolation-package", "bomkern"]
             wheel = [self.uv, "build", "--wheel", "--python", self.python, "--out-dir", dist, source]
             wheel += ["--no-build-isolation"] * (cell.torch != "none")
@@ -253,20 +254,20 @@ class Bench:
         return [[*install, *open_, "bomkern @ *.tar.gz"]]
 
     def sdist(self) -> None:
-        """Made as a release is: by the Python that runs this."""
+        """Build an sdist with the Python that runs this, as for a release."""
         (self.work / "dist").mkdir()
         code = "import sys, build_backend; build_backend.build_sdist(sys.argv[1])"
         environment = {**os.environ, "PYTHONPATH": "tools", "PATH": str(self.work / "none"), "CXX": "nowhere"}
         run([sys.executable, "-c", code, str(self.work / "dist")], environment, self.source)
 
     def file(self, argument: str) -> str:
-        """``NAME @ PATTERN`` as the archive that matches it."""
+        """Replace ``NAME @ PATTERN`` by the archive that matches the pattern."""
         if " @ " not in argument:
             return argument
         return f"bomkern @ {next((self.work / 'dist').glob(argument.partition(' @ ')[2])).as_uri()}"
 
     def attempt(self, cell: Cell) -> dict[str, Any]:
-        """Do one cell, and say how it came out."""
+        """Run one cell, and return its result."""
         self.fresh(cell)
         if cell.what == "sdist":
             self.sdist()
@@ -279,26 +280,28 @@ class Bench:
             result["seconds"] = round(time.monotonic() - begun)
             info = run([self.python, "-m", "bomkern", "info"], environment, self.work)
             result |= json.loads(run([self.python, "-c", PROBE], environment, self.work).splitlines()[-1])
-            wrong = "" if result["serve"] == [cell.serves] and cell.error is None else "serves otherwise than expected"
+            wrong = ""
+            if result["serve"] != [cell.serves] or cell.error is not None:
+                wrong = "another implementation serves than expected"
             if cell.cuda != bool(result["cuda"]):
-                wrong = "the CUDA kernels are there or not, otherwise than expected"
+                wrong = f"the CUDA kernels were expected to be {'built' if cell.cuda else 'left out'}"
             if cell.compiler in SAYS and not re.search(SAYS[cell.compiler], info):
                 wrong, result["said"] = "bomkern info does not say why", info[:500]
             wrong = changed(before, json.loads(run([self.python, "-c", INSTALLED], environment, self.work))) or wrong
         except Failed as why:
             text = str(why).replace(str(self.work), ".")
             result.setdefault("seconds", round(time.monotonic() - begun))
-            said = re.search(rf"^.*{cell.error}.*$", text, re.MULTILINE) if cell.error else None
-            result["outcome"] = "clear error" if said else "fails"
-            result["said"] = said[0].strip() if said else text[-3000:]
-            wrong = "" if said else "an error that was not expected"
+            expected = re.search(rf"^.*{cell.error}.*$", text, re.MULTILINE) if cell.error else None
+            result["outcome"] = "clear error" if expected else "fails"
+            result["said"] = expected[0].strip() if expected else text[-3000:]
+            wrong = "" if expected else "an unexpected error"
         return {**result, "as_expected": not wrong, **({"wrong": wrong} if wrong else {})}
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What an installation did to what was there, or brought besides; empty where it is as it should be."""
+    """Return the unexpected changes that an installation made to the packages; empty where there are none."""
     was, now = before["packages"], after["packages"]
-    if before["torch"] is None:  # torch and all that it needs are new
+    if before["torch"] is None:  # torch and its dependencies are new
         now = {name: version for name, version in now.items() if name in was}
     elif before["torch"] != after["torch"]:
         return f"torch was {before['torch']} and is {after['torch']}"
@@ -310,15 +313,15 @@ def load() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"cells": {}}
 
 
-def keep(found: dict[str, Any], result: dict[str, Any]) -> None:
-    found["python"], found["machine"] = platform.python_version(), f"{platform.system()} {platform.machine()}"
-    found["cells"][result.pop("cell")] = {**result, "date": time.strftime("%Y-%m-%d")}
+def keep(results: dict[str, Any], result: dict[str, Any]) -> None:
+    results["python"], results["machine"] = platform.python_version(), f"{platform.system()} {platform.machine()}"
+    results["cells"][result.pop("cell")] = {**result, "date": time.strftime("%Y-%m-%d")}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-def table(found: dict[str, Any]) -> str:
-    """The results as Markdown: a row for each state of the machine and kind of file, a column for each tool."""
+def table(results: dict[str, Any]) -> str:
+    """Return the results as Markdown: a row for each machine state and kind of file, and a column for each tool."""
 
     def shown(result: dict[str, Any] | None) -> str:
         if result is None:
@@ -338,44 +341,44 @@ def table(found: dict[str, Any]) -> str:
         "bare": "the same without setuptools",
     }
     known = set(cells(cuda=True))
-    there = [Cell(*name.split("/")) for name in found["cells"]]
+    there = [Cell(*name.split("/")) for name in results["cells"]]
     columns = [tool for tool in tools if any(cell.tool == tool for cell in there)]
     lines = [f"| torch before | compiler | from | {' | '.join(tools[tool] for tool in columns)} |"]
     lines.append("|---" * (3 + len(columns)) + "|")
     for torch, compiler, what in sorted({cell[:3] for cell in there}):
         row = [
-            shown(found["cells"].get(cell.name)) if cell in known else ""
+            shown(results["cells"].get(cell.name)) if cell in known else ""
             for cell in (Cell(torch, compiler, what, tool) for tool in columns)
         ]
         lines.append(f"| {names[torch]} | {compiler} | {what} | {' | '.join(row)} |")
-    versions = ", ".join(sorted({r["torch"] for r in found["cells"].values() if "torch" in r}))
+    versions = ", ".join(sorted({r["torch"] for r in results["cells"].values() if "torch" in r}))
     lines += [
         "",
         "Which implementation serves on the CPU, and the seconds of the installation, with compilers' caches, beside "
         f"other work: torch {versions}, Python ",
     ]
-    return "\n".join(lines) + f"{found['python']}, {found['machine']} (`make install-matrix`)."
+    return "\n".join(lines) + f"{results['python']}, {results['machine']} (`make install-matrix`)."
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Install bomkern in every way that people do.")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="cells, as in 'cpu/g++/*'")
-    parser.add_argument("--cuda", action="store_true", help="also with a CUDA build of torch")
-    parser.add_argument("--again", action="store_true", help="also those done before")
+    parser = argparse.ArgumentParser(description="Install bomkern into fresh environments in every common way.")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cells to run, as in 'cpu/g++/*'")
+    parser.add_argument("--cuda", action="store_true", help="also run the cells with a CUDA build of torch")
+    parser.add_argument("--again", action="store_true", help="also run cells that have results")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "install-matrix", metavar="FOLDER")
-    parser.add_argument("--table", action="store_true", help="print the results as Markdown, and do nothing")
-    arguments, found = parser.parse_args(), load()
-    if arguments.table:
-        print(table(found))
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown, and run nothing")
+    args, results = parser.parse_args(), load()
+    if args.table:
+        print(table(results))
         return 0
-    bench, bad = Bench(arguments.work.resolve()), 0
-    for cell in cells(arguments.cuda):
-        if not fnmatch.fnmatch(cell.name, arguments.only) or (cell.name in found["cells"] and not arguments.again):
+    bench, bad = Bench(args.work.resolve()), 0
+    for cell in cells(args.cuda):
+        if not fnmatch.fnmatch(cell.name, args.only) or (cell.name in results["cells"] and not args.again):
             continue
         result = bench.attempt(cell)
-        bad, found = bad + (not result["as_expected"]), load()  # another may be at other cells
+        bad, results = bad + (not result["as_expected"]), load()  # another process may have added cells
         print(*(f"{key}={value}" for key, value in result.items()), flush=True)
-        keep(found, result)
+        keep(results, result)
     return int(bad > 0)
 
 

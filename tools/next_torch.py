@@ -1,9 +1,9 @@
-"""Tries another torch than the one that is worked with: ``make next-torch TORCH='torch==X'``.
+"""Try bomkern with another torch: ``make next-torch TORCH='torch==X'``.
 
-``python tools/next_torch.py REQUIREMENT`` makes a fresh environment named after the requirement, says which private
-names that torch lacks, builds bomkern there from a copy of the sources, prints ``bomkern info`` and runs the quick
-tests. Exit code 1 where a name is missing, or where one of the others fails; what comes after it is run all the same.
-``--names`` prints the missing names of the torch of the Python that runs this, and does no more.
+``python tools/next_torch.py REQUIREMENT`` makes a fresh environment named after the requirement, and prints the private
+names that its torch lacks. Then it builds bomkern there from a copy of the sources, prints ``bomkern info`` and runs
+the quick tests. The exit code is 1 where a name is missing or a step fails; the later steps run anyway. ``--names``
+only prints the missing names for the torch of the Python that runs this.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ INTERNALS = ROOT / "bomkern" / "common/torch_internals.py"
 
 
 def folder_of(requirement: str) -> str:
-    """The environment's folder: ``torch==2.15.0`` is tried in .venv-torch-2.15.0."""
+    """Return the folder of the environment: .venv-torch-2.15.0 for ``torch==2.15.0``."""
     return ".venv-" + re.sub(r"[^\w.]+", "-", requirement).strip("-.")
 
 
 def missing_names() -> list[str]:
-    """A line for each private name that the torch of this Python lacks. bomkern need not be built."""
+    """Return a line for each private name that the torch of this Python lacks. bomkern need not be built."""
     spec = importlib.util.spec_from_file_location("torch_internals", INTERNALS)
     assert spec is not None and spec.loader is not None
     internals = importlib.util.module_from_spec(spec)
@@ -46,14 +46,14 @@ def print_names() -> int:
 
 
 def copy_sources(to: Path) -> None:
-    """The project's files: a build in place would replace the extension of the environment that is in use."""
+    """Copy the project's files: a build in place would replace the extension of the environment in use."""
     for name in tracked():
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, to / name)
 
 
 def try_torch(requirement: str) -> int:
-    """Do everything for one requirement; returns the exit code."""
+    """Run all steps for one requirement, and return the exit code."""
     venv = ROOT / folder_of(requirement)
     python, source = str(venv / "bin" / "python"), venv / "src"
     pip = [python, "-m", "pip", "install", "--quiet"]
@@ -73,7 +73,7 @@ def try_torch(requirement: str) -> int:
     ).stdout.strip()
     (venv / "constraints.txt").write_text(f"torch=={version}\n")
     os.environ["PIP_CONSTRAINT"] = f"{os.environ.get('PIP_CONSTRAINT', '')} {venv / 'constraints.txt'}".strip()
-    os.environ["GIT_CEILING_DIRECTORIES"] = str(venv)  # git ignores the copy, and would say that it holds no files
+    os.environ["GIT_CEILING_DIRECTORIES"] = str(venv)  # else git would list no files: it ignores the copy
     copy_sources(source)
     install = str(source / "tools" / "install.py")
     done = (
@@ -87,12 +87,16 @@ def try_torch(requirement: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("requirement", nargs="?", default="torch", help="of pip (torch: the newest)")
-    parser.add_argument("--names", action="store_true", help="only say which private names this Python's torch lacks")
-    given = parser.parse_args()
-    if not re.match(r"torch\b(?!-)", given.requirement):
-        parser.error(f"REQUIREMENT must be one of torch, such as torch==2.15.0, got {given.requirement!r}")
-    return print_names() if given.names else try_torch(given.requirement)
+    parser.add_argument(
+        "requirement", nargs="?", default="torch", help="a requirement of pip (default: torch, the newest)"
+    )
+    parser.add_argument(
+        "--names", action="store_true", help="only print the private names that this Python's torch lacks"
+    )
+    args = parser.parse_args()
+    if not re.match(r"torch\b(?!-)", args.requirement):
+        parser.error(f"REQUIREMENT must be one of torch, such as torch==2.15.0, got {args.requirement!r}")
+    return print_names() if args.names else try_torch(args.requirement)
 
 
 if __name__ == "__main__":

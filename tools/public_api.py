@@ -1,7 +1,7 @@
-"""Lists what users hold on to: public names with their signatures, commands, state_dict keys and files' keys.
+"""List the public interface: names with their signatures, commands, state_dict keys and keys of files.
 
-``python tools/public_api.py`` prints it as JSON; ``--against REV`` compares it with that commit, and exits with 1 where
-something that REV has is gone or has changed. What is new is listed, and is no fault.
+``python tools/public_api.py`` prints it as JSON. ``--against REV`` compares it with a commit, and exits with 1 where an
+entry of REV is gone or has changed. New entries are listed too, but are no error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMMANDS = ((), ("train",), ("diagnose",), ("info",))
 
 
 def signature(value: Any) -> str:
-    """Return how a public name is called; of a class also its public methods and properties."""
+    """Return the signature of a public name; for a class also its public methods and properties."""
     if not callable(value):
         return type(value).__name__
     try:
@@ -44,19 +44,19 @@ def names() -> dict[str, str]:
     import bomkern.nn
     import bomkern.report
 
-    found = {f"bomkern.{name}": signature(getattr(bomkern, name)) for name in bomkern.__all__}
+    signatures = {f"bomkern.{name}": signature(getattr(bomkern, name)) for name in bomkern.__all__}
     for name in bomkern.nn.__all__:
-        found[f"bomkern.nn.{name}"] = signature(getattr(bomkern.nn, name))
+        signatures[f"bomkern.nn.{name}"] = signature(getattr(bomkern.nn, name))
     for name in bomkern.integrations.__all__:
-        found[f"bomkern.integrations.{name}"] = signature(getattr(bomkern.integrations, name))
+        signatures[f"bomkern.integrations.{name}"] = signature(getattr(bomkern.integrations, name))
     for name in ("diagnose_folder", "write_report"):
-        found[f"bomkern.report.{name}"] = signature(getattr(bomkern.report, name))
-    return found
+        signatures[f"bomkern.report.{name}"] = signature(getattr(bomkern.report, name))
+    return signatures
 
 
 def commands() -> dict[str, str]:
     """Return the help of every command."""
-    found = {}
+    texts = {}
     for words in COMMANDS:
         done = subprocess.run(
             [sys.executable, "-m", "bomkern", *words, "--help"],
@@ -64,12 +64,12 @@ def commands() -> dict[str, str]:
             text=True,
             env={**os.environ, "COLUMNS": "100"},
         )
-        found[" ".join(["bomkern", *words])] = done.stdout
-    return found
+        texts[" ".join(["bomkern", *words])] = done.stdout
+    return texts
 
 
 def states() -> dict[str, list[str]]:
-    """Return the keys of state_dicts, of a history's file and of a record, for a `GoalSet` of every kind."""
+    """Return the keys of the state_dicts of every kind of `GoalSet`, of a history's file, of a record and a guard."""
     import torch
 
     import bomkern
@@ -82,7 +82,7 @@ def states() -> dict[str, list[str]]:
         "spill": GoalSet({"a": Minimize(1.0), "b": Minimize(2.0)}, spill=0.5),
         "guard": GoalSet({"a": Minimize(1.0), "b": Minimize(2.0)}, guard=ShareGuard(), temperature=0.1),
     }
-    found = {f"GoalSet {name}": sorted(goals.state_dict()) for name, goals in sets.items()}
+    keys = {f"GoalSet {name}": sorted(goals.state_dict()) for name, goals in sets.items()}
     goals = sets["spill"]
     for _ in range(3):
         goals({"a": torch.rand(4, requires_grad=True), "b": torch.rand(4, requires_grad=True)}).loss.backward()
@@ -91,13 +91,13 @@ def states() -> dict[str, list[str]]:
         goals.history.save(path)
         kept = torch.load(path, weights_only=True)
     # One entry a key: readers leave out keys that they do not know, so that a new one changes nothing.
-    found |= {f"history file, {key}": [type(value).__name__] for key, value in sorted(kept.items())}
-    found["history file, layout's keys"] = sorted(kept["layout"])
-    found["record"] = sorted(goals.history.to_dict()) if hasattr(goals.history, "to_dict") else []
+    keys |= {f"history file, {key}": [type(value).__name__] for key, value in sorted(kept.items())}
+    keys["history file, layout's keys"] = sorted(kept["layout"])
+    keys["record"] = sorted(goals.history.to_dict()) if hasattr(goals.history, "to_dict") else []
     model = torch.nn.Linear(2, 2)
     guard = bomkern.StepGuard(torch.optim.AdamW(model.parameters()), goals=goals)
-    found["StepGuard"] = sorted(guard.state_dict())
-    return found
+    keys["StepGuard"] = sorted(guard.state_dict())
+    return keys
 
 
 def current() -> dict[str, Any]:
@@ -105,7 +105,7 @@ def current() -> dict[str, Any]:
 
 
 def of_commit(revision: str) -> dict[str, Any]:
-    """Return the same of another commit, with the extension that is built here."""
+    """Return the public interface of another commit, with the extension of this checkout."""
     with tempfile.TemporaryDirectory() as folder:
         packed = subprocess.run(
             ["git", "archive", revision, "bomkern", "kernels"], cwd=ROOT, check=True, capture_output=True

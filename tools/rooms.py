@@ -1,8 +1,8 @@
-"""Draws the imports of bomkern/ by room, and names those that go up.
+"""List the imports of bomkern/ by room, and check that they only go down.
 
 ``python tools/rooms.py`` prints a line for each room, from the top floor down: the rooms it imports, and how often. The
 exit status is 1 where an import goes up, sideways or in a circle. ``--files`` prints a line for each file instead.
-A name that is imported from `bomkern` itself counts as `bomkern`: only rooms on the floors of `PUBLIC` may do so.
+An import from `bomkern` itself counts as the room `bomkern`: only the rooms in `PUBLIC` may do so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bomkern"
 KERNELS = PACKAGE.parent / "kernels"  # installed as bomkern.kernels
-# From the ground up. A room imports from lower floors, and from what its own entry in ALSO names.
+# From the ground up. A room imports from all lower floors, unless ALONE limits it.
 FLOORS = (
     ("_version", "common"),
     ("constraints",),
@@ -31,7 +31,7 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-# Rooms that use less than all floors below them.
+# Rooms that may import only some of the rooms below them.
 ALONE = {
     "kernels": {"common", "reference"},
     "lazy_goals": {"common"},
@@ -43,22 +43,22 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def room_of(module: str) -> str:
-    """Return the room of a module of bomkern, "bomkern" for the package itself."""
+    """Return the room of a module of bomkern; "bomkern" for the package itself."""
     return module.split(".")[1] if "." in module else "bomkern"
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
-    """Return the files of the package by the name of their module."""
-    found = {}
+    """Return the files of the package by module name."""
+    files = {}
     for folder, name in ((package, "bomkern"), (KERNELS, "bomkern.kernels")):
         for path in sorted(folder.rglob("*.py")):
             parts = (name, *path.relative_to(folder).with_suffix("").parts)
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Yield the modules of bomkern that a file imports, but for those under ``if TYPE_CHECKING``."""
+    """Yield the modules of bomkern that a file imports, except those under ``if TYPE_CHECKING``."""
     tree = ast.parse(path.read_text())
     guarded = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
     for_types = {id(inner) for node in guarded for inner in ast.walk(node)}
@@ -96,14 +96,14 @@ def upward(package: Path = PACKAGE) -> list[str]:
 
 
 def circles(package: Path = PACKAGE) -> list[str]:
-    """Return a line for each circle of files that import each other, within a room too."""
+    """Return a line for each circle of imports between files, also within a room."""
     known = modules(package)
     graph = {module: set(imports(module, path, known)) - {module, "bomkern"} for module, path in known.items()}
-    found, done, trail = [], set(), []
+    lines, done, trail = [], set(), []
 
     def visit(module: str) -> None:
         if module in trail:
-            found.append(" -> ".join([*trail[trail.index(module) :], module]))
+            lines.append(" -> ".join([*trail[trail.index(module) :], module]))
         elif module not in done:
             trail.append(module)
             for target in sorted(graph[module]):
@@ -113,11 +113,11 @@ def circles(package: Path = PACKAGE) -> list[str]:
 
     for module in graph:
         visit(module)
-    return found
+    return lines
 
 
 def drawing(package: Path = PACKAGE) -> str:
-    """Return a line for each room, from the top floor down, with the rooms it imports and how often."""
+    """Return a line for each room, from the top floor down, with the rooms it imports and the number of imports."""
     known = modules(package)
     uses: dict[str, Counter[str]] = {}
     sizes: Counter[str] = Counter()
@@ -136,7 +136,7 @@ def drawing(package: Path = PACKAGE) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", action="store_true", help="a line for each file instead of each room")
+    parser.add_argument("--files", action="store_true", help="print a line for each file instead of each room")
     if parser.parse_args().files:
         known = modules()
         for module, path in known.items():

@@ -1,14 +1,14 @@
-"""Counts what kernels are in machine code. No GPU is needed, and these are counts, not times.
+"""Count the instructions of kernels in machine code. No GPU is needed; the results are counts, not times.
 
 `python tools/sass_count.py [--arch sm_90]` compiles total_correlation (nvcc, a few seconds) and prints its inner loops:
-instructions per exponential by pipe, and what they allow. A multiprocessor of sm_90 has four schedulers that issue one
-warp instruction a clock each; a warp instruction takes the MUFU pipe (16 lanes a multiprocessor) 2 clocks, the FMA pipe
-(128) 1/4, the ALU (64) 1/2, and shared memory (128 bytes a clock) 1 clock for each 4 bytes a lane.
+instructions per exponential by pipe, and the bound that follows. A multiprocessor of sm_90 has four schedulers that
+issue one warp instruction a clock each. A warp instruction takes the MUFU pipe (16 lanes a multiprocessor) 2 clocks,
+the FMA pipe (128) 1/4 and the ALU (64) 1/2. It takes shared memory (128 bytes a clock) 1 clock for each 4 bytes a lane.
 
 `--kernel OP ...` or `--all` prints every kernel of these ops instead: registers, instructions, those in loops by pipe,
-and the loops. A loop is shown as `all/longest [loops inside]`. First its own instructions on all its paths together,
-which is what a warp issues whose lanes part ways everywhere. Then those on the longest path alone. Loops inside count
-by themselves. `--against REV` compares with that commit, and `--write` puts this into bench/results/sass.md.
+and the loops. A loop is shown as `all/longest [loops inside]`. The first number counts the loop's own instructions on
+all paths, which a warp issues if its lanes diverge everywhere. The second counts those on the longest path alone. Loops
+inside are counted separately. `--against REV` compares with a commit, and `--write` writes bench/results/sass.md.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
-        """Where it jumps to, or where a divergence that it opens is to end."""
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if self.name in ("BRA", "BSSY", "CALL") else None
-        return int(found[1], 16) if found else None
+        """The address that it jumps to, or at which a divergence that it opens ends."""
+        match = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if self.name in ("BRA", "BSSY", "CALL") else None
+        return int(match[1], 16) if match else None
 
     @property
     def may_fall_through(self) -> bool:
@@ -64,7 +64,7 @@ def instructions_of(body: str) -> list[Instruction]:
 
 
 class Loop(NamedTuple):
-    exponentials: int  # in one turn, those by polynomial included
+    exponentials: int  # in one turn, including those by polynomial
     polynomials: int
     pipes: Counter[str]
     shared_clocks: int  # at 128 bytes a clock
@@ -76,7 +76,7 @@ class Loop(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """Exponentials a clock and multiprocessor, the tightest of the pipes."""
+        """Exponentials per clock and multiprocessor, by the tightest pipe."""
         p = self.pipes
         clocks = max(p.total() / 4, p["MUFU"] * 2, p["FMA"] / 4, p["ALU"] / 2, self.shared_clocks)
         return 32 * self.exponentials / clocks
@@ -96,7 +96,7 @@ def pipe_of(opcode: str) -> str:
 
 
 def executed(turn: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """A turn without what a branch jumps over: the weights, which few tiles of a stratified mixture need."""
+    """Return a turn without the code that branches skip: the weights, which few tiles of a stratified mixture need."""
     out, until = [], 0
     for address, opcode, rest in turn:
         if address < until:
@@ -109,7 +109,7 @@ def executed(turn: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
 
 
 def inner_loop(body: str) -> Loop:
-    """Of a kernel's innermost loops the one with the most hardware exponentials; the shortest of those."""
+    """Return the innermost loop of a kernel with the most hardware exponentials, the shortest where several tie."""
     code = [(i.address, i.opcode, i.operands) for i in instructions_of(body)]
     ends = []
     for address, opcode, rest in code:
@@ -122,7 +122,7 @@ def inner_loop(body: str) -> Loop:
     if not counts or min(counts)[0] == 0:
         raise RuntimeError("no loop with exponentials in this kernel")
     hardware, turn = -min(counts)[0], min(counts)[2]
-    # Each polynomial has its own clamp at -126, the one maximum of the loop that keeps NaN.
+    # Each polynomial has its own clamp at -126, which compiles to the loop's only maximum that keeps NaN.
     polynomials = sum(c[1].startswith("FMNMX.NAN") for c in turn)
     shared = 0
     for _, opcode, _ in turn:
@@ -132,16 +132,16 @@ def inner_loop(body: str) -> Loop:
 
 
 def short_name(mangled: str) -> str:
-    """forward_kernel<2>, gradient_kernel<rows>, ..."""
-    found = re.search(r"\d([a-z]+_kernel)If(?:Li(\d+)|LNS\d_4SideE(\d))E", mangled)
-    if not found:
+    """Return the short name of a kernel, such as forward_kernel<2> or gradient_kernel<rows>."""
+    match = re.search(r"\d([a-z]+_kernel)If(?:Li(\d+)|LNS\d_4SideE(\d))E", mangled)
+    if not match:
         raise RuntimeError(f"{mangled} is not a kernel that this tool knows")
-    name, chunks, side = found.groups()
+    name, chunks, side = match.groups()
     return f"{name}<{chunks or ('rows', 'components')[int(side)]}>"
 
 
 def loops(sass: str, kernels: str = "(forward|gradient)_kernelIf") -> dict[str, Loop]:
-    """The inner loop of each float kernel whose mangled name matches."""
+    """Return the inner loop of each float kernel whose mangled name matches."""
     out = {}
     for part in sass.split("Function :")[1:]:
         name = part.splitlines()[0].strip()
@@ -151,13 +151,13 @@ def loops(sass: str, kernels: str = "(forward|gradient)_kernelIf") -> dict[str, 
 
 
 class Nest:
-    """The loops of a kernel, as its jumps make them."""
+    """The nested loops of a kernel, found from its jumps."""
 
     def __init__(self, code: list[Instruction]) -> None:
         self.code = code
         self._next = self._edges()
         self._order, back = self._walk()
-        self.loops: dict[int, set[int]] = {}  # the instructions of each, those of loops inside too, by where it begins
+        self.loops: dict[int, set[int]] = {}  # first instruction -> all instructions, including those of inner loops
         before: dict[int, list[int]] = {}
         for at in self._order:
             for to in self._next[at]:
@@ -173,7 +173,7 @@ class Nest:
         self._back = set(back)
 
     def _edges(self) -> list[list[int]]:
-        """To which instructions each may go on; a call goes on behind itself."""
+        """Return the successors of each instruction; a call is followed by the instruction behind it."""
         place = {i.address: at for at, i in enumerate(self.code)}
         edges: list[list[int]] = []
         joins: dict[str, list[int]] = {}
@@ -185,7 +185,7 @@ class Nest:
             if i.name == "BRA" and i.target in place:
                 after.append(place[i.target])
             if i.name == "BSYNC":
-                # It goes on where the divergence ends: mostly right behind, unless it was moved out of the way.
+                # Execution continues where the divergence ends: at the next instruction, unless the block was moved.
                 ends = joins.get(i.operands.strip(), [])
                 if after and self.code[at + 1].address not in ends:
                     earlier = [end for end in ends if end <= i.address]
@@ -194,7 +194,7 @@ class Nest:
         return edges
 
     def _walk(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """What can be reached, each before what follows it, and the jumps back."""
+        """Return the reachable instructions, each before its successors, and the backward jumps."""
         place = {i.address: at for at, i in enumerate(self.code)}
         called = {place[i.target] for i in self.code if i.name == "CALL" and i.target in place}
         state = [0] * len(self.code)
@@ -228,7 +228,7 @@ class Nest:
         return [self.code[at] for at in sorted(set().union(*self.loops.values()))]
 
     def inside(self, start: int | None) -> list[int]:
-        """The loops right inside the one that begins there, or outside all."""
+        """Return the loops directly inside the one that begins at ``start``, or the outermost ones for None."""
         body = self.loops[start] if start is not None else set(range(len(self.code)))
         within = [s for s in self.loops if s != start and s in body]
         return sorted(s for s in within if not any(t not in (s, start) and s in self.loops[t] for t in within))
@@ -237,7 +237,7 @@ class Nest:
         return self.loops[start].difference(*(self.loops[s] for s in self.inside(start)))
 
     def longest(self, start: int) -> int:
-        """Instructions of one turn along its longest path, without those of loops inside."""
+        """Return the number of instructions on the longest path of one turn, without those of inner loops."""
         own, length = self.own(start), {start: 1}
         for at in self._order:
             if at not in length:
@@ -257,14 +257,14 @@ class Nest:
 
 class Kernel(NamedTuple):
     registers: int
-    stack: int  # bytes of local memory a thread: what was spilled
+    stack: int  # bytes of local memory per thread, which hold spilled registers
     instructions: int
     looped: Counter[str]  # by pipe
     loops: str
 
 
 def compiled_kernels(op: str, arch: str, root: Path = ROOT) -> dict[str, Kernel]:
-    """The kernels of one op, by name."""
+    """Return the kernels of one op, by name."""
     usage, sass = compile_op(op, arch, root)
     used = {kernel.name: kernel for kernel in usage}
     parts = {part.splitlines()[0].strip(): part for part in sass.split("Function :")[1:]}
@@ -279,7 +279,7 @@ def compiled_kernels(op: str, arch: str, root: Path = ROOT) -> dict[str, Kernel]
 
 
 def compile_op(op: str, arch: str, root: Path = ROOT) -> tuple[list[cuda_check.Kernel], str]:
-    """What an op's kernels use, and their machine code."""
+    """Compile an op's kernels, and return their resource usage and machine code."""
     nvcc, cuobjdump = shutil.which("nvcc"), cuda_check.find_cuobjdump()
     if nvcc is None or cuobjdump is None:
         raise RuntimeError("nvcc and cuobjdump are needed (the latter comes with the CUDA toolkit or triton)")
@@ -292,7 +292,7 @@ def compile_op(op: str, arch: str, root: Path = ROOT) -> tuple[list[cuda_check.K
 
 
 def kernels_of_commit(ops: list[str], arch: str, rev: str) -> dict[str, Kernel]:
-    """The same of another commit; an op that it does not have has no kernels there."""
+    """Return the kernels of another commit; an op that it lacks has none."""
     archive = subprocess.run(["git", "archive", rev, "kernels"], cwd=ROOT, check=True, capture_output=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
@@ -311,7 +311,7 @@ def print_kernels(kernels: dict[str, Kernel]) -> None:
 
 
 def page(before: dict[str, Kernel], after: dict[str, Kernel], command: str, arch: str) -> str:
-    """What differs, as a page of Markdown."""
+    """Return a page of Markdown with the kernels that differ."""
     names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
     lines = [
         "# Kernels in machine code, before and after",
@@ -333,13 +333,13 @@ def page(before: dict[str, Kernel], after: dict[str, Kernel], command: str, arch
         lines.append(f"| `{name}` | {' | '.join([*cells, *nests])} |")
     spilled = [n for n, k in after.items() if k.stack]
     same = len(after.keys() & before.keys()) - sum(n in before and n in after for n in names)
-    lines += ["", f"{same} other kernels are as they were. Kernels that spill: {', '.join(spilled) or 'none'}.", ""]
+    lines += ["", f"{same} other kernels are unchanged. Kernels that spill: {', '.join(spilled) or 'none'}.", ""]
     return "\n".join(lines)
 
 
 def print_exponentials(arch: str) -> None:
     counted = loops(compile_op("total_correlation", arch)[1])
-    print("warp instructions per exponential in the inner loop; bound: exponentials a clock and multiprocessor")
+    print("warp instructions per exponential in the inner loop; bound: exponentials per clock and multiprocessor")
     print(f"{'kernel':28} {'MUFU':>6} {'FMA':>6} {'ALU':>6} {'memory':>6} {'control':>7} {'issued':>6} {'bound':>6}")
     for name, loop in sorted(counted.items()):
         each = [loop.pipes[pipe] / loop.exponentials for pipe in ("MUFU", "FMA", "ALU", "memory", "control")]
@@ -347,22 +347,22 @@ def print_exponentials(arch: str) -> None:
         print(f"{name:28} {row} {loop.bound:6.2f}")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     ops = sorted(p.parent.name for p in ROOT.glob("kernels/*/cuda.cu"))
-    chosen = ops if arguments.all else arguments.kernel
+    chosen = ops if args.all else args.kernel
     if not chosen:
-        return print_exponentials(arguments.arch)
+        return print_exponentials(args.arch)
     unknown = sorted(set(chosen) - set(ops))
     if unknown:
         raise RuntimeError(f"no CUDA kernels of {', '.join(unknown)}; there are {', '.join(ops)}")
-    kernels = {name: k for op in chosen for name, k in compiled_kernels(op, arguments.arch).items()}
-    if not arguments.against:
+    kernels = {name: k for op in chosen for name, k in compiled_kernels(op, args.arch).items()}
+    if not args.against:
         return print_kernels(kernels)
-    before = kernels_of_commit(chosen, arguments.arch, arguments.against)
-    which = "--all" if arguments.all else f"--kernel {' '.join(chosen)}"
-    command = f"python tools/sass_count.py {which} --against {arguments.against} --write"
-    text = page(before, kernels, command, arguments.arch)
-    if arguments.write:
+    before = kernels_of_commit(chosen, args.arch, args.against)
+    which = "--all" if args.all else f"--kernel {' '.join(chosen)}"
+    command = f"python tools/sass_count.py {which} --against {args.against} --write"
+    text = page(before, kernels, command, args.arch)
+    if args.write:
         PAGE.write_text(text)
     else:
         print(text)
@@ -373,7 +373,7 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90", help="the architecture to compile for (default: sm_90)")
     parser.add_argument("--kernel", nargs="+", metavar="OP", default=[], help="print the kernels of these ops")
     parser.add_argument("--all", action="store_true", help="print the kernels of all ops")
-    parser.add_argument("--against", metavar="REV", help="a commit to compare with; takes --kernel or --all")
+    parser.add_argument("--against", metavar="REV", help="a commit to compare with; requires --kernel or --all")
     parser.add_argument("--write", action="store_true", help="write the comparison into bench/results/sass.md")
     try:
         run(parser.parse_args())

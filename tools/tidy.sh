@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# clang-tidy over csrc/ and kernels/ (CPU, and CUDA as the emulator compiles it), by .clang-tidy: prints what it finds.
+# Run clang-tidy with .clang-tidy over csrc/ and kernels/: the CPU code, and the CUDA code as the emulator compiles it.
 #
 #   make tidy                                        # everything: some minutes
 #   PYTHON=python3 bash tools/tidy.sh FILE...        # some files
 #
-# CLANG_TIDY names another one than the PATH's: pip install clang-tidy brings one. PYTHON is one that has torch.
+# CLANG_TIDY names a clang-tidy that is not on the PATH (pip install clang-tidy). PYTHON names a Python with torch.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 TIDY=${CLANG_TIDY:-clang-tidy}
@@ -20,14 +20,14 @@ TORCH=$($PYTHON -c '
 import sysconfig
 from torch.utils.cpp_extension import include_paths
 print(*(f"-isystem{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]))') || exit 2
-# torch includes omp.h, which is the compiler's own: that of g++, behind all of clang's headers.
+# torch includes omp.h, a header of the compiler: g++'s is searched after all of clang's headers.
 OPENMP=-idirafter$(dirname "$(g++ -print-file-name=include/omp.h)")
 NOT_CUDA=-checks=-bugprone-narrowing-conversions,-bugprone-implicit-widening-of-multiplication-result
 NOT_CUDA+=,-bugprone-misplaced-widening-cast,-bugprone-branch-clone,-bugprone-macro-parentheses
 export TIDY TORCH OPENMP NOT_CUDA
 check() {
   case $1 in
-    # A thread's place in its tile is 32 bits by design: registers. What they add up to is int64.
+    # A thread's offset in its tile has 32 bits by design, to save registers. Offsets in a tensor are int64.
     *.cu) set -- "$1" "$NOT_CUDA" -x c++ -Itests/native/cuda_emulator ;;
     csrc/*) set -- "$1" -fopenmp $TORCH "$OPENMP" ;;
   esac

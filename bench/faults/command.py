@@ -1,10 +1,10 @@
-"""How well `bomkern.diagnose` finds faults that were planted, and how often it cries wolf in runs without any.
+"""Measure how well `bomkern.diagnose` finds planted faults, and how often it raises false alarms.
 
     python -m bench.faults --runs 48 --clean 48 --seed 0
 
-trains small random problems for 300 to 600 short steps, each with one fault planted by script or none, diagnoses every
-history, and prints recall by kind, false alarms and how well confidence agrees with being right. What it knows is in
-`Truth`; what a finding must say to be right is in `is_right`. Writes bench/results/faults.json.
+trains small random problems for 300 to 600 short steps, each with one fault planted by script or none. It diagnoses
+every history, and prints recall by kind, false alarms, and the part of right findings by confidence. `Truth` holds what
+was planted, and `is_right` decides whether a finding is right. The figures are written to bench/results/faults.json.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 from bench.faults.runs import Truth, train
 from bomkern import Diagnosis, Finding, History, diagnose
 
-ALARM = 0.5  # a finding that is at least so confident is an alarm
+ALARM = 0.5  # a finding of at least this confidence is an alarm
 RESULTS = Path(__file__).parents[1] / "results" / "faults.json"
-# What a fault may be called. Each is a true name of what was planted.
+# The right kinds of finding for each planted fault.
 KINDS = {
     "floor": ("locked",),
     "drift": ("moving target",),
@@ -39,7 +39,7 @@ KINDS = {
 
 
 def is_right(finding: Finding, truth: Truth, history: History) -> bool:
-    """Whether a finding is true of a run with a fault: it names the fault, or what the exact raw values confirm."""
+    """Return whether a finding about a run with a fault is true: it names the fault, or the exact values confirm it."""
     if names_fault(finding, truth):
         return True
     if finding.kind in ("starved", "moving target", "locked"):
@@ -49,12 +49,12 @@ def is_right(finding: Finding, truth: Truth, history: History) -> bool:
         return bool(end > 0.95 * start if finding.kind == "locked" else end > start)
     if truth.fault != "collapse":
         return False
-    # What shuts the code is a KL with too small a scale, and it keeps the goal that needs the code where it is.
+    # The code collapses because the KL's scale is too small, and the goal that needs the code cannot improve.
     return finding[:2] == ("miscalibrated", ("kl_divergence",)) or set(finding.goals) == {"kl_divergence", "decoding"}
 
 
 def names_fault(finding: Finding, truth: Truth) -> bool:
-    """Whether it says what was planted, and where."""
+    """Return whether a finding names the planted fault and its goals."""
     if finding.kind not in KINDS.get(truth.fault, ()):
         return False
     both = truth.fault == "conflict"
@@ -62,18 +62,18 @@ def names_fault(finding: Finding, truth: Truth) -> bool:
 
 
 class Case(NamedTuple):
-    """One run, diagnosed."""
+    """One diagnosed run."""
 
     truth: Truth
     history: History
     diagnosis: Diagnosis
 
     @property
-    def rank(self) -> int | None:
-        """Of the finding that names the fault, from 1; None where none is an alarm."""
-        for rank, finding in enumerate(self.diagnosis.faults, 1):
+    def position(self) -> int | None:
+        """The position, from 1, of the first alarm that names the fault among all findings; None without one."""
+        for position, finding in enumerate(self.diagnosis.faults, 1):
             if names_fault(finding, self.truth) and finding.confidence >= ALARM:
-                return rank
+                return position
         return None
 
     @property
@@ -86,23 +86,29 @@ def mean(values: Sequence[float]) -> float:
 
 
 def by_kind(cases: list[Case]) -> dict[str, dict[str, Any]]:
-    """Per fault: runs, recall (right kind and goal, confidence of an alarm), how often at rank 1 and with any
-    confidence, the median delay of its first step after the onset, and what was said first where it was missed."""
+    """Return the figures of each fault.
+
+    Recall counts findings of the right kind and goal with the confidence of an alarm. Further figures say how often the
+    right finding came first, and how often it had any confidence. The delay is the median, from the onset, of its first
+    step. The last figure counts the first alarms of the runs that missed the fault.
+    """
     table: dict[str, dict[str, Any]] = {}
     for fault in KINDS:
-        of = [case for case in cases if case.truth.fault == fault]
-        hits = [case for case in of if case.rank]
-        faint = [c for c in of if any(names_fault(f, c.truth) for f in c.diagnosis.faults)]
-        told = [c for c in of if any(set(f.goals) & set(c.truth.goals) and f.kind != "starved" for f in c.alarms)]
-        late = sorted(c.diagnosis.faults[(c.rank or 1) - 1].first - c.truth.onset for c in hits)
-        missed = [c.alarms[0].kind if c.alarms else "nothing" for c in of if not c.rank]
+        runs = [case for case in cases if case.truth.fault == fault]
+        hits = [case for case in runs if case.position]
+        faint = [c for c in runs if any(names_fault(f, c.truth) for f in c.diagnosis.faults)]
+        goal_named = [
+            c for c in runs if any(set(f.goals) & set(c.truth.goals) and f.kind != "starved" for f in c.alarms)
+        ]
+        late = sorted(c.diagnosis.faults[(c.position or 1) - 1].first - c.truth.onset for c in hits)
+        missed = [c.alarms[0].kind if c.alarms else "nothing" for c in runs if not c.position]
         table[fault] = {
-            "runs": len(of),
-            "recall": len(hits) / len(of) if of else math.nan,
-            "first": mean([case.rank == 1 for case in hits]),
-            "mean rank": mean([case.rank or 0 for case in hits]),
-            "at any confidence": len(faint) / len(of) if of else math.nan,
-            "goal named, any cause": len(told) / len(of) if of else math.nan,
+            "runs": len(runs),
+            "recall": len(hits) / len(runs) if runs else math.nan,
+            "first": mean([case.position == 1 for case in hits]),
+            "mean position": mean([case.position or 0 for case in hits]),
+            "at any confidence": len(faint) / len(runs) if runs else math.nan,
+            "goal named, any cause": len(goal_named) / len(runs) if runs else math.nan,
             "median steps after onset": late[len(late) // 2] if late else None,
             "said instead": {kind: missed.count(kind) for kind in sorted(set(missed))},
         }
@@ -110,7 +116,7 @@ def by_kind(cases: list[Case]) -> dict[str, dict[str, Any]]:
 
 
 def judge(cases: list[Case]) -> dict[str, Any]:
-    """All figures of a set of runs."""
+    """Return all figures of a set of runs."""
     faulty = [case for case in cases if case.truth.fault != "clean"]
     clean = [case for case in cases if case.truth.fault == "clean"]
     verdicts = [
@@ -124,7 +130,7 @@ def judge(cases: list[Case]) -> dict[str, Any]:
     wrong = [f.kind for f, right in verdicts if not right and f.confidence >= ALARM]
     return {
         "faults": by_kind(faulty),
-        "recall": mean([bool(case.rank) for case in faulty]),
+        "recall": mean([bool(case.position) for case in faulty]),
         "clean runs with an alarm": mean([bool(case.alarms) for case in clean]),
         "alarms in clean runs": dict(_count([f.kind for case in clean for f in case.alarms])),
         "findings at any confidence in clean runs": mean([len(case.diagnosis.faults) for case in clean]),
@@ -140,7 +146,7 @@ def _count(kinds: list[str]) -> list[tuple[str, int]]:
     return sorted(((kind, kinds.count(kind)) for kind in set(kinds)), key=lambda pair: -pair[1])
 
 
-HEADS = (("runs", 5), ("recall", 8), ("rank 1", 8), ("rank", 6), ("any conf.", 11), ("goal named", 12), ("late by", 9))
+HEADS = (("runs", 5), ("recall", 8), ("first", 8), ("pos.", 6), ("any conf.", 11), ("goal named", 12), ("late by", 9))
 
 
 def show(figures: dict[str, Any]) -> str:
@@ -149,7 +155,7 @@ def show(figures: dict[str, Any]) -> str:
         instead = ", ".join(f"{kind} {n}" for kind, n in row["said instead"].items())
         late = row["median steps after onset"]
         lines.append(
-            f"{fault:<11}{row['runs']:>5}{row['recall']:>8.0%}{row['first']:>8.0%}{row['mean rank']:>6.1f}"
+            f"{fault:<11}{row['runs']:>5}{row['recall']:>8.0%}{row['first']:>8.0%}{row['mean position']:>6.1f}"
             f"{row['at any confidence']:>11.0%}{row['goal named, any cause']:>12.0%}{'' if late is None else late:>9}"
             f"  {instead}"
         )
@@ -181,25 +187,23 @@ def jobs(runs: int, clean: int, seed: int) -> list[tuple[str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=48, help="with a fault, its kinds in turn (48)")
-    parser.add_argument("--clean", type=int, default=48, help="runs without (48)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the runs; several are taken together (0)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (bench/results/faults.json)")
-    given = parser.parse_args()
-    todo = [job for seed in given.seed for job in jobs(given.runs, given.clean, seed)]
+    parser.add_argument("--runs", type=int, default=48, help="runs with a fault, kinds in turn (48)")
+    parser.add_argument("--clean", type=int, default=48, help="runs without a fault (48)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds; their runs are pooled (0)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file for the figures (bench/results/faults.json)")
+    args = parser.parse_args()
+    todo = [job for seed in args.seed for job in jobs(args.runs, args.clean, seed)]
     with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
         cases = pool.map(run, todo, chunksize=1)
     figures = judge(cases)
     print(show(figures))
-    given.out.parent.mkdir(exist_ok=True)
-    command = (
-        f"python -m bench.faults --runs {given.runs} --clean {given.clean} --seed {' '.join(map(str, given.seed))}"
-    )
-    given.out.write_text(json.dumps(_plain({"command": command, **figures}), indent=2, allow_nan=False) + "\n")
+    args.out.parent.mkdir(exist_ok=True)
+    command = f"python -m bench.faults --runs {args.runs} --clean {args.clean} --seed {' '.join(map(str, args.seed))}"
+    args.out.write_text(json.dumps(_plain({"command": command, **figures}), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
-    """For JSON, which has no NaN; three digits are more than so few runs can tell."""
+    """Prepare a value for JSON: NaN becomes None, and floats get three digits, enough for so few runs."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The runs of `bench.faults`: small random problems of several goals, trained with one fault planted, or none."""
+"""The runs of `bench.faults`: small random problems of several goals, trained with one planted fault or none."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NAMES = ("recon", "style", "edges", "colour", "depth", "realism", "motion", "mar
 
 
 class Truth(NamedTuple):
-    """What was planted.
+    """The planted fault of a run and its exact values.
 
     Attributes:
-        fault: a key of `bench.faults.KINDS`, or "clean".
-        goals: those it was planted in.
+        fault: a key of `bench.faults.command.KINDS`, or "clean".
+        goals: the goals it was planted in.
         onset: the step from which it acts.
         exact: [T, G] raw values without noise, of every goal at every step.
     """
@@ -33,14 +33,14 @@ class Truth(NamedTuple):
 
 
 class Problem:
-    """G smooth random goals of shared parameters, with noise per sample. Their best points lie ``apart``, 0 to about 1.
+    """G smooth random goals of shared parameters, with noise per sample; ``apart`` is the distance of their optima.
 
-    A goal is the mean square of `FEATURES` smooth functions of the parameters minus targets; or, for ``net``, the
-    squared error of one output of a small network against a random function. Each has a unit of its own, and a
-    difficulty that wanders as batches do, by some 10% over some 15 steps.
+    A goal is the mean square of `FEATURES` smooth functions of the parameters minus targets. With ``net`` it is the
+    squared error of one output of a small network against a random function. ``apart`` is from 0 to about 1. Each goal
+    has its own unit, and a difficulty that drifts by some 10% over some 15 steps, as that of batches does.
 
     Attributes:
-        unit, floor, start: [G] of raw values: their unit, what the noise alone leaves, and what no training costs.
+        unit, floor, start: [G] of raw values: their unit, the value from noise alone, and the value before training.
     """
 
     def __init__(self, goals: int, net: bool, apart: float, noise: float, seed: int) -> None:
@@ -52,9 +52,9 @@ class Problem:
         self.linear, self.inner = self.normal(goals, FEATURES, PARAMETERS), self.normal(goals, FEATURES, PARAMETERS)
         common, own = self.normal(1, PARAMETERS), self.normal(goals, PARAMETERS)
         self.teacher = self.normal(INPUTS, 8), self.normal(8, goals)
-        self.drift = torch.zeros(goals)  # added to targets, by `plant`
-        self.head = list(range(goals))  # which output or features each goal looks at
-        self.mirror = torch.ones(goals)  # -1: the target lies on the other side of the start
+        self.drift = torch.zeros(goals)  # added to the targets by `plant_drift`
+        self.head = list(range(goals))  # the output or features that each goal reads
+        self.mirror = torch.ones(goals)  # -1: the target is on the other side of the start
         self.weather = torch.zeros(goals)
         with torch.no_grad():
             if not net:
@@ -71,7 +71,7 @@ class Problem:
         return torch.rand(*shape, generator=self.draw)
 
     def features(self, theta: Tensor) -> Tensor:
-        """[goals, FEATURES]."""
+        """Return the features of the parameters, [goals, FEATURES]."""
         return self.linear @ theta[0] / PARAMETERS**0.5 + 0.5 * torch.sin(self.inner @ theta[0] / PARAMETERS**0.5)
 
     def output(self, x: Tensor, theta: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Problem:
         return torch.tanh(x @ first.view(INPUTS, HIDDEN)) @ second.view(HIDDEN, self.goals)
 
     def raw(self, exact: bool = False) -> tuple[Tensor, Tensor]:
-        """[B, G] raw values, and [G] without the noise."""
+        """Return the raw values, [B, G], and their means without the noise, [G]."""
         if self.net:
             x = self.normal(BATCH, INPUTS)
             wanted = torch.tanh(x @ self.teacher[0] / 2) @ self.teacher[1] / 2
@@ -98,13 +98,13 @@ class Problem:
 
 
 class Latent:
-    """A KL-like and a capacity-like goal: a code of 8 dimensions with widths that training can shut."""
+    """A KL-like and a capacity-like goal on a code of 8 dimensions, whose widths training can reduce to 0."""
 
     def __init__(self, draw: torch.Generator) -> None:
         self.draw, self.widths = draw, torch.nn.Parameter(torch.ones(8))
 
     def raw(self) -> dict[str, Tensor]:
-        """kl [B], capacity 0-dim, and decoding [B], which needs the code."""
+        """Return the KL [B], the capacity 0-dim, and the decoding error [B], which depends on the code."""
         x = torch.randn(BATCH, 8, generator=self.draw)
         kl = (self.widths * x).square().sum(1) / 2
         capacity = torch.sigmoid((0.1 - self.widths.square()) / 0.05).mean()
@@ -113,7 +113,7 @@ class Latent:
 
 
 class Scene(NamedTuple):
-    """A problem about to be trained, the goal to spoil, and its anchors as they should be."""
+    """A problem about to be trained, the goal that gets the fault, and that goal's right anchors."""
 
     problem: Problem
     names: list[str]
@@ -125,13 +125,13 @@ class Scene(NamedTuple):
     nadir: float
 
     def added(self, height: Callable[[int], float]) -> Callable[[int], Tensor]:
-        """step -> [G], so much on the victim."""
-        one = torch.nn.functional.one_hot(torch.tensor(self.victim), len(self.names)).float()
-        return lambda step: one * height(step)
+        """Return a function from a step to [G], with ``height`` of the step at the victim and 0 elsewhere."""
+        mask = torch.nn.functional.one_hot(torch.tensor(self.victim), len(self.names)).float()
+        return lambda step: mask * height(step)
 
 
 class Planted(NamedTuple):
-    """Where, from which step, and what is added to the raw values, [G] at each step."""
+    """The goals of a planted fault, its first step, and the values it adds to the raw values, [G] at each step."""
 
     goals: tuple[str, ...]
     onset: int
@@ -148,7 +148,7 @@ def plant_floor(scene: Scene) -> Planted:
 
 
 def plant_drift(scene: Scene) -> Planted:
-    """Either raw climbs whatever is done, or the target walks away faster than training can follow."""
+    """Plant a raw value that always rises, or a target that moves faster than training can follow."""
     onset = int(scene.steps * scene.dice.uniform(0.1, 0.3))
     if scene.dice.random() < 0.5:
         slope = scene.dice.uniform(2, 5) * (scene.nadir - scene.ideal) / (scene.steps - onset)
@@ -164,7 +164,7 @@ def plant_drift(scene: Scene) -> Planted:
 
 
 def plant_conflict(scene: Scene) -> Planted:
-    """Another goal wants the opposite of the victim."""
+    """Plant a second goal with the opposite target of the victim's."""
     problem, other = scene.problem, (scene.victim + 1) % len(scene.names)
     problem.head[other], problem.mirror[other] = scene.victim, -1.0
     problem.unit[other] = problem.unit[scene.victim]
@@ -180,7 +180,7 @@ def plant_scale(scene: Scene) -> Planted:
 
 
 def plant_box(scene: Scene) -> Planted:
-    """Its upper end lies below what noise alone leaves."""
+    """Plant a box whose upper end is below the value from noise alone."""
     floor = float(scene.problem.floor[scene.victim])
     low, high = scene.dice.uniform(-1, 0.3) * floor, scene.dice.uniform(0.4, 0.8) * floor
     box = Box(low, high) if scene.dice.random() < 0.5 else BoxAsymmetric(low, (low + 2 * high) / 3, high)
@@ -189,7 +189,7 @@ def plant_box(scene: Scene) -> Planted:
 
 
 def plant_adversary(scene: Scene) -> Planted:
-    """Calibrated over 30 steps, and hard only from the fortieth on."""
+    """Plant a goal that is calibrated over 30 steps, and gets hard only from step 40."""
     length, height = scene.dice.uniform(40, 150), scene.dice.uniform(4, 15) * scene.nadir
     scene.policies[scene.names[scene.victim]] = Calibrated(steps=30)
     harder = scene.added(lambda step: height * min(1, max(0, step - 40) / length))
@@ -203,25 +203,25 @@ PLANTS = {
     "scale": plant_scale,
     "box": plant_box,
     "adversary": plant_adversary,
-    "collapse": plant_nothing,  # it comes with `Latent`
+    "collapse": plant_nothing,  # `add_latent` plants it
     "clean": plant_nothing,
 }
 
 
 def add_latent(policies: dict[str, Constraint | Policy | Group], shut: bool) -> None:
-    """Anchors for `Latent`'s goals; to shut it, a KL that must be nothing and a capacity that may be."""
+    """Add anchors for `Latent`'s goals; with ``shut`` a strict KL and a lenient capacity make the code collapse."""
     policies["kl_divergence"] = Anchored(0.0, 0.03 if shut else 12.0)
     policies["capacity"] = Anchored(0.0, 4.0 if shut else 1.0)
     policies["decoding"] = Anchored(0.0, 1.0)
 
 
 def train(fault: str, seed: int) -> tuple[History, Truth]:
-    """One run. ``fault``: a key of `bench.faults.KINDS`, or "clean"."""
+    """Train one run, and return its history and truth. ``fault`` is a key of `PLANTS`."""
     dice = random.Random(f"{fault} {seed}")
     count, steps, rate = dice.randint(4, 6), dice.randint(300, 600), dice.choice([0.005, 0.01, 0.02])
     problem = Problem(count, dice.random() < 0.5, dice.uniform(0.1, 0.5), dice.uniform(0.1, 0.3), dice.getrandbits(40))
     names = dice.sample(NAMES, count)
-    rough = [math.exp(dice.uniform(-0.4, 0.4)) for _ in range(2 * count)]  # nobody knows anchors exactly
+    rough = [math.exp(dice.uniform(-0.4, 0.4)) for _ in range(2 * count)]  # users know anchors only roughly
     lows = [float(low) * a for low, a in zip(problem.floor, rough[::2], strict=True)]
     highs = [float(high) * b for high, b in zip(problem.start, rough[1::2], strict=True)]
     anchors = [(low, max(high, 3 * low)) for low, high in zip(lows, highs, strict=True)]

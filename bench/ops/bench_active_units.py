@@ -14,7 +14,7 @@ from bench.report.write import SHOWN
 
 
 def plain(mu: Tensor) -> tuple[Tensor, Tensor]:
-    """As one writes it in plain PyTorch, for a code of which something varies."""
+    """Compute active units in plain PyTorch, for a code with at least one varying dimension."""
     variance = mu.var(0)
     p = variance / variance.sum()
     return torch.sigmoid((variance - 0.1) / 0.05).mean(), torch.exp(-(p * p.log()).sum()) / len(p)

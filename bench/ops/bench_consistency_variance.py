@@ -1,4 +1,4 @@
-"""consistency_variance of four views against eager PyTorch and torch.compile, and its share of a copy's bandwidth."""
+"""Time consistency_variance of four views against eager PyTorch, torch.compile and the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bench.report.write import SHOWN
 V = 4
 
 
-def ours(*given: Tensor, impl: str | None = None) -> Tensor:
-    return bomkern.consistency_variance(given, impl=impl)
+def ours(*views: Tensor, impl: str | None = None) -> Tensor:
+    return bomkern.consistency_variance(views, impl=impl)
 
 
-def plain(*given: Tensor) -> Tensor:
-    """As one writes it in plain PyTorch."""
-    return torch.stack(given).var(0).mean(1)
+def plain(*views: Tensor) -> Tensor:
+    """Compute the variance over the views in plain PyTorch."""
+    return torch.stack(views).var(0).mean(1)
 
 
 CASE = Case(

@@ -1,6 +1,6 @@
-"""covariance_penalty, by sample and of the batch, against VICReg's code, torch.compile and the bare matrix products.
+"""Time covariance_penalty by sample and of the batch, against VICReg's code, torch.compile and bare matrix products.
 
-Its work is the operations of the products that no implementation is spared: ``x.T @ x`` and ``x @ C``.
+The work is the operations of the products that every implementation needs: ``x.T @ x`` and ``x @ C``.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def samples(regime: str, B: int, D: int) -> Inputs:
 
 
 def off_diagonal(x: Tensor) -> Tensor:
-    """As VICReg has it (facebookresearch/vicreg, main_vicreg.py)."""
+    """Return the off-diagonal elements, as VICReg does (facebookresearch/vicreg, main_vicreg.py)."""
     n, m = x.shape
     assert n == m
     return x.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
 
 
 def plain_batch(z: Tensor) -> Tensor:
-    """VICReg's."""
+    """Compute VICReg's covariance penalty of the batch."""
     x = z - z.mean(dim=0)
     covariance = (x.T @ x) / (len(x) - 1)
     return off_diagonal(covariance).pow_(2).sum().div(z.shape[1])
 
 
 def plain(z: Tensor) -> Tensor:
-    """Each sample's part, written the same way."""
+    """Compute each sample's part of the penalty, written the same way."""
     batch, dims = z.shape
     x = z - z.mean(dim=0)
     covariance = (x.T @ x) / (batch - 1)
@@ -47,17 +47,17 @@ def plain(z: Tensor) -> Tensor:
     return ((x @ off) * x).sum(1) * (batch / (batch - 1) / dims)
 
 
-def few(parts: Tensor) -> Tensor:
-    """As a bottleneck rule weighs samples: most have another bottleneck."""
+def weigh_every_fifth(parts: Tensor) -> Tensor:
+    """Sum every fifth sample's part: under the bottleneck rule most samples have another bottleneck."""
     return (parts * (torch.arange(len(parts), device=parts.device) % 5 == 0)).sum() / len(parts)
 
 
 def products(count: int) -> Any:
-    """Operations of so many products of [B, D] with [D, D] forward, and of two in both directions together."""
+    """Return the operations of ``count`` products of [B, D] with [D, D] forward, and of two in both directions."""
 
     def work(size: Size, direction: str) -> float:
-        one = 2.0 * size["B"] * size["D"] ** 2
-        return one * (count if direction == FORWARD else 2 if direction == BOTH else 1)
+        product = 2.0 * size["B"] * size["D"] ** 2
+        return product * (count if direction == FORWARD else 2 if direction == BOTH else 1)
 
     return work
 
@@ -68,7 +68,7 @@ def case(label: str, ours: Any, written: Any, loss: Any, forward: int) -> Case:
 
 
 BY_SAMPLE = case("", bomkern.covariance_penalty, plain, torch.mean, 2)
-WEIGHED = case("weighed", bomkern.covariance_penalty, plain, few, 2)
+WEIGHED = case("weighed", bomkern.covariance_penalty, plain, weigh_every_fifth, 2)
 ours_batch = functools.partial(bomkern.covariance_penalty, reduction="batch")
 BATCH = case("of the batch", ours_batch, plain_batch, torch.mean, 1)
 if DEVICE == "cuda":

@@ -1,4 +1,4 @@
-"""gaussian_kl against eager PyTorch and torch.compile, and its share of a copy's bandwidth."""
+"""Time gaussian_kl against eager PyTorch, torch.compile and the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.report.write import SHOWN
 
 
 def plain(mu: Tensor, logvar: Tensor) -> Tensor:
-    """As one writes it in plain PyTorch."""
+    """Compute the KL divergence in plain PyTorch."""
     return -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(1)
 
 

@@ -1,7 +1,7 @@
-"""goal_set, forward and backward, against eager PyTorch and torch.compile; and what a `GoalSet` costs a step.
+"""Time goal_set, forward and backward, against eager PyTorch and torch.compile; and the cost of a `GoalSet` in a step.
 
-The peers compute what a user would write for the same loss and the same log: scores, stack, worst goal or log-sum-exp,
-and the numbers of the step (share, level and mean raw value of each goal). Every result is checked before it is timed.
+The peers are a user's code for the same loss and the same log: scores, stack, worst goal or log-sum-exp, and the
+numbers of the step (share, level and mean raw value of each goal). Every result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Step = tuple[Tensor, Tensor, Tensor]  # loss; [2, K]: share and level; [K]: raw
 
 
 def plain(rule: str) -> Function:
-    """As one writes it: each goal's weight is its gradient."""
+    """Return a step in plain PyTorch, in which each goal's share is its weight in the gradient."""
     weights = torch.tensor(WEIGHTS, device=DEVICE)
 
     def step(*raw: Tensor) -> Step:
         scores = torch.stack([torch.exp(-(x - c.ideal) / c.scale) for x, c in zip(raw, ANCHORED, strict=True)], 1)
         d = -torch.log(scores)
         if rule == "hard":
-            worst = d.max(1)  # of goals that tie the first, as in the share
+            worst = d.max(1)  # the first of goals that tie, as in the share
             loss = worst.values.mean()
             share = torch.nn.functional.one_hot(worst.indices, K).float().mean(0)
         elif rule == "smooth":
@@ -50,7 +50,7 @@ def plain(rule: str) -> Function:
 
 
 @functools.cache
-def _given(rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _arguments(rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     table = ConstraintTable(ANCHORED, DEVICE)
     mu = torch.tensor(MU if rule == "smooth" else 0.0, device=DEVICE).to(dtype)
     weights = torch.tensor(WEIGHTS, device=DEVICE).to(dtype) if rule == "spill" else None
@@ -58,11 +58,11 @@ def _given(rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def fused(rule: str) -> Function:
-    """The op, in the same form."""
+    """Return the same step with bomkern's op."""
     owners = list(range(K))
 
     def step(*raw: Tensor, impl: str | None = None) -> Step:
-        params, curves, mu, weights = _given(rule, torch.promote_types(raw[0].dtype, torch.float32))
+        params, curves, mu, weights = _arguments(rule, torch.promote_types(raw[0].dtype, torch.float32))
         serve = select.resolve("goal_set", DEVICE, impl)
         loss, _, record = serve(list(raw), params, curves, owners, mu, Reduction.MEAN, weights)
         parts = record_parts(record, K, K)
@@ -102,7 +102,7 @@ BARE = "min_goal_loss with stats"
 
 @pytest.mark.parametrize("name", [BARE, *(f"GoalSet {rule}" for rule in SETS)])
 def test_what_the_module_adds(benchmark: Any, name: str) -> None:
-    """What names, policies, history and weights add to a bare loss with stats: forward and backward of nine goals."""
+    """Time a GoalSet with names, policies, history and weights beside a bare loss with stats: nine goals, both ways."""
     size = SIZES[0]
     raw = raw_values(**size)
     about(benchmark, "goal_set", "GoalSet step", BOTH, name, size)

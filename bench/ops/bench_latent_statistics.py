@@ -1,4 +1,4 @@
-"""latent_statistics against the separate calls that it replaces, eager PyTorch and torch.compile."""
+"""Time latent_statistics against the separate calls that it replaces, eager PyTorch and torch.compile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Nine = tuple[Tensor, ...]
 
 
 def moments(z: Tensor, mu: Tensor, logvar: Tensor) -> Nine:
-    """Of logvar's rows, then of z's and mu's columns, in the order of `bomkern.latent_statistics`."""
+    """Return moments of logvar's rows, then of z's and mu's columns, in the order of `bomkern.latent_statistics`."""
     columns = [part for x in (z, mu) for part in reversed(torch.var_mean(x, 0))]
     return logvar.mean(1), logvar.square().mean(1), *columns
 
@@ -29,12 +29,12 @@ def separate(z: Tensor, mu: Tensor, logvar: Tensor) -> Nine:
 
 
 def plain(z: Tensor, mu: Tensor, logvar: Tensor) -> Nine:
-    """As one writes it in plain PyTorch."""
+    """Compute all nine statistics in plain PyTorch."""
     return plain_kl(mu, logvar), *moments(z, mu, logvar), *plain_units(mu)
 
 
 def loss(fields: Nine) -> Tensor:
-    """Uses all nine, none to so little that its gradient would not be seen."""
+    """Combine all nine statistics, each with enough weight for its gradient to show."""
     kl, logvar_mean, logvar_square, z_mean, z_variance, mu_mean, mu_variance, active, effective = fields
     rows = kl.mean() + (logvar_mean.square() + logvar_square).mean()
     columns = z_mean.square() + (z_variance - 1).square() + mu_mean.square() + mu_variance.square()

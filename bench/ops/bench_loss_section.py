@@ -1,6 +1,6 @@
-"""The loss section of a nine-goal step: a `GoalSet` with its history against plain PyTorch with its checks and logs.
+"""Time the loss section of a nine-goal step: a `GoalSet` with its history against plain PyTorch with checks and logs.
 
-Beside the time stand what a GPU would see of each: launches, and the times that the host waits (syncs).
+Also count what each costs on a GPU beside the time: launches, and the syncs at which the host waits.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def test_loss_section(benchmark: Any, size: Size, name: str) -> None:
     exact = {goal: x.detach().double().requires_grad_() for goal, x in raw.items()}
     log: dict[str, float] = {}
 
-    def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
-        return goals(given).loss if name == OURS else plain_loss(given, ANCHORS, log)
+    def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return goals(values).loss if name == OURS else plain_loss(values, ANCHORS, log)
 
-    def gradients(value: torch.Tensor, given: dict[str, torch.Tensor]) -> Any:
-        return torch.autograd.grad(value, list(given.values()), materialize_grads=True)
+    def gradients(value: torch.Tensor, values: dict[str, torch.Tensor]) -> Any:
+        return torch.autograd.grad(value, list(values.values()), materialize_grads=True)
 
     want = plain_loss(exact, ANCHORS, {})
     got = loss(raw)

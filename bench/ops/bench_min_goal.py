@@ -1,6 +1,6 @@
-"""min_goal_loss, forward and backward, against eager PyTorch and torch.compile; and what one call costs the host.
+"""Time min_goal_loss, forward and backward, against eager PyTorch and torch.compile; and the host's time in one call.
 
-The peers compute what a user would write: scores, stack, min, log, mean. Every result is checked before it is timed.
+The peers are a user's code: scores, stack, min, log, mean. Every result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bomkern import Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHar
 K = 9
 SIZES = [{"K": K, "B": batch} for batch in (64, 512, 8192, *((65536,) if DEVICE == "cuda" else ()), 1_048_576)]
 
-# Numbers of few bits, so that goals can tie exactly.
+# The parameters have few bits, so that goals can tie exactly.
 ANCHORED = tuple(Minimize(scale=2.0 ** (k % 4 - 3), ideal=k / 128) for k in range(K))
 MIXED = (
     *(Minimize(0.5), Minimize(0.5, ideal=0.125), MinimizeHard(0.5), MinimizeHard(0.9)),
@@ -45,7 +45,7 @@ MIXED = (
 
 
 def score(x: Tensor, constraint: Constraint) -> Tensor:
-    """The score as one writes it in plain PyTorch."""
+    """Compute a score in plain PyTorch."""
     c = constraint
     if isinstance(c, Minimize):
         return torch.exp(-(x - c.ideal) / c.scale)
@@ -61,7 +61,7 @@ def score(x: Tensor, constraint: Constraint) -> Tensor:
 
 
 def raw_values(K: int, B: int) -> Inputs:
-    """Well inside the boxes, where the plain peers are right too."""
+    """Return raw values well inside the boxes, where the plain peers are right too."""
     return goals("uniform", ANCHORED[:K], B)
 
 
@@ -91,8 +91,8 @@ def case(label: str, constraints: Sequence[Constraint]) -> Case:
 CASES = {"anchored": case("anchored", ANCHORED), "all six constraints": case("all six constraints", MIXED)}
 
 
-def one_of_the_batch(regime: str, K: int, B: int) -> Inputs:
-    """The first goal has one value for all samples, whose gradient is a sum over them."""
+def with_batch_level_goal(regime: str, K: int, B: int) -> Inputs:
+    """Return inputs whose first goal has one value for all samples: its gradient is a sum over them."""
     first, *others = goals(regime, ANCHORED[:K], B)
     return first.detach()[0].clone().requires_grad_(), *others
 
@@ -102,7 +102,7 @@ def plain_of_the_batch(first: Tensor, *others: Tensor) -> Tensor:
 
 
 BATCH_LEVEL = Case(
-    "min_goal", one_of_the_batch, ours(ANCHORED), plain_of_the_batch, torch.Tensor.mean, TRAFFIC,
+    "min_goal", with_batch_level_goal, ours(ANCHORED), plain_of_the_batch, torch.Tensor.mean, TRAFFIC,
     label="a batch-level goal",
 )  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_a_batch_level_goal(benchmark: Any, size: Size, regime: str, direction: 
 
 @pytest.mark.parametrize("name", [OURS, "torch.exp"])
 def test_host_time_of_one_call(benchmark: Any, name: str) -> None:
-    """One forward call at B = 64 on a [64, 9] tensor, beside torch.exp on the same tensor."""
+    """Time one forward call at B = 64 on a [64, 9] tensor, beside torch.exp on the same tensor."""
     x = torch.rand(64, K, device=DEVICE).requires_grad_()
     about(benchmark, "min_goal", "host time of min_goal_loss", FORWARD, name, SIZES[0])
     timed(benchmark, [(lambda: min_goal_loss(x, ANCHORED)) if name == OURS else (lambda: torch.exp(x))])

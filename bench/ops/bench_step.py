@@ -1,8 +1,8 @@
-"""The whole nine-goal step of the trainer against plain PyTorch, a weighted sum, and Jacobian descent (TorchJD).
+"""Time the whole nine-goal step of the trainer against plain PyTorch, a weighted sum, and Jacobian descent (TorchJD).
 
-Networks, discriminator and updates included, 32 px. Each variant's gradient is checked before it is timed: those of the
-hard minimum against each other, the compiled step's against that of the eager one, those of other rules by the losses
-they descend on.
+The step includes networks, discriminator and updates, at 32 px. Each variant is checked before it is timed. The
+gradients of the hard minimum are compared with each other, and the compiled step's with the eager one's. Of the other
+rules the losses are compared.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from bench.report.page import PARTS
 try:
     from bench import step
     from bomkern.train.data import DataError
-except ModuleNotFoundError as why:  # something of the trainer's
+except ModuleNotFoundError as why:  # a requirement of the trainer
     pytest.skip(f"the trainer needs {why.name}: pip install 'bomkern[train]'", allow_module_level=True)
 
 BATCHES = (64, 512, 2048)
-# At each: rounds, and steps in parts, of which the first is a warm-up where there are more.
+# Rounds, and steps timed in parts, for each batch; the first of several steps in parts is a warm-up.
 REPEATS = {64: (15, 4), 512: (5, 3), 2048: (1, 1)} if DEVICE == "cpu" else dict.fromkeys(BATCHES, (0, 6))
-WALKS_MANY = ("UPGrad", "MGDA")  # a backward for each goal: at the smallest batch alone
+WALKS_MANY = ("UPGrad", "MGDA")  # these need a backward for each goal: timed at the smallest batch alone
 HARD = ("bomkern lazy", "bomkern routed", "bomkern", "plain", step.BLOCKS)
 LEFT_OUT = {64: (step.BLOCKS,), 512: (step.BLOCKS, *step.RULES), 2048: (step.SPILL, step.COMPILED, *step.RULES)}
 CASES = [(batch, variant) for batch in BATCHES for variant in step.VARIANTS if variant not in LEFT_OUT[batch]]
-SAMPLE, TERM = 8e6, 40.0  # bytes that a sample takes in the networks, and an element of B x B x D in eager statistics
+SAMPLE, TERM = 8e6, 40.0  # bytes of a sample in the networks, and of an element of B x B x D in eager statistics
 
 
 @functools.lru_cache(maxsize=1)
 def expected(batch: int) -> tuple[list[Tensor | None], Tensor]:
-    """Gradients of the hard minimum, and the mean deficits, by bomkern with every graph walked."""
+    """Return the gradients of the hard minimum, and the mean deficits, from bomkern with every graph walked."""
     run = step.Run("bomkern", batch, step.started())
     with torch.no_grad():
         values = run.statistics(*run.networks())
@@ -49,7 +49,7 @@ def expected(batch: int) -> tuple[list[Tensor | None], Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def uncompiled(batch: int) -> list[Tensor | None]:
-    """Gradients of the weights by rank."""
+    """Return the gradients of the eager spill step."""
     return step.Run(step.SPILL, batch, step.started()).gradients()
 
 
@@ -59,21 +59,21 @@ def check(run: step.Run) -> None:
     if run.variant in (*HARD, step.COMPILED):
         want = uncompiled(batch) if run.variant == step.COMPILED else want
         grads = run.gradients()
-        off = sum(float((_of(a, b) - b).norm()) ** 2 for a, b in zip(grads, want, strict=True) if b is not None)
+        off = sum(float((_or_zeros(a, b) - b).norm()) ** 2 for a, b in zip(grads, want, strict=True) if b is not None)
         assert off**0.5 <= 1e-3 * sum(float(b.norm()) ** 2 for b in want if b is not None) ** 0.5
     else:
         with torch.no_grad():
             values = run.statistics(*run.networks())
-        seen = run.deficits(dict(zip(step.goal.GOALS, values, strict=True)))
-        assert torch.allclose(seen, deficits, rtol=1e-3, atol=1e-4)
+        actual = run.deficits(dict(zip(step.goal.GOALS, values, strict=True)))
+        assert torch.allclose(actual, deficits, rtol=1e-3, atol=1e-4)
 
 
-def _of(grad: Tensor | None, like: Tensor) -> Tensor:
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad
 
 
 def room(batch: int, name: str) -> None:
-    """Skip what would not fit: a CPU's memory gives no error that could be caught."""
+    """Skip a variant that does not fit into memory: on a CPU the system would kill the process."""
     if DEVICE == "cuda" or not (info := Path("/proc/meminfo")).exists():
         return
     free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1])  # type: ignore[index]
@@ -113,7 +113,7 @@ def measure(benchmark: Any, run: step.Run, trial: bool) -> None:
     batch, info = run.config.batch_size, benchmark.extra_info
     about(benchmark, "step", "nine-goal step", "whole", run.variant, {"B": batch})
     rounds, cuts = (1, 1) if trial else REPEATS[batch]
-    if run.variant not in (*WALKS_MANY, "bomkern lazy", step.COMPILED):  # none has a loss that stands between two cuts
+    if run.variant not in (*WALKS_MANY, "bomkern lazy", step.COMPILED):  # these cannot be cut around their loss
         parts: list[dict[str, float]] = []
         for _ in range(cuts):
             run.in_parts(clock := step.Clock())
@@ -125,7 +125,7 @@ def measure(benchmark: Any, run: step.Run, trial: bool) -> None:
         info.update(machine.counted(run.whole))
     if DEVICE == "cuda":
         info["peak_bytes"] = machine.peak_bytes(run.whole)
-        timed(benchmark, [run.whole], graph=False)  # optimisers that are not capturable
+        timed(benchmark, [run.whole], graph=False)  # the optimisers are not capturable
     else:
-        # To read it takes no time from the step that it is read around.
+        # Memory is read outside of the timed step.
         info["peak_bytes"] = machine.peak_bytes(lambda: benchmark.pedantic(run.whole, rounds=rounds), 1)

@@ -1,6 +1,6 @@
-"""total_correlation against eager PyTorch, torch.compile and KeOps; its memory; its share of the bare exponentials.
+"""Time total_correlation against eager PyTorch, torch.compile, KeOps and bare exponentials, and measure its memory.
 
-One exponential is one element of the B x B x D array that the textbook's formula makes, in each direction.
+One exponential is one element of the textbook formula's B x B x D array, in each direction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.report.write import SHOWN
 
 SIZES = [{"B": 512, "D": 128}]
 LARGE = [{"B": 1024, "D": 128}]
-# Beside those, to see the cost grow.
+# Further sizes, to fit the growth of the cost.
 BATCHES = [{"B": batch, "D": 32} for batch in (128, 256, 512, 1024)]
 DIMS = [{"B": 512, "D": dims} for dims in (16, 64)]
 if DEVICE == "cuda":
@@ -34,7 +34,7 @@ NOT_CPU = bomkern.info()["ops"]["total_correlation"]["cpu"]["cpu"]
 
 
 def textbook(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """As one writes it in plain PyTorch: [B, D] x 3 -> [B]."""
+    """Compute total correlation in plain PyTorch: [B, D] x 3 -> [B]."""
     batch, dims = z.shape
     log_density = -0.5 * ((z[:, None] - mu) ** 2 * torch.exp(-logvar) + logvar + math.log(2 * math.pi))  # [B, B, D]
     joint = log_density.sum(2).logsumexp(1)
@@ -44,14 +44,14 @@ def textbook(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 @functools.cache
 def keops() -> Function:
-    """The same in KeOps: vectors of length D in the joint, D as a batch dimension in the marginals."""
+    """Return the same in KeOps: vectors of length D in the joint, D as a batch dimension in the marginals."""
     try:
         import pykeops
         from pykeops.torch import LazyTensor
-    except Exception as error:  # it looks for compilers and drivers as it is imported
+    except Exception as error:  # the import looks for compilers and drivers
         pytest.skip(f"pykeops cannot be imported ({error}); pip install 'bomkern[bench]'")
     if DEVICE == "cuda" and not pykeops.config.gpu_available:
-        pytest.skip("KeOps finds no CUDA libraries; it needs those of a CUDA toolkit beside it")
+        pytest.skip("KeOps finds no CUDA libraries; install a CUDA toolkit")
     pykeops.set_verbose(False)
 
     def estimate(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def exponentials(size: Size, direction: str) -> float:
     return float(size["B"] ** 2 * size["D"]) * (2 if direction == BOTH else 1)
 
 
-# D log densities cancel: values are good to some 1e-5 of their largest, or of ten nats where they are near 0.
+# D log densities cancel: values are accurate to some 1e-5 of the largest, or of ten nats where all are near 0.
 CASE = Case(
     "total_correlation", codes, bomkern.total_correlation, textbook, torch.mean, exponentials, "exponentials",
     regimes=CODES, tolerance=(1e-4, 1e-4), least=(10.0, 1.0), more={"KeOps": keops},
@@ -100,7 +100,7 @@ def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
 
 @sizes_at([*SIZES, *LARGE], SHOWN["total_correlation"])
 def test_keops_where_we_are_slowest(benchmark: Any, size: Size) -> None:
-    """KeOps takes seconds a call, and is asked in two regimes: the usual one, and the worst for us in this run."""
+    """Time KeOps, whose calls take seconds, in two regimes alone: the usual one and our slowest in this run."""
     regime = slowest(CASE, size)
     if regime == CASE.usual:
         pytest.skip("no other regime was slower in this run")
@@ -117,7 +117,7 @@ def test_growth_beyond_the_temporary(benchmark: Any, size: Size, regime: str, di
     measure(benchmark, CASE, name, size, direction, regime)
 
 
-# Prints by how many bytes the memory of a forward and a backward peaks above their inputs.
+# Prints the peak memory of a forward and a backward above their inputs, in bytes.
 PEAK = """
 import sys, torch, bomkern
 from bench.machine import peak_bytes
@@ -126,7 +126,7 @@ def step(batch, dims=int(sys.argv[2])):
     x = [torch.randn(batch, dims).requires_grad_() for _ in range(3)]
     return lambda: torch.autograd.grad(bomkern.total_correlation(*x).mean(), x)
 
-step(64)()  # threads and libraries are not what is asked
+step(64)()  # loads libraries and starts threads first: their memory does not count
 print(peak_bytes(step(int(sys.argv[1])), 1))
 """
 
@@ -134,15 +134,15 @@ print(peak_bytes(step(int(sys.argv[1])), 1))
 @pytest.mark.skipif(NOT_CPU is not None, reason=f"the reference needs minutes: {NOT_CPU}")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs to measure with")
 def test_peak_memory(benchmark: Any, capsys: Any) -> None:
-    """Forward and backward on the CPU in a process of its own. The textbook's temporary alone would be 69 GB."""
+    """Measure forward and backward on the CPU in a separate process. The textbook's temporary alone is 69 GB."""
 
     def peak() -> float:
         command = [sys.executable, "-c", PEAK, *map(str, MEMORY_SIZE.values())]
         return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     about(benchmark, "total_correlation", "total_correlation", "peak memory", OURS, MEMORY_SIZE)
-    found = benchmark.pedantic(peak, rounds=1)
-    benchmark.extra_info.update(peak_bytes=found, device="cpu", calls=1)
+    peak_bytes = benchmark.pedantic(peak, rounds=1)
+    benchmark.extra_info.update(peak_bytes=peak_bytes, device="cpu", calls=1)
     with capsys.disabled():
-        print(f"\n{benchmark.group}: peak {found / 1e6:.0f} MB above its inputs")
-    assert found / 1e6 < MEMORY_LIMIT_MB
+        print(f"\n{benchmark.group}: peak {peak_bytes / 1e6:.0f} MB above its inputs")
+    assert peak_bytes / 1e6 < MEMORY_LIMIT_MB

@@ -1,1 +1,1 @@
-"""The study of `python -m bench.policies`: which rule, scales and ideals train many goals best, faults included."""
+"""The study of `python -m bench.policies`: compare rules, scales and ideals for many goals, with and without faults."""

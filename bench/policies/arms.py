@@ -1,4 +1,4 @@
-"""The arms of the study by name."""
+"""The arms of the study, by name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from bench.policies.rules import Arm, Bottleneck
 from bomkern import Calibrated, ShareGuard, Tracking
 
 PROBES = {"digits": 30, "photographs": 5}  # steps of each goal's probe: 9 to 14% of the updates
-DEFAULT = "spill 1/2"  # the default that the study is about
+DEFAULT = "spill 1/2"  # bomkern's default, which the study evaluates
 
 
 class Entry(NamedTuple):
     """An arm.
 
     Attributes:
-        make: from the name of the data set, makes it anew for each run.
-        says: a line for the table.
-        faults: whether it is run under every fault on the photographs too, where a run takes long.
+        make: makes a new arm for each run from the name of the data set.
+        says: a description for the page.
+        faults: whether the arm is run under every fault on the photographs too, whose runs take long.
     """
 
     make: Callable[[str], Arm]
@@ -65,5 +65,5 @@ ARMS: dict[str, Entry] = {
     "balancer": Entry(lambda _: peers.Balancer(), "EnCodec's, by gradient norms at the code"),
     "VQGAN": Entry(lambda _: peers.Adaptive(), "adaptive weight of realism"),
 }
-TUNED = "tuned sum"  # the best of `peers.SUMS` by its worst goal on the validation split
-BRIGHT = "tuned sum, PSNR"  # the best by PSNR among those whose worst goal is no worse than twice that of the former
+TUNED = "tuned sum"  # the best of `peers.SUMS` random sums by its worst goal on the validation split
+BRIGHT = "tuned sum, PSNR"  # the best by PSNR among those that leave no goal worse than nothing

@@ -25,13 +25,13 @@ def _data() -> dict[str, Tensor]:
 
 @lru_cache
 def _trivial() -> float:
-    """Squared error of the mean image."""
+    """Return the squared error of the mean image."""
     train = _data()["train"]
     return float((train - train.mean(0)).square().mean())
 
 
 class Code(nn.Module):
-    """[B, 1, 8, 8] to a code of `LATENTS`, and back."""
+    """An encoder from [B, 1, 8, 8] to a code of `LATENTS`, and a decoder back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Digits(Problem):
         recon = self.model.decoder(z)
         active, effective = active_units(mu)
         self.active = active.detach()
-        spread = z.var(0).detach().mean()  # of the noisy code: that of means alone starts near 0, and its quotient huge
+        spread = z.var(0).detach().mean()  # of the noisy code: the variance of means starts near 0, a bad divisor
         values = {
             "reconstruction": (recon - image).square().mean((1, 2, 3)) / _trivial(),
             "kl_divergence": gaussian_kl(mu, logvar),

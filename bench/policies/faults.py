@@ -1,24 +1,24 @@
-"""The faults that the study plants, each a few numbers that a problem reads."""
+"""The faults that the study plants, each a few numbers that a `Problem` reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 WARM_UP = 100  # updates of the discriminator before the first step, without a fault
-CALIBRATION = 50  # steps that calibrating policies look at
+CALIBRATION = 50  # steps of calibration
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to a run.
+    """A fault to plant in a run.
 
     Attributes:
-        name: in tables.
+        name: name in the tables.
         warm_up: updates of the discriminator, on the untrained model's output, before the first step.
         judge_from: step from which the discriminator trains.
-        judge_speed: factor on its learning rate.
+        judge_speed: factor on the discriminator's learning rate.
         drift: scales by which the drifting goal's raw value rises by script, from `DRIFT_FROM` of the run to its end.
-        floor: scales by which the blocked goal's raw value is lifted, from the first step: it cannot come below.
+        floor: scales added to the blocked goal's raw value from the first step: it cannot fall below them.
     """
 
     name: str
@@ -43,5 +43,5 @@ FAULTS = {
 
 
 def lift(fault: Fault, progress: float) -> tuple[float, float]:
-    """What is added to the drifting and to the blocked goal, in scales, when ``progress`` of the run is done."""
+    """Return the lift of the drifting and of the blocked goal, in scales, when ``progress`` of the run is done."""
     return fault.drift * max(0.0, (progress - DRIFT_FROM) / (1 - DRIFT_FROM)), fault.floor

@@ -1,4 +1,4 @@
-"""What else one would use, each given the outside anchors: weighted sums, and balancers of losses and of gradients."""
+"""Alternatives to bomkern's rules: weighted sums, and balancers of losses and of gradients, on the outside anchors."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torchjd.scalarization import FAMO, STCH
 from bench.policies.problem import Problem
 from bench.policies.rules import Arm
 
-SUMS = 30  # random weightings that the tuned sum is the best of
+SUMS = 30  # random weightings from which the tuned sum is chosen
 
 
 def deficits(problem: Problem, raw: dict[str, Tensor]) -> Tensor:
-    """The outside deficits, [B, K]."""
+    """Return the outside deficits, [B, K]."""
     return torch.stack([(raw[name] - a.ideal) / (a.nadir - a.ideal) for name, a in problem.anchors.items()], 1)
 
 
 def drawn(number: int, count: int) -> Tensor:
-    """Weighting ``number`` of the random ones, [count], log-uniform between 0.1 and 10."""
+    """Return random weighting ``number``, [count], log-uniform between 0.1 and 10."""
     return 10 ** (2 * torch.rand(count, generator=torch.Generator().manual_seed(number)) - 1)
 
 
 class Rule(Arm):
-    """A loss of the deficits; shares are its derivative by them."""
+    """An arm with a loss of the deficits; the shares are the loss's derivatives with respect to them."""
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        """0-dim, of [B, K]."""
+        """Return the 0-dim loss of the deficits ``d``, [B, K]."""
         raise NotImplementedError
 
     def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
@@ -41,7 +41,7 @@ class Rule(Arm):
 
 
 class Weighted(Rule):
-    """``sum_k w_k mean_b d_bk``; None for equal weights."""
+    """The weighted sum ``sum_k w_k mean_b d_bk``; ``weights=None`` weighs all goals equally."""
 
     def __init__(self, weights: Tensor | None = None) -> None:
         self.weights = weights
@@ -51,7 +51,7 @@ class Weighted(Rule):
 
 
 class Half(Rule):
-    """The hard minimum over a random half of the goals, drawn anew for every sample; one at least."""
+    """The hard minimum over a random half of the goals, at least one, drawn for every sample."""
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
         kept = torch.rand(d.shape) < 0.5
@@ -60,14 +60,14 @@ class Half(Rule):
 
 
 class BestIdeals(Rule):
-    """The hard minimum, with ideals a tenth of a scale below the best validation value so far, looked at 20 times."""
+    """The hard minimum with ideals a tenth of a scale below the best validation value so far, updated 20 times."""
 
     def start(self, problem: Problem) -> None:
         self.ideal = torch.full((len(problem.anchors),), torch.inf)
         self.look(problem)
 
     def look(self, problem: Problem) -> None:
-        """Lower the ideals to what was reached."""
+        """Lower the ideals to a tenth of a scale below the current validation values."""
         with torch.no_grad():
             raw, _ = problem.forward(problem.images("validation"), torch.Generator().manual_seed(7))
             self.ideal = torch.minimum(self.ideal, deficits(problem, raw).mean(0) - 0.1)
@@ -81,8 +81,10 @@ class BestIdeals(Rule):
 
 
 class Multipliers(Rule):
-    """``sum_k softmax_k(m / mu) mean_b d_bk``, m the moving average of the batch's deficits: multipliers by mirror
-    ascent that forgets."""
+    """Multipliers by mirror ascent with forgetting: ``sum_k softmax_k(m / mu) mean_b d_bk``.
+
+    m is the moving average of the batch's mean deficits.
+    """
 
     def __init__(self, mu: float = 0.1, weight: float = 0.1) -> None:
         self.mu, self.weight, self.average = mu, weight, None
@@ -104,8 +106,10 @@ class SmoothTchebycheff(Rule):
 
 
 class FastAdaptive(Rule):
-    """TorchJD's FAMO (Liu et al. 2023), which needs each loss again after the update. Its losses must be positive:
-    those better than ideal are clamped."""
+    """TorchJD's FAMO (Liu et al. 2023), which needs each loss again after the update.
+
+    Its losses must be positive: deficits better than ideal are clamped.
+    """
 
     def start(self, problem: Problem) -> None:
         self.famo = FAMO(len(problem.anchors))
@@ -114,12 +118,14 @@ class FastAdaptive(Rule):
         return self.famo(d.mean(0).clamp(min=1e-3))
 
     def after(self, problem: Problem) -> None:
-        self.famo.update(deficits(problem, problem.again()).mean(0).clamp(min=1e-3))
+        self.famo.update(deficits(problem, problem.values_after_update()).mean(0).clamp(min=1e-3))
 
 
 class Balancer(Rule):
-    """EnCodec's balancer (Defossez et al. 2022): each loss weighs ``1 / moving average of its gradient's norm`` at the
-    latent code, where all goals meet."""
+    """EnCodec's balancer (Defossez et al. 2022).
+
+    Each loss is weighted by ``1 / moving average of its gradient's norm`` at the latent code, where all goals meet.
+    """
 
     def start(self, problem: Problem) -> None:
         self.norms, self.count = torch.zeros(len(problem.anchors)), 0.0
@@ -134,8 +140,11 @@ class Balancer(Rule):
 
 
 class Adaptive(Rule):
-    """VQGAN's adaptive weight (Esser et al. 2021): the adversarial loss weighs ``0.8 |grad reconstruction| /
-    (|grad realism| + 1e-4)`` at the last layer; the other goals weigh 1."""
+    """VQGAN's adaptive weight (Esser et al. 2021).
+
+    The weight of the adversarial loss is ``0.8 |grad reconstruction| / (|grad realism| + 1e-4)`` at the last layer; the
+    other goals have weight 1.
+    """
 
     def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
         means = dict(zip(problem.anchors, deficits(problem, raw).mean(0), strict=True))
@@ -149,13 +158,13 @@ class Adaptive(Rule):
 
 
 def norm(loss: Tensor, at: list[Tensor]) -> Tensor:
-    """Of the gradient of a loss."""
+    """Return the norm of the gradient of a loss at the tensors ``at``."""
     grads = torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True)
     return torch.stack([g.norm() for g in grads if g is not None]).norm()
 
 
 class JacobianDescent(Arm):
-    """TorchJD's UPGrad (Quinton & Rey 2024) of the batch's mean deficits: one backward for each goal."""
+    """TorchJD's UPGrad (Quinton & Rey 2024) of the batch's mean deficits, with one backward for each goal."""
 
     def start(self, problem: Problem) -> None:
         self.aggregator = UPGrad()

@@ -26,12 +26,12 @@ CPU = torch.device("cpu")
 def _data() -> tuple[Data, goal.Trivial, dict[str, Tensor]]:
     data = load(None, SIZE)
     trivial = goal.trivial_answers(to_float(data.train.batch(256, np.random.default_rng(0)), CPU))
-    held = to_float(data.held_out.grid(210), CPU)
-    return data, trivial, {"validation": held[::2], "test": held[1::2]}
+    held_out = to_float(data.held_out.grid(210), CPU)
+    return data, trivial, {"validation": held_out[::2], "test": held_out[1::2]}
 
 
 class Photographs(Problem):
-    """Nine goals, raw values as in `bomkern.train.nine_goals`."""
+    """Nine goals, with raw values as in `bomkern.train.nine_goals`."""
 
     rate, steps = 1e-3, 320
     blocked = "latent_stats"

@@ -1,4 +1,4 @@
-"""The study in two pictures."""
+"""Plot the study: quality against the worst goal, and quality under faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.policies.report import NAMES, Results, interval, psnr, worst
 
 OURS, PEER, LEAD = "#2a6fbb", "#8a8f98", "#c8401e"
 PEERS = ("sum", "STCH", "FAMO", "UPGrad", "balancer", "VQGAN", TUNED, BRIGHT)
-# Labels where arms crowd, and where each stands from its point.
+# Labelled arms, and the offset of each label from its point.
 LABELS = {
     DEFAULT: (-7, 9),
     "spill 1/3": (-50, 4),
@@ -30,7 +30,7 @@ LABELS = {
     TUNED: (9, -4),
     BRIGHT: (6, 6),
 }
-FAR = 1.0  # what is no better than nothing is left to the table
+FAR = 1.0  # arms no better than nothing are in the table alone
 FAULTY = ("auto", "anchored", DEFAULT, "sum", TUNED)
 
 
@@ -39,7 +39,7 @@ def _colour(arm: str) -> str:
 
 
 def front(sets: Mapping[str, Results], to: Path) -> None:
-    """PSNR against the worst goal, each arm with its intervals, and every random sum."""
+    """Plot PSNR against the worst goal, with intervals for each arm, and every random sum."""
     figure, axes = plt.subplots(1, len(sets), figsize=(6.5 * len(sets), 5.2), squeeze=False)
     for ax, (data, results) in zip(axes[0], sets.items(), strict=True):
         points = [(worst(r), psnr(r)) for r in results.sums]
@@ -70,7 +70,7 @@ def front(sets: Mapping[str, Results], to: Path) -> None:
 
 
 def faults(sets: Mapping[str, Results], to: Path) -> None:
-    """PSNR of some arms under every fault."""
+    """Plot the PSNR of some arms under every fault."""
     figure, axes = plt.subplots(len(sets), 1, figsize=(9, 3.4 * len(sets)), squeeze=False)
     for ax, (data, results) in zip(axes[:, 0], sets.items(), strict=True):
         shown = [arm for arm in FAULTY if arm in results.arms]

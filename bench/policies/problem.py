@@ -1,4 +1,4 @@
-"""What the study trains on: two small VAEs, on scikit-learn's digits and on the trainer's photographs."""
+"""The problems of the study: two small VAEs, on scikit-learn's digits and on the trainer's photographs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JUDGE_LR = 3e-4
 
 
 class Anchor(NamedTuple):
-    """Deficit 0 at ``ideal``, 1 at ``nadir``: `Problem.anchors` are the outside targets that every arm is judged by."""
+    """Deficit 0 at ``ideal``, 1 at ``nadir``; `Problem.anchors` are the outside targets that every arm is judged by."""
 
     ideal: float
     nadir: float
@@ -24,12 +24,12 @@ class Anchor(NamedTuple):
 class Problem:
     """A model, its goals and a live discriminator.
 
-    A subclass sets what is below, and defines `batch`, `forward`, `images` and `realism_outside`.
+    A subclass sets the attributes below, and defines `batch`, `forward`, `images` and `realism_outside`.
 
     Attributes:
         anchors: outside ideal and nadir of every goal, known before training and the same for every arm.
         drifting, blocked: the goals that faults act on.
-        model, judge: networks. rate, steps: of the model.
+        model, judge: networks. rate, steps: learning rate and training steps of the model.
         code: the [B, D] tensors that all goals of the last `raw` go through. last: the weight of the output layer.
     """
 
@@ -65,29 +65,29 @@ class Problem:
         raise NotImplementedError
 
     def batch(self) -> Tensor:
-        """Training images of the next step."""
+        """Draw the training images of the next step."""
         raise NotImplementedError
 
     def forward(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """Raw values of every goal, [B] each, and the reconstructions that the judge sees."""
+        """Return raw values of every goal, [B] each, and the reconstructions that the judge sees."""
         raise NotImplementedError
 
     def images(self, split: str) -> Tensor:
-        """The images of "validation" or "test"."""
+        """Return the images of "validation" or "test"."""
         raise NotImplementedError
 
     def decode_means(self, image: Tensor) -> Tensor:
-        """Reconstructions from the posterior means."""
+        """Return reconstructions from the posterior means."""
         raise NotImplementedError
 
     def realism_outside(self, recon: Tensor, image: Tensor) -> float:
-        """Distance between the distributions of fixed features of both, over that of the trivial answer: 0 to 1."""
+        """Return the distance between the distributions of fixed features, over that of a trivial answer: 0 to 1."""
         raise NotImplementedError
 
     # One step.
 
     def raw(self) -> dict[str, Tensor]:
-        """[B] each, with the planted fault in them."""
+        """Return the raw values of the next batch, [B] each, with the planted fault."""
         self.image, self.before = self.batch(), self.draw.get_state()
         values, self.recon = self.forward(self.image, self.draw)
         drift, floor = lift(self.fault, self.step / self.steps)
@@ -97,20 +97,20 @@ class Problem:
         return values
 
     def outside(self, raw: dict[str, Tensor]) -> Tensor:
-        """[K]: the batch's mean outside deficits."""
+        """Return the batch's mean outside deficits, [K]."""
         return torch.stack(
             [(raw[name].detach().mean() - a.ideal) / (a.nadir - a.ideal) for name, a in self.anchors.items()]
         )
 
-    def again(self) -> dict[str, Tensor]:
-        """The values of the same batch and noise with the model as it is now, without gradient or fault."""
+    def values_after_update(self) -> dict[str, Tensor]:
+        """Return the raw values of the last batch and noise with the current model, without gradient or fault."""
         draw = torch.Generator()
         draw.set_state(self.before)
         with torch.no_grad():
             return self.forward(self.image, draw)[0]
 
     def update(self) -> None:
-        """What follows a backward: the model's step, then the judge's."""
+        """Take the model's step after a backward, then the judge's."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -145,9 +145,12 @@ class Problem:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, Any]:
-        """Of the averaged weights, on a held-out split, without any planted lift: PSNR in dB, SSIM, and every goal's
-        outside deficit ``(raw - ideal) / (nadir - ideal)``; realism's by `realism_outside`, as arms train judges of
-        their own. ``worst`` is the largest."""
+        """Evaluate the averaged weights on a held-out split, without any planted lift.
+
+        Returns:
+            PSNR in dB, SSIM, and every goal's outside deficit ``(raw - ideal) / (nadir - ideal)``, of which ``worst``
+            is the largest. Realism's deficit is `realism_outside`, because each arm trains its own judge.
+        """
         trained = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self._load(self.average)
         image = self.images(split)
@@ -171,5 +174,5 @@ class Problem:
 
 
 def transport(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over the columns of the Wasserstein-1 distance of two samples [n, F]."""
+    """Return the Wasserstein-1 distance of two samples [n, F], averaged over the columns."""
     return (a.sort(0).values - b.sort(0).values).abs().mean()

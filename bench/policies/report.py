@@ -1,4 +1,4 @@
-"""The study's table and plots, with bootstrap intervals over seeds."""
+"""Write the study's page and plots, with bootstrap intervals over seeds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from bench.policies.faults import FAULTS
 
 Record = dict[str, Any]
 DRAWS = 10_000
-DARK = 0.05  # of the steps: what no goal should be starved for
+DARK = 0.05  # part of the steps beyond which a goal's starvation is marked
 
 
 class Results:
     """The runs of one data set, by arm and fault, in the order of the seeds.
 
     Args:
-        records: all runs. tuned: which random sums are the tuned ones, by name. seeds: those of the arms. tuning: that
-            of the random sums.
+        records: all runs. tuned: the random sum behind each tuned sum, by name. seeds: seeds of the arms.
+        tuning: seed of the random sums.
     """
 
     def __init__(self, records: list[Record], tuned: Mapping[str, str], seeds: tuple[int, ...], tuning: int) -> None:
@@ -32,7 +32,7 @@ class Results:
         self.arms = [arm for arm in (*ARMS, *tuned) if self.runs(arm, "none")]
 
     def runs(self, arm: str, fault: str) -> list[Record]:
-        """Complete or not: the seeds that have been run."""
+        """Return the runs of an arm under a fault, of the seeds that have been run so far."""
         name = self.tuned.get(arm, arm)
         return [self.by[name, fault, seed] for seed in self.seeds if (name, fault, seed) in self.by]
 
@@ -40,13 +40,13 @@ class Results:
         return np.array([read(r) for r in self.runs(arm, fault)], float)
 
     def gain(self, arm: str, other: str, fault: str, read: Callable[[Record], float]) -> np.ndarray:
-        """Paired differences over the seeds that both have."""
+        """Return paired differences over the seeds that both arms have."""
         a, b = ({r["seed"]: read(r) for r in self.runs(name, fault)} for name in (arm, other))
         return np.array([a[seed] - b[seed] for seed in self.seeds if seed in a and seed in b], float)
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and its bootstrap 95% interval."""
+    """Return the mean and its bootstrap 95% interval."""
     if not len(values):
         return math.nan, math.nan, math.nan
     draws = np.random.default_rng(0).choice(values, (DRAWS, len(values))).mean(1)
@@ -69,7 +69,7 @@ def _cell(values: np.ndarray, digits: int, sign: bool = False) -> str:
     return f"{mean:{plus}.{digits}f} ({low:{plus}.{digits}f}, {high:{plus}.{digits}f})"
 
 
-def _plain(values: np.ndarray, digits: int) -> str:
+def _mean(values: np.ndarray, digits: int) -> str:
     return f"{values.mean():.{digits}f}" if len(values) else ""
 
 
@@ -94,20 +94,20 @@ def main_table(results: Results) -> str:
                 _cell(at(psnr), 2),
                 _cell(at(worst), 3),
                 _cell(against, 2, sign=True),
-                _plain(at(lambda r: r["test"]["ssim"]), 3),
-                _plain(at(lambda r: r["entropy"]), 2),
+                _mean(at(lambda r: r["test"]["ssim"]), 3),
+                _mean(at(lambda r: r["entropy"]), 2),
                 f"{100 * at(lambda r: r['starvation']).max():.0f}%",
-                _plain(at(lambda r: r["test"]["kl"]), 1),
-                _plain(at(lambda r: r["test"]["active"]), 2),
-                _plain(at(lambda r: r["backward_ms"]), 1),
-                _plain(at(lambda r: r["step_ms"]), 1),
+                _mean(at(lambda r: r["test"]["kl"]), 1),
+                _mean(at(lambda r: r["test"]["active"]), 2),
+                _mean(at(lambda r: r["backward_ms"]), 1),
+                _mean(at(lambda r: r["step_ms"]), 1),
             ]
         )
     return _rows(heads, rows)
 
 
 def fault_table(results: Results) -> str:
-    """PSNR / worst goal under every fault."""
+    """Return a table of PSNR / worst goal under every fault."""
     rows = []
     for arm in results.arms:
         cells = []
@@ -122,22 +122,22 @@ def fault_table(results: Results) -> str:
 
 
 def reported_table(results: Results) -> str:
-    """In how many runs the fault was named, and after how many steps."""
+    """Return a table of the runs in which the fault was named, and the steps until then."""
     rows = []
     for arm in results.arms:
         cells = []
         for fault in list(FAULTS)[1:]:
-            found = [r["reported"] for r in results.runs(arm, fault) if "reported" in r]
-            hits = sorted(step for step in found if step is not None)
+            delays = [r["reported"] for r in results.runs(arm, fault) if "reported" in r]
+            hits = sorted(steps for steps in delays if steps is not None)
             after = f", {hits[len(hits) // 2]} steps" if hits else ""
-            cells.append(f"{len(hits)} of {len(found)}{after}" if found else "")
+            cells.append(f"{len(hits)} of {len(delays)}{after}" if delays else "")
         if any(cells):
             rows.append([arm, *cells])
     return _rows(["rule", *list(FAULTS)[1:]], rows)
 
 
 def verdicts(results: Results) -> list[str]:
-    """What the default promises, each with the numbers that say whether it is kept."""
+    """Return sentences that compare the default with the other rules."""
     count = {arm: len(results.runs(arm, "none")) for arm in results.arms}
     few = [f"{arm} {n}" for arm, n in count.items() if n < len(results.seeds)]
     lines = [
@@ -155,7 +155,7 @@ def verdicts(results: Results) -> list[str]:
         mine = (results.values(DEFAULT, "none", psnr).mean(), results.values(DEFAULT, "none", worst).mean())
         better = sum(psnr(r) >= mine[0] and worst(r) <= mine[1] for r in results.sums)
         beaten = sum(psnr(r) <= mine[0] and worst(r) >= mine[1] for r in results.sums)
-        lines.append(f"Of the {len(results.sums)} random sums it dominates {beaten}, and {better} dominate it.")
+        lines.append(f"It dominates {beaten} of the {len(results.sums)} random sums, and {better} dominate it.")
     gains = {f: interval(results.gain(DEFAULT, "auto", f, psnr))[0] for f in FAULTS if results.runs(DEFAULT, f)}
     lines.append("PSNR above `auto`, dB: " + ", ".join(f"{f} {g:+.1f}" for f, g in gains.items()) + ".")
     dark = [r["starvation"] for f in FAULTS for r in results.runs(DEFAULT, f)]
@@ -166,34 +166,34 @@ def verdicts(results: Results) -> list[str]:
 
 NAMES = {"digits": "Digits", "photographs": "Photographs"}
 HOW = """\
-`python -m bench.policies` makes this page. Two small VAEs: scikit-learn's digits (six goals, 1,500 steps) and the
-trainer's photographs (nine goals, 320 steps), each with a live discriminator; paired seeds that were not looked at
-while rules were tried; in brackets bootstrap 95% intervals of the mean. Every rule that can use them is given the same
-ideals and nadirs, known before training. Updates are equal: those of a probe are taken off the run. *Worst goal*
-is the largest held-out deficit by those outside ideals and nadirs, 0 ideal and 1 no better than nothing; realism is
-judged by the distribution of fixed features there, as every run trains a judge of its own. *Tuned sum*: of 30 random
-weightings (log-uniform from 0.1 to 10) the best on a validation split by its worst goal, or by PSNR among those that
-leave no goal worse than nothing; its 30 runs are not counted. *Starved*: the longest time, as a part of the run, that a
-goal at least half as badly off as the worst had under 1% of the gradient and got worse, in the worst run. Times are
-processor time on one thread.
+`python -m bench.policies` makes this page. It trains two small VAEs, on scikit-learn's digits (six goals, 1,500 steps)
+and on the trainer's photographs (nine goals, 320 steps), each with a live discriminator. The seeds are paired, and were
+not used while the rules were developed; brackets hold bootstrap 95% intervals of the mean. Every rule that can use them
+gets the same ideals and nadirs, known before training. All rules have the same number of updates: those of a probe
+count. *Worst goal* is the largest held-out deficit by these outside ideals and nadirs, 0 ideal and 1 no better than
+nothing. There realism is judged by the distribution of fixed features, because every run trains its own judge. *Tuned
+sum* is the best of 30 random weightings (log-uniform from 0.1 to 10) on a validation split, by its worst goal, or by
+PSNR among those that leave no goal worse than nothing; its 30 runs are not counted. *Starved* is the longest part of
+the worst run in which a goal at least half as badly off as the worst had under 1% of the gradient and got worse. Times
+are processor time on one thread.
 """
 FAULTY = """\
-*untrained*: the discriminator has not trained while scales are calibrated. *hot*: its learning rate times 4. *drift*:
-a script adds up to 1.5 scales to consistency. *floor*: one goal cannot come below 0.8. Cells are PSNR / worst goal; a
-star: a goal was starved for more than 5% of the steps in some run. An added constant has no gradient, so drift and
-floor cannot hurt a sum with fixed weights: they are faults of rules that look at values.
+*untrained*: the discriminator does not train while scales are calibrated. *hot*: its learning rate is 4 times as high.
+*drift*: a script adds up to 1.5 scales to consistency. *floor*: one goal cannot fall below 0.8. Cells are PSNR / worst
+goal; a star marks a goal that was starved for more than 5% of the steps in some run. An added constant has no gradient,
+so drift and floor cannot hurt a sum with fixed weights: they are faults for rules that look at values.
 """
 
 
 def write(
     records: Mapping[Any, Record], tuned: Mapping[str, Mapping[str, str]], seeds: tuple[int, ...], tuning: int, to: Path
 ) -> str:
-    """Writes ``to``.md and plots beside it. Returns the page."""
+    """Write ``to``.md and the plots beside it, and return the page."""
     sets = {}
     for data, picks in tuned.items():
-        found = Results([r for r in records.values() if r["data"] == data], picks, seeds, tuning)
-        if found.arms:
-            sets[data] = found
+        results = Results([r for r in records.values() if r["data"] == data], picks, seeds, tuning)
+        if results.arms:
+            sets[data] = results
     page = ["# Which rule, scales and ideals", HOW]
     for data, results in sets.items():
         page += [f"## {NAMES[data]}", *verdicts(results), main_table(results)]

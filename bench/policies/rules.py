@@ -1,4 +1,4 @@
-"""The rules of bomkern as the study trains by them: every policy and option of a `GoalSet`."""
+"""bomkern's rules in the study: every policy and option of a `GoalSet`."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ Goals = Callable[[Problem], Mapping[str, Constraint | Policy]]
 
 
 class Arm:
-    """Turns the raw values of a step into gradients.
+    """A rule that turns the raw values of a step into gradients.
 
     Attributes:
-        spent: updates used before the first step, to be left out of the run.
-        goals: the `GoalSet` inside, if there is one.
+        spent: updates before the first step, by which the run is shortened.
+        goals: the `GoalSet` of the arm, if it has one.
     """
 
     spent = 0
     goals: GoalSet | None = None
 
     def start(self, problem: Problem) -> None:
-        """What is done before the first step."""
+        """Prepare the arm before the first step."""
 
     def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
-        """Put gradients in place. Returns who got them, [K], summing to 1: fractions of the samples whose loss a goal
-        is, for weighted losses the weights of the outside deficits."""
+        """Compute the gradients, and return each goal's share of them, [K], summing to 1.
+
+        A share is the fraction of samples whose loss the goal is; for weighted losses, the weight of the goal's outside
+        deficit.
+        """
         raise NotImplementedError
 
     def after(self, problem: Problem) -> None:
-        """What is done after the update."""
+        """Adjust the arm after the update."""
 
 
 # The rules of bomkern.
@@ -45,9 +48,10 @@ class Bottleneck(Arm):
     """A `GoalSet`.
 
     Args:
-        goals: makes its goals. probes: steps of `bomkern.probe` for each goal, 0 for none.
-        schedule: temperature when a fraction of the run is done. remeasure: steps between measurements of moving goals.
-        options: of the GoalSet.
+        goals: makes the goals. probes: steps of `bomkern.probe` for each goal, 0 for none.
+        schedule: temperature as a function of the completed fraction of the run.
+        remeasure: steps between measurements of moving goals.
+        options: options of the GoalSet.
     """
 
     def __init__(
@@ -73,9 +77,9 @@ class Bottleneck(Arm):
             problem.update()
 
         state = [problem.model, problem.judge, problem.optimizer, problem.judge_optimizer, problem]
-        found = probe(step, self.goals, self.probes, state=state, progress=False)
-        self.spent = found.updates
-        return found
+        anchors = probe(step, self.goals, self.probes, state=state, progress=False)
+        self.spent = anchors.updates
+        return anchors
 
     def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
         if self.schedule is not None:
@@ -110,6 +114,6 @@ def every(policy: Callable[[], Policy]) -> Goals:
 
 
 def by_hand(problem: Problem) -> dict[str, Constraint | Policy]:
-    """The page that bomkern began with: automatic scales, but for goals whose difficulty moves."""
+    """Return bomkern's first recipe: automatic scales, except for goals whose difficulty moves."""
     hand = {"realism": 2.0, "consistency": 500.0, "capacity": 0.4}
     return {name: Minimize(hand[name]) if name in hand else Calibrated(CALIBRATION) for name in problem.anchors}

@@ -1,4 +1,4 @@
-"""One run of the study: train a problem by an arm, measure it held out."""
+"""One run of the study: train a problem with an arm, and evaluate it on held-out data."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from bench.policies.rules import Arm
 from bomkern import diagnose
 
 PROBLEMS: dict[str, type[Problem]] = {"digits": Digits, "photographs": Photographs}
-STARVED, WORSENED = 0.01, 0.05  # share, and scales by which a goal got worse meanwhile
-ALARM = 0.5  # a finding that is at least so confident is a report
-LOOKS = 20  # at the history, to find when a fault was first reported
+STARVED, WORSENED = 0.01, 0.05  # a starved goal has less than this share, and got worse by more than this many scales
+ALARM = 0.5  # a finding of at least this confidence is a report
+LOOKS = 20  # how often the history is diagnosed, to find when a fault was first reported
 
 
 class Job(NamedTuple):
-    """A run: a data set, a fault, an arm (or "sum 7", the seventh random weighting) and a seed."""
+    """A run: a data set, a fault, an arm (or "sum 7", random weighting number 7) and a seed."""
 
     data: str
     fault: str
@@ -34,9 +34,12 @@ class Job(NamedTuple):
 
 
 class Starvation:
-    """The longest time that a goal had under `STARVED` of the gradient and got worse, though it was at least half as
-    badly off as the worst; by moving averages over some 10 steps, and counted from its best since it lost the
-    gradient."""
+    """Measure the longest time for which a goal was starved.
+
+    A starved goal has under `STARVED` of the gradient and gets worse, though it is at least half as badly off as the
+    worst goal. Shares and deficits are moving averages over some 10 steps. The time counts from the goal's best value
+    since it lost the gradient.
+    """
 
     def __init__(self, goals: int) -> None:
         self.share, self.deficit = torch.full((goals,), 1 / goals), torch.full((goals,), torch.nan)
@@ -56,7 +59,10 @@ class Starvation:
 
 
 def train(problem: Problem, arm: Arm) -> dict[str, Any]:
-    """Train and evaluate; all numbers of the run. The updates that an arm spends beforehand are left out of the run."""
+    """Train and evaluate, and return all figures of the run.
+
+    The run is shortened by the updates that the arm spends before the first step.
+    """
     arm.start(problem)
     steps = problem.steps - arm.spent
     if steps < 1:
@@ -88,27 +94,27 @@ def train(problem: Problem, arm: Arm) -> dict[str, Any]:
 
 
 def reported(problem: Problem, arm: Arm) -> int | None:
-    """Steps from the onset of the fault until `bomkern.diagnose` first names the goal; None if it never does."""
+    """Return the steps from the fault's onset until `bomkern.diagnose` first names the goal; None if it never does."""
     fault, history = problem.fault, arm.goals.history
     guilty = problem.drifting if fault.drift else problem.blocked if fault.floor else "realism"
     onset = int(DRIFT_FROM * problem.steps) if fault.drift else 0
     for look in range(1, LOOKS + 1):
         rows = len(history) * look // LOOKS
-        found = diagnose(history.first_rows(rows))
-        if any(guilty in f.goals and f.confidence >= ALARM for f in found.faults):
+        diagnosis = diagnose(history.first_rows(rows))
+        if any(guilty in f.goals and f.confidence >= ALARM for f in diagnosis.faults):
             return max(0, rows * history.stride - onset)
     return None
 
 
 def run(job: Job, steps: int | None = None) -> dict[str, Any]:
-    """Everything that is kept of a run."""
+    """Run a job, and return its record."""
     torch.set_num_threads(1)
     problem = PROBLEMS[job.data](job.seed, FAULTS[job.fault], steps)
     if job.arm.startswith("sum "):
         arm: Arm = Weighted(drawn(int(job.arm[4:]), len(problem.anchors)))
     else:
         arm = ARMS[job.arm].make(job.data)
-    found = train(problem, arm)
+    figures = train(problem, arm)
     if arm.goals is not None and job.fault != "none":
-        found["reported"] = reported(problem, arm)
-    return {**job._asdict(), **found}
+        figures["reported"] = reported(problem, arm)
+    return {**job._asdict(), **figures}

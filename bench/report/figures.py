@@ -1,4 +1,4 @@
-"""The pictures of a machine: time and memory against batch size, shares of the ceilings, the whole step."""
+"""Draw a machine's pictures: time and memory against batch size, shares of the ceilings, the whole step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _points(results: Results, case: str, value: Callable[[Row], float | None]) -> dict[str, list[tuple[int, float]]]:
-    """Of each peer a line over the batch sizes, at the D that has most of them."""
+    """Return a line over the batch sizes for each peer, at the D with most of them."""
     dims = _dims(results, case)
     lines: dict[str, list[tuple[int, float]]] = {}
     for size, peers in results.of(case, BOTH).items():
@@ -67,18 +67,18 @@ def _dims(results: Results, case: str) -> int | None:
 def _panels(
     results: Results, cases: Sequence[str], label: str, title: str, value: Callable[[Row], float | None]
 ) -> Figure | None:
-    """Log-log lines against the batch size, a panel for each case."""
+    """Plot log-log lines against the batch size, with a panel for each case."""
     shown = [case for case in cases if any(len(line) > 1 for line in _points(results, case, value).values())]
     if not shown:
         return None
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(max(9, 3.1 * columns), 2.7 * rows + 0.8), squeeze=False)
-    seen: dict[str, object] = {}
+    handles: dict[str, object] = {}
     for ax, case in zip(grid.flat, shown, strict=False):
         for peer, line in sorted(_points(results, case, value).items(), key=lambda item: item[0] == "bomkern"):
             ours = peer == "bomkern"
-            (seen[peer],) = ax.plot(
+            (handles[peer],) = ax.plot(
                 *zip(*line, strict=True), "o-", color=COLOURS[peer], lw=2.2 if ours else 1.3, ms=4 if ours else 3
             )
         dims = _dims(results, case)
@@ -90,8 +90,8 @@ def _panels(
     for ax in grid[-1]:
         ax.set_xlabel("batch size B")
     _head(figure, title, results)
-    order = [peer for peer in COLOURS if peer in seen]
-    figure.legend([seen[p] for p in order], order, loc="upper right", ncols=len(order), frameon=False, fontsize=9)
+    order = [peer for peer in COLOURS if peer in handles]
+    figure.legend([handles[p] for p in order], order, loc="upper right", ncols=len(order), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.62 / figure.get_figheight()))
     return figure
 
@@ -118,19 +118,19 @@ def _time(results: Results) -> Figure | None:
 
 
 def _memory(results: Results) -> Figure | None:
-    def held(row: Row) -> float | None:
+    def peak(row: Row) -> float | None:
         return row["peak_bytes"] / 1e6 if row.get("peak_bytes", 0) >= 1e6 else None
 
-    return _panels(results, PANELS, "MB at the peak", "Memory above the inputs", held)
+    return _panels(results, PANELS, "MB at the peak", "Memory above the inputs", peak)
 
 
 def _ceilings(results: Results) -> Figure | None:
-    found = [(case, at) for case in CASES if (at := largest(results, case)) and at[1]["bomkern"].get("share")]
-    if not found:
+    cases = [(case, at) for case in CASES if (at := largest(results, case)) and at[1]["bomkern"].get("share")]
+    if not cases:
         return None
     peers = ("bomkern", "torch.compile", "eager")
-    figure, ax = plt.subplots(figsize=(8, 0.5 * len(found) + 1.6))
-    for k, (_, (_, rows)) in enumerate(found):
+    figure, ax = plt.subplots(figsize=(8, 0.5 * len(cases) + 1.6))
+    for k, (_, (_, rows)) in enumerate(cases):
         for j, peer in enumerate(peers):
             share = rows.get(peer, {}).get("share")
             if share:
@@ -138,8 +138,8 @@ def _ceilings(results: Results) -> Figure | None:
                 ax.barh(at, share, height=0.23, color=COLOURS[peer], label=peer if k == 0 else None)
                 ax.text(share + 0.01, at, f"{share:.0%}", va="center", fontsize=7)
     unit = {"bytes": "copy", "exponentials": "exp2", "flops": "matrix product"}
-    labels = [f"{case}\n{unit[rows['bomkern']['unit']]}, B = {dict(size)['B']:,}" for case, (size, rows) in found]
-    ax.set_yticks([-k for k in range(len(found))], labels, fontsize=8)
+    labels = [f"{case}\n{unit[rows['bomkern']['unit']]}, B = {dict(size)['B']:,}" for case, (size, rows) in cases]
+    ax.set_yticks([-k for k in range(len(cases))], labels, fontsize=8)
     ax.axvline(1, color=INK, lw=1)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     ax.set_xlabel("of what the machine did in the same run with nothing else to do")
@@ -181,7 +181,7 @@ def _step_name(name: str) -> str:
 
 
 def _bar(ax: Axes, at: float, row: Row) -> None:
-    """The whole step's time, divided as its parts are when they are timed apart."""
+    """Draw the whole step's time, split in proportion to its separately timed parts."""
     if "parts" not in row:
         ax.barh(at, row["seconds"], height=0.7, fc="white", ec=INK, hatch="////", lw=0.8)
         return

@@ -1,4 +1,4 @@
-"""Exponents of cost as work grows, fitted to what was measured."""
+"""Fit the exponents at which time and memory grow with B and D."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 from bench.results import Results, Row, usual
 
 CASES = ("total_correlation", "covariance_penalty")
-LEAST = 3  # points of a line
-LEAST_BYTES = 1e6  # less resident memory is mostly the error of its count
+LEAST = 3  # least points of a fitted line
+LEAST_BYTES = 1e6  # below this, resident memory is mostly measurement error
 Fit = tuple[float, float]
 
 
 class Line(NamedTuple):
-    """One peer as one letter of the size grows and the other is ``fixed``."""
+    """The exponents of one peer, as one letter of the size grows and the other is ``fixed``."""
 
     case: str
     letter: str
@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
-    """Exponent p of ``y ~ x^p`` and its standard error; None where there are too few points, or all at one x."""
+    """Return the exponent p of ``y ~ x^p`` and its standard error; None with too few points, or with all at one x."""
     x, y = ([math.log(point[i]) for point in points] for i in (0, 1))
     if len(points) < LEAST or len(set(x)) == 1:
         return None
@@ -38,7 +38,7 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
 
 
 def exponents(results: Results) -> Iterator[Line]:
-    """Each peer of each case in B and in D."""
+    """Yield the exponents of each peer of each case, in B and in D."""
     for case in CASES:
         rows = [row for row in results.rows if row["case"] == case and row["direction"] == "forward+backward"]
         rows = [row for row in rows if usual(row)]
@@ -50,13 +50,13 @@ def exponents(results: Results) -> Iterator[Line]:
                 x = [row["size"][letter] for row in line]
                 spent = fit([(row["size"][letter], row["seconds"]) for row in line])
                 large = [row for row in line if row.get("peak_bytes", 0) >= LEAST_BYTES]
-                held = fit([(row["size"][letter], row["peak_bytes"]) for row in large])
+                memory = fit([(row["size"][letter], row["peak_bytes"]) for row in large])
                 fixed, over = f"{other} = {line[0]['size'][other]:,}", f"{x[0]:,} to {x[-1]:,}"
-                yield Line(case, letter, fixed, over, peer, spent, held)
+                yield Line(case, letter, fixed, over, peer, spent, memory)
 
 
 def _longest(rows: Sequence[Row], letter: str, other: str) -> list[Row]:
-    """Of the rows that differ in one letter alone the longest line, in order."""
+    """Return the longest sequence of rows that differ in one letter alone, sorted by it."""
     lines: dict[int, list[Row]] = {}
     for row in rows:
         lines.setdefault(row["size"][other], []).append(row)

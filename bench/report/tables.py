@@ -1,4 +1,4 @@
-"""How the report writes figures and tables."""
+"""Format the report's figures and tables."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def megabytes(count: float) -> str:
 
 
 def memory(row: Row) -> str:
-    """Of resident memory less than a megabyte cannot be told from its own error."""
-    held = row.get("peak_bytes")
-    return "" if held is None else megabytes(held) if held >= 1e6 else "< 1 MB"
+    """Format the peak memory; below a megabyte the measurement error of resident memory is as large."""
+    peak = row.get("peak_bytes")
+    return "" if peak is None else megabytes(peak) if peak >= 1e6 else "< 1 MB"
 
 
 def ratio(x: float) -> str:
@@ -33,17 +33,17 @@ def ratio(x: float) -> str:
 
 
 def against(row: Row, ours: Row) -> str:
-    """The time of one's own, and of a peer how many times that is."""
+    """Return the time of our row, and for a peer the ratio of its time to ours."""
     return time(row["seconds"]) if row is ours else ratio(row["seconds"] / ours["seconds"])
 
 
 def named(size: Size) -> str:
-    """Without the number of goals, which is nine everywhere."""
+    """Format a size without the number of goals, which is always nine."""
     return ", ".join(f"{letter} = {n:,}" for letter, n in size if letter != "K")
 
 
 def text(*paragraphs: str) -> Lines:
-    """Paragraphs of the page, filled."""
+    """Return paragraphs of the page, wrapped to `WIDTH`."""
     lines = []
     for paragraph in paragraphs:
         lines += [*textwrap.wrap(paragraph, WIDTH, break_long_words=False, break_on_hyphens=False), ""]
@@ -55,7 +55,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
 
 
 def by_size(sizes: dict[Size, dict[str, Row]], cell: Callable[[Row], str]) -> Lines:
-    """A row for each peer, a column for each size; ``cell`` is given the peer's bench."""
-    peers = list(dict.fromkeys(peer for found in sizes.values() for peer in found))
-    rows = [[peer, *(cell(found[peer]) if peer in found else "" for found in sizes.values())] for peer in peers]
+    """Return a table with a row for each peer and a column for each size; ``cell`` formats a row of the results."""
+    peers = list(dict.fromkeys(peer for by_peer in sizes.values() for peer in by_peer))
+    rows = [[peer, *(cell(by_peer[peer]) if peer in by_peer else "" for by_peer in sizes.values())] for peer in peers]
     return table(["", *map(named, sizes)], rows)

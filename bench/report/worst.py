@@ -1,6 +1,6 @@
-"""Figures over the regimes, the kinds of data that an op is benched on: the worst of them, how far they lie apart, all.
+"""Summarize figures over the regimes, the kinds of data that an op is benched on: the worst, their spread, and all.
 
-A regime is worst for bomkern's time where that is longest, and for a peer where its time over bomkern's is least.
+The worst regime is the one with bomkern's longest time, or for a peer that with its least ratio to bomkern's time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from bench.report.tables import named as sized
 from bench.results import Results, Row, Size
 
 OURS, EAGER, BOTH = "bomkern", "eager", "forward+backward"
-LIMIT = 1.3  # bomkern's slowest regime over its fastest of single precision
-TURNS = "forward+backward, regimes in turn"  # the direction of what tells how far they lie apart
+LIMIT = 1.3  # the most that bomkern's slowest regime may take over its fastest, in single precision
+TURNS = "forward+backward, regimes in turn"  # the direction of benches that time all regimes in turn
 HALF = "half"  # the regime of half precision: half the bytes, and conversions in every kernel
 WORDS = {
     "busy and idle": "means from 0.03 to 2 deviations wide by dimension, log-variances about -1",
@@ -39,12 +39,12 @@ Peers = Mapping[str, Row]
 
 
 class Worst(NamedTuple):
-    """Of the regimes of a case at a size.
+    """The worst figures over the regimes of a case at a size.
 
     Attributes:
-        slowest: bomkern's bench where it took longest. where: that regime.
-        spread: `spread` of bomkern's times when regimes are timed in turn. widest: the slowest one then.
-        least: of each peer that was right somewhere its least ratio, and the regime.
+        slowest: bomkern's bench with the longest time. where: its regime.
+        spread: `spread` of bomkern's times with regimes timed in turn. widest: the slowest regime of those.
+        least: each peer's least ratio and its regime, for peers with a right result in any regime.
     """
 
     slowest: Row
@@ -60,7 +60,10 @@ class Worst(NamedTuple):
 
 
 def worst(regimes: Mapping[str, Peers], turns: Row | None = None) -> Worst | None:
-    """None where bomkern was not measured. ``turns`` is the bench of regimes in turn, if there is one."""
+    """Return the worst figures, or None where bomkern was not measured.
+
+    ``turns`` is the bench that timed the regimes in turn, if there is one.
+    """
     ours = {name: peers[OURS] for name, peers in regimes.items() if OURS in peers}
     if not ours:
         return None
@@ -69,21 +72,21 @@ def worst(regimes: Mapping[str, Peers], turns: Row | None = None) -> Worst | Non
     for name, mine in ours.items():
         for peer, row in regimes[name].items():
             if peer != OURS and "seconds" in row:
-                found = row["seconds"] / mine["seconds"], name
-                least[peer] = min(found, least.get(peer, found))
+                ratio_here = row["seconds"] / mine["seconds"], name
+                least[peer] = min(ratio_here, least.get(peer, ratio_here))
     turns = turns or {}
     return Worst(ours[where], where, turns.get("spread"), turns.get("slowest"), least)
 
 
 def by_case(results: Results, case: str, direction: str) -> dict[Size, Worst]:
-    """Of each size at which bomkern was measured."""
+    """Return the worst figures for each size at which bomkern was measured."""
     turns = {size: peers[OURS] for size, peers in results.of(case, TURNS).items()} if direction == BOTH else {}
     sizes = results.regimes(case, direction)
-    return {size: seen for size, regimes in sizes.items() if (seen := worst(regimes, turns.get(size)))}
+    return {size: figures for size, regimes in sizes.items() if (figures := worst(regimes, turns.get(size)))}
 
 
 def spread(seconds: Mapping[str, float]) -> tuple[float, str] | None:
-    """The slowest regime of single precision over the fastest, and which it is; None where there is one."""
+    """Return the slowest regime of single precision over the fastest, and its name; None with fewer than two."""
     single = {name: spent for name, spent in seconds.items() if name != HALF}
     if len(single) < 2:
         return None
@@ -92,53 +95,53 @@ def spread(seconds: Mapping[str, float]) -> tuple[float, str] | None:
 
 
 def as_info(seconds: Mapping[str, float]) -> dict[str, float | str]:
-    """`spread` as a bench keeps it; nothing where there is none."""
-    found = spread(seconds)
-    return {} if found is None else {"spread": found[0], "slowest": found[1]}
+    """Return `spread` as entries of ``extra_info``, empty where there is none."""
+    measured = spread(seconds)
+    return {} if measured is None else {"spread": measured[0], "slowest": measured[1]}
 
 
 def told(apart: float | None) -> str:
-    """In bold above the limit."""
+    """Format a spread, in bold above the limit."""
     if apart is None:
         return ""
     return f"{apart:.1f}x" if apart <= LIMIT else f"**{apart:.2f}x**"
 
 
 def by_size(results: Results, case: str, direction: str) -> Lines:
-    """A row for each peer, a column for each size: the worst over the regimes, and which they are.
+    """Return a table of the worst figures over the regimes, with a row for each peer and a column for each size.
 
-    Nothing where bomkern was not measured.
+    The table is empty where bomkern was not measured.
     """
-    sizes, found = results.regimes(case, direction), by_case(results, case, direction)
-    if not found:
+    sizes, by_size = results.regimes(case, direction), by_case(results, case, direction)
+    if not by_size:
         return []
     peers = list(dict.fromkeys(peer for regimes in sizes.values() for rows in regimes.values() for peer in rows))
-    lines = [[OURS, *(time(seen.slowest["seconds"]) for seen in found.values())]]
+    lines = [[OURS, *(time(w.slowest["seconds"]) for w in by_size.values())]]
     for peer in peers:
         if peer != OURS:
-            lines.append([peer, *(ratio(seen.least[peer][0]) if peer in seen.least else "" for seen in found.values())])
+            lines.append([peer, *(ratio(w.least[peer][0]) if peer in w.least else "" for w in by_size.values())])
     if any(len(regimes) > 1 for regimes in sizes.values()):
-        lines.append(["slowest / fastest", *(told(seen.spread) for seen in found.values())])
-        lines.append(["slowest regime", *(seen.where if len(sizes[size]) > 1 else "" for size, seen in found.items())])
-        lines.append(["worst regime", *(seen.bad if len(sizes[size]) > 1 else "" for size, seen in found.items())])
-    return table(["", *map(sized, found)], lines)
+        lines.append(["slowest / fastest", *(told(w.spread) for w in by_size.values())])
+        lines.append(["slowest regime", *(w.where if len(sizes[size]) > 1 else "" for size, w in by_size.items())])
+        lines.append(["worst regime", *(w.bad if len(sizes[size]) > 1 else "" for size, w in by_size.items())])
+    return table(["", *map(sized, by_size)], lines)
 
 
 def of_all(results: Results, case: str) -> Lines:
-    """Forward and backward, a row for each size and regime; nothing where there is one regime."""
+    """Return a table of forward and backward with a row for each size and regime; empty where there is one regime."""
     sizes = {size: regimes for size, regimes in results.regimes(case, BOTH).items() if len(regimes) > 1}
     peers = list(dict.fromkeys(peer for regimes in sizes.values() for rows in regimes.values() for peer in rows))
-    peers = [OURS, *(peer for peer in peers if any(_further(regimes, peer) for regimes in sizes.values()))]
+    peers = [OURS, *(peer for peer in peers if any(_in_several_regimes(regimes, peer) for regimes in sizes.values()))]
     rows = [
-        [sized(size), regime, *(_cell(found.get(peer), found.get(OURS)) for peer in peers)]
+        [sized(size), regime, *(_cell(by_peer.get(peer), by_peer.get(OURS)) for peer in peers)]
         for size, regimes in sizes.items()
-        for regime, found in regimes.items()
+        for regime, by_peer in regimes.items()
     ]
     return table(["", "", *peers], rows) if rows else []
 
 
-def _further(regimes: Mapping[str, Peers], peer: str) -> bool:
-    """Whether a peer was asked in more than the usual regime."""
+def _in_several_regimes(regimes: Mapping[str, Peers], peer: str) -> bool:
+    """Return whether a peer was timed in more than the usual regime."""
     return peer != OURS and sum(peer in rows for rows in regimes.values()) > 1
 
 
@@ -149,37 +152,38 @@ def _cell(row: Row | None, ours: Row | None) -> str:
 
 
 def apart(results: Results, cases: Mapping[str, str]) -> list[tuple[str, Size, Worst]]:
-    """Where bomkern's times lie further apart than the limit."""
-    found = [
-        (case, size, seen)
+    """Return the cases and sizes at which bomkern's spread is above the limit, largest first."""
+    over = [
+        (case, size, figures)
         for case in cases
-        for size, seen in by_case(results, case, BOTH).items()
-        if seen.spread and seen.spread > LIMIT
+        for size, figures in by_case(results, case, BOTH).items()
+        if figures.spread and figures.spread > LIMIT
     ]
-    return sorted(found, key=lambda one: -(one[2].spread or 0.0))
+    return sorted(over, key=lambda entry: -(entry[2].spread or 0.0))
 
 
 def section(results: Results, cases: Mapping[str, str]) -> Lines:
-    """All regimes of every case, what each is, and whether bomkern keeps its limit."""
-    tables = {case: made for case in cases if (made := of_all(results, case))}
+    """Return the page's section on kinds of data: their description, bomkern's spread, and all figures."""
+    tables = {case: lines for case in cases if (lines := of_all(results, case))}
     if not tables:
         return []
-    seen = {regime for case in tables for regimes in results.regimes(case, BOTH).values() for regime in regimes}
+    used = {regime for case in tables for regimes in results.regimes(case, BOTH).values() for regime in regimes}
     lines = ["## Kinds of data", ""]
     lines += text(
-        "Time forward and backward of bomkern, and of each peer how many times that is, on every kind of data. A peer "
-        "is wrong where its result is not the reference's to its tolerance (bench/harness.py); its time is not taken."
+        "bomkern's time forward and backward on every kind of data, and each peer's time over it. A peer is wrong "
+        "where its result differs from the reference's by more than its tolerance (bench/harness.py); it is not timed "
+        "then."
     )
-    lines += table(["regime", ""], [[name, words] for name, words in WORDS.items() if name in seen])
+    lines += table(["regime", ""], [[name, words] for name, words in WORDS.items() if name in used])
     over = apart(results, cases)
     lines += text(
-        f"Of single precision bomkern's slowest regime may take {LIMIT} times as long as its fastest. For this alone "
-        "regimes are timed one after the other in turn, so that a busy neighbour meets all. "
-        + ("It does not hold for:" if over else "It holds everywhere.")
+        f"In single precision bomkern's slowest regime may take {LIMIT} times as long as its fastest. For this "
+        "comparison the regimes are timed in turn, so that load on the machine affects all alike. "
+        + ("The limit does not hold for:" if over else "The limit holds everywhere.")
     )
     if over:
-        rows = [[case, sized(size), told(found.spread), found.widest or ""] for case, size, found in over]
+        rows = [[case, sized(size), told(figures.spread), figures.widest or ""] for case, size, figures in over]
         lines += table(["", "", "slowest / fastest", "slowest regime"], rows)
-    for case, made in tables.items():
-        lines += [f"{cases[case]}:", "", *made]
+    for case, rows_of_case in tables.items():
+        lines += [f"{cases[case]}:", "", *rows_of_case]
     return lines

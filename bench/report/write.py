@@ -1,12 +1,12 @@
-"""The benchmark's report: bench/results/README.md with its pictures, and the table in the main README.
+"""Write the benchmarks' report: bench/results/README.md with its pictures, and the table in the main README.
 
 pytest bench/ --benchmark-only --benchmark-json=run.json    # or --keep run.jsonl, see bench/keep.py
-python -m bench.report run.json     # keeps what matters of it in bench/results; writes pages and pictures anew
-python -m bench.report              # pages and pictures, from what is kept
-python -m bench.report --check      # exit status 1 where a page says something else than what is kept
+python -m bench.report run.json     # saves a run in bench/results, and writes all pages and pictures
+python -m bench.report              # writes all pages and pictures from the saved results
+python -m bench.report --check      # exit status 1 where a page differs from the saved results
 
 ``--results FOLDER`` reads and writes there instead, and leaves bench/results and the main README alone. Without
-matplotlib there are no pictures, and a line says so.
+matplotlib the pictures are left out, with a message.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from bench.results import HERE, Results, committed, read
 
 README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- written by python -m bench.report -->", "<!-- end of what it writes -->"
-# What the main README shows, and at which batch sizes; there every regime is benched.
+# The cases in the main README's table and their batch sizes, at which every regime is benched.
 SHOWN = {named_case(op, label): batches for op, benches in OPS.items() for label, batches in benches.shown.items()}
-DIMS = 128  # of what has them
+DIMS = 128  # the D of cases that have one
 PEERS = (EAGER, "torch.compile", "KeOps")
 
 
 def readme_table(results: Results) -> str:
-    """The main README's: forward and backward of the ops on the worst of their data, and a whole step."""
+    """Return the main README's table: each op on its worst kind of data, forward and backward, and a whole step."""
     rows = []
     for case, batches in SHOWN.items():
         several = results.regimes(case, BOTH)
-        for size, found in by_case(results, case, BOTH).items():
+        for size, figures in by_case(results, case, BOTH).items():
             sized = dict(size)
             if sized["B"] in batches and sized.get("D", DIMS) == DIMS:
-                cells = [ratio(found.least[peer][0]) if peer in found.least else "" for peer in PEERS]
-                where = found.bad if len(several[size]) > 1 else ""
-                ours = [time(found.slowest["seconds"]), told(found.spread)]
+                cells = [ratio(figures.least[peer][0]) if peer in figures.least else "" for peer in PEERS]
+                where = figures.bad if len(several[size]) > 1 else ""
+                ours = [time(figures.slowest["seconds"]), told(figures.spread)]
                 rows.append([f"{CASES[case]}, B = {sized['B']:,}", *ours, *cells, where])
     for size, peers in results.of("nine-goal step", "whole").items():
         if (ours := peers.get("bomkern lazy")) and (plain := plain_step(peers)):
             what = f"the trainer's whole step, hard minimum, {named(size)}"
             rows.append(_step(what, ours["seconds"], plain["seconds"]))
         if pair := compiled_step(peers):
-            eager, made = (row["seconds"] for row in pair)
-            rows.append(_step(f"the same, spill 1/2, compiled against not, {named(size)}", made, eager))
+            eager, compiled = (row["seconds"] for row in pair)
+            rows.append(_step(f"the same, spill 1/2, compiled against not, {named(size)}", compiled, eager))
     head = ["forward and backward", "bomkern", "slowest / fastest", *PEERS, "worst regime"]
     lines = [*table(head, rows), f"(`{results.command}`; {results.title})"]
     if any("**" in row[2] for row in rows):
@@ -61,10 +61,10 @@ def _step(what: str, ours: float, other: float) -> list[str]:
 
 
 def readme_with(readme: str, table: str) -> str:
-    """The README with what stands between its two marks replaced.
+    """Return the README with the table between its two marks replaced.
 
     Raises:
-        ValueError: it has no marks.
+        ValueError: the README lacks the marks.
     """
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -74,46 +74,46 @@ def readme_with(readme: str, table: str) -> str:
 
 
 def pages(folder: Path = HERE) -> dict[Path, str]:
-    """What each page should hold; the main README shows what is in bench/results alone."""
-    kept = committed(folder)
-    found = {folder / "README.md": page(kept, folder)}
+    """Return the text of each page; the main README is among them for bench/results alone."""
+    saved = committed(folder)
+    texts = {folder / "README.md": page(saved, folder)}
     if folder.resolve() == HERE:
-        found[README] = readme_with(README.read_text(), readme_table(kept[0]))
-    return found
+        texts[README] = readme_with(README.read_text(), readme_table(saved[0]))
+    return texts
 
 
 def draw(folder: Path) -> None:
-    """The pictures of all that is kept in a folder, where there is matplotlib."""
+    """Draw the pictures of all results in a folder, if matplotlib is installed."""
     try:
         from bench.report import figures
     except ModuleNotFoundError as why:
-        print(f"bench.report: no pictures, for there is no {why.name}", file=sys.stderr)
+        print(f"bench.report: no pictures: {why.name} is not installed", file=sys.stderr)
         return
     for results in committed(folder):
         figures.draw(results, folder)
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("made", type=Path, nargs="*", help="files of --benchmark-json or --keep, of one machine")
-    parser.add_argument("--check", action="store_true", help="only see whether the pages are what they should be")
+    parser.add_argument("runs", type=Path, nargs="*", help="files of --benchmark-json or --keep, of one machine")
+    parser.add_argument("--check", action="store_true", help="only check that the pages show the saved results")
     parser.add_argument("--results", type=Path, default=HERE, metavar="FOLDER", help="default: bench/results")
-    asked = parser.parse_args(given)
-    if asked.check:
-        wrong = [path for path, text in pages(asked.results).items() if not path.exists() or path.read_text() != text]
+    args = parser.parse_args(argv)
+    if args.check:
+        wrong = [path for path, text in pages(args.results).items() if not path.exists() or path.read_text() != text]
         for path in wrong:
-            print(f"{path} does not show what is kept: run python -m bench.report")
+            print(f"{path} does not show the saved results: run python -m bench.report")
         return bool(wrong)
     try:
-        asked.results.mkdir(parents=True, exist_ok=True)
-        if asked.made:
-            results = read(asked.made)
-            results.save(asked.results / f"{results.stem}.json")
+        args.results.mkdir(parents=True, exist_ok=True)
+        if args.runs:
+            results = read(args.runs)
+            results.save(args.results / f"{results.stem}.json")
     except (OSError, ValueError) as why:
         print(f"bench.report: {why}", file=sys.stderr)
         return 2
-    draw(asked.results)
-    for path, text in pages(asked.results).items():
+    draw(args.results)
+    for path, text in pages(args.results).items():
         path.write_text(text)
         print(path)
     return 0

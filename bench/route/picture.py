@@ -1,4 +1,4 @@
-"""The two graphs: what backward walks, and what it would have to."""
+"""Draw two graphs: the branches that backward walks without routing, and with it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _node(ax: Axes, at: tuple[float, float], text: str, on: bool, lead: bool) ->
 
 
 def _graph(ax: Axes, routed: bool, title: str) -> None:
-    """Right to left is backward: solid where there is gradient, dotted where zeros are multiplied."""
+    """Draw a graph with backward from right to left: solid edges carry gradient, dotted ones zeros."""
     encoder, loss = (X["encoder"], 4.0), (X["loss"], 4.0)
     decodes = [(X["decode"], 6.6 - 1.5 * k) for k in range(4)]
     goals = {name: (X["goal"], 8.0 - k) for k, name in enumerate(GOALS)}
@@ -66,9 +66,9 @@ def _graph(ax: Axes, routed: bool, title: str) -> None:
     ax.set_title(title, fontsize=10)
 
 
-def draw(found: dict[str, Any], to: Path) -> None:
-    """Two graphs for a batch whose bottleneck is one goal, with the milliseconds that each took."""
-    spent = found["by_goal"][OWNER]
+def draw(results: dict[str, Any], to: Path) -> None:
+    """Draw both graphs for a batch whose bottleneck is one goal, with the milliseconds of each backward."""
+    spent = results["by_goal"][OWNER]
     figure, axes = plt.subplots(1, 2, figsize=(12.5, 5.2))
     _graph(axes[0], False, f"autograd walks all graphs, most with zeros (dotted): {spent['never']:.0f} ms")
     _graph(axes[1], True, f"routed: the bottleneck's alone, {spent['always']:.0f} ms; the same gradient to the bit")

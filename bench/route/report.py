@@ -7,36 +7,36 @@ from typing import Any
 from bench.route.variants import SIZE, VARIANTS, WORDS
 
 
-def page(found: dict[str, Any], picture: str) -> str:
-    """The page, with the picture's name."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    where = found.get("gpu", f"{found['threads']} threads")
-    held = "memory that torch allocated" if "gpu" in found else "process's resident memory"
+def page(results: dict[str, Any], picture: str) -> str:
+    """Return the page, which shows the picture of this name."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    where = results.get("gpu", f"{results['threads']} threads")
+    held = "memory that torch allocated" if "gpu" in results else "process's resident memory"
     return "\n".join([
         "# Routed backward", "",
-        f"`{found['command']}` makes this page and the picture: the trainer's networks and nine goals at {SIZE} px,",
-        f"hard minimum, {where} ({versions}). Medians over steps of all variants in turn, from the",
-        "same weights, each checked to give the same gradient first.", "",
+        f"`{results['command']}` makes this page and the picture, with the trainer's networks and nine goals at {SIZE}",
+        f"px, hard minimum, {where} ({versions}). Times are medians over steps of all",
+        "variants in turn, from the same weights, after a check that each variant gives the same gradient.", "",
         f"![the graphs that backward walks]({picture})", "",
-        "## The whole step", "", *_times(found), "",
+        "## The whole step", "", *_times(results), "",
         "## Memory", "",
-        "*held*: bytes that the graph of the VAE's step keeps for backward. *peak*: by how much three steps raise the",
-        f"{held} above what it had before them.", "", *_memory(found), "",
-        "## Gradients", "", *_gradients(found), "",
+        "*held*: bytes that the graph of the VAE's step keeps for backward. *peak*: the peak of the",
+        f"{held} above its value before three steps.", "", *_memory(results), "",
+        "## Gradients", "", *_gradients(results), "",
         "## Backward by bottleneck goal", "",
-        f"Separate decodes, B = {_small(found)}, one goal the bottleneck of every sample: milliseconds of backward.",
+        f"Separate decodes, B = {_small(results)}, one goal the bottleneck of every sample: milliseconds of backward.",
         "",
-        *_by_goal(found), "",
-        "## Where it saves nothing", "", *_for_nothing(found), "",
+        *_by_goal(results), "",
+        "## Where it saves nothing", "", *_overhead(results), "",
     ])  # fmt: skip
 
 
-def _times(found: dict[str, Any]) -> list[str]:
-    head = "".join(f" B = {t['batch']}, {t['reduction']} |" for t in found["times"])
-    rows = ["| |" + head, "|---|" + "---|" * len(found["times"])]
+def _times(results: dict[str, Any]) -> list[str]:
+    head = "".join(f" B = {t['batch']}, {t['reduction']} |" for t in results["times"])
+    rows = ["| |" + head, "|---|" + "---|" * len(results["times"])]
     for variant in VARIANTS:
         cells = []
-        for t in found["times"]:
+        for t in results["times"]:
             seconds = t["seconds"]
             ratio = "" if variant == "plain" else f", {seconds['plain'] / seconds[variant]:.2f}x"
             cells.append(f" {1e3 * seconds[variant]:.0f} ms{ratio} |")
@@ -47,33 +47,33 @@ def _times(found: dict[str, Any]) -> list[str]:
         ("rows", "branches", "rows"),
     ):
         cells = []
-        for t in found["times"]:
+        for t in results["times"]:
             seconds = t["seconds"]
             part = (seconds[before] - seconds[after]) / (seconds["plain"] - seconds["rows"])
             cells.append(f" {part:.0%} |")
         rows.append(f"| *part of what is saved: {name}* |" + "".join(cells))
     rows.append(
-        "| *backward of the images that is walked* |" + "".join(f" {t['walked']:.1%} |" for t in found["times"])
+        "| *backward of the images that is walked* |" + "".join(f" {t['walked']:.1%} |" for t in results["times"])
     )
     shares = [", ".join(f"{name} {s:.0%}" for name, s in sorted(t["share"].items(), key=lambda x: -x[1]) if s >= 0.01)
-              for t in found["times"]]  # fmt: skip
+              for t in results["times"]]  # fmt: skip
     rows.append("| *who owned the samples* |" + "".join(f" {text} |" for text in shares))
     return rows
 
 
-def _memory(found: dict[str, Any]) -> list[str]:
-    cells = {(m["variant"], m["batch"], m["reduction"]): m for m in found["memory"]}
-    columns = [(t["batch"], t["reduction"]) for t in found["times"]]
+def _memory(results: dict[str, Any]) -> list[str]:
+    cells = {(m["variant"], m["batch"], m["reduction"]): m for m in results["memory"]}
+    columns = [(t["batch"], t["reduction"]) for t in results["times"]]
     rows = ["| MB, held / peak |" + "".join(f" B = {b}, {r} |" for b, r in columns), "|---|" + "---|" * len(columns)]
     for variant in VARIANTS:
-        found_here = [cells[variant, b, r] for b, r in columns]
-        rows.append(f"| {variant} |" + "".join(f" {m['held'] / 1e6:.0f} / {m['peak'] / 1e6:.0f} |" for m in found_here))
+        of_variant = [cells[variant, b, r] for b, r in columns]
+        rows.append(f"| {variant} |" + "".join(f" {m['held'] / 1e6:.0f} / {m['peak'] / 1e6:.0f} |" for m in of_variant))
     return rows
 
 
-def _gradients(found: dict[str, Any]) -> list[str]:
+def _gradients(results: dict[str, Any]) -> list[str]:
     lines = []
-    for g in found["gradients"]:
+    for g in results["gradients"]:
         same = "identical to the bit" if g["identical"] else "NOT identical"
         lines.append(
             f"- reduction {g['reduction']}, B = {g['batch']}, {g['steps']} training steps in which {g['owners']} of 9 "
@@ -95,34 +95,34 @@ def _against_float64(errors: list[list[float]]) -> str:
     )
 
 
-def _by_goal(found: dict[str, Any]) -> list[str]:
+def _by_goal(results: dict[str, Any]) -> list[str]:
     rows = ["| bottleneck | all graphs walked | its own alone | |", "|---|---|---|---|"]
-    for name, spent in found["by_goal"].items():
+    for name, spent in results["by_goal"].items():
         part = spent["always"] / spent["never"]
         rows.append(f"| {name} | {spent['never']:.0f} | {spent['always']:.0f} | {part:.0%} |")
     return rows
 
 
-def _for_nothing(found: dict[str, Any]) -> list[str]:
-    cost = found["for_nothing"]
+def _overhead(results: dict[str, Any]) -> list[str]:
+    cost = results["for_nothing"]
     return [
-        f"Every goal owns rows, B = {_small(found)}: routing adds {cost['added_us']:.1f} us to loss and backward of "
+        f"Every goal owns rows, B = {_small(results)}: routing adds {cost['added_us']:.1f} us to loss and backward of "
         f"nine values: {cost['added_us'] / cost['step_us']:.4%} of the step's {cost['step_us'] / 1e3:.0f} ms.",
-        *_waits(found.get("waits", {})),
+        *_waits(results.get("waits", {})),
     ]
 
 
-def _small(found: dict[str, Any]) -> int:
-    """The smallest batch: what is measured at one is measured there."""
-    return int(min(t["batch"] for t in found["times"]))
+def _small(results: dict[str, Any]) -> int:
+    """Return the smallest batch, at which everything is measured that is measured at one batch alone."""
+    return int(min(t["batch"] for t in results["times"]))
 
 
 def _waits(waits: dict[str, float]) -> list[str]:
     if not waits:
         return []
-    told = ", ".join(f"{us:.1f} us at B = {int(batch):,}" for batch, us in waits.items())
+    by_batch = ", ".join(f"{us:.1f} us at B = {int(batch):,}" for batch, us in waits.items())
     return [
         "",
-        f"Most of it is that the host waits until it knows the shares: {told}. Routing pays where the branches that "
-        "are passed by take longer than that.",
+        f"Most of it is the host's wait for the shares: {by_batch}. Routing pays where the skipped branches take "
+        "longer than that.",
     ]

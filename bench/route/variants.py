@@ -1,4 +1,4 @@
-"""The trainer's step in four ways: as one writes it in plain PyTorch, and bomkern's with less and less to walk."""
+"""Four variants of the trainer's step: plain PyTorch, and bomkern's with ever fewer graphs to walk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config(batch: int, reduction: str, device: str) -> Config:
 
 
 class Routed(Trainer):
-    """bomkern's trainer. Only "rows" leaves the goals lazy; only "walked" walks all of their graphs."""
+    """bomkern's trainer. Only "rows" keeps the goals lazy; only "walked" walks all of their graphs."""
 
     def __init__(self, variant: str, batch: int, reduction: str, device: str) -> None:
         chosen = config(batch, reduction, device)
@@ -54,7 +54,7 @@ class Routed(Trainer):
         return raw, image, recon
 
     def double(self, other: Trainer) -> Routed:
-        """The same in float64, with the weights and the scales of another."""
+        """Convert this trainer to float64, with the weights and the scales of another."""
         for part in ("vae", "discriminator", "goals"):
             getattr(self, part).double().load_state_dict(getattr(other, part).state_dict())
         self.trivial = goal.Trivial(*(x.double() for x in other.trivial))
@@ -64,7 +64,7 @@ class Routed(Trainer):
         return self
 
     def gradients(self) -> list[Tensor | None]:
-        """Of every parameter of the VAE, without taking the step."""
+        """Return the gradient of every parameter of the VAE without taking the step."""
         self.goals(self.raw()[0]).loss.backward()
         grads = [p.grad for p in self.vae.parameters()]
         self.optimizers[0].zero_grad()
@@ -72,7 +72,7 @@ class Routed(Trainer):
 
 
 class Plain(Trainer):
-    """The same step by hand: each decode and each feature by its own call, scores, stack, min, log, checks, logs."""
+    """The same step by hand: separate calls for each decode and feature, scores, stack, min, log, checks, logs."""
 
     def __init__(self, batch: int, reduction: str, device: str) -> None:
         chosen = config(batch, reduction, device)
@@ -142,7 +142,7 @@ class Plain(Trainer):
 
 
 def build(variant: str, batch: int, reduction: str, device: str, start: Sequence[Trainer] = ()) -> Any:
-    """A trainer of this variant; with ``start``, in the state of that one."""
+    """Return a trainer of this variant, with the weights of the trainer in ``start`` if there is one."""
     run = Plain(batch, reduction, device) if variant == "plain" else Routed(variant, batch, reduction, device)
     for other in start:
         run.vae.load_state_dict(other.vae.state_dict())

@@ -37,7 +37,7 @@ def test_runs_of_one_machine_are_joined_and_of_two_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="different machines"):
         read([made(tmp_path / "a.json", results()), made(tmp_path / "c.json", results(), GPU)])
     (tmp_path / "d.json").write_text('{"benchmarks": [{"extra_info": {}}]}')
-    with pytest.raises(ValueError, match=r"d\.json is not of pytest bench/"):
+    with pytest.raises(ValueError, match=r"d\.json is not a file of pytest bench/"):
         read([tmp_path / "d.json"])
 
 
@@ -134,7 +134,7 @@ def test_without_matplotlib_there_are_pages_alone(
     monkeypatch.delattr("bench.report.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write.main([str(made(tmp_path / "run.json", results())), "--results", str(tmp_path)]) == 0
-    assert "no pictures, for there is no matplotlib" in capsys.readouterr().err
+    assert "no pictures: matplotlib is not installed" in capsys.readouterr().err
     assert (tmp_path / "README.md").exists() and not list(tmp_path.glob("*.png"))
 
 

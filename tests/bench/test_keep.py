@@ -121,7 +121,7 @@ def test_another_machine_torch_or_code_is_refused(begun: Path, monkeypatch: pyte
 @pytest.mark.parametrize("text", ['{"machine_info": {}}\n', "[1]\n", "no JSON\n"])
 def test_another_file_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "other").write_text(text)
-    with pytest.raises(pytest.UsageError, match="is no file of --keep"):
+    with pytest.raises(pytest.UsageError, match="is not a file of --keep"):
         keep.Keeper(tmp_path / "other")
     assert (tmp_path / "other").read_text() == text
 
@@ -129,7 +129,7 @@ def test_another_file_is_refused_and_left_alone(tmp_path: Path, text: str) -> No
 def test_a_head_that_was_not_written_whole_is_written_again(begun: Path) -> None:
     head = begun.read_bytes()
     begun.write_bytes(head[:40])
-    with pytest.raises(ValueError, match="is not of pytest bench/"):
+    with pytest.raises(ValueError, match="is not a file of pytest bench/"):
         read([begun])
     keep.Keeper(begun).pytest_unconfigure()
     assert [line["kind"] for line in kept_lines(begun)[0]] == ["kept benches"] and not read([begun]).rows

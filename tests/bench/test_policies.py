@@ -107,7 +107,7 @@ def test_the_report_gives_paired_differences_and_verdicts(tmp_path: Path) -> Non
     page = report.write(records, {"digits": {TUNED: "sum 4"}}, (1, 2, 3), command.TUNING, tmp_path / "out")
     assert page == (tmp_path / "out.md").read_text()
     assert "PSNR +1.00 (+1.00, +1.00) dB, worst goal -0.200" in page
-    assert "Of the 30 random sums it dominates 30, and 0 dominate it." in page
+    assert "It dominates 30 of the 30 random sums, and 0 dominate it." in page
     assert "none +6.0, floor +6.0" in page and "| 2 of 3, 7 steps |" in page
     for name in ("front", "faults"):
         assert (tmp_path / f"out_{name}.png").stat().st_size > 10_000

@@ -212,7 +212,7 @@ def test_the_worst_regime_is_what_is_shown() -> None:
     ):
         assert line in text
     held = in_regimes(busy_and_idle={"bomkern": 1e-4}, sharp={"bomkern": 1.2e-4}, half={"bomkern": 1e-5})
-    assert "It holds everywhere." in " ".join(page.page([held]).split()) and "**" not in write.readme_table(held)
+    assert "The limit holds everywhere." in " ".join(page.page([held]).split()) and "**" not in write.readme_table(held)
     assert worst.spread({"normal": 1.0, "sharp": 1.5, "half": 2.0}) == (1.5, "sharp")
     assert worst.spread({"normal": 1.0, "half": 1.5}) is None and worst.as_info({"half": 1.0}) == {}
 

@@ -131,7 +131,7 @@ def test_knobs_have_a_row_each_in_turn(monkeypatch: pytest.MonkeyPatch, capsys: 
     def rows(name: str, count: int) -> Iterator[dict[str, Any]]:
         for i in range(count):
             if (name, i) == ("b", 2):
-                raise tune.Late
+                raise tune.TimeOver
             yield row(name, "1", {"1": i + 1.0})
 
     fakes = [(name, functools.partial(rows, name, count)) for name, count in (("a", 2), ("b", 9), ("c", 9))]
@@ -163,6 +163,6 @@ def test_it_stops_in_time_and_keeps_what_it_has(tmp_path: Path, capsys: pytest.C
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tune.main(["nothing"])
-    assert "no knob of nothing" in capsys.readouterr().err
+    assert "no such knob: nothing" in capsys.readouterr().err
     other = "cuda" if machine.DEVICE == "cpu" else "cpu"
     assert tune.main(["route", "--device", other]) == 2

@@ -260,4 +260,4 @@ def test_sass_count_compares_two_commits() -> None:
     assert "| `op k<float>` | 40 to 32 | 100 to 100 | 42 to 42 | `5/5` | `42/21` |" in page
     assert "| `op old<float>` | 30 to none | 100 to none | 42 to none | `42/42` | none |" in page
     assert "op same" not in page
-    assert "1 other kernels are as they were. Kernels that spill: none." in page
+    assert "1 other kernels are unchanged. Kernels that spill: none." in page
