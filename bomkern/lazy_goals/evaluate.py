@@ -270,11 +270,16 @@ def _joint_key(node: Node) -> tuple[Any, ...]:
     These agree in depth, function, autocast and arguments, but for the rows. Objects are compared by identity, as they
     need not be hashable.
     """
-    kinds = tuple(
-        ("rows", _identity(a.fn)) if isinstance(a, Node) else ("rows", (a.shape[1:], a.dtype)) if is_rows(a) else id(a)
-        for a in node.args
-    )
-    return node.depth, _identity(node.fn), node.autocast, kinds
+    return node.depth, _identity(node.fn), node.autocast, tuple(_kind(a) for a in node.args)
+
+
+def _kind(argument: Any) -> Any:
+    """Return what arguments must have in common to be those of one call."""
+    if isinstance(argument, Node):
+        return "rows", _identity(argument.fn)
+    if is_rows(argument):
+        return "rows", (argument.shape[1:], argument.dtype)
+    return id(argument)
 
 
 def _identity(fn: Callable[..., Any]) -> Any:
