@@ -1,4 +1,4 @@
-"""The command line: `bomkern train`, `diagnose` and `info`. Exit code 2 for bad arguments, 1 for what failed."""
+"""The command line: `bomkern train`, `diagnose` and `info`. Exits with 2 for bad arguments and 1 for a failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTRA = ("lightning_fabric", "matplotlib", "PIL", "skimage", "sklearn", "tensorb
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a bad argument in one line."""
+    """An argument parser that reports a bad argument in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
