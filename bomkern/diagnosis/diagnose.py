@@ -149,13 +149,8 @@ def _findings(run: RunView) -> Iterator[Finding]:
 def _unexplained(found: list[Finding]) -> list[Finding]:
     """Return the findings that no other finding of the same goal explains."""
 
-    def explained(f: Finding) -> bool:
-        return any(
-            f.kind in KINDS[cause.kind].explains
-            and cause.confidence >= f.confidence / 2
-            and f.goals[:1] != ()
-            and f.goals[0] in cause.goals
-            for cause in found
-        )
+    def explains(cause: Finding, f: Finding) -> bool:
+        same = bool(f.goals) and f.goals[0] in cause.goals
+        return same and f.kind in KINDS[cause.kind].explains and cause.confidence >= f.confidence / 2
 
-    return [f for f in found if not explained(f)]
+    return [f for f in found if not any(explains(cause, f) for cause in found)]

@@ -23,7 +23,7 @@ CHECKPOINT, METRICS, CONFIG, SUMMARY = "checkpoint.pt", "metrics.jsonl", "config
 PAYOFF = "payoff.json"
 PICTURES = ("reconstructions.png", "swaps.png", "traversals.png")
 FORMER = ("levels.png", "shares.png")  # of older versions; now in the report alone
-OWN = (CHECKPOINT, before(Path(CHECKPOINT)).name, METRICS, CONFIG, SUMMARY, PAYOFF, HISTORY, REPORT, *PICTURES, *FORMER)
+OWN = (CHECKPOINT, before(Path(CHECKPOINT)).name, METRICS, CONFIG, SUMMARY, PAYOFF, HISTORY, REPORT, *PICTURES)
 ROOM = 200 * 2**20  # bytes that must be free before a run starts
 
 
@@ -38,7 +38,7 @@ def prepare(folder: Path, overwrite: bool, resume: bool) -> None:
         raise TrainError(f"--out {folder}: cannot write there ({why.strerror or why})") from why
     if free < ROOM:
         raise TrainError(f"--out {folder}: {free // 2**20} MiB free, a run needs {ROOM // 2**20}")
-    existing = [name for name in OWN if (folder / name).exists()]
+    existing = [name for name in (*OWN, *FORMER) if (folder / name).exists()]
     if resume or not existing:
         return
     if not overwrite:

@@ -90,7 +90,9 @@ def test_a_folder_with_a_run_is_not_lost(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="--resume to go on with it, or --overwrite"):
         loop.train(config(out, steps=1))
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / recorder.FORMER[0]).write_bytes(b"a picture of an older version")
     assert loop.train(config(out, steps=2, overwrite=True))["steps"] == 2
+    assert not (out / recorder.FORMER[0]).exists()
     assert (out / "notes.txt").read_text() == "mine"
 
 
