@@ -176,8 +176,8 @@ def test_another_folder_leaves_the_kept_results_alone(tmp_path: Path, capsys: py
 def test_without_matplotlib_there_are_pages_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "bench.figures")
-    monkeypatch.delattr("bench.figures")
+    monkeypatch.delitem(sys.modules, "bench.report.figures")
+    monkeypatch.delattr("bench.report.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write.main([str(made(tmp_path / "run.json", results())), "--results", str(tmp_path)]) == 0
     assert "no pictures, for there is no matplotlib" in capsys.readouterr().err

@@ -257,7 +257,7 @@ def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
     "bench/cases.py": put(
         (
             '    "covariance_penalty": Benches(',
-            '    "mean_square": Benches(usual="busy and idle", cases={"": "`mean_square`"}, shown={"": (512, 65536)}),\n',
+            '    "mean_square": Benches("busy and idle", {"": "`mean_square`"}, {"": (512, 65536)}),\n',
         )
     ),
     "docs/ops/mean_square.md": new(
