@@ -1,4 +1,4 @@
-"""Every policy in a GoalSet: it trains, resumes to the bit, is saved and diagnosed. Values: test_goal_set.py."""
+"""Every policy in a GoalSet: it trains, resumes to the bit, is saved and diagnosed."""
 
 from __future__ import annotations
 
