@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bomkern"
-# From the ground up. A room imports from all lower floors, unless ALONE limits it.
+# From the ground up. A room imports from lower floors, and from what its own entry in ALSO names.
 FLOORS = (
     ("_version", "common"),
     ("constraints",),
@@ -45,12 +45,12 @@ def room_of(module: str) -> str:
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
-    """Return the files of the package by module name."""
-    files = {}
+    """Return the files of the package by the name of their module."""
+    found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
-        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return files
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
 def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
