@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -29,13 +29,9 @@ class RecordAt(NamedTuple):
     finite: int
 
     @classmethod
-    @cache
     def of(cls, goals: int, columns: int) -> RecordAt:
         """Return the layout for this many goals in this many columns."""
-        begins = [0]
-        for size in _sizes(goals, columns):
-            begins.append(begins[-1] + size)
-        return cls(*begins[:-1])
+        return cls(*accumulate(_sizes(goals, columns)[:-1], initial=0))
 
     @property
     def size(self) -> int:

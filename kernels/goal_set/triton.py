@@ -10,6 +10,7 @@ A tile has all K columns. What is said of a goal stands at each of its members; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -36,9 +37,13 @@ class PartsAt(NamedTuple):
     infeasible: int
     taken: int
 
-    @classmethod
-    def after(cls, at: RecordAt) -> PartsAt:
-        return cls(at.ideal, at.ideal + 1, at.ideal + 2)  # where ``highest`` ends
+
+@cache
+def layouts(goals: int, columns: int) -> tuple[RecordAt, PartsAt]:
+    """Return where the parts of a record, and the partial results of a program, begin."""
+    at = RecordAt.of(goals, columns)
+    end = at.ideal  # of ``highest``
+    return at, PartsAt(end, end + 1, end + 2)
 
 
 @triton.jit
@@ -337,8 +342,7 @@ def launch_forward(
     batch, count = out.bottleneck.shape[0], len(curves)
     loss, bottleneck, record, weight = out
     matrix, save, made = goals[0].dim() == 2, weight.numel() > 0, groups[-1] + 1
-    at = RecordAt.of(made, count)
-    part = PartsAt.after(at)
+    at, part = layouts(made, count)
     block, warps, programs = plan(batch, count)
     whole = programs == 1
     # In double: there may be thousands of them.
