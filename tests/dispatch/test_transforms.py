@@ -15,7 +15,7 @@ import bomkern
 from bomkern import Anchored, GoalSet, Group, Minimize, MinimizeHard, Upper, min_goal_loss, reference
 from bomkern.dispatch import select
 from tests.conftest import run_again, servers
-from tests.support.statistics import OPS, Op, values_of
+from tests.support.statistics import OPS
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
 Call = Callable[..., tuple[Tensor, ...]]
@@ -77,16 +77,8 @@ CALLS: dict[str, Call] = {
 }
 
 
-def on_a_code(op: Op) -> Call:
-    def call(z: Tensor, mu: Tensor, logvar: Tensor, impl: str) -> tuple[Tensor, ...]:
-        given = {"z": z, "mu": mu, "logvar": logvar}
-        return values_of(op.call(*(given.get(name, z) for name in op.arguments), impl=impl))
-
-    return call
-
-
 for _name, _op in OPS.items():
-    CALLS.setdefault(_name, on_a_code(_op))
+    CALLS.setdefault(_name, _op.on_a_code)
 EACH = pytest.mark.parametrize("name", CALLS)
 
 
