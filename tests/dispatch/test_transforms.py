@@ -16,7 +16,7 @@ from bomkern import Anchored, GoalSet, Group, Minimize, MinimizeHard, Upper, min
 from bomkern.dispatch import select
 from tests.support.processes import run_tests
 from tests.support.servers import servers
-from tests.support.statistics import OPS, Op, values_of
+from tests.support.statistics import OPS
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
 Call = Callable[..., tuple[Tensor, ...]]
@@ -78,16 +78,8 @@ CALLS: dict[str, Call] = {
 }
 
 
-def on_a_code(op: Op) -> Call:
-    def call(z: Tensor, mu: Tensor, logvar: Tensor, impl: str) -> tuple[Tensor, ...]:
-        given = {"z": z, "mu": mu, "logvar": logvar}
-        return values_of(op.call(*(given.get(name, z) for name in op.arguments), impl=impl))
-
-    return call
-
-
 for _name, _op in OPS.items():
-    CALLS.setdefault(_name, on_a_code(_op))
+    CALLS.setdefault(_name, _op.on_a_code)
 EACH = pytest.mark.parametrize("name", CALLS)
 
 

@@ -68,6 +68,11 @@ class Op:
     arguments: tuple[str, ...]
     numbers: tuple[float, ...] = ()
 
+    def on_a_code(self, z: Tensor, mu: Tensor, logvar: Tensor, impl: str) -> Inputs:
+        """Return the results on those of the three that it takes, z where it takes something else."""
+        given = {"z": z, "mu": mu, "logvar": logvar}
+        return values_of(self.call(*(given.get(name, z) for name in self.arguments), impl=impl))
+
     def backward(self, op: Any, inputs: Inputs, out: Inputs) -> list[tuple[Any, ...]]:
         """Return arguments of the op's backward, where it takes what the forward took and saved."""
         wants = any(argument.name == "want" for argument in op.default._schema.arguments)
