@@ -59,7 +59,7 @@ OPS: dict[str, Benches] = {
         cases={
             "hard": "`GoalSet`'s op with the record of the step, each sample's worst goal",
             "smooth": "`GoalSet`'s op with the record of the step, temperature 0.1",
-            "spill": "`GoalSet`'s op with the record of the step, weights by rank",
+            "spill": "`GoalSet`'s op with the record of the step, goals weighed by order",
         },
         shown={"spill": (64, 8192)},
         panel="spill",

@@ -1,4 +1,4 @@
-"""Writes the table of tests/README.md from what the scripts left in tests/results.
+"""Write the tables of tests/README.md from the results that the scripts left in tests/results.
 
 python -m tests.report
 """
@@ -27,8 +27,8 @@ PARTS = {
     "memory": "the ops' tests in PyTorch",
     "threads": "the ops' tests in PyTorch",
 }
-PLANTED = {"Started", "AssertionError", "AttributeError", "ZeroDivisionError"}  # raised by a test's own function
-Row = tuple[str, str, str]  # what, what came of it, command
+PLANTED = {"Started", "AssertionError", "AttributeError", "ZeroDivisionError"}  # raised by a function of a test
+Row = tuple[str, str, str]  # test, result, command
 
 
 def load(name: str) -> dict[str, Any]:
@@ -68,14 +68,14 @@ def faults() -> Iterator[Row]:
     found = load("faults")
     kills, damaged, full = found["kills"], found["damaged"], found["full_disk"]
     end = "equal to the bit" if kills["equal"] else "**different**"
-    yield "runs killed at random moments", f"{kills['kills']} SIGKILLs; the end is {end}", found["command"]
+    yield "runs killed at random moments", f"{kills['kills']} SIGKILLs; the final state is {end}", found["command"]
     yield (
         "checkpoints cut short",
-        f"{damaged['refused']} of {damaged['cut']} refused, the one before taken",
+        f"{damaged['refused']} of {damaged['cut']} refused, the previous one used",
         found["command"],
     )
     yield "bits of a checkpoint flipped", f"{damaged['survived']} of {damaged['flipped']} survived", found["command"]
-    went_on = f"kept step {full['kept']}, went on to {full['steps']}, {len(full['left'])} files left over"
+    went_on = f"kept step {full['kept']}, continued to {full['steps']}, {len(full['left'])} files left over"
     yield "disk full while a checkpoint is written", went_on, found["command"]
 
 
@@ -85,7 +85,7 @@ def refusals() -> Iterator[Row]:
     common = ", ".join(f"{name} {count:,}" for name, count in errors.most_common(4))
     yield (
         "bad inputs",
-        f"{errors.total():,} refused with the error that is due ({common})",
+        f"{errors.total():,} refused with the expected error ({common})",
         found["command"],
     )
 
@@ -97,14 +97,14 @@ def endurance() -> Iterator[Row]:
     worst = [max(max(errors[k] for errors in found["errors"][impl].values()) for impl in impls) for k in (0, -1)]
     yield (
         f"a run of {found['steps']:,} steps of every op",
-        f"in its second half {slope['resident']:+.3g} bytes and {slope['handles']:+.3g} handles a step, of "
+        f"growth in the second half: {slope['resident']:+.3g} bytes and {slope['handles']:+.3g} handles a step, of "
         f"{megabytes(found['last']['resident'])} and {found['last']['handles']}",
         found["command"],
     )
-    yield "its steps with a NaN", f"{found['rejected']} of {found['planted']} rejected", found["command"]
+    yield "steps with a NaN in that run", f"{found['rejected']} of {found['planted']} rejected", found["command"]
     yield (
-        f"its drift from float64 ({', '.join(impls)})",
-        f"values and gradients {worst[0]:.1g} in the first fifth, {worst[1]:.1g} in the last; what GoalSets learnt "
+        f"drift from float64 in that run ({', '.join(impls)})",
+        f"values and gradients {worst[0]:.1g} in the first fifth, {worst[1]:.1g} in the last; the state of GoalSets "
         f"{max(found['learnt_apart'].values()):.1g}",
         found["command"],
     )
@@ -124,11 +124,11 @@ SOURCES = (fuzz, sanitizers, faults, refusals, endurance, installs)
 
 def results() -> Lines:
     rows = [row for source in SOURCES for row in source()]
-    return table(("what", "what came of it", "command"), ((what, came, f"`{how}`") for what, came, how in rows))
+    return table(("test", "result", "command"), ((test, result, f"`{command}`") for test, result, command in rows))
 
 
 def page(text: str) -> str:
-    """The page with its tables as of now."""
+    """Return the page with its tables made anew."""
     made = {"results": "\n".join(results()).strip(), "installs": install_matrix.table(load("install_matrix"))}
     return MARKED.sub(lambda found: f"{found[1]}{made[found[2]]}\n{found[3]}", text)
 

@@ -318,6 +318,46 @@ CONSTRAINT: dict[str, Edit] = {
     ),
 }
 
+FINDING: dict[str, Edit] = {
+    "bomkern/diagnosis/one_goal.py": put(
+        (
+            "",
+            '''
+
+STUCK = Kind(
+    "stuck",
+    weight=0.99,
+    meaning="raw never changes",
+    explanation="The raw value of the goal is the same in every step.",
+)
+
+
+@detects(STUCK, each="goal")
+def stuck(run: RunView, g: int) -> Iterator[Finding]:
+    """A raw value that is the same in every step, as of a goal that nothing trains."""
+    for k in run.members(g):
+        values = run.values(k)
+        if len(values) and values.min() == values.max():
+            text = f"{when(run, (0, run.rows))}: raw {number(values[0].item())} in every step"
+            change = f"check that {run.columns[k].name} depends on the model"
+            yield make(run, STUCK, (g,), (0, run.rows), 1.0, text, change)
+''',
+        )
+    ),
+    "tests/diagnosis/test_diagnose.py": put(
+        (
+            "",
+            """
+
+def test_a_goal_whose_raw_value_never_changes_is_stuck() -> None:
+    raw = {"a": torch.full((T,), 0.5), "b": flat(0.4, T, 1)}
+    assert only(written(raw, {"a": 0.5, "b": 0.5}), "stuck").goals == ("a",)
+    assert "stuck" not in kinds(locked())
+""",
+        )
+    ),
+}
+
 TRAINER_GOAL: dict[str, Edit] = {
     "bomkern/train/nine_goals.py": put(
         (

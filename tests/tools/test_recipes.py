@@ -11,13 +11,25 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import outside_xdist
-from tests.support.recipes import CONSTRAINT, KERNELS, OP, POLICY, ROOT, TRAINER_GOAL, Edit, apply, copy_of_the_tree
+from tests.support.recipes import (
+    CONSTRAINT,
+    FINDING,
+    KERNELS,
+    OP,
+    POLICY,
+    ROOT,
+    TRAINER_GOAL,
+    Edit,
+    apply,
+    copy_of_the_tree,
+)
 
 # By heading: the toy, what NAME is in it, and how many files there may be.
 RECIPES: dict[str, tuple[Mapping[str, Edit], str, int]] = {
     "To add an op": (OP, "mean_square", 20),
     "To add a policy": (POLICY, "", 2),
     "To add a constraint on an existing curve": (CONSTRAINT, "", 2),
+    "To add a finding": (FINDING, "", 2),
     "To add a goal of the trainer": (TRAINER_GOAL, "", 2),
 }
 
@@ -150,6 +162,35 @@ def test_a_constraint(tmp_path: Path) -> None:
     pytest_of(tmp_path, "Near or every_constraint", "tests/ops/test_constraints.py")
 
 
+FINDING_IS_SEEN = """
+import sys
+from pathlib import Path
+import torch
+from bomkern import cli, diagnose
+from bomkern.diagnosis.registry import KINDS
+from tests.support.histories import T, flat, written
+history = written({"a": torch.full((T,), 0.5), "b": flat(0.4, T, 1)}, {"a": 0.5, "b": 0.5})
+assert diagnose(history)[0].kind == "stuck" and "stuck" in KINDS
+folder = Path(sys.argv[1])
+history.save(folder / "history.pt")
+assert cli.main(["diagnose", str(folder)]) == 0
+page = (folder / "report.html").read_text(encoding="utf-8")
+assert "stuck: a" in page and "raw never changes" in page
+sys.path.insert(0, "docs")
+import hooks
+assert any(row.startswith("| stuck | raw never changes | The raw value") for row in hooks.findings())
+"""
+
+
+def test_a_finding(tmp_path: Path) -> None:
+    tree, folder = tmp_path / "tree", tmp_path / "run"
+    folder.mkdir()
+    copy_of_the_tree(tree)
+    apply(FINDING, tree)
+    run(tree, "-c", FINDING_IS_SEEN, str(folder))
+    pytest_of(tree, "stuck or kind", "tests/diagnosis/test_diagnose.py", "tests/diagnosis/test_registry.py")
+
+
 TRAINER_GOAL_IS_SEEN = """
 import sys
 from pathlib import Path
@@ -159,7 +200,8 @@ from tests.support.training import config
 assert len(GOALS) == 10 and all("brightness" in presets.policies(preset, 8, 3) for preset in ("moving", "auto"))
 summary = loop.train(config(Path(sys.argv[1]), steps=2, log_every=1))
 assert 0 < summary["raw"]["brightness"] and list(summary["share"]) == list(GOALS)
-assert (Path(sys.argv[1]) / "levels.png").exists() and "brightness" in loop.report(summary, "")
+page = (Path(sys.argv[1]) / "report.html").read_text(encoding="utf-8")
+assert "brightness" in page and "brightness" in loop.report(summary, "")
 """
 
 
