@@ -1,4 +1,4 @@
-"""`diagnose`: which bucket has a hole."""
+"""`diagnose`: find the goals that keep a run from getting better."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DETECTING = one_goal, two_goals, whole_run  # modules whose import registers the
 
 
 class Diagnosis(Sequence[Finding]):
-    """Findings, worst first. Prints as a table.
+    """A sequence of findings, worst first. It prints as a table.
 
     Attributes:
-        findings: a tuple of them.
-        steps: steps of the history that was read, first and last.
-        share: by goal, who really got the gradient over the whole run: the mean of the history's ``share``.
-        pull: by goal, its part of the gradient's norm as estimated from ``share * range of raw / scale``.
-        note: why there is nothing to say, or "".
+        findings: tuple of the findings.
+        steps: first and last step of the history.
+        share: share of the gradient by goal over the whole run: the mean of the history's ``share``.
+        pull: estimated part of the gradient's norm by goal, from ``share * range of raw / scale``.
+        note: the reason why nothing can be said, or "".
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Diagnosis(Sequence[Finding]):
 
     @property
     def faults(self) -> tuple[Finding, ...]:
-        """The findings that are more than information."""
+        """The findings that are faults, not information."""
         return tuple(f for f in self.findings if not is_information(f.kind))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {
             "steps": list(self.steps),
             "note": self.note,
@@ -65,7 +65,7 @@ class Diagnosis(Sequence[Finding]):
 
     @property
     def held(self) -> str:
-        """One line on who held the gradient."""
+        """A line that names the goals with the largest shares of the gradient."""
         order = sorted(self.share, key=lambda name: -self.share[name])
         parts = [f"{name} {self.share[name]:.0%}" for name in order[:4] if self.share[name] >= thresholds.STARVED]
         return f"the gradient went to {', '.join(parts)}" if parts else ""
@@ -91,18 +91,22 @@ class Diagnosis(Sequence[Finding]):
 
 
 def diagnose(history: History, *, payoff: Any = None) -> Diagnosis:
-    """Say which goals keep a run from getting better, why, how sure that is, and what to change.
+    """Find the goals that keep a run from getting better; give the cause, a confidence and a change for each.
 
-    Reads who got the gradient (``share``), the raw values and the anchors; what counts as evidence, and how much, is in
-    the docstring of `bomkern.diagnosis.thresholds`. It can be wrong: a history holds one run, and no gradients.
+    The evidence is the shares of the gradient (``share``), the raw values and the anchors. The docstring of
+    `bomkern.diagnosis.thresholds` says how it is weighted. A diagnosis can be wrong: a history holds one run, and no
+    gradients.
 
     Args:
-        history: of T rows, ``GoalSet.history`` or `History.load`. With fewer than 20 rows there is too little to judge.
-        payoff: what `bomkern.probe` returned, or ``{"goals": K names, "table": K rows of K raw values}``, row i after
-            training on goal i alone. It tells floors, conflicts and infeasible boxes for certain.
+        history: a history of T rows, ``GoalSet.history`` or `History.load`. Fewer than 20 rows are too few to judge.
+        payoff: the result of `bomkern.probe`, or ``{"goals": K names, "table": K rows of K raw values}``, row i after
+            training on goal i alone. With it, floors, conflicts and infeasible boxes are certain.
+
+    Returns:
+        The findings, worst first.
 
     Raises:
-        TypeError, ValueError: an argument that cannot serve, named in the message.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Example:
         >>> print(diagnose(goals.history))
@@ -135,6 +139,7 @@ def diagnose(history: History, *, payoff: Any = None) -> Diagnosis:
 
 
 def _findings(run: RunView) -> Iterator[Finding]:
+    """Run all detectors."""
     goals = range(len(run.goals))
     arguments: dict[Each, list[tuple[int, ...]]] = {
         "run": [()],
@@ -146,11 +151,11 @@ def _findings(run: RunView) -> Iterator[Finding]:
             yield from detector(run, *indices)
 
 
-def _unexplained(found: list[Finding]) -> list[Finding]:
+def _unexplained(findings: list[Finding]) -> list[Finding]:
     """Return the findings that no other finding of the same goal explains."""
 
     def explains(cause: Finding, f: Finding) -> bool:
         same = bool(f.goals) and f.goals[0] in cause.goals
         return same and f.kind in KINDS[cause.kind].explains and cause.confidence >= f.confidence / 2
 
-    return [f for f in found if not any(explains(cause, f) for cause in found)]
+    return [f for f in findings if not any(explains(cause, f) for cause in findings)]

@@ -1,4 +1,4 @@
-"""What `bomkern.diagnose` finds."""
+"""`Finding`: one result of `bomkern.diagnose`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .run_view import RunView
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong with a run, or worth knowing.
+    """A fault of a run, or information about it.
 
     Attributes:
-        kind: what it is, in one or two words: "locked", "starved". The docs list all kinds, under "Moving targets".
-        goals: the names it is about: one, or two for a conflict; none where the record no longer says.
+        kind: the kind in one or two words: "locked", "starved". The docs list all kinds, under "Moving targets".
+        goals: names of the goals concerned: one, or two for a conflict; none if the record does not tell.
         first, last: steps, counted from 1.
-        confidence: in [0, 1]; how it comes about is in the docstring of `bomkern.diagnosis.thresholds`.
+        confidence: in [0, 1]; see the docstring of `bomkern.diagnosis.thresholds`.
         severity: in [0, 1]; findings are sorted by it.
         evidence: one sentence with steps and values.
         suggestion: one change to make.
@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 
     @property
     def goal(self) -> str:
-        """The names in one string."""
+        """The names of the goals in one string."""
         return " and ".join(self.goals) or "?"
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The detectors of `bomkern.diagnose` that look at one goal."""
+"""The detectors of `bomkern.diagnose` for single goals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ STARVED = Kind(
 
 
 def _holding(run: RunView, g: int, share: float) -> Iterator[tuple[int, int]]:
-    """Windows in which a goal holds the gradient, or as much of it as the rule gives to one."""
+    """Yield windows in which a goal holds at least ``share`` of the gradient that the rule gives to one goal."""
     for a, b in stretches(run.smooth_share[:, g] >= share * run.largest_share, run.width):
         if b - a >= max(run.least_window, thresholds.SPAN[0] * run.rows):
             yield a, b
@@ -59,11 +59,11 @@ def _holding(run: RunView, g: int, share: float) -> Iterator[tuple[int, int]]:
 
 @detects(STARVED, each="goal")
 def starved(run: RunView, g: int) -> Iterator[Finding]:
-    """No share while raw gets worse, and the goal ends badly off: it was not just waiting for its turn."""
+    """Find a goal without a share while raw gets worse, that ends badly off: it was not just waiting for its turn."""
     for a, b in stretches(run.smooth_share[:, g] < thresholds.STARVED, run.width // 2):
         if b - a < run.least_window:
             continue
-        # From its best on to the end: what it loses and finds again without gradient is how batches differ.
+        # From its best value to the end: a loss that it recovers without gradient is noise between batches.
         low = a + last_rise(smooth(run.worse[a:b, g], run.width))
         if b - low < run.least_window:
             continue
@@ -85,7 +85,7 @@ def starved(run: RunView, g: int) -> Iterator[Finding]:
 
 @detects(MOVING, each="goal")
 def moving(run: RunView, g: int) -> Iterator[Finding]:
-    """Raw gets worse while the goal holds the gradient; or its anchors drift."""
+    """Find a goal whose raw value gets worse while it holds the gradient, or whose anchors drift."""
     for a, b in _holding(run, g, thresholds.PART[0]):
         low, high = (a + i for i in rise(smooth(run.worse[a:b, g], run.width)))
         if high - low < run.least_window:
@@ -109,6 +109,7 @@ def moving(run: RunView, g: int) -> Iterator[Finding]:
 
 
 def _drifting(run: RunView, k: int) -> Iterator[Finding]:
+    """Find a column whose measured anchors drift from their first values."""
     low, high = run.ideal[:, k], run.ideal[:, k] + run.scale[:, k]
     known = (low.isfinite() & high.isfinite()).nonzero()[:, 0].tolist()
     if not known:
@@ -127,7 +128,7 @@ def _drifting(run: RunView, k: int) -> Iterator[Finding]:
 
 @detects(LOCKED, each="goal")
 def locked(run: RunView, g: int) -> Iterator[Finding]:
-    """Holds the gradient, stands out, does not improve; the others get none and do not improve either."""
+    """Find a goal that holds the gradient with the largest deficit, does not improve, and keeps others from it."""
     others = [o for o in range(len(run.goals)) if o != g]
     for a, b in _holding(run, g, thresholds.LOCKED[0]):
         a = _settled(run, g, a, b)
@@ -154,7 +155,7 @@ def locked(run: RunView, g: int) -> Iterator[Finding]:
 
 
 def _settled(run: RunView, g: int, a: int, b: int) -> int:
-    """From where on a goal that holds the gradient does not get better."""
+    """Return the row from which on a goal that holds the gradient does not get better, or b if it always does."""
     for eighth in range(6):
         start = a + (b - a) * eighth // 8
         height = run.deficit[start:b, g].nanmean().item()
@@ -164,41 +165,42 @@ def _settled(run: RunView, g: int, a: int, b: int) -> int:
 
 
 def _improves(run: RunView, g: int, a: int, b: int) -> bool:
-    """Whether a goal gets much of its way: what shared parameters carry along is little."""
+    """Return whether a goal improves much. Shared parameters alone improve it a little."""
     line, start = trend(run.worse[a:b, g]), run.worse[a : a + run.width, g].nanmean().item()
     return line.change < -max(thresholds.CLIMB[0], start / 3) and line.t < -thresholds.T_NONE
 
 
 @detects(MISCALIBRATED, each="goal")
 def miscalibrated(run: RunView, g: int) -> Iterator[Finding]:
-    """A scale that has nothing to do with the values seen, over the second half of the run."""
+    """Find a scale that does not fit the values in the second half of the run."""
     half = run.rows // 2
     for k in run.members(g):
         column, away = run.columns[k], run.distance[:, k]
         late = away[half:][away[half:].isfinite()].abs()
         if not column.anchorable or not len(late):
             continue
-        sure, what, begun = max(_too_small(run, k), _too_large(run, k), _outgrown(run, k))
+        sure, fault, begun = max(_too_small(run, k), _too_large(run, k), _outgrown(run, k))
         if sure > 0:
             share, values = run.share[half:, g].nanmean().item(), run.values(k, half)
             text = (
-                f"{when(run, (begun, run.rows))}: its scale {number(run.anchor(k)[1])} is {what}; raw "
+                f"{when(run, (begun, run.rows))}: its scale {number(run.anchor(k)[1])} is {fault}; raw "
                 f"{number(values.quantile(0.25).item())} to {number(values.quantile(0.75).item())} in the second half "
                 f"is {number(late.median().item())} scales from its ideal, share {share:.1%}"
             )
             change = anchored(run, k)
-            if what == PERHAPS:
+            if fault == PERHAPS:
                 change = f"if it should get better still, {change}"
             yield make(run, MISCALIBRATED, (g,), (begun, run.rows), sure, text, change)
 
 
 PERHAPS = "too large, or it was satisfied from the start"
-Scale = tuple[float, str, int]  # how sure, what is wrong with it, from which row
+Scale = tuple[float, str, int]  # confidence, fault, first row
 
 
 def _too_small(run: RunView, k: int) -> Scale:
     size, half, third = run.distance[:, k].abs(), run.rows // 2, run.rows // 3
-    lowest = min(size[:half].nanquantile(0.25).item(), size[half:].nanquantile(0.25).item())  # else the values moved
+    # In both halves, since values that move are far for a while.
+    lowest = min(size[:half].nanquantile(0.25).item(), size[half:].nanquantile(0.25).item())
     return (
         max(ramp(lowest, *thresholds.FAR), ramp(size[:third].nanquantile(0.25).item(), *thresholds.LONG)),
         "too small",
@@ -207,8 +209,11 @@ def _too_small(run: RunView, k: int) -> Scale:
 
 
 def _too_large(run: RunView, k: int) -> Scale:
-    """No sample ever used more than a small part of it. A goal satisfied from the start looks alike, so it takes raw
-    that gets worse, or that fell far from where no training had left it, to be sure."""
+    """Judge a scale of which no sample used more than a small part.
+
+    A goal that was satisfied from the start looks the same. Full confidence needs raw that gets worse, or that fell far
+    from its value without training.
+    """
     size, half = run.worst_distance(k).abs(), run.rows // 2
     if not size[:half].nanquantile(0.95) < thresholds.UNUSED:
         return 0.0, "", 0
@@ -231,22 +236,22 @@ def _outgrown(run: RunView, k: int) -> Scale:
     if not run.columns[k].calibrated:
         return 0.0, "", 0
     past = (smooth(size, run.width) > thresholds.OUTGROWN[0]).to(torch.int8)
-    what = "outgrown: it was calibrated when the goal was easy"
-    return ramp(size[half:].nanmedian().item(), *thresholds.OUTGROWN), what, min(half, int(past.argmax()))
+    fault = "outgrown: it was calibrated when the goal was easy"
+    return ramp(size[half:].nanmedian().item(), *thresholds.OUTGROWN), fault, min(half, int(past.argmax()))
 
 
 def _limit(series: Tensor) -> float:
-    """Where a series that approaches something at a steady rate is going (Aitken's extrapolation of three means)."""
+    """Return the limit of a series that converges at a steady rate, by Aitken's extrapolation of three means."""
     first, second, third = map(float, blocks(series, 3))
     before, after = second - first, third - second
-    if abs(after) >= abs(before) or before * after <= 0:  # no approach: further, or back
+    if abs(after) >= abs(before) or before * after <= 0:  # it does not converge, or turns back
         return math.copysign(math.inf, after) if before * after > 0 else third
     return third + after * after / (before - after)
 
 
 @detects(INFEASIBLE, each="goal")
 def infeasible(run: RunView, g: int) -> Iterator[Finding]:
-    """A box that raw stays outside of, although the goal holds gradient; or that it never was in at all."""
+    """Find a box that raw stays outside of although the goal has gradient, or in which raw never was."""
     for k in run.members(g):
         box = run.columns[k].box
         if box is None:
@@ -266,7 +271,7 @@ def infeasible(run: RunView, g: int) -> Iterator[Finding]:
 
 
 def _shut_out(run: RunView, k: int, window: tuple[int, int], share: float) -> float:
-    """How sure it is that raw cannot get into its box. Trained alone it was measured: no need to infer."""
+    """Return the confidence that raw cannot get into its box. A payoff table, which has measured it, decides."""
     away, rows = run.distance[slice(*window), k], window[1] - window[0]
     tried = max(ramp(share, *thresholds.TRIED), thresholds.NEVER * (rows == run.rows))
     beyond = away[-run.width :].nanmean().item() - 1  # 0 at the edge

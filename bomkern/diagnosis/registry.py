@@ -28,12 +28,12 @@ class Kind(NamedTuple):
 
     Attributes:
         name: one or two words.
-        weight: the factor of the severity that belongs to the kind, in [0, 1]. A cause weighs more than its effect, a
-            certain fault more than what may be meant, and information least.
+        weight: the factor of the kind in the severity, in [0, 1]. A cause weighs more than its effect, and a certain
+            fault more than one that may be intended. Information weighs least.
         meaning: a few words, for tables.
         explanation: one sentence, for the docs.
-        information: whether it is no fault. It is shown for goals that have no other finding.
-        explains: names of kinds that are only what this one looks like from outside. They are left out for its goals.
+        information: whether it is information and no fault. It is shown for goals that have no other finding.
+        explains: names of kinds that are symptoms of this one. They are left out for its goals.
     """
 
     name: str
@@ -49,8 +49,7 @@ DETECTORS: list[tuple[Each, Detector]] = []
 
 
 def detects(kind: Kind, *, each: Each) -> Callable[[Function], Function]:
-    """Register a detector: it is called with each goal's index, with those of each pair, or once with the run alone."""
-
+    """Register a detector. It is called for each goal's index, for those of each pair, or once with the run alone."""
     if KINDS.setdefault(kind.name, kind) is not kind:
         raise ValueError(f"two kinds of findings are called {kind.name!r}")
 
@@ -62,5 +61,5 @@ def detects(kind: Kind, *, each: Each) -> Callable[[Function], Function]:
 
 
 def is_information(kind: str) -> bool:
-    """Whether a kind, by its name, is no fault."""
+    """Return whether the kind of this name is information and no fault."""
     return kind in KINDS and KINDS[kind].information

@@ -1,4 +1,4 @@
-"""What detectors read of a `History`: its parts in float64, with all goals in one direction and unit."""
+"""`RunView`: a `History` as the detectors read it, in float64, with all goals in one direction and unit."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from ..goals.history import History
 from ..goals.record import Layout
 from .trends import smooth
 
-WINDOWS = 30  # a moving mean spans one so-many-th of the run: long enough to see shares of 1%, short against findings
-LEAST_WIDTH = 5  # and never fewer rows
-LEAST_WINDOW = 20  # rows of which something is found: in fewer, a goal that settles looks like one that moves
+WINDOWS = 30  # a moving mean spans this part of a run: enough rows to see shares of 1%, few against those of a finding
+LEAST_WIDTH = 5  # smallest number of rows of a moving mean
+LEAST_WINDOW = 20  # smallest number of rows of a finding: in fewer, a goal that settles looks like one that moves
 
 
 def number(value: float) -> str:
-    """As short as it can be read and typed: 0.476, 12.3, 1.2e+03."""
+    """Format a number with three digits: 0.476, 12.3, 1.2e+03."""
     return f"{value:.3g}"
 
 
 class Column:
-    """A goal's own column, or a group member's.
+    """The column of a goal or of a group member.
 
     Attributes:
         name: as in the history's layout.
         goal: index of the goal that owns it.
-        direction: 1 where larger values are worse, -1 where smaller ones are, 0 where both are.
+        direction: 1 if larger values are worse, -1 if smaller values are, 0 if both are.
         has_limit: whether the goal is satisfied everywhere on one side.
         box: (lower, upper) of a barrier on both sides, else None.
-        anchorable: whether `bomkern.Anchored` can take its place: larger values are worse, without end or limit.
+        anchorable: whether `bomkern.Anchored` can replace it: larger values are worse, without end or limit.
         margin: raw units per unit of deficit, beyond a limit or above the ideal, before the first step.
-        named: whether its ideal and its nadir were named, and so mean something.
+        named: whether its ideal and its nadir were named, and so have a meaning.
         calibrated: whether its scale comes from the first steps.
-        moving: whether the goal's difficulty changes while it trains.
+        moving: whether the goal's difficulty changes during training.
     """
 
     def __init__(self, name: str, goal: int, constraint: ConstraintInfo) -> None:
@@ -51,7 +51,7 @@ class Column:
         self.has_limit = right == 0 or left == 0
         self.box = None
         if constraint.curve == BARRIER and right > 0 > left:
-            least = 1e-9 * (1 / right - 1 / left)  # what rounding leaves of an edge at 0
+            least = 1e-9 * (1 / right - 1 / left)  # an edge at 0 may round to this
             lower, upper = (edge if abs(edge) > least else 0.0 for edge in (center + 1 / left, center + 1 / right))
             self.box = lower, upper
         both = left < 0 if self._hard else constraint.curve == LINEAR and left > 0
@@ -61,18 +61,18 @@ class Column:
         self.moving = constraint.moving
 
     def distance(self, raw: Tensor, ideal: float, scale: float) -> Tensor:
-        """Return how far raw values are on the wrong side of the best one, in scales.
+        """Return the distance of raw values from the best value, on the worse side, in scales.
 
-        That is the ramp of `bomkern.constraints`, continued where it is flat: below 0 is better than a limit. ``ideal``
-        and ``scale`` are those of a record: the scale is that of the right side.
+        This is the ramp of `bomkern.constraints`, continued where it is flat: values below 0 are better than a limit.
+        ``ideal`` and ``scale`` are those of a record, where the scale is that of the right side.
         """
         right, left, away = self._right, self._left, raw - ideal
         if self._hard:
             scale = abs(scale)
         if right == 0 and (self._fixed or not math.isfinite(scale)):
-            return away * left  # a record holds no scale of the left side
+            return away * left  # a record does not hold the scale of the left side
         if not self._fixed:
-            right, left = 1.0, -1.0 if left < 0 else 1.0  # a policy gives both sides one scale
+            right, left = 1.0, -1.0 if left < 0 else 1.0  # a policy gives both sides the same scale
         return torch.where(away > 0, away / scale, away / (scale * right / left if left else scale))
 
 
@@ -82,18 +82,20 @@ def columns_of(layout: Layout) -> list[Column]:
 
 
 class RunView:
-    """T rows of G goals and K columns, on the host, float64.
+    """T rows of G goals and K columns, on the host, in float64.
 
     Attributes:
-        goals: names. columns: `Column`s.
-        share, level, deficit: [T, G]. smooth_share: the share's moving mean over ``width`` rows.
-        largest_share: the most that one goal can hold, `Layout.most`.
-        least_window: rows that a window must have at least.
+        goals: names of the goals.
+        columns: their `Column`s.
+        share, level, deficit: [T, G].
+        smooth_share: moving mean of the shares over ``width`` rows, [T, G].
+        largest_share: the largest share that one goal can hold, `Layout.most`.
+        least_window: smallest number of rows of a window.
         raw, ideal, scale, highest: [T, K].
         distance: [T, K], `Column.distance` by the last ideal and scale, so that it moves as raw does.
-        worse: [T, G], its mean over a goal's columns: raw in the direction of worse, in scales.
-        finite: [T], fraction of the steps.
-        payoff: {(trained on, seen): raw} by column name.
+        worse: [T, G], mean of the distances over a goal's columns; larger is worse, in scales.
+        finite: [T], fraction of the steps with a finite loss.
+        payoff: {(trained on, measured): raw} by column name.
     """
 
     def __init__(self, history: History, payoff: Any = None) -> None:
@@ -102,7 +104,7 @@ class RunView:
         self.columns = columns_of(layout)
         for part in ("share", "level", "deficit", "raw", "ideal", "scale", "highest", "finite"):
             setattr(self, part, history[part].double())
-        bad = ~(self.finite > 0)[:, None]  # such a step took no sample into any goal's training
+        bad = ~(self.finite > 0)[:, None]  # no step of such a row trained any goal
         for part in ("share", "level", "deficit", "raw"):
             values = getattr(self, part)
             setattr(self, part, torch.where(bad | ~values.isfinite(), torch.nan, values))
@@ -130,67 +132,70 @@ class RunView:
     finite: Tensor
 
     def anchor(self, column: int) -> tuple[float, float]:
-        """(ideal, scale) of a column at the end, as far as it is known."""
+        """Return the last (ideal, scale) of a column; NaN if unknown."""
         return self._anchors[column]
 
     def members(self, goal: int) -> list[int]:
-        """Columns of a goal."""
+        """Return the indices of a goal's columns."""
         return [k for k, column in enumerate(self.columns) if column.goal == goal]
 
     def steps(self, a: int, b: int) -> tuple[int, int]:
-        """The first and the last step of rows [a, b), counted from 1."""
+        """Return the first and the last step of rows [a, b), counted from 1."""
         h = self.history
         return h.first + h.stride * a + 1, h.first + h.stride * b
 
     def worst_distance(self, column: int) -> Tensor:
-        """[T]: distance of the worst sample of each step."""
+        """Return the distance of the worst sample of each step, [T]."""
         highest = self.highest[:, column]
         highest = torch.where(highest.isfinite() & (self.finite > 0), highest, torch.nan)
         return self.columns[column].distance(highest, *self.anchor(column))
 
     def worst_mover(self, goal: int, a: int, b: int) -> int:
-        """The column of a goal that got worse most over rows [a, b)."""
-        found = self.members(goal)
-        if len(found) == 1:
-            return found[0]
+        """Return the column of a goal that got worse most over rows [a, b)."""
+        members = self.members(goal)
+        if len(members) == 1:
+            return members[0]
         start, end = self._ends(self.distance[a:b])
-        climbed = (end - start)[found]
-        return found[int(torch.where(climbed.isnan(), -torch.inf, climbed).argmax())]
+        climbed = (end - start)[members]
+        return members[int(torch.where(climbed.isnan(), -torch.inf, climbed).argmax())]
 
     def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
         n = max(1, min(self.width, len(values) // 4))
         return values[:n].nanmean(0), values[-n:].nanmean(0)
 
     def course(self, column: int, a: int, b: int) -> str:
-        """ "raw 0.2 -> 0.5" over rows [a, b)."""
+        """Return "raw 0.2 -> 0.5", the values at both ends of rows [a, b)."""
         start, end = self._ends(self.raw[a:b, column])
         member = f" of {self.columns[column].name}" if len(self.members(self.columns[column].goal)) > 1 else ""
         return f"raw{member} {number(float(start))} -> {number(float(end))}"
 
     def holder(self, a: int, b: int) -> tuple[int, float]:
-        """The goal with the largest share over rows [a, b), and the share."""
+        """Return the goal with the largest share over rows [a, b), and the share."""
         share = self.share[a:b].nanmean(0).nan_to_num()
         return int(share.argmax()), float(share.max())
 
     def values(self, column: int, a: int = 0, b: int | None = None) -> Tensor:
-        """The finite raw values of a column over rows [a, b)."""
+        """Return the finite raw values of a column over rows [a, b)."""
         raw = self.raw[a:b, column]
         return raw[raw.isfinite()]
 
-    def alone(self, trained: int, seen: int | None = None) -> float | None:
-        """What column ``seen`` (the same one) came to when column ``trained`` was trained alone, if the payoff says."""
-        names = self.columns[trained].name, self.columns[trained if seen is None else seen].name
+    def alone(self, trained: int, measured: int | None = None) -> float | None:
+        """Return raw of column ``measured`` after training on column ``trained`` alone; None if the payoff lacks it.
+
+        ``measured`` is ``trained`` by default.
+        """
+        names = self.columns[trained].name, self.columns[trained if measured is None else measured].name
         return self.payoff.get(names)
 
 
 def _last(ideal: Tensor, scale: Tensor) -> tuple[float, float]:
-    """Of [T] each, those of the last row that has both: a row joined of lost steps has none."""
+    """Return the ideal and the scale of the last row that has both; a row of rejected steps has none."""
     rows = (~(ideal.isnan() | scale.isnan())).nonzero()
     return (float(ideal[rows[-1]]), float(scale[rows[-1]])) if len(rows) else (math.nan, math.nan)
 
 
 def payoff_of(given: Any) -> dict[tuple[str, str], float]:
-    """{(trained on, seen): raw} of what `bomkern.probe` returned, or of its ``to_dict``."""
+    """Return {(trained on, measured): raw} for the result of `bomkern.probe`, or for its ``to_dict``."""
     if given is None:
         return {}
     if hasattr(given, "to_dict"):

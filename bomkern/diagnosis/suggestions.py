@@ -1,4 +1,4 @@
-"""What `bomkern.diagnose` suggests to change, so that it can be pasted where it is code."""
+"""The changes that `bomkern.diagnose` suggests. Constraints in them are code that can be pasted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .run_view import Column, RunView, number
 
 
 def anchored(run: RunView, k: int, *, keep: bool = True, moving: bool = False) -> str:
-    """Suggest "give realism Anchored(0.5, 1)", anchors that fit the values seen.
+    """Suggest anchors that fit the values in the history: "give realism Anchored(0.5, 1)".
 
-    The nadir stays where it lies well beyond the ideal. An ideal that was named stays too, unless ``keep`` is False.
+    The nadir stays if it lies well beyond the ideal. A named ideal stays too, unless ``keep`` is False.
     """
     values = run.values(k)
     low, high = (values.quantile(q).item() if len(values) else 0.0 for q in (0.05, 0.95))
@@ -27,8 +27,8 @@ def anchored(run: RunView, k: int, *, keep: bool = True, moving: bool = False) -
 def raised(run: RunView, k: int, ideal: float) -> str:
     """Suggest an ideal that the goal can reach.
 
-    A nadir that was named stays if that leaves half of the scale. Else the scale stays: between a raised ideal and an
-    old nadir, the goal would be so steep that it held the gradient again.
+    A named nadir stays if that leaves half of the scale. Otherwise the scale stays, because a goal between a raised
+    ideal and an old nadir would be so steep that it holds the gradient again.
     """
     old_ideal, scale = run.anchor(k)
     keep = run.columns[k].named and old_ideal + scale >= ideal + scale / 2
@@ -41,7 +41,7 @@ def _anchors(column: Column, ideal: float, nadir: float, more: str = "") -> str:
 
 
 def reached(run: RunView, k: int) -> float:
-    """Return what a goal came to: trained alone, if the payoff says, else while it held the gradient."""
+    """Return the value that a goal reached: trained alone, if the payoff has it, else while it held the gradient."""
     alone = run.alone(k)
     if alone is not None:
         return alone
@@ -62,7 +62,7 @@ def easier(run: RunView, k: int) -> str:
 
 
 def wider(column: Column, value: float) -> str:
-    """Suggest a box in which a value lies two thirds of the way from the other end, or nearer the middle."""
+    """Suggest a wider box, in which a value lies two thirds of the way from the far end, or nearer the middle."""
     assert column.box
     low, high = column.box
     if value > (low + high) / 2:
@@ -73,7 +73,7 @@ def wider(column: Column, value: float) -> str:
 
 
 def stricter(column: Column) -> str:
-    """Return what would ask more of a satisfied goal."""
+    """Return a change that asks more of a satisfied goal."""
     if column.box:
         return "a narrower box"
     bound = "limit" if column.has_limit else "nadir"
@@ -81,7 +81,7 @@ def stricter(column: Column) -> str:
 
 
 def feed(run: RunView, holder: int, held: float, window: tuple[int, int]) -> str:
-    """Suggest what gives a starved goal gradient: a reachable ideal for the goal that holds it, or a share for all."""
+    """Suggest a change that gives a starved goal gradient: a reachable ideal for the holder, or a share for all."""
     k = run.worst_mover(holder, *window)
     if held >= thresholds.HOLDS * run.largest_share and run.columns[k].anchorable:
         return raised(run, k, reached(run, k))
@@ -91,7 +91,7 @@ def feed(run: RunView, holder: int, held: float, window: tuple[int, int]) -> str
 
 
 def follow(run: RunView, k: int) -> str:
-    """Suggest what to do about a moving target."""
+    """Suggest a change for a moving target."""
     column = run.columns[k]
     if column.moving:
         return f"train the adversary of {column.name} more slowly, or measure its anchors more often"
@@ -101,7 +101,7 @@ def follow(run: RunView, k: int) -> str:
 
 
 def compromise(run: RunView, k: int, m: int) -> str:
-    """Suggest which of two goals in conflict gives way."""
+    """Suggest a concession by one of two goals in conflict."""
     column, other = run.columns[m], run.columns[k]
     ideal, scale = run.anchor(m)
     if not column.anchorable or not math.isfinite(scale):

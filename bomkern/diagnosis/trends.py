@@ -10,21 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A trend is judged on so many block means: enough for a slope, few enough that each averages the noise of its steps.
+# Number of block means to which a trend is fitted: enough for a slope, and few enough to average noise within blocks.
 BLOCKS = 24
-LEAST_BLOCKS = 6  # below which residuals say nothing about the noise
-# The largest autocorrelation of blocks that is allowed for; beyond it a series is a random walk, and t is nearly 0.
+LEAST_BLOCKS = 6  # with fewer blocks, residuals say nothing about the noise
+# Largest autocorrelation of blocks in the correction; beyond it a series is a random walk, and t is nearly 0.
 MOST_CORRELATED = 0.95
-BEST_T = 99.0  # of a rise without noise
-ONSET = 0.03  # part of a rise that noise may have made before it began
+BEST_T = 99.0  # t of a rise without noise
+ONSET = 0.03  # part of a rise that noise may have caused before the rise began
 
 
 class Trend(NamedTuple):
     """A straight line through a series.
 
     Attributes:
-        change: how far it rises from the first row to the last, in units of the series.
-        t: change over its standard error, autocorrelation of the residuals allowed for; 0 where nothing can be said.
+        change: rise from the first row to the last, in units of the series.
+        t: change over its standard error, corrected for autocorrelation of the residuals; 0 for too few rows.
     """
 
     change: float
@@ -32,12 +32,15 @@ class Trend(NamedTuple):
 
 
 def smooth(series: Tensor, width: int) -> Tensor:
-    """Centred moving mean along the first axis over ``width`` rows, fewer at the ends; NaN only where all are."""
+    """Return the centred moving mean along the first axis over ``width`` rows, fewer at the ends.
+
+    Missing values are left out; the result is NaN only if all values of a window are missing.
+    """
     half, seen = width // 2, series.isfinite()
     if not len(series):
         return series
 
-    def window(values: Tensor) -> Tensor:  # summed anew at every row: differences of one long sum forget what is small
+    def window(values: Tensor) -> Tensor:  # sums each window anew: differences of a running sum lose small values
         flat = values.reshape(len(series), -1).T[:, None]
         return F.avg_pool1d(flat, 2 * half + 1, 1, half)[:, 0].T.reshape(series.shape)
 
@@ -45,7 +48,7 @@ def smooth(series: Tensor, width: int) -> Tensor:
 
 
 def blocks(series: Tensor, count: int) -> Tensor:
-    """[T, ...] -> means of ``count`` nearly equal runs of rows, NaN rows left out."""
+    """Return the means of ``count`` nearly equal runs of rows of a series [T, ...]; NaN rows are left out."""
     edges = torch.linspace(0, len(series), count + 1).round().long().tolist()
     return torch.stack([series[a:b].nanmean(0) for a, b in pairwise(edges)])
 
@@ -53,9 +56,9 @@ def blocks(series: Tensor, count: int) -> Tensor:
 def trend(series: Tensor) -> Trend:
     """Fit a line to block means for the change, and to their positions in sorted order for t.
 
-    By positions a bent rise counts as a rise.
-    The standard error is widened by ``sqrt((1 + r) / (1 - r))``, r the residuals' autocorrelation at lag one, corrected
-    for its bias of about ``-(1 + 3r) / n`` (Kendall 1954).
+    Because t comes from positions, a curved rise counts as a rise too. The standard error is multiplied by
+    ``sqrt((1 + r) / (1 - r))``, where r is the autocorrelation of the residuals at lag one, corrected for its bias of
+    about ``-(1 + 3r) / n`` (Kendall 1954).
     """
     count = min(BLOCKS, len(series) // 2)
     if count < LEAST_BLOCKS:
@@ -77,9 +80,9 @@ def trend(series: Tensor) -> Trend:
 
 
 def _positions(y: Tensor) -> Tensor:
-    """Return the position of each value in sorted order. Equal values share the mean of theirs.
+    """Return the position of each value in sorted order; equal values get the mean of their positions.
 
-    Positions by order of time would make a series rise that is mostly 0.
+    If equal values were ordered by time, a series that is mostly 0 would seem to rise.
     """
     _, place, count = y.unique(return_inverse=True, return_counts=True)
     positions: Tensor = (count.cumsum(0).double() - (count + 1) / 2)[place]
@@ -94,23 +97,23 @@ def _slope(x: Tensor, y: Tensor) -> tuple[float, Tensor]:
 
 
 def stretches(mask: Tensor, gap: int = 0) -> list[tuple[int, int]]:
-    """Runs ``[a, b)`` of True in a [T] mask, joined across at most ``gap`` False rows."""
-    found: list[tuple[int, int]] = []
+    """Return the runs ``[a, b)`` of True in a mask [T]. Runs at most ``gap`` False rows apart are joined."""
+    runs: list[tuple[int, int]] = []
     edge = torch.zeros(1, dtype=torch.int8)
     edges = torch.diff(mask.to(torch.int8), prepend=edge, append=edge)
     starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
     for a, b in zip(starts, ends, strict=True):
-        if found and a - found[-1][1] <= gap:
-            found[-1] = (found[-1][0], b)
+        if runs and a - runs[-1][1] <= gap:
+            runs[-1] = (runs[-1][0], b)
         else:
-            found.append((a, b))
-    return found
+            runs.append((a, b))
+    return runs
 
 
 def rise(series: Tensor) -> tuple[int, int]:
-    """``[a, b)``, the largest rise of a (smoothed) series to a row from the lowest before it.
+    """Return ``[a, b)``, the largest rise of a (smoothed) series from its lowest value so far.
 
-    It begins where the series last was within `ONSET` of the rise from its bottom.
+    The rise begins at the last row within `ONSET` of its height from the bottom.
     """
     values = torch.where(series.isfinite(), series, torch.inf)
     lowest = values.cummin(0)
@@ -120,19 +123,20 @@ def rise(series: Tensor) -> tuple[int, int]:
 
 
 def last_rise(series: Tensor) -> int:
-    """Where the rise to the end of a (smoothed) series begins: where it last was within `ONSET` of its bottom."""
+    """Return the row at which the rise to the end of a (smoothed) series begins, as in `rise`."""
     values = torch.where(series.isfinite(), series, torch.inf)
     kept = values[values < torch.inf]
     return _leaves(values, kept.min().item(), kept[-1].item()) if len(kept) else 0
 
 
 def _leaves(values: Tensor, bottom: float, top: float) -> int:
+    """Return the last row that is within `ONSET` of the bottom."""
     near = values <= bottom + ONSET * (top - bottom)
     return int(near.nonzero().max()) if near.any() else 0
 
 
 def correlation(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Pearson's r of two series of equal length and its t; (0, 0) where either is constant or they are short."""
+    """Return Pearson's r of two series of equal length and its t; (0, 0) if either is constant or they are short."""
     kept = x.isfinite() & y.isfinite()
     x, y = x[kept] - x[kept].mean(), y[kept] - y[kept].mean()
     scale = math.sqrt(float((x * x).sum()) * float((y * y).sum()))
@@ -143,7 +147,7 @@ def correlation(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def ramp(value: float, none: float, full: float) -> float:
-    """0 at ``none``, 1 at ``full``, straight between (``none`` may be the larger); 0 where a number is missing."""
+    """Return 0 at ``none``, 1 at ``full`` and a linear value between; 0 for NaN. ``none`` may be the larger."""
     if none == full:
         return float(value >= full)
     part = (value - none) / (full - none)

@@ -1,4 +1,4 @@
-"""The detector of `bomkern.diagnose` that looks at two goals at once."""
+"""The detector of `bomkern.diagnose` for pairs of goals."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CONFLICT = Kind(
 
 @detects(CONFLICT, each="pair")
 def conflict(run: RunView, i: int, j: int) -> Iterator[Finding]:
-    """Two goals hold the gradient between them, both badly off, and neither improves.
+    """Find two goals that hold the gradient between them, are both badly off, and do not improve.
 
-    That alone says much: the rule stands still at two goals only where their gradients are opposed, or at two floors
-    that happen to be at one height. To be surer takes signs that the gain of one is the loss of the other, in both
-    directions: raw of j gets worse in blocks in which i has more of the gradient, and the other way round; their raw
-    values move in opposite ways; or the payoff table says so.
+    This alone is strong evidence: the rule stalls at two goals only if their gradients are opposed, or if both are at
+    floors of the same deficit. More confidence needs evidence that the gain of one is the loss of the other, in both
+    directions. Raw of j gets worse in blocks in which i has more of the gradient, and the other way round; or their raw
+    values move in opposite directions; or the payoff table shows it.
     """
     between = torch.minimum(run.smooth_share[:, i], run.smooth_share[:, j]) >= thresholds.PAIR[0]
     held = run.smooth_share[:, i] + run.smooth_share[:, j] >= thresholds.PAIR[1]
@@ -49,18 +49,18 @@ def conflict(run: RunView, i: int, j: int) -> Iterator[Finding]:
             ramp(pace / height if height > 0 else math.inf, *thresholds.PACE),
             ramp(1 - height / max(float(ends.max()), 1e-9), *thresholds.EVEN),
         )
-        told, why = _opposed(run, i, j, a, b)
+        opposed, why = _opposed(run, i, j, a, b)
         k, m = run.worst_mover(i, a, b), run.worst_mover(j, a, b)
         text = (
             f"{when(run, (a, b))}: together {float(shares.sum()):.0%} of the gradient, deficits {ends[0]:.2g} and "
             f"{ends[1]:.2g}, {run.course(k, a, b)} and {run.course(m, a, b)}; {why}"
         )
-        yield make(run, CONFLICT, (i, j), (a, b), min(stuck, told), text, compromise(run, k, m))
+        yield make(run, CONFLICT, (i, j), (a, b), min(stuck, opposed), text, compromise(run, k, m))
 
 
 def _opposed(run: RunView, i: int, j: int, a: int, b: int) -> tuple[float, str]:
-    """How sure it is that the gain of one goal is the loss of the other, and what says so."""
-    # Where the rule gives each goal a part by their order, the two worst always hold most: that says nothing by itself.
+    """Return the confidence that the gain of one goal is the loss of the other, and the evidence in words."""
+    # Under weights by order the two worst goals always hold most of the gradient, so a stalemate is no evidence.
     stalemate = thresholds.STALEMATE if run.largest_share == 1 else 0.0
     known = _payoff_says(run, i, j)
     if known is not None:
@@ -82,13 +82,15 @@ def _opposed(run: RunView, i: int, j: int, a: int, b: int) -> tuple[float, str]:
 
 
 def _payoff_says(run: RunView, i: int, j: int) -> bool | None:
-    """Whether training on either alone leaves the other far worse than it could be; None if that is not known, as of
-    groups, whose members were trained one by one."""
+    """Return whether training on either goal alone leaves the other far worse than it could be; None if unknown.
+
+    It is unknown for groups, whose members were trained one by one.
+    """
     if any(len(run.members(g)) > 1 for g in (i, j)):
         return None
     costs = []
-    for one, other in ((i, j), (j, i)):
-        k, m = run.members(one)[0], run.members(other)[0]
+    for trained, other in ((i, j), (j, i)):
+        k, m = run.members(trained)[0], run.members(other)[0]
         reached, left = run.alone(m), run.alone(k, m)
         if reached is None or left is None:
             return None
@@ -101,8 +103,10 @@ def _distance(run: RunView, k: int, raw: float) -> Tensor:
 
 
 def _coupling(run: RunView, i: int, j: int, a: int, b: int) -> float:
-    """t of: j gets worse within blocks of steps in which i has more of the gradient than j. Noise of single steps moves
-    a block's mean share and the slope of raw within it independently."""
+    """Return t of the correlation, over blocks of steps, of the excess share of i over j and the slope of raw of j.
+
+    Noise of single steps moves a block's mean share and its slope of raw independently.
+    """
     size = max(4, run.width // 2)
     count = (b - a) // size
     if count < 8:
@@ -114,7 +118,10 @@ def _coupling(run: RunView, i: int, j: int, a: int, b: int) -> float:
 
 
 def _opposite(x: Tensor, y: Tensor) -> float:
-    """-t of the correlation of changes between blocks, of x over even rows and y over odd ones: they share no batch."""
+    """Return -t of the correlation of changes between blocks, of x over even rows and of y over odd rows.
+
+    Even and odd rows share no batch.
+    """
     count = len(x) // (2 * thresholds.HALF)
     if count < 12:
         return 0.0

@@ -1,4 +1,4 @@
-"""The detectors of `bomkern.diagnose` that look at a whole run, or at how its goals share the gradient."""
+"""The detectors of `bomkern.diagnose` for a whole run, and for the way its goals share the gradient."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ IDLE = Kind(
 
 @detects(NOT_FINITE, each="run")
 def not_finite(run: RunView) -> Iterator[Finding]:
-    """Steps without a finite loss, and the goals at fault where the record still names them."""
+    """Find steps without a finite loss, and the goals at fault if the record still names them."""
     bad = run.finite < 1
     if not bad.any():
         return
     count = float((1 - run.finite).sum()) * run.history.stride
     lost = run.history["raw"].isfinite().logical_not()
-    # Where all columns are NaN the row was joined from several steps, and nobody knows whose fault it was.
+    # A row with NaN in all columns was joined from several steps, and does not tell which goal was at fault.
     named = lost & ~lost.all(1, keepdim=True) & bad[:, None]
     guilty = [g for g in range(len(run.goals)) if named[:, run.members(g)].any()]
     window = int(bad.nonzero().min()), int(bad.nonzero().max()) + 1
@@ -61,7 +61,7 @@ def not_finite(run: RunView) -> Iterator[Finding]:
 
 @detects(COLLAPSE, each="run")
 def collapse(run: RunView) -> Iterator[Finding]:
-    """KL falls to nearly nothing and stays there; surer where a goal that counts units says that they are inactive."""
+    """Find a KL that falls to nearly nothing and stays there. It is surer if a goal that counts units confirms it."""
     kls = [k for k, c in enumerate(run.columns) if thresholds.KL.search(c.name)]
     units = [k for k, c in enumerate(run.columns) if thresholds.UNITS.search(c.name) and k not in kls]
     for k in kls:
@@ -88,7 +88,7 @@ def collapse(run: RunView) -> Iterator[Finding]:
 
 
 def _shut(run: RunView, k: int) -> bool:
-    """Whether a fraction of units has come to the bad one of 0 and 1."""
+    """Return whether a fraction of units has nearly reached the worse of 0 and 1."""
     values = run.values(k, run.rows * 3 // 4)
     if not len(values):
         return False
@@ -98,10 +98,10 @@ def _shut(run: RunView, k: int) -> bool:
 
 @detects(MISCALIBRATED, each="run")
 def pulling(run: RunView) -> Iterator[Finding]:
-    """One goal has nearly all of the gradient's norm without nearly all samples.
+    """Find a goal that has nearly all of the gradient's norm without nearly all samples.
 
-    The gradient of goal g is share_g / scale_g times that of its raw value, which a history does not hold; the range
-    of its values stands in for it.
+    The gradient of goal g is share_g / scale_g times that of its raw value. A history does not hold the latter, so the
+    range of the raw values replaces it.
     """
     pull, ranges = estimated_pull(run)
     g = int(pull.argmax())
@@ -122,10 +122,10 @@ def pulling(run: RunView) -> Iterator[Finding]:
 
 
 def estimated_pull(run: RunView) -> tuple[Tensor, Tensor]:
-    """Return [G] estimated parts of the gradient's norm, and [K] the range of each column's values in scales.
+    """Return the estimated part of the gradient's norm of each goal, [G], and the range of each column in scales, [K].
 
-    The range is that over the steps or within a batch, in the half of the run where it is less: values that move away
-    have no range.
+    The range is that over the steps or within a batch, whichever is larger, in the half of the run where it is smaller:
+    values that move steadily count as having a small range.
     """
     half, ranges = run.rows // 2, []
     for k in range(len(run.columns)):
@@ -136,15 +136,15 @@ def estimated_pull(run: RunView) -> tuple[Tensor, Tensor]:
             for rows in (slice(half), slice(half, None))
         ]
         ranges.append(torch.fmin(*halves).nan_to_num())
-    found = torch.stack(ranges)
-    width = torch.stack([found[run.members(g)].mean() for g in range(len(run.goals))])
+    columns = torch.stack(ranges)
+    width = torch.stack([columns[run.members(g)].mean() for g in range(len(run.goals))])
     pull = run.share.nanmean(0).nan_to_num() * width
-    return pull / pull.sum().clamp(min=1e-300), found
+    return pull / pull.sum().clamp(min=1e-300), columns
 
 
 @detects(IDLE, each="goal")
 def idle(run: RunView, g: int) -> Iterator[Finding]:
-    """Satisfied: no share over the second half, a high level, and raw not getting worse."""
+    """Find a satisfied goal: no share over the second half, a high level, and raw that does not get worse."""
     half = run.rows // 2
     share, level = run.share[half:, g].nanmean().item(), run.level[half:, g].nanmean().item()
     line = trend(run.worse[half:, g])

@@ -1,4 +1,4 @@
-"""The compiled extension, bomkern._C, or why there is none."""
+"""The compiled extension, bomkern._C, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from types import ModuleType
 
 import torch
 
-from . import schemas as schemas  # bomkern._C registers kernels of the ops that are defined there
+from . import schemas as schemas  # defines the ops whose kernels bomkern._C registers
 
-# pip keeps the wheel that it built from an archive, and would take it again whatever compiler and torch are there now.
+# Without --no-cache-dir, pip would install the wheel that it built before, for the compiler and torch of that time.
 AGAIN = "reinstall bomkern: pip install --force-reinstall --no-deps --no-cache-dir"
 
 
 def why_not_compiled() -> str:
-    """Return the sentence that setup.py left beside the Python files."""
+    """Return the reason that setup.py wrote beside the Python files."""
     try:
         return Path(__file__).parents[1].joinpath("_not_compiled.txt").read_text().strip()
     except OSError:

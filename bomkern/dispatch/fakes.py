@@ -1,6 +1,6 @@
-"""Fake kernels: shapes and dtypes of every op's results without data, for torch.compile, torch.export and fake tensors.
+"""Fake kernels, which return the shapes and dtypes of an op's results for torch.compile, torch.export and fake tensors.
 
-Each is named after its op and makes the checks that the op makes. `schemas` names them beside the schemas.
+Each is named after its op and makes the same checks. `schemas` lists them beside the schemas.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..reference import RecordAt
 
 
 def gradient_of(x: Tensor, wanted: bool = True) -> Tensor:
-    """Return an empty contiguous gradient of ``x``, without elements where none is wanted."""
+    """Return an uninitialized contiguous gradient of ``x``, without elements if it is not wanted."""
     return x.new_empty(x.shape if wanted else [0])
 
 

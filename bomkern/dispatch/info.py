@@ -1,4 +1,4 @@
-"""What was built, what serves each op on each device, and why not the others."""
+"""`info`: describe the build, and the implementations that can serve each op on each device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .select import IMPLS, why_not
 
 
 class Info(dict[str, Any]):
-    """`bomkern.info`'s answer: a dict that prints as a table."""
+    """The result of `bomkern.info`: a dict that prints as a table."""
 
     def __str__(self) -> str:
         build = self["build"]
@@ -41,14 +41,14 @@ class Info(dict[str, Any]):
 
 
 def info() -> Info:
-    """What was built, what serves each op on each device, and why not the others. ``print(bomkern.info())`` reads well.
+    """Describe the build, and which implementations can serve each op on each device; ``print`` shows it as a table.
 
     Returns:
         A dict: ``version``, ``torch``, ``python``, ``threads``, ``build`` (compiler, torch, cuda, cuda_architectures,
         cuda_remark, no_cuda_because, no_openmp_because, simd, simd_here; empty if not compiled),
-        ``not_compiled_because``, ``torch_lacks`` (a line for each private name that bomkern needs and this torch lacks:
-        what needs it, and what happens without), and ``ops``: op -> device -> impl -> None where it serves, else the
-        reason. Implementations are listed best first.
+        ``not_compiled_because``, ``torch_lacks`` (a line for each private name that bomkern needs and this torch lacks,
+        with its users and the effect of its absence), and ``ops``: op -> device -> impl -> None if it can serve, else
+        the reason. Implementations are listed best first.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return Info(
@@ -64,5 +64,6 @@ def info() -> Info:
 
 
 def warn_if_not_compiled() -> None:
+    """Warn that the reference serves every op if the compiled extension is missing."""
     if extension is None:
         warnings.warn(f"{missing}. Until then the slow reference serves every op.", RuntimeWarning, stacklevel=3)

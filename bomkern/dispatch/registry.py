@@ -1,7 +1,7 @@
-"""The record of an op: what the rest of bomkern, its tests, benches and docs need to know of it.
+"""The record of an op, from which the rest of bomkern, its tests, benches and docs read.
 
-`schemas.OPS` holds one record per op. Dispatch, `bomkern.info`, transforms, second derivatives, the tests' parameters,
-the fuzzer's check, the benches and the docs' navigation read it.
+`schemas.OPS` holds one record per op. Its readers are dispatch, `bomkern.info`, transforms, second derivatives, the
+parameters of the tests, the fuzzer's check, the benches and the navigation of the docs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Schema:
 
     Attributes:
         text: name, arguments and results, as `torch.library.Library.define` takes them.
-        fake: gives shapes and dtypes without data.
-        in_place: the definition of an op that writes into its arguments. It serves where nothing is compiled, and
-            vmap refuses the op.
+        fake: returns results with shapes and dtypes, without data.
+        in_place: the definition of an op that writes into its arguments. It serves if nothing is compiled, and vmap
+            raises an error for the op.
     """
 
     text: str
@@ -35,21 +35,22 @@ class Schema:
 
 @dataclass(frozen=True)
 class Op:
-    """An op: its schemas, its definition, and how a call reaches what was compiled.
+    """An op: its schemas, its definition, and the functions that connect both to a call.
 
     Attributes:
-        forward, backward: what csrc/NAME.cpp registers. more: further entries.
+        forward, backward: the schemas that csrc/NAME.cpp registers.
+        more: further schemas.
         reference: the definition, which ``impl="reference"`` serves and the tests compare with.
         check: takes the arguments of a call that PyTorch's dispatcher refused, and raises an error that names the bad
             one.
         definition: the schema and the function that a compiled backward calls for second derivatives, see
             `double_backward`.
-        results: those results of the compiled op that the reference returns too; None for all.
-        compiled: makes the function that calls the compiled op; None for a plain call.
-        routed: wraps an implementation in Python so that branches can be left out, see `routing`. Compiled ones do
-            it themselves.
-        loss_alone: only the first result has a gradient.
-        public: the name of the public function, where it is not the op's.
+        results: the results of the compiled op that the reference returns too; None for all.
+        compiled: returns the function that calls the compiled op; None for a plain call.
+        routed: wraps an implementation in Python so that branches can be skipped, see `routing`. Compiled
+            implementations route by themselves.
+        loss_alone: whether only the first result has a gradient.
+        public: the name of the public function, if it is not that of the op.
     """
 
     forward: Schema
@@ -66,7 +67,7 @@ class Op:
 
     @property
     def name(self) -> str:
-        """The op's name in every place: torch.ops.bomkern, kernels/NAME, csrc/NAME.cpp, dispatch/triton/NAME.py."""
+        """The name of the op in torch.ops.bomkern, kernels/NAME, csrc/NAME.cpp and dispatch/triton/NAME.py."""
         return self.forward.name
 
     @property
@@ -75,7 +76,7 @@ class Op:
 
     @property
     def page(self) -> str:
-        """Its page in docs/."""
+        """The path of the op's page in docs/."""
         return f"ops/{self.public_name}.md"
 
     @property

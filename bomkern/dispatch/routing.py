@@ -17,6 +17,7 @@ ROUTES = ("auto", "always", "never")
 
 
 def check_route(route: object) -> None:
+    """Raise ValueError for an unknown route."""
     if route not in ROUTES:
         raise ValueError(f"route must be one of {', '.join(map(repr, ROUTES))}, got {route!r}")
 
@@ -66,10 +67,10 @@ class _Gate(torch.autograd.Function):
 
 
 class Owners:
-    """The goals that hold a share, copied to the host for backward: csrc/route.h in Python.
+    """The goals that hold a share, copied to the host for backward. csrc/route.h is the same in C++.
 
     Args:
-        may: see `bits`.
+        may: the goals that may be skipped, see `bits`.
         groups: the goal of each column.
     """
 
@@ -93,7 +94,7 @@ class Owners:
 def gated(
     serve: Callable[..., tuple[Tensor, ...]], goals: Sequence[Tensor], may: int, groups: Sequence[int], place: int
 ) -> tuple[Tensor, ...]:
-    """Call ``serve(goals)`` with a gate before the goals; result number ``place`` begins with the shares."""
+    """Call ``serve(goals)`` with a gate in front of the goals. The result at index ``place`` begins with the shares."""
     check_goals(goals)
     if goals[0].dim() == 2:
         return serve(goals)  # one tensor, one branch
@@ -104,23 +105,23 @@ def gated(
 
 
 def routed_min_goal(serve: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an implementation of min_goal in Python, so that branches can be left out."""
+    """Wrap an implementation of min_goal in Python, so that branches can be skipped."""
 
     def routed(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
         if not route:
             return serve(goals, params, curves, reduction, stats)
-        out = gated(lambda given: serve(given, params, curves, reduction, True), goals, route, range(len(goals)), -3)
+        out = gated(lambda inputs: serve(inputs, params, curves, reduction, True), goals, route, range(len(goals)), -3)
         return out if stats else out[:1]
 
     return routed
 
 
 def routed_goal_set(serve: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an implementation of goal_set in Python, so that branches can be left out."""
+    """Wrap an implementation of goal_set in Python, so that branches can be skipped."""
 
     def routed(goals: Any, params: Any, curves: Any, groups: Any, *arguments: Any, route: int = 0) -> Any:
         if not route:
             return serve(goals, params, curves, groups, *arguments)
-        return gated(lambda given: serve(given, params, curves, groups, *arguments), goals, route, groups, 2)
+        return gated(lambda inputs: serve(inputs, params, curves, groups, *arguments), goals, route, groups, 2)
 
     return routed

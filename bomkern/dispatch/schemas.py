@@ -1,6 +1,6 @@
-"""Every op on one page: its schemas and what `registry.Op` asks for. csrc/NAME.cpp registers the kernels.
+"""The record of every op: its schemas, and the other fields of `registry.Op`. csrc/NAME.cpp registers the kernels.
 
-A new op is a record here, and its fake kernels in `fakes`.
+To add an op, add its record here and its fake kernels to `fakes`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ library = torch.library.Library("bomkern", "DEF")
 
 
 def compiled_min_goal() -> Callable[..., Any]:
-    """Return the caller of the compiled min_goal: one overload computes statistics, the other does not."""
+    """Return a function that calls the compiled min_goal, by the overload with or without statistics."""
     plain, with_stats = torch.ops.bomkern.min_goal.default, torch.ops.bomkern.min_goal.stats
 
     def serve(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
         try:
             return (with_stats if stats else plain)(goals, params, curves, reduction, route)
         except RuntimeError:
-            check_goals(goals)  # names what the dispatcher refused before the op's own checks saw it
+            check_goals(goals)  # names the goal that the dispatcher refused before the op's own checks
             raise
 
     return serve
@@ -39,12 +39,12 @@ def min_goal_loss(goals: Sequence[Tensor], params: Tensor | None, curves: Sequen
     return reference.min_goal(goals, params, curves, reduction, False)[0]
 
 
-def goal_set_loss(*given: Any) -> Tensor:
-    return reference.goal_set(*given)[0]
+def goal_set_loss(*arguments: Any) -> Tensor:
+    return reference.goal_set(*arguments)[0]
 
 
-# reduction: see common/reductions.py. winner, slope: what backward needs. curves: see constraints.py. route: bit k
-# where the gradient of goal k may be undefined instead of zero, see dispatch/routing.py.
+# reduction: see common/reductions.py. winner, slope: saved for backward. curves: see constraints.py. route: bit k is
+# set if the gradient of goal k may be undefined instead of zero, see dispatch/routing.py.
 MIN_GOAL = Op(
     forward=Schema(
         "min_goal(Tensor[] goals, Tensor? params, int[] curves, int reduction, int route=0) -> "
@@ -58,7 +58,7 @@ MIN_GOAL = Op(
             fakes.min_goal_stats,
         ),
     ),
-    # For each gradient wanted: index of its goal, dim of that tensor (2: the [B, K] matrix), place of its dtype in
+    # For each requested gradient: index of its goal, dim of that tensor (2: the [B, K] matrix), index of its dtype in
     # FLOATS.
     backward=Schema(
         "min_goal_backward(Tensor grad, Tensor winner, Tensor slope, SymInt batch, int goals, int[] index, int[] dim, "
@@ -77,8 +77,8 @@ MIN_GOAL = Op(
     public="min_goal_loss",
 )
 
-# groups: the goal of each column, counting up. multipliers [G]: weights given, instead of a rule. record: see
-# reference/record.py. weight [K, B]: d loss / d column, where save, else no elements.
+# groups: the goal of each column, ascending. multipliers [G]: fixed weights instead of the rule. record: see
+# reference/record.py. weight [K, B]: d loss / d column with save, else no elements.
 GOAL_SET = Op(
     forward=Schema(
         "goal_set(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, "
@@ -91,9 +91,9 @@ GOAL_SET = Op(
         "goal_set_backward(Tensor grad, Tensor weight, int[] index, int[] dim, int[] dtype) -> Tensor[]",
         fakes.goal_set_backward,
     ),
-    # What a step leaves behind, in place, without a host sync: its record in row ``place % rows`` of the ring, one more
-    # in place [1] int64; with spill (average, multipliers, average_before, multipliers_before), [G] each, the moving
-    # average of the goals' deficits and their weights by rank, and what both were before.
+    # In place, without a host sync: write the record into row ``place % rows`` of the ring, and increment place [1]
+    # int64. spill (average, multipliers, average_before, multipliers_before), [G] each: the moving average of the
+    # goals' deficits and their weights by order, and both as they were before.
     more=(
         Schema(
             "goal_set_keep(Tensor record, Tensor(a!) ring, Tensor(b!) place, Tensor? deficit, Tensor? by_rank, "
@@ -114,15 +114,15 @@ GOAL_SET = Op(
     loss_alone=True,
 )
 
-# joint [R], marginal [D, R]: what backward needs, in an implementation's own units. dataset_size None: plain 1/B.
-# first: z holds R rows of the batch, from that one on; None: all of them, R = B.
+# joint [R], marginal [D, R]: saved for backward, in an implementation's own units. dataset_size None: plain 1/B.
+# first: index in the batch of the first of the R rows of z; None: z holds all rows, R = B.
 TOTAL_CORRELATION = Op(
     forward=Schema(
         "total_correlation(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified, int? first=None) -> "
         "(Tensor out, Tensor joint, Tensor marginal)",
         fakes.total_correlation,
     ),
-    # want, here and below: which gradients to make; the others have no elements.
+    # want, here and below: the gradients to compute; the others have no elements.
     backward=Schema(
         "total_correlation_backward(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginal, "
         "int? dataset_size, bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)",
@@ -154,7 +154,7 @@ GAUSSIAN_KL = Op(
     ),
 )
 
-# views: one [V, B, D] tensor, or V tensors [B, D]; as many gradients as tensors.
+# views: one [V, B, D] tensor, or V tensors [B, D]. There are as many gradients as tensors.
 CONSISTENCY_VARIANCE = Op(
     forward=Schema("consistency_variance(Tensor[] views, float correction) -> Tensor", fakes.consistency_variance),
     backward=Schema(
@@ -169,7 +169,7 @@ CONSISTENCY_VARIANCE = Op(
     ),
 )
 
-# offset [D]: a column's mean minus its first value, which keeps the digits of the mean where it is far from 0.
+# offset [D]: a column's mean minus its first value, which keeps the digits of a mean that is far from 0.
 ACTIVE_UNITS = Op(
     forward=Schema(
         "active_units(Tensor mu, float threshold, float temperature) -> "
@@ -197,7 +197,7 @@ LATENT_STATISTICS = Op(
         "Tensor mu_variance, Tensor active, Tensor effective, Tensor z_offset, Tensor mu_offset)",
         fakes.latent_statistics,
     ),
-    # grads: of the first nine results, in order.
+    # grads: the gradients of the first nine results, in order.
     backward=Schema(
         "latent_statistics_backward(Tensor?[] grads, Tensor z, Tensor mu, Tensor logvar, Tensor z_offset, "
         "Tensor mu_offset, Tensor mu_variance, float threshold, float temperature, bool[3] want) -> "
@@ -214,9 +214,9 @@ LATENT_STATISTICS = Op(
     results=slice(9),
 )
 
-# x: the columns less their means, over their deviations if normalize. product [B, D]: x offdiag(C), where save and
-# per_sample, else no elements. second: offdiag(C) [D, D], or x x' [B, B] where D > B. inverse [D]: 1 / deviation, 0 for
-# a constant column; 1 without normalize.
+# x: the columns minus their means, over their deviations if normalize. product [B, D]: x offdiag(C) with save and
+# per_sample, else no elements. second: offdiag(C) [D, D], or x x' [B, B] if D > B. inverse [D]: 1 / deviation, 0 for a
+# constant column; 1 without normalize.
 COVARIANCE_PENALTY = Op(
     forward=Schema(
         "covariance_penalty(Tensor z, bool normalize, bool per_sample, bool save=False) -> "
@@ -253,6 +253,6 @@ for _op in OPS.values():
         if _schema.in_place is not None:
             library.impl(_schema.name, _schema.in_place, "CompositeExplicitAutograd")
 
-# A record is about to be put into the ring of the monitor with this handle: what its host does of it, see
-# goals/monitor.py. A CUDA graph cannot replay what a host does: Inductor calls an op with this tag between its graphs.
+# Tells the monitor with this handle that a record is about to be put into its ring, see goals/monitor.py. A CUDA graph
+# cannot replay work of the host, so Inductor calls an op with this tag between its graphs.
 library.define("goal_set_notice(Tensor(a!) place, int handle) -> ()", tags=(torch.Tag.cudagraph_unsafe,))

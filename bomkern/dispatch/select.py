@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and why not another."""
+"""Select the implementation that serves a call, or give the reason why one cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from .. import reference
 from ..common.decorators import constant
 from ..common.torch_internals import under_transform
-from . import double_backward as double_backward  # registers what second derivatives need
+from . import double_backward as double_backward  # registers the references for second derivatives
 from .extension import extension, missing
 from .registry import Op
 from .schemas import OPS
@@ -30,7 +30,7 @@ def _has_kernel(op: str, key: str) -> bool:
 
 
 def why_not(op: str, impl: str, device: str) -> str | None:
-    """None where ``impl`` can serve ``op`` on this type of device, else the reason in one sentence."""
+    """Return None if ``impl`` can serve ``op`` on this type of device, else the reason in one sentence."""
     if impl == "reference":
         return None
     if impl == "triton":
@@ -47,7 +47,7 @@ def why_not(op: str, impl: str, device: str) -> str | None:
 
 
 def compiled(op: Op) -> Callable[..., Any]:
-    """Return the caller of the compiled op: it takes the reference's arguments and returns the reference's results."""
+    """Return a function that calls the compiled op, with the arguments and the results of the reference."""
     if op.compiled is not None:
         return op.compiled()
     call, results = getattr(torch.ops.bomkern, op.name).default, op.results
@@ -64,7 +64,7 @@ def compiled(op: Op) -> Callable[..., Any]:
 
 
 def server(op: Op, impl: str) -> Callable[..., Any]:
-    """Return what serves the op by this implementation."""
+    """Return the function that serves the op by this implementation."""
     if impl not in ("reference", "triton"):
         return compiled(op)
     if impl == "triton":
@@ -82,11 +82,11 @@ _servers: dict[str, Callable[..., Any]] = {}
 
 @constant
 def choose(op: str, device: str, impl: str | None) -> str:
-    """What serves ``op`` on this type of device: the best, or the one ``impl`` names; a key of `_servers`.
+    """Return the key in `_servers` of the best implementation of ``op`` on this type of device, or of ``impl``.
 
     Raises:
         ValueError: there is no such implementation.
-        RuntimeError: it cannot serve here; the message says why.
+        RuntimeError: the implementation cannot serve here; the message says why.
     """
     key = _chosen.get((op, device, impl))
     if key is not None:
@@ -101,9 +101,9 @@ def choose(op: str, device: str, impl: str | None) -> str:
         best = impl
     key = _chosen[op, device, impl] = f"{op} {best}"
     if key not in _servers:
-        # All at once: a graph that is being traced sees the table as it was when it first looked something up.
-        all_of_it = [(one, name) for one in OPS for name in IMPLS if why_not(one, name, device) is None]
-        _servers.update({f"{one} {name}": server(OPS[one], name) for one, name in all_of_it})
+        # All ops at once, because a graph that is being traced sees the table as it was at its first lookup.
+        available = [(each, name) for each in OPS for name in IMPLS if why_not(each, name, device) is None]
+        _servers.update({f"{each} {name}": server(OPS[each], name) for each, name in available})
     return key
 
 
@@ -112,6 +112,7 @@ _keeps: dict[tuple[str, str | None], bool] = {}
 
 @constant
 def _compiled_keeps(device: str, impl: str | None) -> bool:
+    """Return whether the compiled op keeps the records of goal_set."""
     key = device, impl
     if key not in _keeps:
         compiled = device in ("cpu", "cuda") and impl in (None, device)
@@ -120,15 +121,15 @@ def _compiled_keeps(device: str, impl: str | None) -> bool:
 
 
 def keeper(device: str, impl: str | None) -> Callable[..., None]:
-    """What keeps the record of a step of goal_set, see `reference.goal_set_keep`."""
+    """Return the function that keeps the record of a step of goal_set, see `reference.goal_set_keep`."""
     if under_transform() and not torch.compiler.is_compiling():
         refuse_vmap_of_record()
-        return torch.ops.bomkern.goal_set_keep.default  # which sees plain tensors
+        return torch.ops.bomkern.goal_set_keep.default  # it gets plain tensors
     return torch.ops.bomkern.goal_set_keep.default if _compiled_keeps(device, impl) else reference.goal_set_keep
 
 
 def resolve(op: str, device: str, impl: str | None) -> Callable[..., Any]:
-    """The function that serves; `choose` says which."""
+    """Return the function that serves a call of ``op``; see `choose`."""
     key = choose(op, device, impl)
     if under_transform() and not key.endswith("reference"):
         if not torch.compiler.is_compiling():

@@ -1,8 +1,8 @@
 """The compiled ops under torch.func.
 
-Under grad, vjp, jacrev or vmap a call is one `torch.autograd.Function`, which PyTorch runs below all transforms, on
-plain tensors: `through`. Its backward is another, and runs the op's own backward; the derivative of that is the
-reference's. vmap calls the op for one slice after another. Forward mode is refused.
+Under grad, vjp, jacrev or vmap, `through` turns a call into one `torch.autograd.Function`, which PyTorch runs below all
+transforms, on plain tensors. Its backward is another such function, which runs the op's own backward; the derivative of
+that comes from the reference. vmap calls the op for one slice after another. Forward mode raises an error.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ NO_RECORD = "a GoalSet in training mode keeps a record of its step, which torch.
 def through(
     op: Op, serve: Callable[..., Any], reference: Callable[..., Any], /, *arguments: Any, **options: Any
 ) -> Any:
-    """Return ``serve(*arguments, **options)`` in a form that transforms understand; ``reference`` takes the same."""
+    """Call ``serve(*arguments, **options)`` under transforms. ``reference`` is its definition, for derivatives."""
     leaves, spec = tree_flatten((arguments, options))
     places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     tensors = [leaves[place] for place in places]
-    if op.loss_alone:  # its constraints and weights may have changed when backward comes
+    if op.loss_alone:  # its constraints and weights may change before backward
         goals = len(arguments[0])
         tensors[goals:] = [setting.clone() for setting in tensors[goals:]]
     others = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
@@ -44,8 +44,8 @@ class _Call:
     serve: Callable[..., Any]
     reference: Callable[..., Any]
     others: tuple[Any, ...]
-    places: tuple[int, ...]  # of the tensors among all arguments
-    spec: Any  # how the arguments are nested
+    places: tuple[int, ...]  # positions of the tensors among all arguments
+    spec: Any  # the nesting of the arguments
 
     def run(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
         leaves = list(self.others)
@@ -66,7 +66,7 @@ class _Call:
 
 
 class _Forward(torch.autograd.Function):
-    """The op."""
+    """Run the op."""
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> Any:
@@ -86,9 +86,9 @@ class _Forward(torch.autograd.Function):
         pull = _Pull(ctx.call, wanted, tuple(grad is not None for grad in grads))
         if not any(wanted) or not any(pull.given):
             return (None,) * (1 + len(wanted))
-        given = [grad for grad in grads if grad is not None]
-        made = iter(_Backward.apply(pull, *ctx.saved_tensors, *given))
-        return None, *(next(made) if want else None for want in wanted)
+        present = [grad for grad in grads if grad is not None]
+        computed = iter(_Backward.apply(pull, *ctx.saved_tensors, *present))
+        return None, *(next(computed) if want else None for want in wanted)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor) -> tuple[Any, Any]:
@@ -101,15 +101,15 @@ class _Forward(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Pull:
-    """From an op's tensors and the gradients of its results to the gradients of the tensors wanted."""
+    """Map an op's tensors and the gradients of its results to the requested gradients of the tensors."""
 
     call: _Call
-    wanted: tuple[bool, ...]  # of the tensors
-    given: tuple[bool, ...]  # of the results
+    wanted: tuple[bool, ...]  # whether each tensor's gradient is requested
+    given: tuple[bool, ...]  # whether each result has a gradient
 
     def compiled(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """By the op's own backward, from another forward."""
-        inputs, grads = self._apart(tensors)
+        """Return the gradients by the op's own backward, after another forward."""
+        inputs, grads = self._split(tensors)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, self.wanted, strict=True)]
             out = self.call.differentiable(self.call.serve, leaves)
@@ -118,19 +118,20 @@ class _Pull:
         return tuple(torch.autograd.grad(values, by, list(grads), materialize_grads=True))
 
     def reference(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The same, for transforms to differentiate."""
-        inputs, grads = self._apart(tensors)
+        """Return the gradients by the reference, which transforms can differentiate."""
+        inputs, grads = self._split(tensors)
         out, pull, *_ = torch.func.vjp(lambda *x: self.call.differentiable(self.call.reference, x), *inputs)
-        made = pull(tuple(next(grads) if g else torch.zeros_like(x) for x, g in zip(out, self.given, strict=False)))
-        return tuple(grad for grad, want in zip(made, self.wanted, strict=True) if want)
+        computed = pull(tuple(next(grads) if g else torch.zeros_like(x) for x, g in zip(out, self.given, strict=False)))
+        return tuple(grad for grad, want in zip(computed, self.wanted, strict=True) if want)
 
-    def _apart(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+        """Split tensors into the op's tensors and an iterator over the gradients of its results."""
         count = len(self.wanted)
         return tensors[:count], iter(tensors[count:])
 
 
 class _Backward(torch.autograd.Function):
-    """The op's gradient."""
+    """Run the backward of the op."""
 
     @staticmethod
     def forward(pull: _Pull, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -143,8 +144,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        _, again, *_ = torch.func.vjp(ctx.pull.reference, *ctx.saved_tensors)
-        return None, *again(tuple(grads))
+        _, pull, *_ = torch.func.vjp(ctx.pull.reference, *ctx.saved_tensors)
+        return None, *pull(tuple(grads))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], pull: _Pull, *tensors: Tensor) -> tuple[Any, Any]:
@@ -156,23 +157,25 @@ class _Backward(torch.autograd.Function):
 
 
 def _each(size: int, in_dims: Any, arguments: Any, fn: Callable[..., Any]) -> tuple[Any, Any]:
-    """vmap by a loop: what ``fn`` returns for each slice of the arguments, stacked, and 0 for each batch dim."""
+    """Run vmap as a loop: return the stacked results of ``fn`` for all slices of the arguments, and the batch dims."""
     if size == 0:
         raise ValueError("torch.vmap: bomkern's ops need at least one slice, got none")
-    made = [fn(*_slice(arguments, in_dims, place)) for place in range(size)]
-    if isinstance(made[0], Tensor):
-        return torch.stack(made), 0
-    return type(made[0])(torch.stack(parts) for parts in zip(*made, strict=True)), type(made[0])((0,) * len(made[0]))
+    results = [fn(*_slice(arguments, in_dims, index)) for index in range(size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    kind = type(results[0])
+    return kind(torch.stack(parts) for parts in zip(*results, strict=True)), kind((0,) * len(results[0]))
 
 
-def _slice(x: Any, dim: Any, place: int) -> Any:
+def _slice(x: Any, dim: Any, index: int) -> Any:
+    """Return the slice of an argument, or of a nest of arguments, at an index of its batch dim."""
     if isinstance(x, (tuple, list)):
-        return [_slice(part, d, place) for part, d in zip(x, dim, strict=True)]
-    return x if dim is None else x.select(dim, place)
+        return [_slice(part, d, index) for part, d in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, index)
 
 
 def loop_under_vmap(op: str, library: torch.library.Library) -> None:
-    """Register the loop that vmap runs for an op itself: a backward op inside jacrev, or a call in a compiled graph."""
+    """Register a loop as the vmap rule of an op, for a backward op inside jacrev or a call in a compiled graph."""
     name, _, overload = op.partition(".")
 
     def rule(info: Any, in_dims: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
@@ -183,7 +186,7 @@ def loop_under_vmap(op: str, library: torch.library.Library) -> None:
 
 
 def refuse_under_vmap(op: str, library: torch.library.Library) -> None:
-    """Make vmap refuse an op that writes what a step of a GoalSet leaves behind."""
+    """Make vmap raise an error for an op that writes the record of a GoalSet step."""
 
     def rule(*arguments: Any) -> None:
         raise RuntimeError(NO_RECORD)
@@ -192,7 +195,7 @@ def refuse_under_vmap(op: str, library: torch.library.Library) -> None:
 
 
 def refuse_vmap_of_record() -> None:
-    """Raise under vmap, before anything of a step is kept."""
+    """Raise an error under vmap, before a step changes any state."""
     if under_vmap():
         raise RuntimeError(NO_RECORD)
 

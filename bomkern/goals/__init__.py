@@ -1,1 +1,1 @@
-"""The bottleneck rule for named goals: `GoalSet`, its policies, its history and its guard."""
+"""The bottleneck rule for named goals: `GoalSet`, its policies, its history and its step guard."""

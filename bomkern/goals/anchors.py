@@ -1,4 +1,4 @@
-"""The anchors of the goals of a `bomkern.GoalSet`: which of them are still to be given, and how they move."""
+"""The anchors of the goals of a `bomkern.GoalSet`: take in those that are still unknown, and move them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..constraints import Constraint, write_ramp
 from .policies import SMALLEST, Anchored, Policy
 
 log = logging.getLogger("bomkern")
-Buffers = Mapping[str, Tensor]  # those of a GoalSet, by name
+Buffers = Mapping[str, Tensor]  # the buffers of a GoalSet, by name
 
 
 def write_anchor(buffers: Buffers, k: int, ideal: float | Tensor, scale: float | Tensor) -> None:
-    """Give column k an ideal and a scale, on the device."""
+    """Write an ideal and a scale into the parameters of column k, on the device."""
     slope = torch.exp(-buffers["log_nudge"][k]) / scale
     row = buffers["params"][k]
     row[0] = ideal
@@ -28,11 +28,11 @@ def write_anchor(buffers: Buffers, k: int, ideal: float | Tensor, scale: float |
 
 
 class Anchors:
-    """The anchors of a `bomkern.GoalSet`, before training and while it goes on.
+    """The anchors of a `bomkern.GoalSet`, before and during training.
 
-    Their values are buffers of the GoalSet, which the methods are given: ``params``, ``start`` (the params as they
-    were first) and ``log_nudge`` (what a guard has added to the logarithm of each scale). Nothing here refers to a
-    tensor, so that copies and moves of the module need no care.
+    Their values are buffers of the GoalSet, which are passed to the methods: ``params``, ``start`` (the first
+    ``params``) and ``log_nudge`` (the sum of the guard's changes of each log scale). This object holds no tensor, so
+    copies and moves of the module need no care.
 
     Args:
         policies: by column.
@@ -50,14 +50,14 @@ class Anchors:
         self._alarmed: set[str] = set()
 
     def index(self, column: str) -> int:
-        """Return the place of a column; a KeyError names those that there are."""
+        """Return the index of a column. The KeyError of an unknown one lists all names."""
         columns = list(self.policies)
         if column not in columns:
             raise KeyError(f"no goal is called {column} (there are {', '.join(columns)})")
         return columns.index(column)
 
     def refuse(self) -> None:
-        """Raise the error of a step that is made before all anchors are known."""
+        """Raise the error of a step before all anchors are known."""
         column = self.waiting[0]
         waits, known = self.policies[column].waits, self._known[column]
         name, source = next((name, source) for name, source in waits.items() if name not in known)
@@ -65,7 +65,7 @@ class Anchors:
         raise RuntimeError(f"the {name} of {column} is not known yet: call GoalSet.anchor with {what} first")
 
     def supply(self, buffers: Buffers, batch: Any, sources: Mapping[str, Any]) -> None:
-        """Take in what the sources know; see `GoalSet.anchor`."""
+        """Take in anchors from a batch or from sources; see `GoalSet.anchor`."""
         for source in sources:
             if source not in ("floor", "baseline", "probe"):
                 raise TypeError(f"anchors come from floor, baseline or probe, got {source!r}")
@@ -76,8 +76,8 @@ class Anchors:
                 if callable(wanted):
                     value = wanted(batch) if batch is not None else None
                 else:
-                    found = sources.get(str(wanted), {})
-                    value = (found.anchors(name) if hasattr(found, "anchors") else found).get(column)
+                    values = sources.get(str(wanted), {})
+                    value = (values.anchors(name) if hasattr(values, "anchors") else values).get(column)
                 if value is not None:
                     known[name] = number = self._agreed(value, buffers["params"].device)
                     if not math.isfinite(number):
@@ -86,7 +86,7 @@ class Anchors:
                 self._complete(buffers, column)
 
     def _complete(self, buffers: Buffers, column: str) -> None:
-        """Write the anchors of a column of which both are known now."""
+        """Write the anchors of a column once both are known."""
         policy, k = self.policies[column], self.index(column)
         assert isinstance(policy, Anchored)
         both = {**policy.known, **self._known[column]}
@@ -100,13 +100,13 @@ class Anchors:
         self.waiting.remove(column)
 
     def _agreed(self, value: Any, device: torch.device) -> float:
-        """Return a number, or the mean of a tensor, and of that the mean over the ranks."""
+        """Return the mean over the ranks of a number, or of the mean of a tensor."""
         number = float(value.detach().float().mean() if isinstance(value, Tensor) else value)
         own = torch.tensor(number, dtype=torch.float64, device=device)
         return float(self.ranks.gather(own).mean()) if self.ranks.size > 1 else number
 
     def move(self, buffers: Buffers, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
-        """Move anchors towards what was measured; see `GoalSet.remeasure`."""
+        """Move anchors towards measured values; see `GoalSet.remeasure`."""
         for column, pair in measured.items():
             policy = self.policies.get(column)
             if not isinstance(policy, Anchored) or not policy.moving:
@@ -118,30 +118,30 @@ class Anchors:
             old = torch.stack([now[0], now[0] + scale])
             new = self.ranks.gather(torch.stack([ideal, nadir])).mean(0)
             low, high = old.lerp(torch.where(new.isfinite(), new, old), policy.weight).unbind()
-            least = 0.05 / buffers["start"][k, 1]  # anchors that meet would make the goal infinitely steep
+            least = 0.05 / buffers["start"][k, 1]  # a scale of 0 would make the goal infinitely steep
             write_anchor(buffers, k, low, torch.maximum(high - low, least))
 
     def drift(self, buffers: Buffers) -> dict[str, float]:
-        """Return how far moving anchors are from where they began; see `GoalSet.drift`."""
-        found = {}
+        """Return the distance of moving anchors from their first values; see `GoalSet.drift`."""
+        drifts = {}
         for k, (column, policy) in enumerate(self.policies.items()):
             if isinstance(policy, Anchored) and policy.moving:
                 (low, slope), (low0, slope0) = (buffers[name][k, :2].tolist() for name in ("params", "start"))
-                found[column] = max(abs(low - low0), abs(low + 1 / slope - low0 - 1 / slope0)) * slope0
-                if found[column] > policy.alarm and column not in self._alarmed:
+                drifts[column] = max(abs(low - low0), abs(low + 1 / slope - low0 - 1 / slope0)) * slope0
+                if drifts[column] > policy.alarm and column not in self._alarmed:
                     self._alarmed.add(column)
-                    log.warning("the anchors of %s have drifted %.2f of its scale", column, found[column])
-        return found
+                    log.warning("the anchors of %s have drifted %.2f of its scale", column, drifts[column])
+        return drifts
 
     def replace(self, buffers: Buffers, column: str, constraint: Constraint) -> None:
-        """Give a column another constraint of the same curve; no host sync."""
+        """Replace the constraint of a column by another one of the same curve; no host sync."""
         k = self.index(column)
         if not isinstance(constraint, Constraint):
             raise TypeError(f"{column} must be a constraint, got {type(constraint).__name__}")
         if constraint.curve != self.curves[k]:
             raise ValueError(f"{column} cannot become {constraint!r}: its curve is fixed; make a new GoalSet")
         write_ramp(buffers["params"][k], constraint)
-        buffers["log_nudge"][k] = 0  # which is part of the scale
+        buffers["log_nudge"][k] = 0  # the new scale contains no nudge
 
     def read(self, buffers: Buffers) -> dict[str, tuple[float, float]]:
         """Return (ideal, scale) of every column."""
@@ -151,10 +151,10 @@ class Anchors:
         }
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside the buffers."""
+        """Return the state that a checkpoint holds beside the buffers."""
         return {"waits": list(self.waiting), "given": {column: dict(self._known[column]) for column in self.waiting}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take in what `state` returned."""
+        """Load a state that `state` returned."""
         self.waiting = [column for column, policy in self.policies.items() if policy.waits and column in state["waits"]]
         self._known = {column: dict(state.get("given", {}).get(column, {})) for column in self.waiting}

@@ -1,4 +1,4 @@
-"""What a history keeps of each column's constraint or policy: plain values, so that a file needs no code."""
+"""A description of each column's constraint or policy in plain values, so that a history file needs no code."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..constraints import HARD as HARD
 from ..constraints import LINEAR as LINEAR
 from .policies import Anchored, Fixed, Policy
 
-# Where a column's ideal and scale come from: numbers that stay; an ideal and a nadir that each mean something; the
-# first steps of training; every step of it.
+# The source of a column's ideal and scale: fixed numbers; a named ideal and nadir; the first training steps; every
+# training step.
 ANCHORS = FIXED, NAMED, CALIBRATED, TRACKED = "fixed", "named", "calibrated", "tracked"
 log = logging.getLogger("bomkern")
 
 
 class ConstraintInfo(NamedTuple):
-    """A column's constraint or policy in plain values. Prints as the constraint or policy does.
+    """A column's constraint or policy in plain values. It prints as the constraint or policy does.
 
     Attributes:
         kind: the class name.
         curve: LINEAR, HARD or BARRIER of `bomkern.constraints`.
         ramp: ``(center, right, left, tail)`` before the first step.
-        arguments: its numbers by name.
-        anchors: where its ideal and scale come from, one of `ANCHORS`.
-        moving: whether the goal's difficulty changes while it trains.
-        text: how it prints.
+        arguments: its numeric arguments by name.
+        anchors: the source of its ideal and scale, one of `ANCHORS`.
+        moving: whether the goal's difficulty changes during training.
+        text: the text that it prints.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class ConstraintInfo(NamedTuple):
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> ConstraintInfo:
-        """Read what `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Read a dict that `to_dict` returned. Raises KeyError, TypeError or ValueError for anything else."""
         curve, anchors, ramp = given["curve"], given["anchors"], tuple(float(value) for value in given["ramp"])
         if curve not in CURVES or anchors not in ANCHORS or len(ramp) != 4:
             raise ValueError(
@@ -60,10 +60,10 @@ class ConstraintInfo(NamedTuple):
 
 
 def describe(policy: Policy) -> ConstraintInfo:
-    """Return what a history keeps of a policy, of a class of the user's own too.
+    """Describe a policy, which may be of a user's own class.
 
     Raises:
-        TypeError: the policy or its constraint lacks something; the message says what.
+        TypeError: the policy or its constraint lacks an attribute; the message names it.
     """
     kind = type(policy).__name__
     for name in ("constraint", "waits"):
@@ -84,7 +84,7 @@ def describe(policy: Policy) -> ConstraintInfo:
 
 
 def _own_classes(policy: Policy) -> list[type]:
-    """Return the classes of a policy below `Policy`."""
+    """Return the class of a policy and its bases, up to `Policy`."""
     classes = type(policy).__mro__
     return list(classes[: classes.index(Policy)])
 
@@ -116,11 +116,11 @@ def _anchors(policy: Policy) -> str:
 def _text(policy: Policy) -> str:
     try:
         return repr(policy)
-    except AttributeError:  # Policy.__repr__ shows arguments that a class of the user's own may not have kept
+    except AttributeError:  # Policy.__repr__ shows arguments that a user's own class may not have kept
         return f"{type(policy).__name__}()"
 
 
-# Older histories hold of each constraint only how it prints. What follows reads that.
+# Older history files hold only the text that each constraint prints. The code below reads it.
 
 _KIND = re.compile(r"\w+")
 _ARGUMENT = re.compile(r"(\w+)=(-?(?:\d+\.?\d*(?:e[+-]?\d+)?|inf))(?=[,)])")
@@ -129,13 +129,12 @@ _POLICIES = {"Anchored": NAMED, "Calibrated": CALIBRATED, "Tracking": TRACKED}
 
 
 def from_text(text: str) -> ConstraintInfo:
-    """Return what is known of a constraint or policy from how it prints.
+    """Parse the text that a constraint or policy prints.
 
-    A text of an unknown class is read as `Minimize`, of which a record holds the ideal and the scale; a warning is
-    logged.
+    An unknown class is read as `Minimize`, since a record holds its ideal and its scale; a warning is logged.
     """
-    found = _KIND.match(text)
-    kind = found.group() if found else ""
+    match = _KIND.match(text)
+    kind = match.group() if match else ""
     arguments = {name: float(value) for name, value in _ARGUMENT.findall(text)}
     constraint: Constraint = Minimize(1.0)
     if kind not in _POLICIES:

@@ -1,4 +1,4 @@
-"""`GoalSet`: the bottleneck rule for named goals, with what it needs to be safe, as one module."""
+"""`GoalSet`: the bottleneck rule for named goals as one module, with its anchors, rules and record."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ from .table import table
 class GoalSet(FullPrecisionBuffers):
     """Named goals, each with a constraint or a scale policy, trained by the bottleneck rule in one fused call.
 
-    Per sample, with ``D_g`` the deficit of goal g (of a `Group`, the mean of its members'), the loss is ``max_g D_g``,
-    or with a temperature ``mu > 0`` the smooth Tchebycheff scalarisation ``mu log sum_g exp(D_g / mu)`` (Lin et al.
-    2024, "Smooth Tchebycheff scalarization for multi-objective optimization"), which gives a share of every sample to
-    every goal, most to the worst. With ``spill`` goals are weighed by rank, see `Spill`: the worst gets most, and none
-    can hold everything.
+    The loss of a sample is ``max_g D_g``, where ``D_g`` is the deficit of goal g; that of a `Group` is the mean of its
+    members' deficits. With a temperature ``mu > 0`` it is the smooth Tchebycheff scalarisation
+    ``mu log sum_g exp(D_g / mu)`` (Lin et al. 2024, "Smooth Tchebycheff scalarization for multi-objective
+    optimization"), which gives every goal a share of every sample, and the worst goal most. With ``spill`` goals are
+    weighted by their order, see `Spill`: the worst gets most, and none can hold everything.
 
     Args:
         goals: constraints, policies or `Group` by name, in a mapping or as keywords; 1 to 64 columns in all.
-        reduction: "mean" over samples, "sum", "none", or "min": the one worst sample of the batch.
+        reduction: "mean" (over samples), "sum", "none" ([B]), or "min": the single worst sample of the batch.
         temperature: mu >= 0, in units of deficit.
-        spill: a `Spill`, its ratio as a number, or 0 for none; then there is no temperature.
+        spill: a `Spill`, its ratio as a number, or 0 for none. The temperature must be 0 with a spill.
         guard: a `ShareGuard`, or None.
-        route, materialize: whether backward passes by the graphs of goals without a share in the batch, and the names
-            of goals that get zeros all the same; see `min_goal_loss`. With ``spill`` or a temperature every goal has a
-            share of every sample.
-        process_group: the ranks that share the batch, each with B samples of it, the same number, and a GoalSet of its
-            own: loss, record, policies, spill and guard are then those of one process with the whole batch, and so are
-            the gradients that DistributedDataParallel averages; bottlenecks, and the loss of ``reduction="none"``, are
-            of a rank's own samples. One gather of the record a step, and one of the raw values while a policy learns
-            (compiled or captured: in every step). The group is not copied with the module, nor saved.
-        impl: "reference", "cpu", "cuda" or "triton"; None takes the best that serves.
+        route, materialize: whether backward skips the graphs of goals without a share in the batch, and the names of
+            goals that always get a gradient, of zeros if they have no share; see `min_goal_loss`. With ``spill`` or a
+            temperature every goal has a share of every sample.
+        process_group: the ranks that share the batch. Each has the same number B of samples and its own GoalSet. Loss,
+            record, policies, spill and guard are then those of one process with the whole batch, and so are the
+            gradients that DistributedDataParallel averages. Bottlenecks, and the loss of ``reduction="none"``, are
+            those of a rank's own samples. Each step gathers the record, and the raw values while a policy learns
+            (compiled or captured: in every step). The group is neither copied with the module nor saved.
+        impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the goals' device.
 
     Attributes:
-        names: of the goals, in order.
+        names: names of the goals, in order.
         temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
         params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
         alone: inside `only` the index of the column that is trained on, else None.
@@ -65,19 +65,19 @@ class GoalSet(FullPrecisionBuffers):
             anchors are not known yet.
 
     All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. The
-    device counts the steps, so a replayed CUDA graph goes on as eager calls would. Policies and the monitor work in
-    training mode only; ``eval()`` leaves everything as it is. Parameters stay float32 under ``half()`` and
+    device counts the steps, so a replayed CUDA graph continues as eager calls would. Policies and the monitor work in
+    training mode only; in ``eval()`` mode a call changes no state. Parameters stay float32 under ``half()`` and
     ``bfloat16()``; for float64 goals call ``double()``.
 
     Raises:
-        ValueError: a name, count or value that cannot serve, named in the message.
-        TypeError: something of the wrong type, named in the message.
+        ValueError: a name, count or value is invalid; the message names it.
+        TypeError: an argument has the wrong type; the message names it.
 
     Example:
         >>> goals = GoalSet(recon=Anchored(0.0, 0.08), kl=Anchored(0.0, 120.0), realism=Anchored(0.5, 1.0))
         >>> out = goals({"recon": recon, "kl": kl, "realism": realism})  # [B] or 0-dim each
         >>> out.loss.backward()
-        >>> print(goals)  # who got the gradient, and how high the water stands
+        >>> print(goals)  # each goal's share of the gradient, and its level
     """
 
     params: Tensor
@@ -115,11 +115,11 @@ class GoalSet(FullPrecisionBuffers):
         self._register(temperature)
 
     def _lay_out(self, goals: Mapping[str, Constraint | Policy | Group], materialize: str | Sequence[str]) -> None:
-        """Find the columns of the goals and their policies, and make the parts that this object consists of."""
+        """Collect the columns of the goals and their policies, and make the parts of this object."""
         self.names = list(goals)
         self.policies: dict[str, Policy] = {}  # by column
-        self.owner: list[int] = []  # of each column, the index of its goal
-        members: dict[str, list[str]] = {}  # of each group
+        self.owner: list[int] = []  # index of the goal of each column
+        members: dict[str, list[str]] = {}  # by group
         for index, (name, goal) in enumerate(goals.items()):
             if isinstance(goal, Group):
                 members[name] = list(goal.members)
@@ -163,7 +163,7 @@ class GoalSet(FullPrecisionBuffers):
         unsaved: dict[str, Tensor | None] = {
             "_belongs": torch.tensor(self.owner),
             "_ends": torch.tensor(ends_of(self.policies)),
-            "_by_rank": self.spill.weights(goals) if self.spill else None,
+            "_weights_by_order": self.spill.weights(goals) if self.spill else None,
             "_average_before": saved["average"].clone(),
             "_multipliers_before": saved["multipliers"].clone(),
         }
@@ -179,21 +179,24 @@ class GoalSet(FullPrecisionBuffers):
         def __call__(self, raw: Raw) -> GoalOutput: ...
 
     def forward(self, raw: Raw) -> GoalOutput:
-        """The loss of a step and its record.
+        """Compute the loss of a step and its record.
 
         Args:
             raw: a raw value for every goal, [B] or 0-dim, of any float dtype, or `lazy`; for a `Group` a mapping of its
-                members'.
+                members' raw values.
+
+        Returns:
+            The output of the step.
 
         Raises:
             KeyError: a goal is missing or unknown; the message names it.
-            ValueError: a shape or device that cannot serve; the message names the goal.
+            ValueError: a raw value has an invalid shape or device; the message names the goal.
         """
         tensors: list[Any] = self._raw.columns(raw)
         if self.anchoring.waiting and self.alone is None:
             self.anchoring.refuse()
         rules, buffers, evaluation = self.rules, buffers_of(self), None
-        rules.changed.clear()  # the step before can no longer be taken back
+        rules.changed.clear()  # the previous step can no longer be taken back
         if any(type(value) is Lazy for value in tensors):
             evaluation = Evaluation(tensors)
             tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
@@ -220,7 +223,7 @@ class GoalSet(FullPrecisionBuffers):
         return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
 
     def _serve(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Call the op, in float64 where a raw value is."""
+        """Call the op, in float64 if any raw value is float64."""
         params, temperature = buffers["params"], buffers["temperature"]
         multipliers = buffers["multipliers"] if self.spill else None
         dtype = torch.float32
@@ -237,27 +240,27 @@ class GoalSet(FullPrecisionBuffers):
         return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
 
     def accept(self, ok: Tensor) -> None:
-        """Take the last step back where ``ok``, a 0-dim bool on the device, is False; no host sync.
+        """Take back the last step if ``ok``, a 0-dim bool on the device, is False; no host sync.
 
-        For whoever rejects steps, as `torch.amp.GradScaler` does: what the policies learnt from such a step is
-        forgotten, and the history counts it as not finite.
+        Call it in loops that reject steps, as `torch.amp.GradScaler` does. The policies forget what they learnt in a
+        rejected step, and the history counts it as not finite.
         """
         self.rules.accept(ok)
         children_of(self)["monitor"].reject(ok)
 
     @property
     def history(self) -> History:
-        """All training steps so far. Reading it waits for the device."""
+        """The history of all training steps so far. Reading it waits for the device."""
         return self.monitor.history
 
     @property
     def steps(self) -> int:
-        """Training steps so far."""
+        """The number of training steps so far."""
         return self.monitor.steps
 
     @contextmanager
     def only(self, goal: str) -> Iterator[None]:
-        """Train on one goal alone: inside, the loss is the mean of its raw value, whatever its scale."""
+        """Train on one goal alone. Inside the context the loss is the mean of its raw value, whatever its scale."""
         self.alone = self.anchoring.index(goal)
         try:
             yield
@@ -270,35 +273,35 @@ class GoalSet(FullPrecisionBuffers):
         """Supply the anchors that `Anchored` policies wait for, before the first step.
 
         Args:
-            batch: what functions given as ideal or nadir are called with.
-            sources: ``floor=``, ``baseline=`` or ``probe=``: a mapping from goals (of a group's member
-                "group.member") to numbers or 0-dim tensors; for ``probe`` what `bomkern.probe` returned.
+            batch: the argument of the functions that were given as ideal or nadir.
+            sources: ``floor=``, ``baseline=`` or ``probe=``: a mapping from goals ("group.member" for the member of a
+                group) to numbers or 0-dim tensors; for ``probe`` also the result of `bomkern.probe`.
         """
         self.anchoring.supply(buffers_of(self), batch, sources)
 
     @torch.no_grad()
     def remeasure(self, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
-        """Move the anchors of goals with ``moving=True`` towards what was measured on held-out samples; no host sync.
+        """Move the anchors of goals with ``moving=True`` towards values measured on held-out samples; no host sync.
 
         Args:
-            measured: by column, raw values [n] or 0-dim of what is ideal and of what is no better than nothing.
-                What is not finite moves nothing.
+            measured: by column, the raw values of an ideal answer and those of a trivial one, [n] or 0-dim each. A
+                value that is not finite moves nothing.
         """
         self.anchoring.move(buffers_of(self), measured)
 
     def drift(self) -> dict[str, float]:
-        """How far the anchors of each moving goal are from where they began, in units of its first scale.
+        """Return the distance of each moving goal's anchors from their first values, in units of its first scale.
 
-        Reads from the device. The first drift of a goal beyond its policy's ``alarm`` is also logged as a warning.
+        The call waits for the device. The first drift of a goal beyond its policy's ``alarm`` is logged as a warning.
         """
         return self.anchoring.drift(buffers_of(self))
 
     def anchors(self) -> dict[str, tuple[float, float]]:
-        """(ideal, scale) of every column, read from the device."""
+        """Return (ideal, scale) of every column. The call waits for the device."""
         return self.anchoring.read(buffers_of(self))
 
     def __setitem__(self, column: str, constraint: Constraint) -> None:
-        """Give a goal another constraint of the same curve; no host sync."""
+        """Replace the constraint of a goal by another one of the same curve; no host sync."""
         self.anchoring.replace(buffers_of(self), column, constraint)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -314,7 +317,7 @@ class GoalSet(FullPrecisionBuffers):
 def _validate(
     goals: object, reduction: object, temperature: object, guard: object, route: object, ranks: Ranks
 ) -> None:
-    """Check the options of a `GoalSet` that can be judged without its goals."""
+    """Check the options of a `GoalSet` that do not depend on its goals."""
     if goals is not None and not isinstance(goals, Mapping):
         raise TypeError(f"goals must be a mapping of names to constraints, got {type(goals).__name__}")
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:

@@ -1,4 +1,4 @@
-"""What happened in the steps of a `bomkern.GoalSet`, on the host, and what one step returns."""
+"""The history of the steps of a `bomkern.GoalSet`, on the host, and the output of one step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..common.files import load_plain
 from .constraint_info import ConstraintInfo
 from .record import Layout
 
-CAPACITY = 4096  # rows of a history; when it is full, neighbours are joined and each row stands for twice the steps
+CAPACITY = 4096  # rows of a history; when it is full, pairs of rows are joined and the stride doubles
 
 
 class Rows:
-    """Rows [n, size] that are joined only when they are read."""
+    """Rows [n, size] that are concatenated only when they are read."""
 
     def __init__(self, rows: Tensor) -> None:
         self.parts, self.count = [rows], len(rows)
@@ -32,15 +32,15 @@ class Rows:
 
 
 class History:
-    """Every step's record, in at most `CAPACITY` rows on the host.
+    """The records of all steps, in at most `CAPACITY` rows on the host.
 
-    Indexing by the name of a part gives a float32 tensor with one row per ``stride`` steps: ``history["share"]`` is
-    [T, G], ``"level"`` and ``"deficit"`` too; ``"raw"``, ``"highest"``, ``"ideal"`` and ``"scale"`` are [T, K];
-    ``"loss"`` and ``"finite"`` [T]. A row that stands for several steps holds their means (of ``highest`` the largest),
-    over those whose loss was finite; ``finite`` is the fraction that was.
+    Indexing by the name of a part gives a float32 tensor with one row per ``stride`` steps. ``history["share"]``,
+    ``"level"`` and ``"deficit"`` are [T, G]; ``"raw"``, ``"highest"``, ``"ideal"`` and ``"scale"`` are [T, K];
+    ``"loss"`` and ``"finite"`` are [T]. A row of several steps holds the means over the steps with a finite loss. Two
+    parts differ: ``highest`` is the largest of them, and ``finite`` is the fraction of the steps with a finite loss.
 
     Attributes:
-        layout: the names.
+        layout: names of the goals and columns, see `Layout`.
         stride: steps per row.
         first: steps done before the first row.
     """
@@ -48,7 +48,7 @@ class History:
     def __init__(self, layout: Layout, first: int = 0, stride: int = 1) -> None:
         self.layout, self.first, self.stride = layout, first, stride
         self._rows = torch.empty(0, layout.size, dtype=torch.float32)
-        self._open = torch.empty(0, layout.size, dtype=torch.float32)  # steps that do not make up a row yet
+        self._open = torch.empty(0, layout.size, dtype=torch.float32)  # steps that do not fill a row yet
 
     @property
     def _rows(self) -> Tensor:
@@ -60,17 +60,17 @@ class History:
 
     @classmethod
     def from_rows(cls, layout: Layout, rows: Tensor, first: int = 0, stride: int = 1) -> History:
-        """A history of these records, [T, size], each standing for ``stride`` steps."""
+        """Make a history of records [T, size], each of which stands for ``stride`` steps."""
         history = cls(layout, first, stride)
         history._rows = rows.float()
         return history
 
     def first_rows(self, count: int) -> History:
-        """The history as it was when it had this many rows, of the stride of now."""
+        """Return a history of the first ``count`` rows, with the current stride."""
         return self.from_rows(self.layout, self._rows[:count], self.first, self.stride)
 
     def append(self, records: Tensor) -> None:
-        """Take in the records of the next steps, [n, size], on the host."""
+        """Append the records of the next steps, [n, size], on the host."""
         rows = torch.cat([self._open, records.float()])
         whole = len(rows) // self.stride * self.stride
         self._kept.add(self._join(rows[:whole], self.stride))
@@ -78,7 +78,7 @@ class History:
         while len(self) >= CAPACITY:
             even = len(self._rows) // 2 * 2
             if even < len(self._rows):
-                # The odd row waits as the steps it stands for, which its mean is as good as.
+                # The odd row becomes open steps again, each of them equal to its mean.
                 self._open = torch.cat([self._rows[even:].repeat(self.stride, 1), self._open])
             self._rows = self._join(self._rows[:even], 2)
             self.stride *= 2
@@ -92,6 +92,7 @@ class History:
         setattr(self, name, rows)
 
     def _join(self, rows: Tensor, every: int) -> Tensor:
+        """Join each ``every`` rows into one, as the class says."""
         if every == 1:
             return rows
         blocks = rows.unflatten(0, (-1, every))
@@ -111,7 +112,7 @@ class History:
 
     @property
     def steps(self) -> Tensor:
-        """[T] int64: the number of steps done at the end of each row."""
+        """The number of steps done at the end of each row, [T] int64."""
         return self.first + self.stride * torch.arange(1, len(self._rows) + 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,14 +123,14 @@ class History:
         self._rows, self._open = state["rows"].clone(), state["open"].clone()
 
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
-        """Write it to a file that `load` reads; plain numbers and tensors, no code."""
-        # Beside the layout, so that older versions, which take its keys for arguments, read the file too.
+        """Write the history to a file that `load` reads. It holds plain numbers and tensors, no code."""
+        # Constraints stand beside the layout, because older versions take each key of the layout for an argument.
         constraints = [constraint.to_dict() for constraint in self.layout.constraints]
         torch.save({"layout": self.layout.to_dict(), "constraints": constraints, **self.state_dict()}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Read what `save` wrote, running nothing. Raises OSError, or ValueError for another kind of file."""
+        """Read a file that `save` wrote, without running code. Raises OSError, or ValueError for any other file."""
         state = load_plain(path)
         try:
             layout = dict(state["layout"])
@@ -146,14 +147,14 @@ class History:
 
 
 class GoalOutput:
-    """What a `GoalSet` says of one step. Everything is on the device, and read or computed only when asked for.
+    """The output of a `GoalSet` for one step. Everything is on the device, and computed or read only on request.
 
     Attributes:
-        loss: 0-dim, or [B] for ``reduction="none"``; has gradient.
+        loss: 0-dim, or [B] for ``reduction="none"``; differentiable.
         bottleneck: [B] int64, the index in `GoalSet.names` of each sample's worst goal.
         record: the step's numbers in one tensor; ``out["share"]`` and the other parts of `History` are views of it.
-        walked: None without `bomkern.lazy` goals; else the part of their backward that this step walks, weighed by
-            measured times.
+        walked: the fraction of the backward of `bomkern.lazy` goals that runs in this step, weighted by measured times;
+            None without lazy goals.
     """
 
     __slots__ = ("_layout", "bottleneck", "loss", "record", "walked")
@@ -168,17 +169,17 @@ class GoalOutput:
 
     @property
     def share(self) -> Tensor:
-        """[G]: who got the gradient, as a fraction of the samples taken into the loss."""
+        """The share of the gradient that each goal gets, as a fraction of the samples in the loss, [G]."""
         return self["share"]
 
     @property
     def level(self) -> Tensor:
-        """[G]: mean score, the water level."""
+        """The mean score of each goal, its water level, [G]."""
         return self["level"]
 
     @property
     def finite(self) -> Tensor:
-        """0-dim bool: whether every sample's loss is finite."""
+        """Whether every sample's loss is finite, 0-dim bool."""
         return self["finite"] > 0
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The ring of records on the device, and the history that it is emptied into."""
+"""The ring of records on the device, which is copied into the history on the host."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ ROWS = 128  # records kept on the device before they are copied to the host
 
 
 class _Count:
-    """Steps that the host knows of, whose records it has sent for, and has taken in. Outside the module, whose
-    ``__setattr__`` would cost more than the ring."""
+    """Counts of steps on the host: those that it knows of, and those whose records were sent for and taken in.
+
+    They are kept outside the module, because its ``__setattr__`` would cost more than the ring.
+    """
 
     __slots__ = ("known", "sent", "taken")
 
@@ -32,12 +34,12 @@ class _Count:
 
 
 class Window(NamedTuple):
-    """Steps since the last call of `Monitor.take_mean`.
+    """Means over the steps since the last call of `Monitor.take_mean`.
 
     Attributes:
-        steps: how many there were.
-        rejected: how many of them had no finite loss, or were taken back.
-        mean: float64 means over the others by part of a record; empty where there are none.
+        steps: number of steps.
+        rejected: number of steps that had no finite loss, or were taken back.
+        mean: float64 means over the other steps by part of a record; empty if there are none.
     """
 
     steps: int
@@ -50,13 +52,14 @@ _handled: weakref.WeakValueDictionary[int, Monitor] = weakref.WeakValueDictionar
 
 
 class Monitor(FullPrecisionBuffers):
-    """The ring on the device, and the history that it is emptied into every `ROWS` steps, without waiting.
+    """A ring of records on the device, which is copied into a history on the host every `ROWS` steps, without a sync.
 
-    Steps are counted on the device, so that those of a replayed CUDA graph, of which the host knows nothing, are kept
-    too: the last `ROWS` of them before the history is read.
+    The device counts the steps, so the records of a replayed CUDA graph are kept too, although the host does not see
+    its steps. If there are more than `ROWS` of them before the history is read, the last `ROWS` are kept.
 
     Attributes:
-        ring: [ROWS, size]. place: [1] int64, training steps so far, whose remainder is the row of the next record.
+        ring: [ROWS, size].
+        place: [1] int64, training steps so far; the next record goes into row ``place % ROWS``.
     """
 
     ring: Tensor
@@ -66,7 +69,7 @@ class Monitor(FullPrecisionBuffers):
         super().__init__()
         self.layout, self.impl, self._count, self._history = layout, impl, _Count(), History(layout)
         self._finite = layout.at.finite
-        self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and what was known then
+        self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and the steps known then
         # Rows on the host that `take` has not returned yet.
         self._fresh = Rows(torch.empty(0, layout.size, dtype=torch.float32))
         self.register_buffer("ring", torch.zeros(ROWS, layout.size, dtype=torch.float32), persistent=False)
@@ -74,17 +77,17 @@ class Monitor(FullPrecisionBuffers):
         self._register()
 
     def _register(self) -> None:
-        """Take a number, by which an op finds this monitor where a compiled graph runs."""
+        """Take a handle, by which an op finds this monitor when a compiled graph runs."""
         self._handle = next(_handles)
         _handled[self._handle] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._register()  # a copy has its own
+        self._register()  # a copy has its own handle
 
     @property
     def steps(self) -> int:
-        """Added so far, those of a replayed CUDA graph once the history has been read."""
+        """The number of steps so far. Steps of a replayed CUDA graph count once the history has been read."""
         return self._count.known
 
     def add(
@@ -95,28 +98,28 @@ class Monitor(FullPrecisionBuffers):
         rate: float = 0.0,
         spill: Sequence[Tensor] = (),
     ) -> None:
-        """Keep the record of a step, [size]; the rest is of `Spill`, see `reference.goal_set_keep`."""
-        held = buffers_of(self)
-        ring, place = held["ring"], held["place"]
+        """Keep the record of a step, [size]. The other arguments are for `Spill`, see `reference.goal_set_keep`."""
+        buffers = buffers_of(self)
+        ring, place = buffers["ring"], buffers["place"]
         keep = keeper(ring.device.type, self.impl)
         if torch.compiler.is_compiling():
-            torch.ops.bomkern.goal_set_notice(place, self._handle)  # which is called when the rest runs
-        elif not capturing(ring.device):  # what is captured has not happened yet; its replays are counted on the device
+            torch.ops.bomkern.goal_set_notice(place, self._handle)  # calls `notice` each time the graph runs
+        elif not capturing(ring.device):  # a capture runs nothing; its replays are counted on the device
             self.notice()
         keep(record, ring, place, deficit, by_rank, rate, spill)
 
     def notice(self) -> None:
-        """A record is about to be put into the ring: send the ring to the host where it is full."""
+        """Count a record that is about to be put into the ring, and send the ring to the host if it is full."""
         count = self._count
         if count.known - count.sent == ROWS:
             self._send()
         count.known += 1
 
     def reject(self, ok: Tensor) -> None:
-        """Count the last step as one without a finite loss where ``ok``, 0-dim bool, is False."""
+        """Count the last step as one without a finite loss if ``ok``, 0-dim bool, is False."""
         count = self._count
-        inside = count.known > count.sent or capturing(self.ring.device)
-        if inside or int(HostCopy(self.place).wait()) > count.taken:  # replayed steps, which the host does not know
+        in_ring = count.known > count.sent or capturing(self.ring.device)
+        if in_ring or int(HostCopy(self.place).wait()) > count.taken:  # replayed steps, which the host does not know
             last = (self.place - 1) % len(self.ring)
             finite = self.ring[:, self._finite]
             finite.index_copy_(0, last, finite.index_select(0, last) * ok)
@@ -127,7 +130,7 @@ class Monitor(FullPrecisionBuffers):
             self._fresh = Rows(fresh)
 
     def _send(self) -> None:
-        """Send the ring to the host, and take in what was sent the time before."""
+        """Start to copy the ring to the host, and take in the copy that was started before."""
         count = self._count
         arrived, self._copy = self._copy, (HostCopy(self.ring), HostCopy(self.place), count.known)
         count.sent = count.known
@@ -135,9 +138,10 @@ class Monitor(FullPrecisionBuffers):
             self._arrive(*arrived)
 
     def _arrive(self, ring: HostCopy, place: HostCopy, known: int) -> None:
+        """Append the new records of a copy to the history. ``known``: the steps that the host knew of at that time."""
         rows, until, count = ring.wait(), int(place.wait()), self._count
         last = torch.arange(max(count.taken, until - len(rows)), until) % len(rows)
-        records = rows.index_select(0, last)  # rows[last] would wake all threads for it
+        records = rows.index_select(0, last)  # rows[last] would wake all threads
         count.taken, replayed = until, max(0, until - known)
         count.known, count.sent = count.known + replayed, count.sent + replayed
         self._history.append(records)
@@ -146,7 +150,7 @@ class Monitor(FullPrecisionBuffers):
             self._fresh = Rows(self._fresh.rows()[-CAPACITY:])
 
     def take(self) -> Tensor:
-        """The records since the last call, at most `CAPACITY`, [n, size] on the host. Waits for the device."""
+        """Return the records since the last call, at most `CAPACITY`, [n, size] on the host. Waits for the device."""
         _ = self.history
         fresh = self._fresh.rows()[-CAPACITY:]
         self._fresh = Rows(fresh[:0])
@@ -160,7 +164,7 @@ class Monitor(FullPrecisionBuffers):
         return Window(len(records), len(records) - int(finite.sum()), mean)
 
     def last_mean(self, part: str, steps: int) -> Tensor:
-        """Mean of a part over the last ``steps`` steps of the history, at least one row; NaN where it has none."""
+        """Return the mean of a part over the last ``steps`` steps of the history, at least one row; NaN without one."""
         history = self.history
         return history[part][-max(1, steps // history.stride) :].nanmean(0)
 
@@ -176,7 +180,7 @@ class Monitor(FullPrecisionBuffers):
         return self._history
 
     def __getstate__(self) -> dict[str, Any]:
-        _ = self.history  # rows on their way to the host come with an event, which cannot be copied or pickled
+        _ = self.history  # a copy under way holds an event, which cannot be copied or pickled
         return self.__dict__.copy()
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -191,7 +195,7 @@ class Monitor(FullPrecisionBuffers):
 
 @torch.library.impl(library, "goal_set_notice", "CompositeExplicitAutograd")
 def _notice(place: Tensor, handle: int) -> None:
-    """Runs where a compiled graph runs, not where it is traced; in a capture, for nothing, as in `Monitor.add`."""
+    """Call `Monitor.notice` when a compiled graph runs, not when it is traced. In a capture, do nothing."""
     if not capturing(place.device) and (monitor := _handled.get(handle)) is not None:
         monitor.notice()
 

@@ -1,8 +1,8 @@
-"""Where the ideal and the scale of a goal in a `bomkern.GoalSet` come from.
+"""Policies, which set the ideal and the scale of a goal in a `bomkern.GoalSet`.
 
-A policy has one method, ``update``, which looks at the goal's raw values of a training step, before its loss, and says
-what ideal and scale the goal shall have. It runs on the device and makes no host sync; what it must remember lies in
-``state``, a few float32 of the GoalSet's buffers, so it is in the checkpoint. B is the batch size.
+A policy has one method, ``update``. It reads the goal's raw values of a training step before the loss is computed, and
+returns the ideal and the scale of the goal. It runs on the device and makes no host sync. What it must remember is kept
+in ``state``, a few float32 numbers in a buffer of the GoalSet, and is so saved in checkpoints. B is the batch size.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from ..common.checks import finite_number
 from ..constraints import Constraint, Minimize
 
-STATE = 2  # numbers a policy may keep
-SMALLEST = 1e-6  # a scale is greater than 0
-MOST_NUDGE = 7.0  # of log scale, a factor of about 1,000: a goal that is satisfied for good is not nudged to infinity
+STATE = 2  # numbers that a policy may keep
+SMALLEST = 1e-6  # smallest scale
+MOST_NUDGE = 7.0  # largest change of a log scale by a guard, a factor of about 1,000
 SOURCES = ("floor", "baseline", "probe")
 Anchor = float | str | Callable[..., Any]
 Found = tuple[Tensor, Tensor]  # ideal, scale
@@ -37,7 +37,7 @@ def _shown(value: object) -> str:
 
 
 def _level(owner: str, statistic: object) -> float:
-    """A quantile's level; "max" is level 1."""
+    """Return the level of a quantile; "max" is level 1."""
     if statistic == "max":
         return 1.0
     level = finite_number(f"{owner}: statistic", statistic) if not isinstance(statistic, str) else -1.0
@@ -47,12 +47,12 @@ def _level(owner: str, statistic: object) -> float:
 
 
 def _of_batch(raw: Tensor, level: float) -> Tensor:
-    """The quantile of the finite values of a batch, NaN where there is none."""
+    """Return the quantile of the finite values of a batch, NaN if there are none."""
     values = torch.where(raw.isfinite(), raw, torch.nan).reshape(-1)
     if level == 1:
-        found = torch.where(values.isnan(), -torch.inf, values).amax()
-        return torch.where(found == -torch.inf, torch.nan, found)
-    # As nanquantile, whose C++ would compile a graph for every B.
+        largest = torch.where(values.isnan(), -torch.inf, values).amax()
+        return torch.where(largest == -torch.inf, torch.nan, largest)
+    # The same as nanquantile, which makes torch.compile compile a graph for every B.
     place = ((~values.isnan()).sum() - 1).clamp(min=0).to(values.dtype) * level
     ordered = values.sort().values  # NaN last
     below, above = (ordered.gather(0, at.to(torch.int64)[None])[0] for at in (place.floor(), place.ceil()))
@@ -60,12 +60,12 @@ def _of_batch(raw: Tensor, level: float) -> Tensor:
 
 
 class Policy:
-    """Base of the policies.
+    """Base class of policies.
 
     Attributes:
-        constraint: what the goal is before the first step.
-        until: steps after which ``update`` has nothing more to say; 0 for never anything, None for no end.
-        waits: names of anchors still to be given by `GoalSet.anchor`, and from where.
+        constraint: the goal's constraint before the first step.
+        until: number of steps in which ``update`` is called; 0 for none, None for all.
+        waits: the anchors that `GoalSet.anchor` must supply, by name, and the source of each.
     """
 
     constraint: Constraint
@@ -73,14 +73,14 @@ class Policy:
     waits: dict[str, Anchor]
 
     def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found | None:
-        """Ideal and scale, 0-dim float32 each, or None to leave them.
+        """Return the ideal and the scale, 0-dim float32 each, or None to leave them as they are.
 
-        A compiled or captured step is written down once, and run at any step: also after ``until``, when what is found
-        and what is written into ``state`` is dropped.
+        A compiled or captured step also calls ``update`` after ``until``. The result, and changes of ``state``, are
+        then discarded.
 
         Args:
-            raw: the goal's values of this step, float32 [B] or 0-dim, without gradient.
-            state: [`STATE`] float32, 0 at first; changed in place.
+            raw: the goal's values in this step, float32 [B] or 0-dim, without gradient.
+            state: [`STATE`] float32, zeros before the first step; changed in place.
             step: training steps before this one, a 0-dim int64 tensor on the device.
         """
         return None
@@ -96,7 +96,7 @@ class Policy:
 
 
 class Fixed(Policy):
-    """A constraint that stays as it is. A `GoalSet` makes one of every constraint it is given.
+    """A constraint that does not change. A `GoalSet` wraps each constraint that it is given in this policy.
 
     Args:
         constraint: any of the six.
@@ -114,13 +114,13 @@ class Fixed(Policy):
 class Calibrated(Policy):
     """``scale = margin * max(raw)`` over all samples of the first ``steps`` steps, ideal 0; then fixed.
 
-    With a quantile q instead of the maximum: ``scale = margin * mean over those steps of quantile_q(raw over B)``.
-    While calibrating, the scale is that of the steps so far. A start says little about goals whose difficulty moves,
-    above all about one with an adversary that has not trained yet: prefer `Anchored` where an ideal and a nadir can be
+    With a quantile q instead of the maximum, ``scale = margin * mean over those steps of quantile_q(raw over B)``.
+    During calibration the scale is that of the steps so far. The first steps say little about a goal whose difficulty
+    changes, such as one with an adversary that has not trained yet. Prefer `Anchored` where an ideal and a nadir can be
     named.
 
     Args:
-        steps: how many training steps to look at.
+        steps: number of training steps to calibrate on.
         statistic: "max", or the level of a quantile in (0, 1].
         margin: > 0.
     """
@@ -132,25 +132,26 @@ class Calibrated(Policy):
         super().__init__(Minimize(1.0), steps=steps, statistic=statistic, margin=margin)
 
     def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found:
-        found = _of_batch(raw, self.level)
+        value = _of_batch(raw, self.level)
         seen, count = state[0], state[1]
-        known = ~found.isnan()
+        known = ~value.isnan()
         if self.level == 1:
-            state[0] = torch.where(known, torch.maximum(found, seen), seen)
+            state[0] = torch.where(known, torch.maximum(value, seen), seen)
         else:
-            state[0] = torch.where(known, seen + (found - seen) / (count + 1), seen)
+            state[0] = torch.where(known, seen + (value - seen) / (count + 1), seen)
         state[1] = count + known
-        return torch.zeros_like(found), (state[0] * self.margin).clamp(min=SMALLEST)
+        return torch.zeros_like(value), (state[0] * self.margin).clamp(min=SMALLEST)
 
 
 class Tracking(Policy):
     """``scale`` follows the batch's quantile: ``s += (1 - 2^(-1/halflife)) (quantile_q(raw) - s)``; ideal 0.
 
-    The average is corrected for its start (Adam's way). It gives every goal about the same deficit, whatever it is
-    worth: a goal that gets worse is soon forgiven. It is here to compare with; `Anchored` is what works.
+    The average is corrected for its initial bias, as in Adam. This policy gives every goal about the same deficit,
+    however well it does: the scale of a goal that gets worse soon follows. It serves as a baseline for comparisons;
+    `Anchored` works better.
 
     Args:
-        halflife: in training steps, > 0.
+        halflife: of the average, in training steps, > 0.
         quantile: level in (0, 1].
     """
 
@@ -162,29 +163,31 @@ class Tracking(Policy):
         super().__init__(Minimize(1.0), halflife=halflife, quantile=quantile)
 
     def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found:
-        found = _of_batch(raw, self.level)
-        weight = torch.where(found.isnan(), 0.0, self.weight)
-        state[0] += weight * (torch.where(found.isnan(), 0.0, found) - state[0])
+        value = _of_batch(raw, self.level)
+        weight = torch.where(value.isnan(), 0.0, self.weight)
+        state[0] += weight * (torch.where(value.isnan(), 0.0, value) - state[0])
         state[1] += weight * (1 - state[1])
         scale = torch.where(state[1] > 0, state[0] / state[1], 1.0)
-        return torch.zeros_like(found), scale.clamp(min=SMALLEST)
+        return torch.zeros_like(value), scale.clamp(min=SMALLEST)
 
 
 class Anchored(Policy):
     """Deficit 0 at ``ideal``, 1 at ``nadir``: ``scale = nadir - ideal``.
 
-    Ideal is what the goal could reach alone, nadir what is no better than doing nothing. With both in place before the
-    first step, no goal is measured against networks, or an adversary, that have not trained.
+    The ideal is the raw value that the goal could reach if it were trained alone. The nadir is a raw value no better
+    than that of doing nothing. As both are known before the first step, no goal is measured against networks, or an
+    adversary, that have not trained.
 
     Args:
         ideal, nadir: each a number; or a function of a batch that returns one, called by `GoalSet.anchor`; or the name
-            of where `GoalSet.anchor` will get it from: "floor" (analytic, what chance alone leaves), "baseline" (raw
-            values of a trivial answer) or "probe" (`bomkern.probe`).
-        moving: the goal's difficulty changes while it trains, as with an adversary. `GoalSet.remeasure` then moves
-            ideal and nadir towards raw values measured on held-out samples, by ``1 - 2^(-1/halflife)`` of the way a
-            time. They never follow the goal's own training average, which would forgive a goal whatever it does.
+            of the source from which `GoalSet.anchor` takes it: "floor" (analytic, the value that chance alone leaves),
+            "baseline" (raw values of a trivial answer) or "probe" (`bomkern.probe`).
+        moving: whether the goal's difficulty changes during training, as with an adversary. Each call of
+            `GoalSet.remeasure` then moves ideal and nadir towards raw values measured on held-out samples, by
+            ``1 - 2^(-1/halflife)`` of the distance. They never follow the goal's own training average, which would
+            hide that the goal gets worse.
         halflife: of ``moving``, in measurements.
-        alarm: how far an anchor may drift before a warning, in units of the first scale.
+        alarm: distance that an anchor may drift before a warning is logged, in units of the first scale.
     """
 
     def __init__(
@@ -227,7 +230,7 @@ class Anchored(Policy):
 
 
 def policy_of(owner: str, given: object) -> Policy:
-    """A policy as it is, a constraint as a `Fixed` one."""
+    """Return a policy as it is, and a constraint as a `Fixed` policy."""
     if isinstance(given, Policy):
         return given
     if isinstance(given, Constraint):

@@ -1,4 +1,4 @@
-"""`probe`: what each goal could reach alone, and what that costs the others."""
+"""`probe`: measure the values that each goal reaches when it is trained alone, and those of the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Payoff(NamedTuple):
     Attributes:
         columns: K names.
         table: [K, K] float32 on the host; row i holds all raw values after training on goal i alone.
-        updates: training steps that it took.
+        updates: number of training steps in all runs.
     """
 
     columns: list[str]
@@ -30,7 +30,7 @@ class Payoff(NamedTuple):
     updates: int
 
     def anchors(self, which: str) -> dict[str, float]:
-        """ "ideal", the diagonal; or "nadir", each column's worst entry."""
+        """Return the diagonal for "ideal", or each column's worst entry for "nadir", by column."""
         values = self.table.diagonal() if which == "ideal" else self.table.amax(0)
         return dict(zip(self.columns, values.tolist(), strict=True))
 
@@ -53,23 +53,26 @@ def probe(
     state: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> Payoff:
-    """Train on each goal alone, for a few steps from the same start, and put everything back.
+    """Train on each goal alone, for a few steps from the same start, and restore everything.
 
-    The diagonal of the table is what `Anchored` takes for ideals, its columns' worst entries are nadirs
-    (`GoalSet.anchor` with ``probe=``). Both are estimates from short runs: a goal that is still falling is better alone
-    than they say.
+    `Anchored` takes the diagonal of the table as ideals, and the worst entry of each column as nadirs
+    (`GoalSet.anchor` with ``probe=``). Both are estimates from short runs: a goal that is still falling would reach a
+    better value alone.
 
     Args:
-        step: does one training step with ``goals``, updates included.
-        goals: inside, its loss is the mean raw value of one goal (`GoalSet.only`). Anchors need not be known yet.
-        steps: of each run; K runs are made.
-        state: everything that a step changes: modules, optimizers, loaders, whatever has ``state_dict`` and
-            ``load_state_dict``. None where ``step`` is a method of an object that has both. The state of ``goals`` and
-            the random numbers of Python, NumPy and PyTorch are taken care of, and gradients are cleared.
-        progress: show a bar where tqdm is installed.
+        step: makes one training step with ``goals``, including the update of the parameters.
+        goals: during the call its loss is the mean raw value of one goal (`GoalSet.only`). Anchors need not be known.
+        steps: number of steps of each run; there are K runs.
+        state: everything that a step changes: modules, optimizers, loaders, and other objects with ``state_dict`` and
+            ``load_state_dict``. None if ``step`` is a method of an object that has both. The state of ``goals`` and of
+            the random generators of Python, NumPy and PyTorch is restored too, and gradients are cleared.
+        progress: show a progress bar if tqdm is installed.
+
+    Returns:
+        The payoff table.
 
     Raises:
-        ValueError: steps is below 1, no state can be found, or a goal's run gave no finite value.
+        ValueError: ``steps`` is below 1, no state can be found, or a run gave a value that is not finite.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
@@ -100,6 +103,7 @@ def probe(
 
 
 def _measure(goals: GoalSet, column: str, steps: int) -> Tensor:
+    """Return the mean raw values [K] over the last part of a run on ``column`` of so many steps."""
     values = (
         goals.monitor.last_mean("raw", steps // MEASURED) if steps else torch.full((len(goals.policies),), torch.nan)
     )
@@ -113,7 +117,7 @@ def _measure(goals: GoalSet, column: str, steps: int) -> Tensor:
 
 
 class _Snapshot:
-    """State dicts, gradients gone, and random states."""
+    """Copies of state dicts and of the states of random generators; `restore` also clears gradients."""
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = [(part, copy.deepcopy(part.state_dict())) for part in parts]

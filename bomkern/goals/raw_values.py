@@ -1,4 +1,4 @@
-"""Raw values by name, as a `bomkern.GoalSet` is given them, and errors that name the goal."""
+"""Convert raw values by name, as a `bomkern.GoalSet` takes them, to tensors; name the goal in errors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ Raw = Mapping[str, "Tensor | Lazy | Mapping[str, Tensor | Lazy]"]
 
 
 class RawValues:
-    """Turns a mapping into the tensors of the columns, in order.
+    """Convert a mapping of raw values to the tensors of the columns, in order.
 
     Args:
-        names: the goals. members: of each group. columns: what errors call each tensor.
+        names: the goals.
+        members: the members of each group.
+        columns: the name of each tensor in errors.
     """
 
     def __init__(self, names: list[str], members: dict[str, list[str]], columns: list[str]) -> None:
         self.names, self.known, self.members, self.labels = names, set(names), members, columns
 
     def columns(self, raw: Raw) -> list[Tensor]:
-        """Raises KeyError or TypeError where a goal is missing, unknown, or no mapping where it must be one."""
+        """Return the tensors of the columns. Raises KeyError or TypeError for a missing, unknown or invalid goal."""
         if not isinstance(raw, Mapping):
             raise TypeError(f"raw must be a mapping of goals' names to tensors, got {type(raw).__name__}")
         if raw.keys() != self.known:
@@ -51,7 +53,7 @@ class RawValues:
         raise KeyError("; ".join(parts))
 
     def explain(self, tensors: list[Tensor], device: torch.device) -> None:
-        """Raises by the goal's name the error for which the op named a place in a list; returns where there is none."""
+        """Raise an error that names the goal, where that of the op named an index; return if nothing is wrong."""
         rows = [t for t in tensors if isinstance(t, Tensor) and t.dim() == 1]
         for name, t in zip(self.labels, tensors, strict=True):
             if not isinstance(t, Tensor):

@@ -1,4 +1,4 @@
-"""The record of a step of a `bomkern.GoalSet`: whose its numbers are, and how the ranks' records become one."""
+"""The record of a step of a `bomkern.GoalSet`: its layout, and how the records of all ranks are merged."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .constraint_info import ConstraintInfo, from_text
 
 
 class Layout:
-    """Whose numbers a record holds.
+    """The goals and columns whose numbers a record holds.
 
     Attributes:
         goals: G names.
         columns: K names: a goal's own, or "goal.member".
-        owner: the goal's index of each column.
-        constraints: what is known of each column's constraint or policy. A string, how it prints, is read too.
-        most: the largest share that a goal can hold: less than 1 where the rule gives every goal a part.
+        owner: index of the goal of each column.
+        constraints: description of each column's constraint or policy. A string, the text that it prints, is read too.
+        most: the largest share that one goal can hold. It is less than 1 if the rule gives every goal a part.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def at(self) -> RecordAt:
-        """Where the parts of a record begin."""
+        """The offsets of the parts of a record."""
         return RecordAt.of(len(self.goals), len(self.columns))
 
     @property
@@ -47,27 +47,28 @@ class Layout:
         return self.at.size
 
     def parts(self, records: Tensor) -> dict[str, Tensor]:
-        """See `record_parts`; ``scale`` in place of ``slope``."""
-        found = record_parts(records, len(self.goals), len(self.columns))
-        found["scale"] = 1 / found.pop("slope")
-        return found
+        """Return the parts of records by name, as `record_parts` does, with ``scale`` in place of ``slope``."""
+        parts = record_parts(records, len(self.goals), len(self.columns))
+        parts["scale"] = 1 / parts.pop("slope")
+        return parts
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values. Constraints are texts, as in the files of every version; `History.save` writes the rest."""
+        """Return plain values. Constraints are texts, as in files of every version; `History.save` adds the rest."""
         return {**vars(self), "constraints": [str(constraint) for constraint in self.constraints]}
 
 
 def share_record(
     loss: Tensor, record: Tensor, goals: int, columns: int, reduction: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Make the loss and the record of the whole batch from those of each rank's part, by one gather.
+    """Merge the losses and records of all ranks into those of the whole batch, by one gather.
 
     Args:
-        loss: 0-dim, or [B] where ``reduction`` is NONE: then it stays as it is.
-        record: [size].
+        loss: this rank's loss, 0-dim, or [B] if ``reduction`` is NONE: then it is returned unchanged.
+        record: this rank's record, [size].
 
     Returns:
-        The loss, equal on all ranks, whose gradient is a rank's part of it in a mean over the ranks; the record.
+        The loss, equal on all ranks, and the record. The mean over the ranks of the gradients of the loss is the
+        gradient of the whole batch.
     """
     own = loss.detach().mean().to(record.dtype)
     gathered = ranks.gather(torch.cat([record.detach(), own[None]]))  # [W, size + 1]

@@ -1,4 +1,4 @@
-"""What a step of a `bomkern.GoalSet` changes by its policies, its guard and its spill, and how it is taken back."""
+"""The state that policies, guard and spill of a `bomkern.GoalSet` change in a step, and how a step is taken back."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from .monitor import Monitor
 from .policies import MOST_NUDGE, Policy
 from .rules import ShareGuard, Spill
 
-SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by rank
-NO_END = 2**63 - 1  # the step at which a policy ends that never does
+SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by order
+NO_END = 2**63 - 1  # the last step of a policy that never ends
 
 
 def ends_of(policies: Mapping[str, Policy]) -> list[int]:
-    """Return the step after which each policy changes nothing any more."""
+    """Return the step after which each policy changes nothing."""
     return [NO_END if policy.until is None else policy.until for policy in policies.values()]
 
 
 class RuleState:
     """The policies, the guard and the spill of a `bomkern.GoalSet` in training, and a copy of what a step changed.
 
-    What they learn is kept in buffers of the GoalSet, which the methods are given.
+    Their state is kept in buffers of the GoalSet, which are passed to the methods.
 
     Args:
         policies: by column.
-        guard, spill: None without one.
+        guard, spill: the guard and the spill, or None.
         at: the layout of a record.
         ranks: the processes that share the batch.
 
     Attributes:
-        changed: each buffer that the step changes, and a copy from before it; cleared when a step begins.
+        changed: each buffer that the step changes, with a copy of its value before; cleared when a step begins.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RuleState:
         self.changed: list[tuple[Tensor, Tensor]] = []
 
     def learn(self, buffers: Buffers, tensors: list[Tensor], monitor: Monitor) -> None:
-        """Copy what this step changes, and let the policies look at its raw values."""
+        """Copy the buffers that this step changes, and update the policies from its raw values."""
         learning = self._learning(buffers, monitor) if self._until else None
         if (learning or self.guard) and under_transform() and not torch.compiler.is_compiling():
             raise RuntimeError(
@@ -65,7 +65,8 @@ class RuleState:
     def _learning(self, buffers: Buffers, monitor: Monitor) -> dict[int, Policy]:
         """Return the policies that may change something in this step, by the index of their column.
 
-        A graph, compiled or captured, runs again at steps that the host does not know: it holds all that ever may.
+        A compiled or captured graph runs at steps that the host does not know, so it holds all policies that may ever
+        change something.
         """
         fixed = torch.compiler.is_compiling() or capturing(buffers["params"].device)
         step = 0 if fixed else monitor.steps
@@ -74,7 +75,7 @@ class RuleState:
         return {k: p for k, p in enumerate(self.policies.values()) if p.until is None or step < p.until}
 
     def _update(self, learning: dict[int, Policy], buffers: Buffers, tensors: list[Tensor], step: Tensor) -> None:
-        """Ask the policies for ideals and scales. ``step``, [1], is counted on the device."""
+        """Set ideals and scales by the policies. ``step``, [1], is counted on the device."""
         copies = [(buffers[name], buffers[name].clone()) for name in ("params", "policy_state")]
         self.changed += copies
         raws = [tensors[k].detach().float() for k in learning]
@@ -82,22 +83,22 @@ class RuleState:
             gathered = self.ranks.gather(torch.cat([raw.reshape(-1) for raw in raws]))
             raws = [part.flatten() for part in gathered.split([raw.numel() for raw in raws], 1)]
         for (k, policy), raw in zip(learning.items(), raws, strict=True):
-            found = policy.update(raw, buffers["policy_state"][k], step[0])
-            if found is not None:
-                write_anchor(buffers, k, *found)
+            ideal_and_scale = policy.update(raw, buffers["policy_state"][k], step[0])
+            if ideal_and_scale is not None:
+                write_anchor(buffers, k, *ideal_and_scale)
         if any(policy.until is not None for policy in learning.values()):
             goes_on = (step < buffers["_ends"])[:, None]
             for now, before in copies:
                 now.copy_(torch.where(goes_on, now, before))
 
     def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor) -> None:
-        """Put the step into the history; let the spill and the guard look at it."""
+        """Add the record of the step to the monitor; update the weights of the spill and the nudges of the guard."""
         spill, guard = self.spill, self.guard
         if spill is None:
             monitor.add(record)
         else:
             deficit = record.narrow(0, self._deficit, self._goals)
-            monitor.add(record, deficit, buffers["_by_rank"], spill.rate, [buffers[name] for name in SPILL])
+            monitor.add(record, deficit, buffers["_weights_by_order"], spill.rate, [buffers[name] for name in SPILL])
             self.changed += (
                 (buffers["average"], buffers["_average_before"]),
                 (buffers["multipliers"], buffers["_multipliers_before"]),
@@ -111,13 +112,13 @@ class RuleState:
             buffers["params"][:, 1:3] *= torch.exp(-nudge)[:, None]
 
     def restore(self) -> None:
-        """Take back what a step that raised has changed."""
+        """Take back the changes of a step that raised an error."""
         for now, before in self.changed:
             now.copy_(before)
         self.changed.clear()
 
     def accept(self, ok: Tensor) -> None:
-        """Take back what the last step changed where ``ok``, a 0-dim bool on the device, is False."""
+        """Take back the changes of the last step if ``ok``, a 0-dim bool on the device, is False."""
         for now, before in self.changed:
             now.copy_(torch.where(ok, now, before))
         self.changed.clear()

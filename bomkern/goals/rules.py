@@ -1,4 +1,4 @@
-"""What a `bomkern.GoalSet` does with its goals as a whole: groups of them, weights by order, and a guard of shares."""
+"""Rules over all goals of a `bomkern.GoalSet`: groups of goals, weights by order, and a guard of shares."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from .policies import Policy, policy_of
 
 
 class ShareGuard:
-    """A safety net for a whole `GoalSet`, off unless asked for: ``log scale += rate`` while a goal's share is above
-    ``high``, ``-= rate`` while it is below ``low``; nothing in between.
+    """Nudge the scales of a `GoalSet` so that no goal's share of the gradient stays outside a band.
 
-    The share is a moving average of who really got the gradient. Every nudge is in the history. It keeps any goal from
-    being starved or from holding everything for long, at the price of what the scales meant: a goal that is satisfied
-    and idle is pulled in too, until its scale is a thousandth. Anchors first; this if a run must not be watched.
+    In each step ``log scale += rate`` for a goal whose share is above ``high``, and ``-= rate`` for one whose share is
+    below ``low``. The share is a moving average of the measured shares. Every nudge is in the history.
+
+    The guard keeps goals from being starved, and from holding all of the gradient for long. The price is that scales
+    lose their meaning: a goal that is satisfied and idle is pulled in too, until its scale is a thousandth. Prefer
+    anchors, and use a guard for runs that nobody watches.
 
     Args:
         low, high: the band without nudges, 0 <= low < high <= 1.
@@ -32,11 +34,11 @@ class ShareGuard:
         self.weight = 1 - 2 ** (-1 / finite_number("ShareGuard: halflife", halflife, above=0))
 
     def update(self, share: Tensor, average: Tensor) -> Tensor:
-        """What to add to each goal's log scale, [G].
+        """Return the amount to add to each goal's log scale, [G].
 
         Args:
-            share: of this step, [G].
-            average: [G], changed in place; below 0 before the first step.
+            share: shares of this step, [G].
+            average: moving average of the shares, [G], changed in place; below 0 before the first step.
         """
         torch.where(average < 0, share, average.lerp(share, self.weight), out=average)
         return self.rate * ((average > self.high).to(average.dtype) - (average < self.low).to(average.dtype))
@@ -46,14 +48,16 @@ class ShareGuard:
 
 
 class Spill:
-    """What flows over: goals in the order of their deficits, worst first, weigh ``1 : ratio : ratio^2 : ...``.
+    """Weights by order: goals sorted by their deficits, worst first, weigh ``1 : ratio : ratio^2 : ...``.
 
-    ``loss = sum_g w_g mean_b D_bg`` with ``w_g`` proportional to ``ratio^(rank of goal g)``: an ordered weighted
-    average of the goals' deficits (Yager 1988, "On ordered weighted averaging aggregation operators in multicriteria
-    decisionmaking"), which becomes the worst goal's alone as ratio goes to 0. Ranks are those of a moving average of
-    the steps before, so the weights are known before a step. Only ranks matter: a goal that can never be satisfied
-    holds about ``1 - ratio`` of the gradient however bad it is, where the hard minimum would give it all, and the rest
-    is shared out as if it were not there.
+    ``loss = sum_g w_g mean_b D_bg`` with ``w_g`` proportional to ``ratio^p_g``, where ``p_g`` is the position of goal g
+    in the order, 0 for the worst. This is an ordered weighted average of the goals' deficits (Yager 1988, "On ordered
+    weighted averaging aggregation operators in multicriteria decisionmaking"). As ratio goes to 0 it becomes the
+    deficit of the worst goal alone.
+
+    The order is that of a moving average over the steps before, so the weights are known before a step. Only the order
+    matters: a goal that can never be satisfied holds about ``1 - ratio`` of the gradient however bad it is. The hard
+    minimum would give it everything. The rest is distributed as if that goal were not there.
 
     Args:
         ratio: in (0, 1).
@@ -67,7 +71,7 @@ class Spill:
         self.rate = 1 - 2 ** (-1 / finite_number("Spill: halflife", halflife, above=0))
 
     def weights(self, goals: int) -> Tensor:
-        """By rank, [goals], summing to 1."""
+        """Return the weights by order, the worst goal's first, [goals]; they sum to 1."""
         weights = self.ratio ** torch.arange(goals, dtype=torch.float64)
         return (weights / weights.sum()).float()
 
@@ -76,7 +80,9 @@ class Spill:
 
 
 class Group:
-    """Several constraints as one goal, whose deficit is the mean of its members': their scores' geometric mean.
+    """Several constraints as one goal, whose deficit is the mean of its members' deficits.
+
+    Its score is then the geometric mean of its members' scores.
 
     Args:
         members: constraints or policies, by name; at least one.

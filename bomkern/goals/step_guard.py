@@ -1,4 +1,4 @@
-"""`StepGuard`: steps are taken only where the loss and every gradient are finite, without a host sync."""
+"""`StepGuard`: take a step only if the loss and every gradient are finite, without a host sync."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ log = logging.getLogger("bomkern")
 
 
 class StepGuard:
-    """Steps optimizers together, or none of them: a step whose loss or gradient is not finite changes nothing.
+    """Step all optimizers together, or none of them if the loss or a gradient is not finite.
 
-    torch's fused optimizers (``torch.optim.AdamW(..., fused=True)``; Adam, SGD and Adagrad too) take ``found_inf`` from
-    the device, as `torch.amp.GradScaler` gives it to them, and leave parameters and state alone where it is 1: the host
-    never waits to know. Other optimizers cannot do that; with one of them each step waits for the device, which is
-    logged once.
+    The fused optimizers of torch (``torch.optim.AdamW(..., fused=True)``; Adam, SGD and Adagrad too) read
+    ``found_inf`` on the device, as `torch.amp.GradScaler` passes it, and leave parameters and state alone if it is 1.
+    The host never waits. Other optimizers cannot do that: with one of them each step waits for the device, and a
+    warning is logged once.
 
     Args:
         optimizers: one or more, without closures.
-        goals: `GoalSet`, or several, whose last step is taken back with the optimizers' (`GoalSet.accept`).
-        process_group: with several processes, whose ranks step together or not at all
-            (``torch.distributed.group.WORLD``: all of them). None asks nobody, which is right with
-            DistributedDataParallel, whose gradients are the same on all ranks, if ``finite`` is.
+        goals: a `GoalSet`, or several, whose last step is taken back if the step is rejected (`GoalSet.accept`).
+        process_group: the ranks that step together or not at all; ``torch.distributed.group.WORLD`` is all of them.
+            None decides on each rank alone. That is right under DistributedDataParallel, whose gradients are the same
+            on all ranks, if ``finite`` is the same too.
 
     Attributes:
-        rejected: 0-dim int64 on the device, steps that were not taken.
-        rejected_in_a_row: the same since the last that was.
+        rejected: number of steps that were not taken, 0-dim int64 on the device.
+        rejected_in_a_row: number of rejected steps since the last one that was taken.
 
     Raises:
-        TypeError: something that is no optimizer, or no GoalSet, named in the message.
-        ValueError: no optimizer, or parameters on several devices.
+        TypeError: an argument is no optimizer, or no GoalSet; the message names it.
+        ValueError: there is no optimizer, or the parameters are on several devices.
 
     Example:
         >>> guard = StepGuard(torch.optim.AdamW(model.parameters(), fused=True), goals=goals)
@@ -53,9 +53,9 @@ class StepGuard:
     ) -> None:
         if not optimizers:
             raise ValueError("StepGuard must be given at least one optimizer, got none")
-        for one in optimizers:
-            if not isinstance(one, torch.optim.Optimizer):
-                raise TypeError(f"StepGuard: optimizers must be torch.optim.Optimizer, got {type(one).__name__}")
+        for optimizer in optimizers:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(f"StepGuard: optimizers must be torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizers = optimizers
         self.goals = [goals] if isinstance(goals, GoalSet) else list(goals)
         for goal in self.goals:
@@ -69,7 +69,7 @@ class StepGuard:
         self.rejected = torch.zeros((), dtype=torch.int64, device=self.device)
         self.rejected_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._one = torch.ones((), device=self.device)
-        # Whose steps the host has to decide on; empty where all are fused.
+        # Names of the optimizers whose steps the host has to decide on; empty if all are fused.
         self._waits = [type(x).__name__ for x in optimizers if not takes_found_inf(x)]
         self._told = False
 
@@ -80,21 +80,21 @@ class StepGuard:
 
     @torch.no_grad()
     def step(self, finite: Tensor | None = None) -> Tensor:
-        """Step all optimizers if ``finite`` and all gradients are.
+        """Step all optimizers if ``finite`` is True and all gradients are finite.
 
         Args:
-            finite: 0-dim bool on the device, as `GoalOutput.finite`; None where the gradients tell.
+            finite: 0-dim bool on the device, as `GoalOutput.finite`; None to check the gradients alone.
 
         Returns:
             Whether the step was taken, 0-dim bool on the device.
         """
-        found = self._found(finite)
-        ok = found == 0
+        found_inf = self._found_inf(finite)
+        ok = found_inf == 0
         if self._waits:
             self._wait_for(bool(ok))
         else:
             for optimizer in self.optimizers:
-                step_unless(found, optimizer)
+                step_unless(found_inf, optimizer)
         for goal in self.goals:
             goal.accept(ok)
         self.rejected += ~ok
@@ -102,16 +102,16 @@ class StepGuard:
         return ok
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of all optimizers."""
+        """Clear the gradients of all optimizers."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
-    def _found(self, finite: Tensor | None) -> Tensor:
-        """1.0 where something is not finite, on any rank of the group, else 0.0; [] float32."""
+    def _found_inf(self, finite: Tensor | None) -> Tensor:
+        """Return 1.0 if anything is not finite on any rank of the group, else 0.0; 0-dim float32."""
         if finite is None:
-            found = torch.zeros((), device=self.device)
+            found_inf = torch.zeros((), device=self.device)
         else:
-            found = (~finite.to(device=self.device, dtype=torch.bool)).float()
+            found_inf = (~finite.to(device=self.device, dtype=torch.bool)).float()
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for parameter in self._parameters():
             grad = parameter.grad
@@ -121,24 +121,24 @@ class StepGuard:
             grad = sparse_values(grad) if grad.is_sparse else grad
             by_dtype.setdefault(grad.dtype, []).append(grad)
         for grads in by_dtype.values():
-            flag_non_finite(grads, found, self._one)
+            flag_non_finite(grads, found_inf, self._one)
         if self.process_group is not None:
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self.process_group)
-        return found
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, self.process_group)
+        return found_inf
 
     def _wait_for(self, ok: bool) -> None:
-        """Without ``found_inf`` the host has to know."""
+        """Step the optimizers if ``ok``, which the host had to wait for; warn about that once."""
         if not self._told:
             names = " and ".join(self._waits)
-            could = any(one.defaults.get("fused", True) in (None, False) for one in self.optimizers)
-            hint = "; fused=True would not" if could else ""
+            can_fuse = any(x.defaults.get("fused", True) in (None, False) for x in self.optimizers)
+            hint = "; fused=True would not" if can_fuse else ""
             log.warning("StepGuard: %s takes no found_inf: each step waits for the device%s", names, hint)
             self._told = True
         for optimizer in self.optimizers if ok else ():
             optimizer.step()
 
     def state_dict(self) -> dict[str, int]:
-        """The counts; reading them waits for the device."""
+        """Return the counts. Reading them waits for the device."""
         return {"rejected": int(self.rejected), "rejected_in_a_row": int(self.rejected_in_a_row)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -146,4 +146,4 @@ class StepGuard:
         self.rejected_in_a_row.fill_(state["rejected_in_a_row"])
 
     def __repr__(self) -> str:
-        return f"StepGuard({', '.join(type(one).__name__ for one in self.optimizers)})"
+        return f"StepGuard({', '.join(type(x).__name__ for x in self.optimizers)})"

@@ -1,4 +1,4 @@
-"""How a `bomkern.GoalSet` prints."""
+"""The table that a `bomkern.GoalSet` prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WINDOW = 100  # steps whose shares and levels are shown
 
 
 def table(goals: GoalSet) -> str:
-    """Return a row for each goal: its constraint, its anchors, and its share and level over the last `WINDOW` steps."""
+    """Return a table with a row per column: constraint, anchors, and share and level over the last `WINDOW` steps."""
     history, anchors = goals.history, goals.anchors()
     rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", "share", "level")]
     seen = {part: goals.monitor.last_mean(part, WINDOW).tolist() if len(history) else [] for part in ("share", "level")}

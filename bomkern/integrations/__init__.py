@@ -1,5 +1,7 @@
-"""bomkern in other people's loops: `loggers` writes to TensorBoard, Weights & Biases and MLflow, `lightning` has a
-callback. Neither imports what it works with before it is asked to."""
+"""Integrations: `loggers` writes to TensorBoard, Weights & Biases and MLflow; `lightning` has a callback.
+
+Neither imports the other package before it is used.
+"""
 
 from .loggers import Logger, MetricsLogger, TensorBoard, as_logger, log_goals
 

@@ -1,4 +1,4 @@
-"""`GoalCallback`: a `bomkern.GoalSet` in a Trainer of ``lightning.pytorch`` or ``pytorch_lightning``."""
+"""`GoalCallback`: use a `bomkern.GoalSet` in a Trainer of ``lightning.pytorch`` or ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from ..diagnosis.diagnose import diagnose
 from ..goals.goal_set import GoalSet
 from .loggers import log_goals
 
-PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # two names of one code, whose classes do not know each other
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # two copies of the same code, with unrelated classes
 
 
 class GoalCallback:
-    """Anchors, logs, saves and diagnoses the `GoalSet` that a LightningModule trains with.
+    """Anchor, log, save and diagnose the `GoalSet` that a LightningModule trains with.
 
-    - Before training, where goals wait for anchors, it calls ``anchor`` and gives `GoalSet.anchor` what that returns.
-    - Every ``log_every`` steps of the GoalSet, and at the end, `log_goals` writes to all loggers of the trainer. That
-      waits for a GPU, once each time. With several processes it is rank zero's own samples that are logged.
-    - A GoalSet that is a submodule of the LightningModule is saved with it. Another one is kept in the callback's part
+    - Before training, if goals wait for anchors, the callback calls ``anchor`` and passes the result to
+      `GoalSet.anchor`.
+    - Every ``log_every`` steps of the GoalSet, and at the end, `log_goals` writes to all loggers of the trainer. Each
+      write waits for a GPU once. With several processes, the samples of rank zero are logged.
+    - A GoalSet that is a submodule of the LightningModule is saved with it. Any other is saved in the callback's part
       of the checkpoint, moved to the trainer's device, and put into eval mode while the trainer validates.
     - With "16-mixed" precision, a step that the GradScaler rejects is taken back in the GoalSet too
-      (`GoalSet.accept`), without a host sync: of accumulated batches the last. Other precisions reject no step, and
-      nothing is taken back; a `StepGuard` is for loops of your own.
-    - At the end rank zero prints what `diagnose` finds.
+      (`GoalSet.accept`), without a host sync. Of accumulated batches, the last is taken back. Other precisions reject
+      no step. `StepGuard` is for your own training loops.
+    - At the end rank zero prints the findings of `diagnose`.
 
     Args:
-        goals: a GoalSet, or the name of the attribute of the LightningModule that is one ("goals", "loss.goals").
+        goals: a GoalSet, or the name of an attribute of the LightningModule that holds one ("goals", "loss.goals").
         log_every: steps between two writes to the loggers, at least 1.
         anchor: takes the LightningModule, on its device, and returns the arguments of `GoalSet.anchor` in a mapping.
             It is called before the sanity check, on every rank, and must return the same on all.
         diagnose_at_end: whether to print the findings.
-        prefix: before the names in the loggers, to tell two GoalSets apart.
+        prefix: prefix of the names in the loggers, to distinguish two GoalSets.
 
     Raises:
         ImportError: neither package is installed.
-        TypeError, ValueError: an argument that cannot serve, named in the message.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Example:
         >>> trainer = Trainer(callbacks=[GoalCallback("goals", anchor=lambda module: {"baseline": module.trivial()})])
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> GoalCallback:
-        kind: Any = cls  # mypy takes a class for unhashable
+        kind: Any = cls  # mypy believes that a class is not hashable
         return object.__new__(_joined(kind, tuple(base for base in _bases() if not issubclass(cls, base))))
 
     def __init__(
@@ -73,49 +74,49 @@ class GoalCallback:
         self.given, self.log_every, self.anchor = goals, log_every, anchor
         self.diagnose_at_end, self.prefix = diagnose_at_end, prefix
         self._goals = goals if isinstance(goals, GoalSet) else None
-        self._held = False  # whether the LightningModule has it among its modules
+        self._held = False  # whether the LightningModule has the GoalSet among its modules
         self._was_training = True
         self._logged = 0  # steps of the GoalSet at the last write
-        self._scale: Tensor | None = None  # the GradScaler's before the optimizer's step
+        self._scale: Tensor | None = None  # the scale of the GradScaler before the optimizer's step
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (getattr(type(self), "_plain", type(self)),), self.__dict__.copy()
 
     @property
     def goals(self) -> GoalSet:
-        """The GoalSet; one that was given by name is known once the trainer has started."""
+        """The GoalSet. One that was given by name is known once the trainer has started."""
         if self._goals is None:
             raise RuntimeError(f"goals {self.given!r} are looked up when the trainer starts, which it has not")
         return self._goals
 
     @property
     def state_key(self) -> str:
-        """The callback's name in a checkpoint: two of them with different goals do not collide."""
+        """The callback's name in a checkpoint, which differs between callbacks with different goals."""
         names = self.given if isinstance(self.given, str) else ", ".join(self.given.names)
         return f"GoalCallback({names})"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if isinstance(self.given, str):
             try:
-                found = attrgetter(self.given)(pl_module)
+                attribute = attrgetter(self.given)(pl_module)
             except AttributeError:
-                found = None
-            if not isinstance(found, GoalSet):
-                got = f"{type(found).__name__} there" if found is not None else "no such attribute"
+                attribute = None
+            if not isinstance(attribute, GoalSet):
+                got = f"{type(attribute).__name__} there" if attribute is not None else "no such attribute"
                 raise TypeError(f"goals must name a GoalSet of {type(pl_module).__name__}: {self.given!r} is {got}")
-            self._goals = found
+            self._goals = attribute
         self._held = any(module is self._goals for module in pl_module.modules())
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._held:
             self.goals.to(trainer.strategy.root_device)
         if self.goals.anchoring.waiting and self.anchor is not None:
-            found = self.anchor(pl_module)
-            if not isinstance(found, Mapping):
+            sources = self.anchor(pl_module)
+            if not isinstance(sources, Mapping):
                 raise TypeError(
-                    f"anchor must return a mapping of GoalSet.anchor's arguments, got {type(found).__name__}"
+                    f"anchor must return a mapping of GoalSet.anchor's arguments, got {type(sources).__name__}"
                 )
-            self.goals.anchor(**found)
+            self.goals.anchor(**sources)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._logged = self.goals.steps
@@ -123,7 +124,7 @@ class GoalCallback:
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() and self._scale is None:
-            # Its scale tells, without a sync, whether it took the step: it shrinks where it did not.
+            # The scale shrinks if the step is rejected, which can be read without a sync.
             self._scale = None if scaler._scale is None else scaler._scale.clone()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -140,10 +141,10 @@ class GoalCallback:
             print(diagnose(self.goals.history))
 
     def _log(self, trainer: Any, counted: int) -> None:
-        """``counted``: 1 where the last batch is among those that the trainer says it has done, else 0."""
+        """Write to the loggers. ``counted``: 1 if the trainer's count of steps includes the last batch, else 0."""
         self._logged = self.goals.steps
         if trainer.is_global_zero and trainer.loggers:
-            # The step that Lightning's own values of this batch get: they start at 0.
+            # The step under which Lightning logs its own values of this batch; its steps start at 0.
             step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
             log_goals(self.goals, _All(trainer.loggers), max(0, step - counted), self.prefix)
 
@@ -160,7 +161,7 @@ class GoalCallback:
     on_test_end = on_predict_end = on_validation_end
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the GoalSet; {} where the LightningModule's has it already."""
+        """Return the state of the GoalSet, or {} if the LightningModule's state holds it."""
         return {} if self._held or self._goals is None else {"goals": self._goals.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,7 +170,7 @@ class GoalCallback:
 
 
 class _All:
-    """The trainer's loggers as one."""
+    """All loggers of the trainer as one."""
 
     def __init__(self, loggers: list[Any]) -> None:
         self.loggers = loggers
@@ -180,7 +181,7 @@ class _All:
 
 
 def _bases() -> list[type]:
-    """``Callback`` of the packages in use; where none is yet, of the first that is installed."""
+    """Return ``Callback`` of each package that is loaded, or of the first that is installed if none is."""
     loaded = [sys.modules[name] for name in PACKAGES if name in sys.modules]
     if not loaded:
         installed = [name for name in PACKAGES if find_spec(name.partition(".")[0])]
@@ -192,7 +193,7 @@ def _bases() -> list[type]:
 
 @functools.cache
 def _joined(cls: type, bases: tuple[type, ...]) -> type:
-    """The class with Lightning's Callback as a base: which one is not known where the class is defined."""
+    """Return the class with Lightning's Callback as a base, which is not known when the class is defined."""
     if not bases:
         return cls
     joined: type = type(cls.__name__, (cls, *bases), {"_plain": cls, "__module__": cls.__module__})
@@ -200,5 +201,5 @@ def _joined(cls: type, bases: tuple[type, ...]) -> type:
 
 
 def _remake(cls: Any) -> Any:
-    """Where a pickle or a deep copy begins."""
+    """Make an empty callback for a pickle or a deep copy to fill."""
     return cls.__new__(cls)

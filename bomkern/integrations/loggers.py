@@ -1,4 +1,4 @@
-"""`log_goals`: what a `bomkern.GoalSet` did since the last time, in whatever logger a project has."""
+"""`log_goals`: write means of a `bomkern.GoalSet` since the last call to a project's logger."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from ..goals.goal_set import GoalSet
 
-PER_GOAL = ("share", "level", "deficit")  # parts of a record with one number a goal; raw has one a column
+PER_GOAL = ("share", "level", "deficit")  # parts of a record with one number per goal; raw has one per column
 
 
 @runtime_checkable
 class Logger(Protocol):
-    """What `log_goals` writes to. A run of Weights & Biases is one as it is."""
+    """Protocol of the loggers that `log_goals` writes to. A run of Weights & Biases fulfils it."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take in the values of a step; ``step`` is passed by name."""
+        """Log the values of a step; ``step`` is passed by name."""
         ...
 
 
 class TensorBoard:
-    """A `Logger` of a ``torch.utils.tensorboard.SummaryWriter``, or of anything with its ``add_scalar``.
+    """A `Logger` that writes to a ``torch.utils.tensorboard.SummaryWriter``, or to any object with ``add_scalar``.
 
     Args:
         writer: has ``add_scalar(tag, value, global_step)``.
 
     Raises:
-        TypeError: it does not.
+        TypeError: ``writer`` has no ``add_scalar``.
 
     Example:
         >>> log_goals(goals, TensorBoard(SummaryWriter("runs/mine")), step)
@@ -44,13 +44,13 @@ class TensorBoard:
 
 
 class MetricsLogger:
-    """A `Logger` of what has ``log_metrics(values, step=)``: the ``mlflow`` module, each of Lightning's loggers.
+    """A `Logger` that calls ``log_metrics(values, step=)`` of the ``mlflow`` module or of one of Lightning's loggers.
 
     Args:
         tracker: the module or object.
 
     Raises:
-        TypeError: it has no ``log_metrics`` that takes a step.
+        TypeError: ``tracker`` has no ``log_metrics`` that takes a step.
 
     Example:
         >>> log_goals(goals, MetricsLogger(mlflow), step)
@@ -66,14 +66,14 @@ class MetricsLogger:
 
 
 def as_logger(target: Any) -> Logger:
-    """The `Logger` of what a project logs to already; nothing is imported for it.
+    """Return a `Logger` for an object that a project already logs to. Nothing is imported for it.
 
     Args:
         target: a `Logger`; a run of Weights & Biases, or the module after ``wandb.init``; the ``mlflow`` module; a
-            logger of Lightning; or a ``SummaryWriter``. They are told by their methods.
+            logger of Lightning; or a ``SummaryWriter``. It is recognized by its methods.
 
     Raises:
-        TypeError: it has none of the methods; the message lists them.
+        TypeError: ``target`` has none of the methods; the message lists them.
 
     Example:
         >>> as_logger(wandb.init(project="mine")).log({"psnr": 18.1}, step=100)
@@ -91,27 +91,26 @@ def as_logger(target: Any) -> Logger:
 
 
 def log_goals(goals: GoalSet, logger: Any, step: int, prefix: str = "goals/") -> dict[str, float]:
-    """Log what happened in the training steps since the last call: means over those with a finite loss.
+    """Log means over the training steps since the last call that had a finite loss.
 
-    The names are ``share/GOAL``, ``level/GOAL``, ``deficit/GOAL`` and ``raw/GOAL`` (of a group's members
-    ``raw/GROUP.MEMBER``), ``loss``, and ``rejected``, the fraction of steps whose loss was not finite or that
-    `GoalSet.accept` took back. Where all were rejected it is the only one; where there was no step nothing is logged.
+    The names are ``share/GOAL``, ``level/GOAL``, ``deficit/GOAL`` and ``raw/GOAL`` (``raw/GROUP.MEMBER`` for the
+    members of a group), ``loss``, and ``rejected``. The latter is the fraction of steps whose loss was not finite or
+    that `GoalSet.accept` took back. It is the only name if all steps were rejected. Without a step nothing is logged.
 
-    On a CPU nothing waits. On a GPU each call waits until the steps so far are done, once, whatever the number of
-    steps: call it every 50, not every one. The call takes the records: with two loggers, give the second what the first
-    call returned.
+    A call does not wait on a CPU. On a GPU it waits once until the steps so far are done, so call it every 50 steps,
+    not every step. The call consumes the records: with two loggers, pass the returned values to the second.
 
     Args:
-        goals: the GoalSet, of which all steps but the last `history.CAPACITY` are forgotten between two calls.
-        logger: a `Logger`, or what `as_logger` takes.
-        step: what the logger shall count it as.
-        prefix: before every name.
+        goals: the GoalSet. Between two calls it keeps the last `history.CAPACITY` steps.
+        logger: a `Logger`, or any object that `as_logger` takes.
+        step: the step under which the logger files the values.
+        prefix: prefix of every name.
 
     Returns:
-        What was logged, by name.
+        The logged values by name.
 
     Raises:
-        TypeError: ``goals`` is no GoalSet, or ``logger`` nothing that can log.
+        TypeError: ``goals`` is no GoalSet, or ``logger`` cannot log.
 
     Example:
         >>> if step % 50 == 0:
@@ -135,13 +134,13 @@ def log_goals(goals: GoalSet, logger: Any, step: int, prefix: str = "goals/") ->
 
 
 def _takes_step(target: Any, name: str) -> bool:
-    """Whether it has this method, with a parameter ``step``: Python's own loggers have a ``log`` too."""
+    """Return whether an object has this method with a parameter ``step``; Python's own loggers have ``log`` without."""
     method = getattr(target, name, None)
     if not callable(method):
         return False
     try:
         return "step" in inspect.signature(method).parameters
-    except (TypeError, ValueError):  # compiled, without a signature
+    except (TypeError, ValueError):  # a compiled function without a signature
         return False
 
 

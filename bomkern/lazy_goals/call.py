@@ -1,4 +1,4 @@
-"""One call of a lazy function for the rows of several lazies: without a graph, and again with one for some rows."""
+"""`Call`: evaluate a lazy function for the rows of several lazies without a graph, and for some rows with one."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..common.torch_internals import write_count
 from . import random_draws
 from .cost import statistics_of
 
-TRIAL_ROWS = 8  # of the check on first use
+TRIAL_ROWS = 8  # rows of the check on first use
 HALF = (torch.float16, torch.bfloat16)
-# How far a row may be from itself among others: a part of the largest value, and of the largest argument.
+# Tolerances of a row alone against the same row among all: parts of the largest value, and of the largest argument.
 OF_VALUE, OF_VALUE_HALF = 1e-3, 5e-2
 OF_ARGUMENT, OF_ARGUMENT_HALF = 1e-6, 1e-2
 NEEDS_GRAPH = "does not require grad"
 
 
 class Call:
-    """``fn`` for all rows of some lazies, one after the other.
+    """The evaluation of ``fn`` for the concatenated rows of some lazies.
 
-    The random numbers of `without_graph` are kept, and `with_graph` draws them again. Without a call of `without_graph`
-    before, `with_graph` draws new ones.
+    `with_graph` draws the random numbers of `without_graph` again. If `without_graph` was not called before, it draws
+    new ones.
 
     Args:
         fn: the function.
@@ -52,7 +52,7 @@ class Call:
         out = self._forward(args, random_draws.Record() if recording else None)
         if _write_counts(args) != counts:
             raise ValueError(f"lazy: {name_of(self.fn)} changes its arguments in place: it must leave them as they are")
-        if not recording and not torch.equal(state, random_draws.state(device)):  # it began to draw after its check
+        if not recording and not torch.equal(state, random_draws.state(device)):  # it first drew after its check
             random_draws.restore(device, state)
             statistics.draws = True
             out = self._forward(args, random_draws.Record())
@@ -65,7 +65,7 @@ class Call:
         return out
 
     def with_graph(self, args: Sequence[Any], picks: Tensor) -> Tensor:
-        """Evaluate some rows with a graph, and with the random numbers that they had in `without_graph`.
+        """Evaluate some rows with a graph, with the random numbers that they had in `without_graph`.
 
         Args:
             args: the arguments, with the picked rows alone.
@@ -113,12 +113,12 @@ class Call:
         return out
 
     def _check_first_use(self, args: Sequence[Any], out: Tensor, device: torch.device) -> None:
-        """Check that a few rows alone are what they were among all, and time their forward and backward."""
+        """Check that a few rows alone have the values that they had among all; time their forward and backward."""
         statistics = self.statistics
         picks = torch.arange(min(TRIAL_ROWS, self.rows // 2), device=device)
         few = [a[: len(picks)] if is_rows(a) else a for a in args]
         seconds: list[tuple[float, float]] = []
-        for _ in range(2):  # the first pass sets up whatever is set up once
+        for _ in range(2):  # the first pass includes one-time setup
             with torch.enable_grad():
                 leaves = _leaves(few)
                 begin = _clock(device)
@@ -148,7 +148,7 @@ def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor, args: Seque
     Args:
         fn: the function, for the message.
         alone, among: the rows' values, in one shape.
-        args: the arguments of ``fn``. What cancels to nearly nothing may be off by a part of their size.
+        args: the arguments of ``fn``. Values that cancel to nearly 0 may be off by a part of the arguments' size.
         half: whether half precision is involved.
     """
     alone, among = (torch.view_as_real(x) if x.is_complex() else x for x in (alone.detach(), among.detach()))
@@ -168,7 +168,7 @@ def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor, args: Seque
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """Return what messages call a function."""
+    """Return the name of a function for messages."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     return getattr(fn, "__qualname__", type(fn).__name__)
@@ -209,7 +209,7 @@ def _can_run_backward(out: Tensor, inputs: list[Tensor]) -> bool:
     try:
         torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True, retain_graph=True)
     except RuntimeError as error:
-        if "donated buffers" not in str(error):  # compiled functions of torch 2.15 give theirs away in the first one
+        if "donated buffers" not in str(error):  # compiled functions of torch 2.15 free buffers in their first backward
             raise
         return False
     return True

@@ -1,4 +1,4 @@
-"""What lazy functions cost, and whether it pays to leave rows out of their graphs."""
+"""The measured costs of lazy functions, and the decision whether to leave rows out of their graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-WEIGHT = 0.2  # of a step in moving averages
+WEIGHT = 0.2  # weight of a step in moving averages
 MARGIN = 0.9  # a partial graph must cost less than this part of a full one
 LOOK_EVERY = 10  # steps with full graphs between two measurements of how many rows a partial graph would hold
 
@@ -21,7 +21,7 @@ class FunctionStatistics:
     Attributes:
         checked: whether its rows were found independent, and its times taken.
         draws: whether it draws random numbers.
-        needs_graph: whether it takes gradients itself, and so cannot run under `torch.no_grad`.
+        needs_graph: whether it computes gradients itself, and so cannot run under `torch.no_grad`.
         forward: seconds of the forward for one row.
         backward_ratio: time of the backward over time of the forward.
         owned: moving average of the fraction of its rows that received gradient; NaN before the first step.
@@ -53,8 +53,8 @@ _statistics: weakref.WeakKeyDictionary[Any, dict[Any, FunctionStatistics]] = wea
 def statistics_of(fn: Callable[..., Any]) -> FunctionStatistics:
     """Return the statistics kept for ``fn``.
 
-    The key is its module, with the method's code where it is a method of one; the code of any other function, since a
-    closure is another object in every step; or else the object itself.
+    The key is its module, together with the code of a method. For any other function it is the code, since a closure is
+    a new object in every step. Otherwise it is the object itself.
     """
     while isinstance(fn, functools.partial):
         fn = fn.func
@@ -62,7 +62,7 @@ def statistics_of(fn: Callable[..., Any]) -> FunctionStatistics:
     key = owner if isinstance(owner, torch.nn.Module) else fn if code is None else code
     try:
         return _statistics.setdefault(key, {}).setdefault(code, FunctionStatistics())
-    except TypeError:  # neither hashable nor weakly referenced: nothing can be kept for it
+    except TypeError:  # the key is not hashable, or allows no weak reference: nothing can be kept for it
         return FunctionStatistics()
 
 

@@ -30,11 +30,11 @@ class Evaluation:
     all rows once, with a graph.
 
     Args:
-        goals: the goals of the loss: lazies, and anything else, which is handed through.
+        goals: the goals of the loss. Those that are not lazy are passed on unchanged.
 
     Attributes:
         nodes: the lazies, each after those that it reads. Rows and graphs are kept by index into this list.
-        walked: after `attach`, the fraction of the lazies' backward that will run, weighed by measured times.
+        walked: after `attach`, the fraction of the lazies' backward that will run, weighted by measured times.
     """
 
     def __init__(self, goals: Sequence[Any]) -> None:
@@ -42,14 +42,14 @@ class Evaluation:
         self.nodes = _sorted_nodes([goal for goal in goals if isinstance(goal, Node)])
         self.walked = 1.0
         self._index = {node: i for i, node in enumerate(self.nodes)}
-        # The index of each argument that is one of the nodes. What a lazy with a graph reads need not be among them.
+        # The index of each argument that is one of the nodes. The arguments of a lazy with a graph need not be nodes.
         self._sources = [[self._index.get(a) if isinstance(a, Node) else None for a in n.args] for n in self.nodes]
         self._calls, self._starts = self._plan()
         self._partial = False
         self._watched: dict[int, Tensor] = {}  # the values of the goals whose owned rows `attach` asks for
 
     def _plan(self) -> tuple[dict[int, Call], dict[int, int]]:
-        """Return the call of each node and the place of its first row there. No function is called yet."""
+        """Return the call of each node, and the position of its first row in that call. No function is called yet."""
         calls = {i: node.call for i, node in enumerate(self.nodes) if node.call is not None}
         starts = {i: self.nodes[i].start for i in calls}
         joint: dict[Any, list[int]] = {}
@@ -68,7 +68,7 @@ class Evaluation:
 
         Args:
             partial: whether rows may be left out of the graphs.
-            always: whether they are left out also where that does not pay.
+            always: whether they are left out even if that costs more time.
 
         Raises:
             ValueError: a lazy goal does not return [n] for n rows.
@@ -81,7 +81,7 @@ class Evaluation:
             self.build()
         indices = dict.fromkeys(self._index[goal] for goal in self.goals if isinstance(goal, Node))
         values = {i: self._goal(self.nodes[i]) for i in indices}
-        # With partial graphs, a lazy that had a graph for all rows before is an ordinary tensor.
+        # With partial graphs, a lazy that already has a graph for all rows counts as an ordinary tensor.
         watched = {
             i: value
             for i, value in values.items()
@@ -160,7 +160,7 @@ class Evaluation:
         return {i: mask.nonzero()[:, 0] for i, mask in enumerate(masks) if mask.any()}
 
     def rebuild(self, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Evaluate some rows with a graph; with the random numbers of `look`, where they have been looked at.
+        """Evaluate some rows with a graph. Rows that `look` has evaluated get the same random numbers again.
 
         Args:
             rows: as `choose` returns them.
@@ -190,12 +190,12 @@ class Evaluation:
         return members
 
     def _keep(self, i: int, value: Tensor, graph: Tensor | None) -> None:
-        """Keep in a node what outlives this evaluation."""
+        """Store the results in a node, which outlives this evaluation."""
         node = self.nodes[i]
         node.call, node.start, node.whole, node.graph = self._calls[i], self._starts[i], value, graph
 
     def _goal(self, node: Node) -> Tensor:
-        """Return a goal as the loss takes it: with its graph, or as a leaf whose gradient `attach` reads."""
+        """Return the tensor of a goal for the loss: with its graph, or as a leaf whose gradient `attach` reads."""
         value = node.graph if node.graph is not None and torch.is_grad_enabled() else node.whole
         assert value is not None
         if value.dim() != 1:
@@ -204,7 +204,7 @@ class Evaluation:
             )
         if not self._partial or value is node.graph or not value.is_floating_point():
             return value
-        # In float32, since a half would round its gradient to a few digits.
+        # In float32, since half precision would round the gradient to a few digits.
         return value.detach().to(torch.promote_types(value.dtype, torch.float32)).requires_grad_()
 
     def _arguments(self, i: int, rows: Mapping[int, Tensor], parts: Mapping[int, Tensor]) -> list[Any]:
@@ -224,7 +224,7 @@ class Evaluation:
         return args
 
     def _check(self, i: int, part: Tensor, value: Tensor) -> None:
-        """Raise ValueError where rows with a graph differ from what `look` found; the function may have changed."""
+        """Raise ValueError if rows with a graph differ from those of `look`, as when the function has changed."""
         node = self.nodes[i]
         if node.device.type == "cpu":  # on a GPU the host would wait for the values
             half = any(n.autocast[2] or (n.whole is not None and n.whole.dtype in HALF) for n in self.nodes)
@@ -241,7 +241,7 @@ class Evaluation:
         """Record which fraction of the rows of each call received gradient."""
         owned: dict[Call, int] = {}
         for i, node in enumerate(self.nodes):
-            if not (self._partial and node.graph is not None):  # else it was no part of this evaluation
+            if not (self._partial and node.graph is not None):  # otherwise this evaluation did not include it
                 owned[self._calls[i]] = owned.get(self._calls[i], 0) + (len(rows[i]) if i in rows else 0)
         fraction = record_owned((call.statistics, call.rows, count) for call, count in owned.items())
         if self._partial:
@@ -249,32 +249,32 @@ class Evaluation:
 
 
 def _sorted_nodes(goals: Sequence[Node]) -> list[Node]:
-    """Return the goals and all that they read, by depth and then in the order of their creation.
+    """Return the goals and all lazies that they read, by depth and then in the order of their creation.
 
-    A lazy with a graph for all rows is as good as a tensor: what it reads is not needed again.
+    The arguments of a lazy that has a graph for all rows are left out, since they are not needed again.
     """
-    found: set[Node] = set()
+    nodes: set[Node] = set()
     todo = list(goals)
     while todo:
         node = todo.pop()
-        if node not in found:
-            found.add(node)
+        if node not in nodes:
+            nodes.add(node)
             if node.graph is None:
                 todo += [a for a in node.args if isinstance(a, Node)]
-    return sorted(found, key=lambda node: (node.depth, node.made))
+    return sorted(nodes, key=lambda node: (node.depth, node.made))
 
 
 def _joint_key(node: Node) -> tuple[Any, ...]:
     """Return a key that is equal for nodes that one call can evaluate.
 
-    These agree in depth, function, autocast and arguments, but for the rows. Objects are compared by identity, as they
-    need not be hashable.
+    Such nodes have the same depth, function, autocast and arguments, except for the rows. Objects are compared by
+    identity, since they need not be hashable.
     """
     return node.depth, _identity(node.fn), node.autocast, tuple(_kind(a) for a in node.args)
 
 
 def _kind(argument: Any) -> Any:
-    """Return what arguments must have in common to be those of one call."""
+    """Return a key that is equal for arguments that one call can take."""
     if isinstance(argument, Node):
         return "rows", _identity(argument.fn)
     if is_rows(argument):
@@ -292,7 +292,7 @@ def _autocast(node: Node) -> AbstractContextManager[Any]:
     device, dtype, enabled = node.autocast
     if not enabled and not torch.is_autocast_enabled(device):
         return nullcontext()
-    # The cache stays off: a weight that was cast without a graph would be taken for one that has it.
+    # The cache stays off: it would return a weight that was cast without a graph.
     return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 

@@ -48,36 +48,40 @@ class Lazy(Node):
 
 
 def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
-    """``fn(*args)`` as a goal of which only the rows that get gradient are ever put into a graph.
+    """Make a goal of ``fn(*args)`` whose graph is built only for the rows that receive gradient.
 
-    `min_goal_loss` and `GoalSet` take it where they take a tensor [B]. They first evaluate it for all rows without a
-    graph, find each sample's bottleneck, and then evaluate it again, with a graph, for the rows whose bottleneck it is:
-    backward walks those rows alone, and memory holds the activations of those rows alone. Gradients are those of the
-    plain computation, to rounding.
+    `min_goal_loss` and `GoalSet` take it in place of a tensor [B]. They first evaluate it for all rows without a graph
+    and find each sample's bottleneck. Then they evaluate it again, with a graph, for the rows whose bottleneck it is.
+    Backward runs for those rows alone, and memory holds their activations alone. Gradients are those of the plain
+    computation, up to rounding.
 
     Args:
-        fn: takes tensors with some number of rows n and returns a tensor [n, ...]; a goal's returns [n]. Row b of the
-            result must depend on row b of the arguments alone (GroupNorm and LayerNorm do, BatchNorm in training mode
-            does not): that is checked on first use.
-        args: tensors of one or more dims are rows and must all have B of them; an argument may be lazy itself, to
-            stand for the output of a network that several goals read. Anything else is handed through: numbers, 0-dim
-            tensors. What is no row but has dims must be bound to ``fn`` (`functools.partial`), and whatever has rows
-            must be an argument.
+        fn: takes tensors with some number of rows n and returns a tensor [n, ...]; the function of a goal returns [n].
+            Row b of the result must depend on row b of the arguments alone, which is checked on first use. GroupNorm
+            and LayerNorm meet this; BatchNorm in training mode does not.
+        args: tensors of one or more dims are rows, and all must have B of them. An argument may be lazy itself, such as
+            the output of a network that several goals read. Numbers and 0-dim tensors are passed on unchanged. Bind a
+            tensor that has dims but no rows to ``fn`` (`functools.partial`); pass every tensor with rows as an
+            argument.
 
-    Lazies of the same ``fn`` (a network, above all) that are needed for one loss are evaluated in one call. Random
-    numbers that ``fn`` draws are the same both times, autocast is as it was when ``lazy`` was called, and ``fn`` may
-    use `torch.autograd.grad` inside. Where the rows that get gradient are most of them, two evaluations cost more than
-    one: forward and backward are timed, and ``route="auto"`` then evaluates once, with a graph. It does so too under
-    torch.compile, inside torch.func, while a CUDA graph is captured, and with several processes, where ranks must walk
-    the same graph. Which way it goes can change the last bits of a gradient; "always" and "never" do not depend on
-    times. On a GPU the host waits, once a loss, to learn which rows are owned.
+    Returns:
+        The lazy goal.
 
-    ``fn`` is called when the loss is computed, more than once, and four times on first use: what else it does (count,
-    move an average, call hooks) it does as often, and what it draws must come from PyTorch's own generator. It must not
-    write into its arguments. Where rows are left out a second derivative is refused; ``route="never"`` has it.
+    Lazies of the same ``fn``, such as a network, that one loss needs are evaluated in one call. Both evaluations draw
+    the same random numbers, under the autocast in which ``lazy`` was called. ``fn`` may use `torch.autograd.grad`.
+
+    If most rows get gradient, two evaluations cost more than one. Forward and backward are therefore timed, and
+    ``route="auto"`` evaluates once, with a graph, if that is faster. It also does so under torch.compile, inside
+    torch.func, while a CUDA graph is captured, and with several processes, where ranks must run the same graph. The
+    choice can change the last bits of a gradient; "always" and "never" do not depend on times. On a GPU the host waits
+    once per loss to learn which rows receive gradient.
+
+    ``fn`` is called when the loss is computed, more than once, and four times on first use. Its side effects (counters,
+    moving averages, hooks) happen as often. Its random numbers must come from PyTorch's own generator, and it must not
+    write into its arguments. If rows are left out, a second derivative raises an error; use ``route="never"`` for one.
 
     Raises:
-        TypeError, ValueError: arguments that cannot serve.
+        TypeError, ValueError: an argument is invalid.
 
     Example:
         >>> recon = bomkern.lazy(decoder, z)

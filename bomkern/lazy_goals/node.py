@@ -17,16 +17,16 @@ _order = itertools.count()
 class Node:
     """A function of rows that may not have been evaluated yet.
 
-    It holds what outlives the loss for which it was evaluated: its value, and the call that repeats the evaluation. A
-    graph is kept only where one for all rows was asked for. How it is evaluated is in `evaluate.py`.
+    It keeps its value, and the call that can repeat the evaluation, after the loss for which it was evaluated. A graph
+    is kept only if it has all rows. `evaluate.py` contains the evaluation.
 
     Attributes:
         fn, args: the function and its arguments, some of which may be nodes.
         rows: B.
-        depth: the number of functions on the longest way to an argument that is no node.
-        made: the place in the order of creation.
-        autocast: device type, dtype and whether it was enabled, when the node was made.
-        call, start: the call that evaluated it, and the place of its first row there.
+        depth: the number of functions on the longest path to an argument that is no node.
+        made: the position in the order of creation.
+        autocast: device type, dtype and whether it was enabled, at the time of creation.
+        call, start: the call that evaluated it, and the position of its first row in that call.
         whole: the value for all rows, without gradient.
         graph: the value for all rows, with gradient.
     """
@@ -54,7 +54,7 @@ class Node:
 
 
 def _count_rows(args: Sequence[Any]) -> int:
-    """Return the number of rows, which must be that of every argument with rows."""
+    """Return the number of rows, which must be the same for all arguments with rows."""
     counts: list[tuple[int, int]] = []
     for i, a in enumerate(args):
         if isinstance(a, Node) or is_rows(a):

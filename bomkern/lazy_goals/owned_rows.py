@@ -12,13 +12,13 @@ NO_SECOND = 'lazy goals have no second derivative where rows are left out: give 
 
 
 def attach_rows(loss: Tensor, places: Sequence[Tensor], weights: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """Return the loss, with the graphs of the owned rows of its goals.
+    """Return the loss, connected to the graphs of the owned rows of its goals.
 
     Args:
         loss: the loss, 0-dim or [B].
-        places: of each goal, [n] int64 on its device, the samples that its rows are of.
-        weights: of each goal, [n], the derivative of the loss by these rows.
-        parts: of each goal, [n], these rows with a graph.
+        places: the samples of each goal's owned rows, [n] int64 on its device.
+        weights: the derivative of the loss by these rows, [n] for each goal.
+        parts: these rows with a graph, [n] for each goal.
     """
     attached: Tensor = _AttachRows.apply(loss, list(places), list(weights), *parts)
     return attached
@@ -43,9 +43,10 @@ class _AttachRows(torch.autograd.Function):
 
 
 class _RefuseSecond(torch.autograd.Function):
-    """Return the gradients of the parts; raise where a second derivative is taken through them.
+    """Return the gradients of the parts; raise if a second derivative is taken through them.
 
-    The weights depend on the loss and the parts alone. As these are inputs, every second derivative enters this node.
+    The weights depend on the loss and the parts alone. Since these are inputs, every second derivative passes through
+    this node.
     """
 
     @staticmethod

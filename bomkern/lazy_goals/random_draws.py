@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.torch_internals import TorchDispatchMode, pack_hook
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
-# Draws whose number of random bits does not depend on values. BY_SIZE are given a size, the others a tensor.
+# Draws whose number of random bits does not depend on values. BY_SIZE take a size, the others a tensor.
 BY_SIZE = ("rand", "randn", "randint", "randperm")  # a randperm of the rows mixes them, and is refused
 IN_PLACE = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_")
 LIKE = ("rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout")
@@ -40,7 +40,7 @@ def _is_draw(func: Any) -> bool:
 
 
 def _may_draw(func: Any) -> bool:
-    """Return whether another operator is tagged as random. Attention is, also where it has no dropout to draw."""
+    """Return whether any other operator is tagged as random. Attention is tagged even without dropout."""
     return torch.Tag.nondeterministic_seeded in func.tags and not _is_draw(func)
 
 
@@ -81,7 +81,7 @@ class Record(TorchDispatchMode):
 
     @staticmethod
     def _refuse_draw(func: Any, args: Any, kwargs: Any) -> Any:
-        """Call an operator that may draw; raise where it did."""
+        """Call an operator that may draw; raise if it did."""
         device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
         before = state(device)
         result = func(*args, **kwargs)
@@ -123,26 +123,26 @@ class Replay(TorchDispatchMode):
                 return func(*args, **kwargs)
             self._check(name, sizes if has_shape else (), now)
             return func(*args[:-1], list(sizes), **kwargs)[self.picks]
-        given: Tensor = args[0]
-        if tuple(given.shape) == sizes or (name == "native_dropout" and not args[2]):
+        values: Tensor = args[0]
+        if tuple(values.shape) == sizes or (name == "native_dropout" and not args[2]):
             return func(*args, **kwargs)
-        self._check(name, sizes, tuple(given.shape))
-        all_rows = torch.empty_strided(sizes, strides, dtype=given.dtype, device=given.device).fill_(0.5)
+        self._check(name, sizes, tuple(values.shape))
+        all_rows = torch.empty_strided(sizes, strides, dtype=values.dtype, device=values.device).fill_(0.5)
         if name in ("bernoulli", "bernoulli_"):  # their probabilities may be a tensor
             rest = [self._spread(a, sizes) for a in args[1:]]
             if name == "bernoulli":
-                all_rows[self.picks] = given
+                all_rows[self.picks] = values
             drawn = func(all_rows, *rest, **kwargs)[self.picks]
         else:
             drawn = func(all_rows, *args[1:], **kwargs)
             if name == "native_dropout":
                 mask = drawn[1][self.picks]
-                return given * mask / (1 - args[1]), mask
+                return values * mask / (1 - args[1]), mask
             drawn = drawn[self.picks]
-        return given.copy_(drawn) if name in IN_PLACE else drawn
+        return values.copy_(drawn) if name in IN_PLACE else drawn
 
     def _spread(self, value: Any, sizes: tuple[int, ...]) -> Any:
-        """Return an argument of the picked rows as one of all rows."""
+        """Return an argument for the picked rows, expanded to all rows."""
         if not isinstance(value, Tensor) or value.dim() < len(sizes) or value.shape[0] == 1:  # the same for all rows
             return value
         all_rows = value.new_full((self.rows, *value.shape[1:]), 0.5)
@@ -150,7 +150,7 @@ class Replay(TorchDispatchMode):
         return all_rows
 
     def _check(self, name: str, sizes: tuple[int, ...], now: tuple[int, ...]) -> None:
-        """Raise where a draw is not one of all rows that is now one of the picked rows."""
+        """Raise unless a recorded draw for all rows is now a draw for the picked rows."""
         hook = pack_hook()
         if hook is not self.hook and getattr(hook, "__module__", "") == "torch.utils.checkpoint":
             raise RuntimeError(  # it would draw again in backward, where rows are not picked

@@ -1,4 +1,4 @@
-"""The op of a step of `bomkern.GoalSet`, and the one that keeps its record."""
+"""Reference implementation of the op of a `bomkern.GoalSet` step, and of the op that keeps its record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .record import record_of
 
 
 def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
-    """[K, G]: 1 / members where a column belongs to a goal, else 0."""
+    """Return the weight of each column in each goal, [K, G]: 1 / (number of members) if it is a member, else 0."""
     sizes = [list(groups).count(g) for g in range(groups[-1] + 1)]
     rows = tuple(tuple((owner == g) / size for g, size in enumerate(sizes)) for owner in groups)
     return on_device(rows, like.dtype, like.device)
@@ -32,12 +32,14 @@ def goal_set(
     reduction: int,
     multipliers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``mu log sum_g exp(D_bg / mu)``, D the mean deficit of a goal's members; at mu = 0 ``max_g D_bg``.
+    """Compute ``mu log sum_g exp(D_bg / mu)`` per sample, or ``max_g D_bg`` if mu is 0.
 
-    With ``multipliers`` lambda [G], constants >= 0, it is ``sum_g lambda_g D_bg`` whatever mu, and the shares are
-    ``lambda / sum(lambda)``, 0 where all are 0.
+    D is the mean deficit of a goal's members. With ``multipliers`` lambda [G], constants >= 0, the loss of a sample is
+    ``sum_g lambda_g D_bg`` for any mu, and the shares are ``lambda / sum(lambda)``, or 0 if all multipliers are 0. See
+    `bomkern.GoalSet`.
 
-    Returns ``(loss, bottleneck, record)``. See `bomkern.GoalSet`; `record_parts` names the numbers of the record.
+    Returns:
+        ``(loss, bottleneck, record)``; `record_parts` names the numbers of the record.
     """
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
@@ -58,18 +60,18 @@ def goal_set(
     apart = torch.where(finite[:, None], every - worst[:, None], -torch.inf)
     soft = finite & (temperature > 0)
     terms = torch.where(soft[:, None], torch.exp(apart / mu), hard)
-    weight = terms / terms.sum(1, keepdim=True)  # [B, G]: who gets the gradient
+    weight = terms / terms.sum(1, keepdim=True)  # [B, G], each goal's weight in the gradient
     per_sample = worst + torch.where(soft, mu * terms.sum(1).log(), 0)
-    part = weight  # as the record counts it
+    part = weight  # each goal's share in the record
     if multipliers is not None:
-        given = multipliers.detach()
-        weighed = torch.where(given != 0, given * every, 0).sum(1)  # 0 times an infinite deficit would be NaN
-        per_sample = torch.where(finite, weighed, worst)
+        multiplier = multipliers.detach()
+        weighted = torch.where(multiplier != 0, multiplier * every, 0).sum(1)  # 0 times an infinite deficit is NaN
+        per_sample = torch.where(finite, weighted, worst)
         finite = per_sample.isfinite()
-        weight, total = given.expand_as(every), given.sum()
-        part = torch.where(finite[:, None], given / torch.where(total > 0, total, 1), hard)
+        weight, total = multiplier.expand_as(every), multiplier.sum()
+        part = torch.where(finite[:, None], multiplier / torch.where(total > 0, total, 1), hard)
 
-    row = worst_of(per_sample, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
+    row = worst_of(per_sample, 0).reshape(1)  # a tensor, because the host would have to wait for a number
     loss = reduced(per_sample, row, reduction)
     taken = part.index_select(0, row) if reduction == Reduction.MIN else part
     seen = x.detach()
@@ -86,22 +88,22 @@ def goal_set(
         finite=finite.all().to(dtype),
     )
 
-    # The gradient: each deficit's own, weighed. Where a sample's loss is not finite there is none.
-    each = weight.index_select(1, owner) * member.amax(1)  # [B, K]: a member's part of its goal's
+    # The gradient is the weighted sum of the deficits' gradients; a sample whose loss is not finite gets none.
+    each = weight.index_select(1, owner) * member.amax(1)  # [B, K], each member's part of its goal's weight
     own = torch.where(finite[:, None] & (each > 0), x, params[:, 0])
     share = torch.where(finite[:, None], each, 0)
     live = deficit(own, params, codes)
-    pull = torch.where(share > 0, share * live, 0).sum(1)  # its gradient is the loss's
+    pull = torch.where(share > 0, share * live, 0).sum(1)  # has the gradient of the loss
     if multipliers is None:
         pull = pull + _bend(mean_of_members(live, member), worst, soft[:, None] & (weight > 0), mu)
     return loss + reduced(pull - pull.detach(), row, reduction), winner, record
 
 
 def _bend(live: Tensor, worst: Tensor, soft: Tensor, mu: Tensor) -> Tensor:
-    """What makes the smooth maximum's higher derivatives right, [B]: its value and its gradient are 0.
+    """Return a term with value 0 and gradient 0 that corrects the higher derivatives of the smooth maximum, [B].
 
-    The weights that the gradient counts as constants move with the deficits ``live``, [B, G]. All is in units of mu,
-    where neither a large one overflows nor a small one loses the gradient.
+    It adds the change of the weights with the deficits ``live``, [B, G]; the gradient treats them as constants. The
+    computation is in units of mu, so that a large mu does not overflow and a small one does not lose the gradient.
     """
     some = soft.any(1, keepdim=True)
     terms = torch.where(soft, (live - torch.where(some, worst[:, None], 0)) / mu, -torch.inf)
@@ -112,7 +114,10 @@ def _bend(live: Tensor, worst: Tensor, soft: Tensor, mu: Tensor) -> Tensor:
 
 
 def mean_of_members(single: Tensor, member: Tensor) -> Tensor:
-    """[B, K] deficits -> [B, G]. Each goal sees only its own members: 0 times an infinite one would be NaN."""
+    """Return the mean deficit of each goal's members, [B, G], from ``single`` [B, K].
+
+    Other columns are masked, since 0 times an infinite deficit would be NaN.
+    """
     inside = member > 0
     return torch.where(inside, single[:, :, None] * member, 0).sum(1)
 
@@ -126,14 +131,16 @@ def goal_set_keep(
     rate: float,
     spill: Sequence[Tensor],
 ) -> None:
-    """What a step leaves behind, all in place: its record in the ring, and with spill the goals' weights by rank.
+    """Write the record of a step into the ring; with spill, update the goals' weights by order. All is in place.
 
     Args:
-        record: [size]. ring: [rows, size]; row ``place % rows`` is written. place: [1] int64, counted up.
-        deficit: of each goal in this step, [G]; what is not finite moves nothing.
-        by_rank: weights of the worst goal, of the next, ..., [G].
-        rate: of the moving average of deficits, whose order ranks the goals; of equals the first is worse.
-        spill: no tensor, or [G] each: the average and the multipliers, and what they were before this step.
+        record: [size].
+        ring: [rows, size]; row ``place % rows`` is written.
+        place: [1] int64; it is incremented.
+        deficit: the deficit of each goal in this step, [G]; a value that is not finite moves nothing.
+        by_rank: weights by order: of the worst goal, of the next, ..., [G].
+        rate: weight of a step in the moving average of deficits, which orders the goals; of equals the first is worse.
+        spill: no tensor, or four of [G]: the average and the multipliers, and both as they were before this step.
     """
     ring.index_copy_(0, place % len(ring), record.to(ring.dtype)[None])
     place.add_(1)

@@ -1,4 +1,4 @@
-"""Deficits and the bottleneck rule."""
+"""Reference implementation of deficits and of the bottleneck rule."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..constraints import BARRIER, CURVES, HARD
 
 
 def _hard(r: Tensor) -> Tensor:
-    """``log(1 + r^2)``; where r^2 would overflow it is 2 log |r| to the last bit."""
+    """Return ``log(1 + r^2)``; where r^2 would overflow, this equals 2 log |r| to the last bit."""
     far = r.abs() > 1e8
     return torch.where(far, 2 * torch.log(torch.where(far, r.abs(), 1)), torch.log1p(torch.where(far, 0, r).square()))
 
 
 def _barrier(r: Tensor, tail: Tensor) -> Tensor:
-    """``-log(1 - r)`` up to ``1 - tail``, then the tangent there."""
+    """Return ``-log(1 - r)`` up to ``1 - tail``, and the tangent at that point beyond it."""
     inside = (r <= 1 - tail) & (r < 1)  # 1 - tail may round to 1
     return torch.where(inside, -torch.log1p(-torch.where(inside, r, 0)), (r - 1 + tail) / tail - torch.log(tail))
 
 
 def deficit(x: Tensor, params: Tensor | None, curves: Tensor | None) -> Tensor:
-    """``-log(score)`` of raw values, or of plain scores where ``params`` is None. NaN stays NaN.
+    """Return ``-log(score)`` of raw values, or of plain scores if ``params`` is None. NaN stays NaN.
 
     Args:
         x: [..., K] raw values.
@@ -41,7 +41,7 @@ def deficit(x: Tensor, params: Tensor | None, curves: Tensor | None) -> Tensor:
         flat = torch.where(right == left, right, 0)
         slope = torch.where(u > 0, right, torch.where(u < 0, left, flat))
         r = torch.where((slope == 0) & ~u.isnan(), 0, u * slope)
-        # Each curve sees only its own goals' r: what `where` leaves unused must not put a NaN into the gradient.
+        # Each curve gets only its own goals' r: a branch that `where` does not use must not put NaN into the gradient.
         d = torch.where(curves == HARD, _hard(torch.where(curves == HARD, r, 0)), r)
         box = curves == BARRIER
         d = torch.where(box, _barrier(torch.where(box, r, 0), torch.where(box, tail, 0.5)), d)
@@ -49,26 +49,26 @@ def deficit(x: Tensor, params: Tensor | None, curves: Tensor | None) -> Tensor:
 
 
 def codes_of(curves: Sequence[int], device: torch.device) -> Tensor:
-    """[K] int64, the curve codes."""
-    # Looked up, as a code of 2 may be a symbol where a graph is traced.
+    """Return the curve codes as a tensor, [K] int64."""
+    # The codes are looked up, because a code of 2 may be a symbol while a graph is traced.
     return on_device(tuple(CURVES[code] for code in curves), torch.int64, device)
 
 
 def worst_of(d: Tensor, dim: int) -> Tensor:
-    """Lowest index of the largest deficit along ``dim``; a NaN is worse than all."""
-    rank = torch.where(d.isnan().any(dim, keepdim=True), d.isnan(), d == d.amax(dim, keepdim=True))
-    return rank.to(torch.uint8).argmax(dim)
+    """Return the lowest index of the largest deficit along ``dim``; NaN is worse than any other."""
+    worst = torch.where(d.isnan().any(dim, keepdim=True), d.isnan(), d == d.amax(dim, keepdim=True))
+    return worst.to(torch.uint8).argmax(dim)
 
 
 def matrix_of(goals: Sequence[Tensor], batch: int, dtype: torch.dtype) -> Tensor:
-    """[B, K]: the one matrix, or the goals as its columns."""
+    """Return the goals as one matrix [B, K]."""
     if len(goals) == 1 and goals[0].dim() == 2:
         return goals[0].to(dtype)
     return torch.stack([g.to(dtype).expand(batch) for g in goals], dim=1)
 
 
 def reduced(per_sample: Tensor, row: Tensor, reduction: int) -> Tensor:
-    """Return [B] for ``NONE``, else 0-dim: for ``MIN`` the loss of the sample ``row``, [1]."""
+    """Return the reduced loss: [B] for ``NONE``, else 0-dim; for ``MIN`` the loss of the sample ``row``, [1]."""
     if reduction == Reduction.NONE:
         return per_sample
     if reduction == Reduction.MEAN:
@@ -79,9 +79,12 @@ def reduced(per_sample: Tensor, row: Tensor, reduction: int) -> Tensor:
 def min_goal(
     goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, stats: bool
 ) -> tuple[Tensor, ...]:
-    """The bottleneck rule: ``l_b = max_k d_kb``, its gradient to the one worst goal of each sample.
+    """Compute ``l_b = max_k d_kb`` per sample; only the worst goal of a sample gets its gradient.
 
-    Returns ``(loss,)``, or ``(loss, bottleneck, share, level, finite)`` with ``stats``. See `bomkern.min_goal_loss`.
+    See `bomkern.min_goal_loss`.
+
+    Returns:
+        ``(loss,)``, or ``(loss, bottleneck, share, level, finite)`` with ``stats``.
     """
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
@@ -89,16 +92,16 @@ def min_goal(
     codes = None if params is None else codes_of(curves, x.device)
 
     every = deficit(x.detach(), params, codes)  # [B, K]
-    # Scores are compared as they are: of two that are close the logarithms may round to the same.
+    # Scores themselves are compared, because the logarithms of two close scores may round to the same value.
     winner = worst_of(every if params is not None else torch.where(every.isfinite(), -x.detach(), every), 1)
     worst = every.gather(1, winner[:, None])[:, 0]
     finite = worst.isfinite()
-    # The gradient is taken through the bottleneck alone, and not at all where it is not finite.
+    # The gradient goes through the bottleneck alone; a sample whose loss is not finite gets none.
     own = torch.where(finite, x.gather(1, winner[:, None])[:, 0], 1)
-    again = deficit(own, None if params is None else params[winner], None if codes is None else codes[winner])
-    per_sample = torch.where(finite, again, worst)
+    live = deficit(own, None if params is None else params[winner], None if codes is None else codes[winner])
+    per_sample = torch.where(finite, live, worst)
 
-    row = worst_of(worst, 0).reshape(1)  # kept a tensor: an index read by the host would wait for the device
+    row = worst_of(worst, 0).reshape(1)  # a tensor, because the host would have to wait for a number
     loss = reduced(per_sample, row, reduction)
     if not stats:
         return (loss,)

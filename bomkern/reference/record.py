@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class RecordAt(NamedTuple):
-    """Where each part of a record begins.
+    """The offset of each part of a record.
 
     Attributes:
-        share, level, deficit: of G numbers each, one for each goal.
-        raw, highest, ideal, slope: of K numbers each, one for each column.
-        loss, finite: of one number each.
+        share, level, deficit: G numbers each, one per goal.
+        raw, highest, ideal, slope: K numbers each, one per column.
+        loss, finite: one number each.
     """
 
     share: int
@@ -45,17 +45,17 @@ def _sizes(goals: int, columns: int) -> list[int]:
 
 
 def record_of(**parts: Tensor) -> Tensor:
-    """Join the parts of a record, given by name: 1-dim, but ``loss`` and ``finite`` 0-dim."""
+    """Concatenate the parts of a record, which are passed by name: ``loss`` and ``finite`` 0-dim, the others 1-dim."""
     return torch.cat([parts[name].reshape(-1) for name in RecordAt._fields])
 
 
 def record_parts(record: Tensor, goals: int, columns: int) -> dict[str, Tensor]:
     """Return the parts of records [..., size] by name, views of the last axis.
 
-    Of each of G goals ``share`` (who gets the gradient: its mean weight over the samples taken into the loss),
-    ``level`` (mean score) and ``deficit`` (mean); of each of K columns ``raw`` (mean), ``highest`` (the largest finite
-    raw value, -inf if there is none), ``ideal`` and ``slope`` (the first two parameters: 1 / slope is the scale);
-    ``loss`` (its mean over samples where it is one per sample) and ``finite`` (1 or 0).
+    For each of G goals: ``share`` (its mean weight in the gradient over the samples in the loss), ``level`` (mean
+    score) and ``deficit`` (mean). For each of K columns: ``raw`` (mean), ``highest`` (the largest finite raw value,
+    -inf if there is none), ``ideal`` and ``slope`` (the first two parameters; 1 / slope is the scale). For the step:
+    ``loss`` (its mean, if there is one per sample) and ``finite`` (1 or 0).
     """
     parts = dict(zip(RecordAt._fields, record.split(_sizes(goals, columns), dim=-1), strict=True))
     return {**parts, "loss": parts["loss"][..., 0], "finite": parts["finite"][..., 0]}

@@ -1,4 +1,4 @@
-"""A page that shows a run and its findings, and the files of a run's folder that it is made from."""
+"""Write a page that shows a run and its findings, from a history or from the files of a run's folder."""
 
 from .page import write_report
 from .run_folder import diagnose_folder

@@ -1,4 +1,4 @@
-"""Charts for `bomkern.report`: stretchable SVG for what is drawn, HTML for the words, legible at any width."""
+"""Charts for `bomkern.report`: stretchable SVG for shapes, and HTML for text, which stays legible at any width."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from ..diagnosis.trends import blocks
 
-POINTS = 240  # of a curve: more than a phone has pixels for
-UNIT = 1000  # the SVG's own size on both axes; the browser stretches it
+POINTS = 240  # largest number of points of a curve; a phone cannot show more
+UNIT = 1000  # the size of the SVG on both axes; the browser stretches it
 # Okabe & Ito's palette, which colour-blind readers can tell apart; the second row is for dark pages.
 LIGHT = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#000000", "#7F3C8D")
 DARK = ("#4FA3E0", "#F5B83D", "#2CC79B", "#E7A3CB", "#9AD8FF", "#FF8A3D", "#DCCB2A", "#C5CCD3", "#C08FD6")
 DASHES = ("", "6 4", "8 3 2 3", "2 3", "10 2", "14 4 2 4", "4 8", "8 3 2 3 2 3")
-LINE = 13  # CSS pixels
-WIDTH_OF_A_LETTER = 1.9  # percent of a phone's width, for labels that must not lie on each other
+LINE = 13  # height of a line of text in CSS pixels
+WIDTH_OF_A_LETTER = 1.9  # in percent of a phone's width, for labels that must not overlap
 
 
 def thin(series: Tensor) -> Tensor:
-    """[T, ...] -> at most `POINTS` means."""
+    """Return at most `POINTS` means of runs of rows of a series [T, ...]."""
     return blocks(series, POINTS) if len(series) > POINTS else series
 
 
 def thin_extremes(series: Tensor) -> tuple[list[float], list[float]]:
-    """The least and the largest of the rows behind each point of `thin`, [T] only; NaN where all are."""
+    """Return the smallest and the largest value behind each point of `thin` for a series [T]; NaN if all are NaN."""
     count = min(POINTS, len(series))
     edges = torch.linspace(0, len(series), count + 1).round().long().tolist()
     runs = [series[a:b][series[a:b].isfinite()] for a, b in pairwise(edges)]
@@ -37,23 +37,26 @@ def thin_extremes(series: Tensor) -> tuple[list[float], list[float]]:
 
 
 def short(value: float) -> str:
-    """A number for a tick or a table."""
+    """Format a number for a tick or a table."""
     return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-")
 
 
 def colour(index: int) -> str:
-    """Return the colour of a goal. Colours repeat, goals do not: those of one colour differ in their `dash`."""
+    """Return the colour of a goal. Colours repeat; goals of the same colour differ in their `dash`."""
     return f"var(--c{index % len(LIGHT)})"
 
 
 def dash(index: int) -> str:
-    """Return the dashes of a goal's line: the first nine differ from their neighbours, 72 differ with their colour."""
+    """Return the dashes of a goal's line.
+
+    Neighbours among the first nine goals differ in their dashes, and 72 goals differ in colour or dashes.
+    """
     turn, place = divmod(index, len(LIGHT))
     return DASHES[(place % 5 + turn) % len(DASHES)]
 
 
 def swatch(index: int) -> str:
-    """The line of a goal, for legends."""
+    """Return a short line in a goal's colour and dashes, for legends."""
     return (
         f'<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true"><line x1="0" y1="5" x2="28" y2="5" '
         f'stroke="{colour(index)}" stroke-dasharray="{dash(index)}"/></svg>'
@@ -61,7 +64,7 @@ def swatch(index: int) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers within a range, about so many."""
+    """Return about ``count`` round numbers within a range."""
     rough = (high - low) / count
     if not rough > 0 or not math.isfinite(rough):
         return [low]
@@ -75,10 +78,10 @@ class Chart:
     """Axes onto which curves are drawn.
 
     Args:
-        label: what the picture shows, for those who cannot see it.
+        label: description of the chart for screen readers.
         x, y: the ranges of the axes.
         height: in CSS pixels.
-        y_name: what the y axis shows.
+        y_name: the name of the y axis.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class Chart:
         return UNIT * (1 - min(max(share, -1.0), 2.0))
 
     def _points(self, xs: Sequence[float], ys: Sequence[float]) -> str:
-        """An SVG path, interrupted where a value is missing."""
+        """Return an SVG path, with gaps at missing values."""
         path, pen = [], "M"
         for x, y in zip(xs, ys, strict=True):
             if not math.isfinite(y):
@@ -116,27 +119,27 @@ class Chart:
         both = [(x, a, b) for x, a, b in zip(xs, low, high, strict=True) if math.isfinite(a) and math.isfinite(b)]
         if not both:
             return
-        there = self._points([x for x, _, _ in both], [b for _, _, b in both])
-        back = self._points([x for x, _, _ in reversed(both)], [a for _, a, _ in reversed(both)])
+        top = self._points([x for x, _, _ in both], [b for _, _, b in both])
+        bottom = self._points([x for x, _, _ in reversed(both)], [a for _, a, _ in reversed(both)])
         title = f"<title>{escape(name)}</title>" * bool(name)
-        self._shapes.append(f'<path class="area" d="{there}L{back[1:]}Z" fill="{fill}">{title}</path>')
+        self._shapes.append(f'<path class="area" d="{top}L{bottom[1:]}Z" fill="{fill}">{title}</path>')
 
     def span(self, first: float, last: float) -> None:
-        """A light shade over a range of x."""
+        """Shade a range of x lightly."""
         left, right = self._across(first), self._across(last)
         self._shapes.append(f'<rect class="span" x="{left:.0f}" y="0" width="{right - left:.0f}" height="{UNIT}"/>')
 
     def note(self, y: float, text: str) -> None:
-        """A word at the right end of a height; words that would lie on each other share a line."""
+        """Write text at the right edge at height y. Texts that would overlap share a line."""
         top = min(max(100 * self._down(y) / UNIT, 0.0), 100.0)
-        for i, (other, said) in enumerate(self._notes):
+        for i, (other, written) in enumerate(self._notes):
             if abs(other - top) * self.height < 100 * LINE:
-                self._notes[i] = other, f"{said}, {text}"
+                self._notes[i] = other, f"{written}, {text}"
                 return
         self._notes.append((top, text))
 
     def _step(self, x: float, x_name: str) -> str:
-        """A label of the x axis; at the right edge it ends there."""
+        """Return a label of the x axis, aligned to the right edge if it is near that."""
         across = self._across(x) / UNIT
         side = "right:0;transform:none" if across > 0.97 else f"left:{across:.2%}"
         return f'<span class="x" style="{side}">{x_name}{short(x) if x >= 1e5 else f"{x:.0f}"}</span>'
@@ -144,7 +147,7 @@ class Chart:
     def html(
         self, x_ticks: Sequence[float] = (), y_ticks: Sequence[float] = (), percent: bool = False, x_name: str = ""
     ) -> str:
-        """The figure. ``x_name`` goes before the first label of the x axis."""
+        """Return the chart in HTML. ``x_name`` is put before the first label of the x axis."""
         grid = "".join(
             f'<line class="grid" x1="0" x2="{UNIT}" y1="{self._down(y):.0f}" y2="{self._down(y):.0f}"/>'
             for y in y_ticks
@@ -165,14 +168,19 @@ class Chart:
 
 
 def lanes(marks: Sequence[tuple[float, float, str, int]], x: tuple[float, float]) -> str:
-    """Labelled bars over a chart's x axis: (first, last, label, colour). Bars that would touch go to further rows."""
+    """Return labelled bars over a chart's x axis in HTML; bars that would touch are put into further rows.
+
+    Args:
+        marks: (first, last, label, index of the colour) of each bar.
+        x: the range of the axis.
+    """
     rows: list[list[tuple[float, float]]] = []
     parts = []
     for first, last, label, index in marks:
         left, right = (100 * (v - x[0]) / max(x[1] - x[0], 1e-12) for v in (first, last))
         right = max(right, left + 1)
         need = WIDTH_OF_A_LETTER * len(label)
-        from_right = left + need > 100  # its label ends where the bar does, or at the edge
+        from_right = left + need > 100  # the label ends with the bar, or at the edge
         taken = (min(left, right - need), right) if from_right else (left, max(right, left + need))
         row = next((r for r, busy in enumerate(rows) if all(taken[1] < a or taken[0] > b for a, b in busy)), len(rows))
         if row == len(rows):
@@ -188,11 +196,11 @@ def lanes(marks: Sequence[tuple[float, float, str, int]], x: tuple[float, float]
 
 
 def extent(*series: Tensor) -> tuple[float, float]:
-    """The range of all finite values, with a little air; (0, 1) where there are none."""
+    """Return the range of all finite values with a small margin; (0, 1) if there are none."""
     values = torch.cat([s.reshape(-1) for s in series])
     values = values[values.isfinite()]
     if not len(values):
         return 0.0, 1.0
     low, high = values.min().item(), values.max().item()
-    air = 0.05 * (high - low) or max(abs(high), 1e-6) * 0.1
-    return low - air, high + air
+    margin = 0.05 * (high - low) or max(abs(high), 1e-6) * 0.1
+    return low - margin, high + margin

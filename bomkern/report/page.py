@@ -1,4 +1,4 @@
-"""`write_report`: one HTML file that shows a run and what is wrong with it. It needs nothing but itself."""
+"""`write_report`: write a self-contained HTML file that shows a run and its findings."""
 
 from __future__ import annotations
 
@@ -38,19 +38,21 @@ def write_report(
     pictures: Mapping[str, str | os.PathLike[str]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a self-contained page: findings, water levels and shares with the findings marked, raw values, and more.
+    """Write a self-contained HTML page of a run.
+
+    The page shows the findings, water levels and shares with the findings marked, raw values, and optional parts.
 
     Args:
-        path: of the HTML file; what is there is replaced.
-        history: of the run.
-        diagnosis: what `bomkern.diagnose` found in it.
-        payoff: what `bomkern.probe` returned, or ``{"goals": K names, "table": K x K raw values}``.
-        pictures: PNG, JPEG or SVG files by caption; they are embedded.
+        path: path of the HTML file; an existing file is replaced.
+        history: history of the run.
+        diagnosis: result of `bomkern.diagnose` for the history.
+        payoff: result of `bomkern.probe`, or ``{"goals": K names, "table": K x K raw values}``.
+        pictures: PNG, JPEG or SVG files by caption, which are embedded.
         config: settings of the run, shown as they are.
 
     Raises:
-        TypeError, ValueError: an argument that cannot serve, named in the message.
-        OSError: a picture cannot be read, or the file not be written.
+        TypeError, ValueError: an argument is invalid; the message names it.
+        OSError: a picture cannot be read, or the file cannot be written.
     """
     if not isinstance(history, History):
         raise TypeError(f"history must be a History, got {type(history).__name__}")
@@ -95,7 +97,7 @@ def _head(history: History, diagnosis: Diagnosis) -> str:
 
 
 def _pull(diagnosis: Diagnosis) -> str:
-    """Where the norm of the gradient, as estimated, goes elsewhere than the samples."""
+    """Return a paragraph if a goal's estimated part of the gradient's norm far exceeds its share of the samples."""
     name = max(diagnosis.pull, key=lambda goal: diagnosis.pull[goal] - diagnosis.share[goal], default=None)
     if name is None or diagnosis.pull[name] - diagnosis.share[name] < 0.3:
         return ""
@@ -111,12 +113,12 @@ def _table(name: str, heads: Sequence[str], bodies: str) -> str:
 
 
 def _breakable(name: str) -> str:
-    """A name that may be broken after its underscores, on a phone."""
+    """Return a name in HTML that may break after its underscores, for phones."""
     return escape(name).replace("_", "_<wbr>")
 
 
 def _prose(text: str) -> str:
-    """A sentence, whose arrows are not broken."""
+    """Return a sentence in HTML whose arrows do not break."""
     return escape(text).replace("-&gt;", '<span class="whole">-&gt;</span>')
 
 
@@ -143,7 +145,7 @@ def _findings(diagnosis: Diagnosis) -> str:
 
 
 def _goals(history: History) -> str:
-    """The legend of the charts, once, with each goal's constraint."""
+    """Return the legend of all charts, with each goal's constraint."""
     layout, items = history.layout, []
     for g, name in enumerate(layout.goals):
         own = [str(c) for c, o in zip(layout.constraints, layout.owner, strict=True) if o == g]
@@ -184,7 +186,7 @@ def _levels(history: History, diagnosis: Diagnosis) -> str:
     label = f"Water level of each goal over the steps. At the end: {ends}"
     chart = Chart(label, _x(history), (0, top), 260, "mean score")
     for first, last, _, _ in _marks(history, diagnosis)[:3]:
-        if last - first < 0.9 * (chart.x[1] - chart.x[0]):  # a shade over everything says nothing
+        if last - first < 0.9 * (chart.x[1] - chart.x[0]):  # a shade over the whole chart would say nothing
             chart.span(first, last)
     for g, values in enumerate(thin(level).T.tolist()):
         chart.line(_steps(history), values, colour(g), dash(g))
@@ -216,13 +218,13 @@ def _raw(history: History, diagnosis: Diagnosis) -> str:
 
 
 def _end(values: Tensor) -> float:
-    """The last that there is, NaN where there is none."""
-    there = values[~values.isnan()]
-    return float(there[-1]) if len(there) else math.nan
+    """Return the last value that is not NaN, or NaN if there is none."""
+    known = values[~values.isnan()]
+    return float(known[-1]) if len(known) else math.nan
 
 
 def _guides(history: History, k: int, column: Column) -> list[tuple[str, Tensor]]:
-    """The lines that raw is to be read against: a name and [T] values each."""
+    """Return the guide lines of a chart of raw values: a name and values [T] each."""
     ideal, scale = history["ideal"][:, k].double(), history["scale"][:, k].double()
     if column.box:
         edges = zip(("lower", "upper"), column.box, strict=True)
@@ -241,8 +243,8 @@ def _panel(history: History, diagnosis: Diagnosis, k: int, column: Column) -> st
     near = [(n, v) for n, v in guides if low - room <= _end(v) <= high + room]
     low, high = extent(raw, *(torch.tensor([_end(values)]) for _, values in near))
     end = short(_end(calm)) if calm.isfinite().any() else "none"
-    said = ", ".join(f"{n} {short(_end(v))}" + " (off the scale)" * (n not in dict(near)) for n, v in guides)
-    chart = Chart(f"Raw value of {column.name}, at the end {end}; {said}", _x(history), (low, high), 110)
+    summary = ", ".join(f"{n} {short(_end(v))}" + " (off the scale)" * (n not in dict(near)) for n, v in guides)
+    chart = Chart(f"Raw value of {column.name}, at the end {end}; {summary}", _x(history), (low, high), 110)
     name = history.layout.goals[column.goal]
     for finding in diagnosis.faults:
         if name in finding.goals:
@@ -254,8 +256,9 @@ def _panel(history: History, diagnosis: Diagnosis, k: int, column: Column) -> st
         chart.line(xs, thin(values).tolist(), "var(--ink)", "5 4" if guide == "ideal" else "1.5 3", 1.2)
         chart.note(_end(values), guide)
     return (
-        f"<figure><figcaption>{swatch(column.goal)} <b>{escape(column.name)}</b> {end}<br><small>{escape(said)}</small>"
-        f"</figcaption>{chart.html(ticks(*chart.x, 3), ticks(low, high, 2), x_name='step')}</figure>"
+        f"<figure><figcaption>{swatch(column.goal)} <b>{escape(column.name)}</b> {end}<br>"
+        f"<small>{escape(summary)}</small></figcaption>"
+        f"{chart.html(ticks(*chart.x, 3), ticks(low, high, 2), x_name='step')}</figure>"
     )
 
 
@@ -275,8 +278,8 @@ def _payoff(payoff: Any) -> str:
 
 def _pictures(pictures: Mapping[str, str | os.PathLike[str]]) -> str:
     figures = ""
-    for caption, given in pictures.items():
-        path = Path(given)
+    for caption, file in pictures.items():
+        path = Path(file)
         if path.suffix.lower() not in MIME:
             raise ValueError(f"pictures: {path.name} must be one of {', '.join(MIME)}")
         data = base64.b64encode(path.read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""The files of a run's folder: diagnose them, and write their report."""
+"""`diagnose_folder`: diagnose the run in a folder, and write its report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ PICTURES = {
 
 
 def diagnose_folder(folder: str | os.PathLike[str], report: bool = True) -> tuple[Diagnosis, Path | None]:
-    """Diagnose the run in a folder, by its history.pt and payoff.json, and write report.html into it.
+    """Diagnose the run in a folder from its history.pt and payoff.json, and write report.html into it.
 
-    Returns the diagnosis and where the report is, if one was asked for.
+    Returns:
+        The diagnosis, and the path of the report or None without one.
 
     Raises:
-        OSError, ValueError, TypeError: no history in the folder, or a file that is not what its name says.
+        OSError, ValueError, TypeError: the folder has no history, or a file in it is invalid.
     """
     run = Path(folder)
     if not (run / HISTORY).is_file():
@@ -33,7 +34,7 @@ def diagnose_folder(folder: str | os.PathLike[str], report: bool = True) -> tupl
     try:
         history = History.load(run / HISTORY)
         _ = history["share"], history.steps
-    except Exception as why:  # torch.load has many ways to say that this is no such file
+    except Exception as why:  # torch.load raises many kinds of errors for an invalid file
         raise ValueError(f"{run / HISTORY} is not a history of bomkern ({type(why).__name__})") from why
     payoff, config = (_read_json(run / name) for name in ("payoff.json", "config.json"))
     diagnosis = diagnose(history, payoff=payoff)
@@ -48,9 +49,9 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as why:
         raise ValueError(f"{path} is not JSON ({why})") from why
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, got {type(content).__name__}")
+    return content

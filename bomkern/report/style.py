@@ -6,7 +6,7 @@ from .charts import DARK, LIGHT
 
 
 def style() -> str:
-    """The sheet, with the palettes of light and dark pages."""
+    """Return the style sheet, with the palettes of light and dark pages."""
     light, dark = (";".join(f"--c{i}:{c}" for i, c in enumerate(palette)) for palette in (LIGHT, DARK))
     return f":root{{{ON_LIGHT};{light}}}@media(prefers-color-scheme:dark){{:root{{{ON_DARK};{dark}}}}}{CSS}"
 

@@ -1,8 +1,9 @@
-"""The nine goals. Each is a pure function with one raw value per sample, [B], lower is better.
+"""The nine goals. Each is a pure function that returns one raw value per sample, [B]; lower is better.
 
-Every docstring states the formula, the *ideal* (the value a goal could reach alone) and the *nadir* (no better than
-doing nothing); `NINE` holds both as numbers. B samples, D latents. Those of the latent code alone share one
-`bomkern.latent_statistics` of it. A goal is a record in `NINE`: the trainer, its presets, plots and reports read those.
+Every docstring states the formula, the *ideal* (the value that the goal could reach alone) and the *nadir* (a value no
+better than that of doing nothing); `NINE` holds both as numbers. B is the number of samples, D that of latents. Goals
+of the latent code alone share one call of `bomkern.latent_statistics`. Each goal is a record in `NINE`, from which the
+trainer, its presets, plots and reports read.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ RECONSTRUCTION_WEIGHTS = {"pixel": 0.55, "ssim": 0.15, "edge": 0.15, "perceptual
 
 
 class Anchor(NamedTuple):
-    """Deficit 0 at ``ideal``, 1 at ``nadir``."""
+    """Raw values with deficit 0, ``ideal``, and deficit 1, ``nadir``."""
 
     ideal: float
     nadir: float
 
 
 class Trivial(NamedTuple):
-    """Mean errors of trivial answers on the data, 0-dim each: what makes raw values mean the same on any data."""
+    """Mean errors of trivial answers on the data, 0-dim each, by which raw values are divided to be comparable."""
 
     pixel: Tensor  # squared error of the mean-colour image
     ssim: Tensor  # its 1 - SSIM
@@ -43,9 +44,9 @@ class Trivial(NamedTuple):
 
 
 def kl_divergence(code: LatentStatistics) -> Tensor:
-    """Information the latent holds about the image, in nats: ``KL(N(mu, exp(logvar)) || N(0, I))``.
+    """Return the information of the latent about the image in nats, ``KL(N(mu, exp(logvar)) || N(0, I))``.
 
-    Ideal 0 (the prior). Nadir 120, a budget: a code that spends more has not compressed.
+    Ideal 0 (the prior). Nadir 120, a budget: a code with more information has not compressed the image.
     """
     return code.kl
 
@@ -58,27 +59,28 @@ def disentanglement(
     impl: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Total correlation of the latent in nats, ``TC_b - mean(TC of the batch with every column permuted)``.
+    """Compute the total correlation of the latent in nats, ``TC_b - mean(TC of the batch with every column permuted)``.
 
-    The second term is the same estimator where the latents are independent by construction; it removes the offset that
-    B and D put on the first. Ideal 0, the sampling floor: single rows scatter around it, only their mean is bounded.
-    Nadir 20.
+    The second term is the same estimator for latents that are independent by construction. It removes the offset of the
+    first, which depends on B and D. Ideal 0, the sampling floor: single rows scatter around it, and only their mean is
+    bounded. Nadir 20.
 
     Args:
         z, mu, logvar: [B, D].
         order: [B, D] int64, a permutation of the rows for each column.
-        impl, group: of `bomkern.total_correlation`.
+        impl, group: options of `bomkern.total_correlation`.
     """
-    how: Any = {"impl": impl, "process_group": group}
-    shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order), **how)
+    options: Any = {"impl": impl, "process_group": group}
+    shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order), **options)
     ranks = ranks_of(group)
-    return total_correlation(z, mu, logvar, **how) - ranks.total(shuffled.mean()) / ranks.size
+    return total_correlation(z, mu, logvar, **options) - ranks.total(shuffled.mean()) / ranks.size
 
 
 def capacity(code: LatentStatistics) -> Tensor:
-    """Latents that idle: ``((1 - active) + (1 - effective)) / 2`` of `bomkern.active_units`, in [0, 1].
+    """Return the part of the latents that is unused, ``((1 - active) + (1 - effective)) / 2``, in [0, 1].
 
-    Ideal 0 (all in use, all alike), nadir 1. A property of the batch, the same for every sample.
+    ``active`` and ``effective`` are those of `bomkern.active_units`. Ideal 0 (all latents are used alike), nadir 1. The
+    value is a property of the batch, the same for every sample.
     """
     return (1 - (code.active + code.effective) / 2).expand(len(code.kl))
 
@@ -86,11 +88,11 @@ def capacity(code: LatentStatistics) -> Tensor:
 def behavioral_separation(
     colour: Tensor, colour_moved: Tensor, edge: Tensor, edge_moved: Tensor, trivial: Trivial
 ) -> Tensor:
-    """What leaks between the parts: ``(|colour - colour'|^2 / V_colour + |edge - edge'|^2 / V_edge) / 2``.
+    """Compute the leak between the parts, ``(|colour - colour'|^2 / V_colour + |edge - edge'|^2 / V_edge) / 2``.
 
-    colour' is the mean colour after unit noise on the structure, edge' the edges after unit noise on the appearance; V
-    are the differences of unrelated images and the edge energy of the data. Ideal 0; nadir 1, noise on one part changes
-    the other's business as much as another image would.
+    colour' is the mean colour after unit noise on the structure, and edge' the edges after unit noise on the
+    appearance. V_colour is the squared difference of unrelated images, V_edge the edge energy of the data. Ideal 0;
+    nadir 1: noise on one part changes the domain of the other as much as another image would.
 
     Args:
         colour, colour_moved: [B, 3]. edge, edge_moved: [B, 2, s, s].
@@ -103,14 +105,16 @@ def behavioral_separation(
 def latent_stats(
     z: Tensor, code: LatentStatistics, impl: str | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Health of the latent: mean squared correlation + weak dimensions + log-variance.
+    """Compute the health of the latent: mean squared correlation + weak dimensions + log-variance.
 
-    ``covariance_penalty(z, normalized) / (D - 1) + mean_d max(0, 1 - std(z_d)) + mean_d (logvar_bd / 4)^2``. Never
-    negative; ideal ``1 / (B - 1)``, what B samples of independent columns correlate by chance. Nadir 1: every latent a
-    copy of another, or of no spread, or posteriors e^2 narrower than the prior.
+    ``covariance_penalty(z, normalized) / (D - 1) + mean_d max(0, 1 - std(z_d)) + mean_d (logvar_bd / 4)^2``, which is
+    never negative. Ideal ``1 / (B - 1)``, the correlation of B samples of independent columns by chance. Nadir 1: every
+    latent is a copy of another or without spread, or posteriors are e^2 narrower than the prior.
 
     Args:
-        z: [B, D]. code: its statistics. impl, group: of `bomkern.covariance_penalty`.
+        z: [B, D].
+        code: the statistics of the latent code.
+        impl, group: options of `bomkern.covariance_penalty`.
     """
     penalty = covariance_penalty(z, normalize=True, reduction="batch", process_group=group, impl=impl)
     correlation = penalty / (z.shape[1] - 1)
@@ -119,13 +123,15 @@ def latent_stats(
 
 
 def reconstruction(recon: Tensor, image: Tensor, recon_edges: Tensor, image_edges: Tensor, trivial: Trivial) -> Tensor:
-    """``0.55 pixel + 0.15 (1 - SSIM) + 0.15 edge + 0.15 perceptual``, each over its mean for the mean-colour image.
+    """Compute ``0.55 pixel + 0.15 (1 - SSIM) + 0.15 edge + 0.15 perceptual``.
 
-    Pixel and edge (Sobel) are mean squared errors, perceptual is `features.early_vision`. Ideal 0; nadir 1, which is
-    what answering every image with its own mean colour costs.
+    Each term is divided by its mean for the mean-colour image. Pixel and edge (Sobel) are mean squared errors, and
+    perceptual is a distance of `features.early_vision`. Ideal 0; nadir 1, the value of answering every image with its
+    own mean colour.
 
     Args:
-        recon, image: [B, 3, S, S]. recon_edges, image_edges: [B, 2, s, s], `features.edges` of them.
+        recon, image: [B, 3, S, S].
+        recon_edges, image_edges: [B, 2, s, s], their `features.edges`.
     """
     with torch.no_grad():
         target = see.early_vision(image)
@@ -139,14 +145,16 @@ def reconstruction(recon: Tensor, image: Tensor, recon_edges: Tensor, image_edge
 
 
 def cross_recon(swap: Tensor, swap_edges: Tensor, edges: Tensor, appearance: Tensor, trivial: Trivial) -> Tensor:
-    """Structure of one image in the colours of another: ``(edge + colour + histogram) / 3 / trivial.swap``.
+    """Compute the error of a swap, structure of one image in the colours of another.
 
-    Squared edge error against the structure's image; squared difference of mean colour, and Cramer distance of the
-    colour histograms, against the appearance's image; each over its trivial value. Ideal 0; nadir 1, the better of two
-    trivial swaps: the appearance's mean colour, and the structure's image unchanged.
+    The formula is ``(edge + colour + histogram) / 3 / trivial.swap``: the squared edge error against the structure's
+    image, and the squared difference of mean colours and the Cramer distance of colour histograms against the
+    appearance's image. Each is divided by its trivial value. Ideal 0; nadir 1, the better of two trivial swaps: the
+    appearance's mean colour, and the unchanged image of the structure.
 
     Args:
-        swap, appearance: [B, 3, S, S]. swap_edges, edges: [B, 2, s, s], of the swap and of the structure's image.
+        swap, appearance: [B, 3, S, S].
+        swap_edges, edges: [B, 2, s, s], edges of the swap and of the structure's image.
     """
     edge = (swap_edges - edges).square().mean((1, 2, 3)) / trivial.edge
     colour = (see.mean_colour(swap) - see.mean_colour(appearance)).square().mean(1) / trivial.colour
@@ -157,10 +165,10 @@ def cross_recon(swap: Tensor, swap_edges: Tensor, edges: Tensor, appearance: Ten
 
 
 def realism(logits: Tensor) -> Tensor:
-    """``1 - mean over patches of D(recon)``, D the discriminator's probability of "photograph".
+    """Compute ``1 - mean over patches of D(recon)``, where D is the discriminator's probability of "photograph".
 
-    Ideal 0.5, a discriminator that cannot tell; below it the discriminator is wrong more often than
-    right. Nadir 1, certain.
+    Ideal 0.5: the discriminator cannot tell; at lower values it is wrong more often than right. Nadir 1: the
+    discriminator is certain.
 
     Args:
         logits: [B, 1, s, s].
@@ -169,43 +177,42 @@ def realism(logits: Tensor) -> Tensor:
 
 
 def consistency(views: Tensor, variance: Tensor, impl: str | None = None) -> Tensor:
-    """How far the structure moves between views of one image: variance over the views / variance over the batch.
+    """Compute the variance of the structure over views of one image, relative to its variance over the batch.
 
-    ``mean_d Var_v(mu_vbd) / mean_d Var_b(mu_0bd)``, the denominator without gradient, so that shrinking the latent
-    does not help. Ideal 0; nadir 1, views as unlike as two images.
+    The formula is ``mean_d Var_v(mu_vbd) / mean_d Var_b(mu_0bd)``. The denominator has no gradient, so that shrinking
+    the latent does not help. Ideal 0; nadir 1: views differ as much as two images do.
 
     Args:
         views: [V, B, D] structure means, V >= 2.
-        variance: [D], of the first view over the batch.
-        impl: of `bomkern.consistency_variance`.
+        variance: [D], variance of the first view over the batch.
+        impl: option of `bomkern.consistency_variance`.
     """
     return consistency_variance(views, impl=impl) / variance.detach().mean().clamp(min=1e-8)
 
 
 def trivial_answers(images: Tensor) -> Trivial:
-    """Measure `Trivial` on images of the training data, [N, 3, S, S] with unrelated neighbours."""
+    """Measure the errors of trivial answers on images of the training data, [N, 3, S, S], with unrelated neighbours."""
     other, grey = images.roll(1, 0), see.flat(images)
     edge = see.edges(images).square().mean((1, 2, 3))
     colour = (see.mean_colour(images) - see.mean_colour(other)).square().mean()
     distribution = see.colour_distribution(images)
     histogram = (distribution - distribution.roll(1, 0)).square().mean()
-    one = torch.ones((), device=images.device)
-    found = Trivial(
+    trivial = Trivial(
         pixel=(images - grey).square().mean(),
         ssim=see.dissimilarity(grey, images).mean(),
         edge=edge.mean(),
         perceptual=see.perceptual_distance(see.early_vision(grey), see.early_vision(images)).mean(),
         colour=colour,
         histogram=histogram,
-        swap=one,
+        swap=torch.ones((), device=images.device),
     )
-    as_colour = cross_recon(grey.roll(1, 0), see.edges(grey), see.edges(images), other, found).mean()
-    unchanged = cross_recon(images, see.edges(images), see.edges(images), other, found).mean()
-    return found._replace(swap=torch.minimum(as_colour, unchanged))
+    as_colour = cross_recon(grey.roll(1, 0), see.edges(grey), see.edges(images), other, trivial).mean()
+    unchanged = cross_recon(images, see.edges(images), see.edges(images), other, trivial).mean()
+    return trivial._replace(swap=torch.minimum(as_colour, unchanged))
 
 
 class Step(NamedTuple):
-    """What a goal's value is computed from. Tensors that several goals read are here once; those of images are lazy."""
+    """The tensors of a step from which goals are computed. Those of images that several goals read are lazy."""
 
     out: Pass  # the forward pass
     image: Tensor  # [B, 3, S, S]
@@ -227,11 +234,12 @@ class Goal(NamedTuple):
     """A goal of the trainer.
 
     Attributes:
-        name: in logs, plots and checkpoints.
-        value: its raw values [B] in a step.
-        ideal: may depend on the batch size. nadir: see `Anchor`.
+        name: the name in logs, plots and checkpoints.
+        value: returns the raw values [B] of a step.
+        ideal: see `Anchor`; it may be a function of the batch size.
+        nadir: see `Anchor`.
         diagnosis: the hand-set scale of the preset "diagnosis"; None calibrates it.
-        moving: whether its anchors move in the preset "moving".
+        moving: whether the anchors move in the preset "moving".
     """
 
     name: str

@@ -19,7 +19,7 @@ from .evaluate import reconstruct
 from .networks import VAE
 
 COLUMNS = 10  # pictures in a row
-REACH = 3.0  # of a traversal, in standard deviations of the prior
+REACH = 3.0  # half the range of a traversal, in standard deviations of the prior
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -30,7 +30,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def sheet(path: Path, title: str, rows: list[tuple[str, Tensor]], columns: Sequence[str] = ()) -> None:
-    """A contact sheet: labelled rows of [n, 3, S, S] pictures, on one white canvas."""
+    """Write a contact sheet: labelled rows of pictures [n, 3, S, S] on a white canvas."""
     side, count = rows[0][1].shape[-1], max(len(pictures) for _, pictures in rows)
     pitch = side + max(2, side // 16)
     canvas = np.ones((len(rows) * pitch, count * pitch, 3), np.float32)
@@ -50,7 +50,7 @@ def sheet(path: Path, title: str, rows: list[tuple[str, Tensor]], columns: Seque
 
 @torch.no_grad()
 def contact_sheets(folder: Path, vae: VAE, images: Tensor, quality: dict[str, Any]) -> None:
-    """`reconstructions.png`, `swaps.png` and `traversals.png` of held-out crops [n, 3, S, S]."""
+    """Write `reconstructions.png`, `swaps.png` and `traversals.png` of held-out crops [n, 3, S, S]."""
     picks = torch.linspace(0, len(images) - 1, min(len(images), 2 * COLUMNS), device=images.device).round().long()
     rows: list[tuple[str, Tensor]] = []
     for part in images[picks].split(COLUMNS):
@@ -69,7 +69,7 @@ def contact_sheets(folder: Path, vae: VAE, images: Tensor, quality: dict[str, An
     mu = vae.encoder(images)[0]
     spread, split = mu.var(0), vae.parts[0]
     reach = torch.linspace(-REACH, REACH, 9, device=images.device)
-    # The crop with the most contrast shows best what a latent does.
+    # The crop with the highest contrast shows the effect of a latent best.
     start = mu[images.var((1, 2, 3)).argmax()]
     rows = []
     for part, first, last in (("structure", 0, split), ("appearance", split, len(start))):

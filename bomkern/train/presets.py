@@ -1,4 +1,4 @@
-"""Where the scale and the ideal of each goal come from: the presets of ``--scales``."""
+"""The presets of ``--scales``: policies that set the scale and the ideal of each goal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ DIAGNOSIS = {goal.name: goal.diagnosis for goal in NINE if goal.diagnosis is not
 
 
 def policies(preset: str, batch_size: int, calibration_steps: int) -> dict[str, Constraint | Policy]:
-    """What a `bomkern.GoalSet` of the nine goals is made of.
+    """Return the policies of a `bomkern.GoalSet` of the nine goals.
 
-    - ``anchored``: ideal and nadir of `nine_goals.anchors`. Every goal has both before the first step, the image goals
-      because their raw values are fractions of what trivial answers cost (`nine_goals.Trivial`), so nothing is
-      calibrated against networks, or an adversary, that have not trained.
-    - ``moving``: the same, but the anchors of realism follow the discriminator: what it says of held-out photographs,
-      and of their mean colours.
+    - ``anchored``: ideal and nadir of `nine_goals.anchors`, which are known before the first step. Those of the image
+      goals are known because their raw values are fractions of the errors of trivial answers (`nine_goals.Trivial`).
+      So nothing is calibrated against networks, or an adversary, that have not trained.
+    - ``moving``: the same, but the anchors of realism follow the discriminator: its outputs for held-out photographs,
+      and for images of their mean colours.
     - ``probed``: ideal and nadir from the payoff table of `bomkern.probe`.
     - ``auto``: ideal 0; the scale is the largest raw value of the first ``calibration_steps`` steps.
-    - ``diagnosis``: auto, but with the fixed scales of `DIAGNOSIS`.
+    - ``diagnosis``: the same as auto, but with the fixed scales of `DIAGNOSIS`.
     """
     if preset in ("anchored", "moving"):
         known = anchors(batch_size)

@@ -1,4 +1,4 @@
-"""The processes that train one model: how they start, how they report errors, and how sharded state is gathered."""
+"""The processes that train one model: start them, report their errors, and gather and load sharded state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bomkern.common.process_group import several_ranks
 
 from .config import STRATEGIES, Config, TrainError
 
-# How long a process waits for another. Rank 0 alone evaluates and draws, and a first step may compile.
+# Longest wait of a process for another. Rank 0 alone evaluates and draws, and a first step may compile.
 TIMEOUT = timedelta(minutes=10)
 PRINT_TIMEOUT = timedelta(seconds=5)
 PRINTED = "bomkern: rank 0 has printed the error"
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Lost(TrainError):
-    """Another process has ended, or does not answer."""
+    """Raised if another process has ended, or does not answer."""
 
 
 def by_torchrun() -> bool:
@@ -64,7 +64,7 @@ def _leave() -> None:
 
 
 def say(text: str, why: Exception | None = None) -> None:
-    """Print an error once: on rank 0 if all ranks have it, while the others wait for that before they exit."""
+    """Print an error once. Rank 0 prints an error that all ranks have; the others wait for it before they exit."""
     rank = dist.get_rank() if several_ranks() else 0
     if rank and not isinstance(why, (Lost, OSError)):
         _wait_for_rank_0()
@@ -74,8 +74,8 @@ def say(text: str, why: Exception | None = None) -> None:
         _tell_others()
 
 
-# torchrun ends all processes as soon as one exits with an error, which rank 0 must have printed by then. A barrier
-# would wait for `TIMEOUT` where a rank is still in another collective; torchrun's store answers in any state.
+# torchrun ends all processes as soon as one exits with an error, so rank 0 must have printed the error before. A
+# barrier would wait for `TIMEOUT` if a rank is still in another collective; torchrun's store answers in any state.
 def _store() -> dist.TCPStore:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=PRINT_TIMEOUT)
@@ -94,7 +94,7 @@ def _wait_for_rank_0() -> None:
 
 
 def together(do: Callable[[], T]) -> T:
-    """Return ``do()`` of every rank; where it fails on some, all ranks raise the error of the first of those.
+    """Return ``do()`` of every rank. If it fails on some ranks, all ranks raise the error of the first of them.
 
     Raises:
         TrainError: a rank had a `TrainError` or OSError.
@@ -104,11 +104,11 @@ def together(do: Callable[[], T]) -> T:
         result = do()
     except (TrainError, OSError) as why:
         cause = why
-    said = [None if cause is None else str(cause)]
+    messages = [None if cause is None else str(cause)]
     if several_ranks():
-        said = [None] * dist.get_world_size()
-        dist.all_gather_object(said, None if cause is None else str(cause))
-    for message in said:
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if cause is None else str(cause))
+    for message in messages:
         if message is not None:
             raise TrainError(message) from cause
     return cast(T, result)
@@ -118,23 +118,23 @@ def from_rank_0(do: Callable[[], T]) -> T:
     """Return ``do()`` of rank 0 on all ranks, or raise its error. Without a process group, each process calls it."""
     if not several_ranks():
         return do()
-    found = [together(do if dist.get_rank() == 0 else lambda: None)]
-    dist.broadcast_object_list(found)
-    return cast(T, found[0])
+    result = [together(do if dist.get_rank() == 0 else lambda: None)]
+    dist.broadcast_object_list(result)
+    return cast(T, result[0])
 
 
 @contextmanager
 def watch() -> Iterator[None]:
-    """Turn the error of a collective whose other process has ended into `Lost`, with a message of one line."""
+    """Turn the error of a collective that lost another process into `Lost`, with a message of one line."""
     try:
         yield
     except RuntimeError as why:
         text = str(why)
         if several_ranks() and (isinstance(why, dist.DistError) or "gloo" in text or "NCCL" in text):
-            heard = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0])  # without the line of gloo's source
+            reason = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0])  # without the line of gloo's source
             raise Lost(
                 f"rank {dist.get_rank()} stops: another process is gone, or did not answer within "
-                f"{TIMEOUT.total_seconds():g} s ({heard.split('. ')[0]}); go on with --resume"
+                f"{TIMEOUT.total_seconds():g} s ({reason.split('. ')[0]}); go on with --resume"
             ) from why
         raise
 
@@ -147,7 +147,7 @@ def launch(config: Config) -> Fabric:
     """
     fabric = together(lambda: _fabric(config))
     fabric.launch()
-    if not fabric.is_global_zero:  # rank 0 warns for all
+    if not fabric.is_global_zero:  # rank 0 logs the warnings for all
         logging.getLogger("bomkern").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
     return fabric
@@ -192,7 +192,7 @@ def _strategy(name: str, ranks: int) -> Any:
     if ranks == 1:
         return "auto"
     if name == "fsdp":
-        # FSDP2 warns of outputs that are views; nothing here writes into them.
+        # FSDP2 warns about outputs that are views; nothing here writes into them.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return ModelParallelStrategy(_shard, data_parallel_size=ranks, tensor_parallel_size=1, timeout=TIMEOUT)
     return DDPStrategy(timeout=TIMEOUT)
@@ -228,13 +228,13 @@ def whole(state: Any) -> Any:
 
 
 def _laid_out(tensor: Any, own: Any) -> Any:
-    """Return a whole tensor in the layout of ``own``, if that has the same shape: its sharding and its strides."""
+    """Return a whole tensor with the sharding and strides of ``own``, if both have the same shape."""
     if not isinstance(tensor, Tensor) or own is None or tensor.shape != own.shape:
         return tensor
     if hasattr(own, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        # Nothing is sent: every rank has read the whole.
+        # Every rank has read the whole tensor, so nothing is sent.
         whole = tensor.to(own.device).contiguous()
         return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
     return torch.empty_like(own, dtype=tensor.dtype).copy_(tensor)
@@ -249,7 +249,7 @@ def load_module(module: nn.Module, state: dict[str, Tensor]) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state of whole tensors into the optimizer of parameters that may be sharded.
 
-    A fused step assumes that the state has the strides of its parameter: channels last, unless that was sharded.
+    A fused step assumes that the state has the strides of its parameter: channels last, unless that is sharded.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts = {i: {key: _laid_out(v, parameters[i]) for key, v in of.items()} for i, of in state["state"].items()}

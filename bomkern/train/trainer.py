@@ -1,4 +1,4 @@
-"""One training step, without a host sync: networks, optimisers, scales and counters, and what a step does with them."""
+"""`Trainer`: networks, optimizers, goals and counters, and a training step that makes no host sync."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .presets import policies
 CROPS, NOISE, TRIVIAL = 0, 1, 2  # streams of random numbers
 TRIVIAL_CROPS = 256
 AVERAGE = 0.01  # weight of a step in the moving average of the weights
-REJECTED_IN_A_ROW = 50  # after so many, training stops
+REJECTED_IN_A_ROW = 50  # training stops after this many rejected steps in a row
 
 
 def raw_values(
@@ -39,13 +39,16 @@ def raw_values(
     impl: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[Tensor | Lazy]:
-    """The nine raw values of a step, each [B], in the order of `nine_goals.NINE`; those of images are lazy.
+    """Compute the nine raw values of a step, each [B], in the order of `nine_goals.NINE`; those of images are lazy.
 
     Args:
-        out: the forward pass. image: [B, 3, S, S]. logits: the discriminator's for ``out.recon``.
+        out: the forward pass.
+        image: [B, 3, S, S].
+        logits: the discriminator's logits for ``out.recon``.
         order: [B, D] int64, a permutation of the rows for each latent.
         trivial: errors of trivial answers.
-        impl: the implementation of the statistics that have kernels. group: the ranks that share the batch.
+        impl: the implementation of the statistics that have kernels.
+        group: the ranks that share the batch.
     """
     recon_edges, swap_edges, moved_edges = (lazy(see.edges, x) for x in (out.recon, out.swap, out.moved_appearance))
     colour, moved_colour = (lazy(see.mean_colour, x) for x in (out.recon, out.moved_structure))
@@ -55,26 +58,29 @@ def raw_values(
         *(out, image, logits, order, trivial, impl, group, code),
         *(edges, recon_edges, swap_edges, moved_edges, colour, moved_colour),
     )
-    return [one.value(step) for one in goal.NINE]
+    return [each.value(step) for each in goal.NINE]
 
 
 class Trainer:
-    """The state of a run and its step. Every random number is a function of (seed, stream, step): there is no generator
-    state to keep, a resumed run draws what the run it continues would have drawn, and each rank takes its rows of it.
+    """The state of a run and its training step.
+
+    Every random number is a function of (seed, stream, step), so there is no generator state to save. A resumed run
+    draws the numbers that the original run would have drawn, and each rank takes its rows of them.
 
     Args:
-        config: the run.
-        fabric: launched.
+        config: the settings of the run.
+        fabric: a launched Fabric.
         crops: training crops.
-        total: samples a step of all ranks together; None: ``config.batch_size`` of each.
+        total: number of samples per step on all ranks together; None for ``config.batch_size`` on each.
 
     Attributes:
-        vae, discriminator: the networks, as they are trained.
-        average: moving average of the VAE's weights over about 100 steps, which is what gets evaluated and pictured.
-        step: how many steps are done.
+        vae, discriminator: the networks that are trained.
+        average: moving average of the VAE's weights over about 100 steps, which is evaluated and pictured.
+        step: number of steps done.
         sharded: whether each rank holds a part of every weight (FSDP2).
-        first_seconds: of a first step that compiles the others, else 0.
-        partial: whether losses may leave parameters out, as a probe's do; they then get zeros, which DDP waits for.
+        first_seconds: duration of a first step that compiles the others, else 0.
+        partial: whether losses may leave parameters out, as those of a probe do. Such parameters then get gradients of
+            zeros, which DDP waits for.
     """
 
     def __init__(self, config: Config, fabric: Fabric, crops: Crops, total: int | None = None) -> None:
@@ -94,7 +100,7 @@ class Trainer:
         self.model, self.judge = fabric.setup_module(self.vae), fabric.setup_module(self.discriminator)
         if self.sharded:
             fabric.setup_module(self.average)
-        # Fused, because that step takes `found_inf` from the device and leaves everything alone where it is 1.
+        # Fused, because such a step reads `found_inf` on the device and changes nothing if it is 1.
         self.optimizers = [
             torch.optim.AdamW(self.vae.parameters(), lr=config.lr, fused=True),
             torch.optim.AdamW(
@@ -102,7 +108,7 @@ class Trainer:
             ),
         ]
         self.group = group = dist.group.WORLD if fabric.world_size > 1 else None
-        hard = config.temperature == 0 and config.spill_ratio == 0  # a sample gives gradient to one goal alone
+        hard = config.temperature == 0 and config.spill_ratio == 0  # each sample gives gradient to one goal alone
         chosen = policies(config.scales, self.total, config.calibration_steps)
         self.goals = GoalSet(
             chosen,
@@ -110,8 +116,8 @@ class Trainer:
             temperature=config.temperature,
             spill=config.spill_ratio,
             impl=config.impl,
-            # Not "auto", which times things: a run that is resumed gives the bits of one that was not. Not on a GPU,
-            # where the host would have to wait for the rows, and nobody has measured what that costs.
+            # Not "auto", whose choice depends on times: a resumed run must give the same bits. Not on a GPU, where the
+            # host would wait for the rows, at a cost that has not been measured.
             route="always" if hard and self.device.type == "cpu" and group is None else "never",
             process_group=group,
         )
@@ -132,11 +138,11 @@ class Trainer:
         return np.random.default_rng(self._entropy(stream, step))
 
     def images(self) -> Tensor:
-        """The crops of the coming step, [B, 3, S, S]."""
+        """Return the crops of the next step, [B, 3, S, S]."""
         return to_float(self.crops.batch(self.total, self._host_rng(CROPS, self.step), self._rows), self.device)
 
     def _noise(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Posterior noise [B, D], shake [B, D], view [B, 6], order [B, D] of the coming step."""
+        """Return posterior noise [B, D], shake [B, D], view [B, 6] and order [B, D] of the next step."""
         latents = self.config.structure + self.config.appearance
         seed = int(np.random.SeedSequence(self._entropy(NOISE, self.step)).generate_state(1, np.uint32)[0])
         source = torch.Generator(self.device).manual_seed(seed)
@@ -146,18 +152,18 @@ class Trainer:
         return noise, shake, view, order
 
     def raw(self) -> tuple[Mapping[str, Tensor | Lazy], Tensor, Tensor | Lazy]:
-        """Raw values of the coming step by goal, its images, and what was reconstructed of them."""
+        """Return the raw values of the next step by goal, its images, and their reconstructions."""
         image = self.images()
         noise, shake, view, order = self._noise()
         out = self.model(image, see.photometric(image, view), noise, shake)
-        self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the judge's weights
+        self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the discriminator's weights
         with self.fabric.autocast():
             logits = lazy(self.discriminator, out.recon)
         values = raw_values(out, image, logits, order, self.trivial, self.config.impl, self.group)
         return dict(zip(goal.GOALS, values, strict=True)), image, out.recon
 
     def _walk(self) -> tuple[GoalOutput, Tensor]:
-        """Forward and backward of the coming step, of both networks; returns the discriminator's loss too."""
+        """Run forward and backward of both networks for the next step; return the discriminator's loss too."""
         raw, image, recon = self.raw()
         out = self.goals(raw)
         loss = out.loss
@@ -173,7 +179,7 @@ class Trainer:
         return out, judge_loss
 
     def advance(self) -> None:
-        """One step of the VAE and one of the discriminator, or of neither where anything is not finite."""
+        """Step the VAE and the discriminator, or neither if anything is not finite."""
         out, judge_loss = self._walk()
         ok = self._apply(out.finite & judge_loss.isfinite())
         bad = ~out["raw"].isfinite()
@@ -184,19 +190,19 @@ class Trainer:
         self.step += 1
 
     def stuck(self) -> str | None:
-        """The goal at fault, if too many steps in a row were rejected."""
+        """Return the goal at fault if too many steps in a row were rejected, else None."""
         return self.tally.blamed() if self.guard.rejected_in_a_row >= REJECTED_IN_A_ROW else None
 
     @torch.no_grad()
     def remeasure(self, images: Tensor) -> None:
-        """Move the anchors of goals whose difficulty moves, by held-out crops [n, 3, S, S]."""
+        """Move the anchors of goals with moving anchors, measured on held-out crops [n, 3, S, S]."""
         if self.config.scales == "moving":
             real, flat = (goal.realism(self.discriminator(x).float()) for x in (images, see.flat(images)))
             self.goals.remeasure({"realism": (real, flat)})
-            self.goals.drift()  # warns once
+            self.goals.drift()  # logs a warning, once
 
     def window(self) -> dict[str, Any]:
-        """Means over the accepted steps since the last call, read from the device; empty if there was none."""
+        """Return means over the accepted steps since the last call, read from the device; {} if there was none."""
         parts = self.goals.monitor.take_mean().mean
         if not parts:
             return {}
@@ -207,17 +213,17 @@ class Trainer:
         return {"loss": float(parts["loss"]), "walked": sum(walked) / max(1, len(walked)), "goals": goals}
 
     def _apply(self, finite: Tensor) -> Tensor:
-        """Update both networks, or neither; returns whether, as a 0-dim bool on the device, the same on all ranks."""
+        """Update both networks, or neither. Return whether they were, 0-dim bool on the device, equal on all ranks."""
         ok = self.guard.step(finite)
         self.guard.zero_grad()
-        # A rejected step has weight 0; the first steps weigh more, or the average would remember the untrained weights.
+        # A rejected step has weight 0. The first steps weigh more, so that the average forgets the untrained weights.
         weight = ok.float() * max(AVERAGE, 1 / (self.step + 1))
         for mean, now in zip(self.average.parameters(), self.vae.parameters(), strict=True):
             processes.local(mean).lerp_(processes.local(now.detach()), weight)
         return ok
 
     def averaged(self) -> VAE:
-        """`average` with whole weights. Where they are sharded, all ranks must call it."""
+        """Return `average` with whole weights. If weights are sharded, all ranks must call it."""
         if not self.sharded:
             return self.average
         with torch.device("meta"):
@@ -226,7 +232,7 @@ class Trainer:
         return vae.to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on, in any number of processes once it is `ranks.whole`."""
+        """Return the state from which a run can resume, in any number of processes after `processes.whole`."""
         return {
             "step": self.step,
             "total": self.total,

@@ -1,7 +1,7 @@
-"""The Triton implementations' bridge to PyTorch, a file for each op: its ops, fakes and autograd.
+"""PyTorch ops, fakes and autograd of the Triton implementations, one file per op.
 
-Import it only where impl "triton" is asked for. It imports triton itself no sooner than the first call, because that
-may touch a driver.
+Import it only if impl "triton" is requested. It imports triton itself at the first call, because that may initialize a
+driver.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from typing import Any
 from ..schemas import OPS
 from .launcher import why_not as why_not
 
-# The function of each op that has a file here. Each name is from now on the function, not its module.
+# The function of each op that has a file here. The function replaces the module of the same name.
 served: dict[str, Callable[..., Any]] = {
     op: getattr(importlib.import_module(f"{__name__}.{op}"), op)
     for op in OPS

@@ -17,7 +17,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def _allocate(mu: Tensor, threshold: float, temperature: float) -> Three:
-    """Fresh outputs: active, effective, and what backward needs of each column, [4, D]."""
+    """Allocate the outputs: active, effective, and four numbers per column for backward, [4, D]."""
     _, dims, dtype = check_matrices(2, mu=mu)
     check_units(threshold, temperature)
     shapes: tuple[tuple[int, ...], ...] = ((), (), (4, dims))
@@ -55,7 +55,7 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> list[Tensor]:
     return [torch.ops.bomkern.active_units_triton_backward(*grads[:2], *ctx.saved_tensors)]
 
 
-def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     def results(mu: Tensor) -> Any:
         return reference.active_units(mu, *ctx.settings)
 
@@ -68,11 +68,11 @@ _library = register(
     ("(Tensor? grad_active, Tensor? grad_effective, Tensor mu, Tensor columns) -> Tensor", _backward, _new_grad),
     _save,
     _pull,
-    _again,
+    _double_backward,
 )
 
 
 def active_units(mu: Tensor, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """`bomkern.reference.active_units` by Triton kernels: same arguments, same results, one read of mu."""
+    """Compute `bomkern.reference.active_units` by Triton kernels; same arguments and results, one read of mu."""
     active, effective, _ = torch.ops.bomkern.active_units_triton(mu, threshold, temperature)
     return active, effective

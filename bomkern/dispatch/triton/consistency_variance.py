@@ -14,8 +14,8 @@ from .launcher import guard, load
 from .library import Grads, by_reference, register
 
 
-def _apart(views: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return V tensors [B, D], also where the views are one tensor [V, B, D]."""
+def _unbound(views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the views as V tensors [B, D], also if they are one tensor [V, B, D]."""
     return views[0].unbind(0) if len(views) == 1 else views
 
 
@@ -23,17 +23,17 @@ def _forward(views: Sequence[Tensor], correction: float) -> Tensor:
     out = fakes.consistency_variance(views, correction)
     kernels = load("consistency_variance", out.device.type)
     with guard(out):
-        kernels.launch_forward(_apart(views), correction, out)
+        kernels.launch_forward(_unbound(views), correction, out)
     return out
 
 
 def _backward(grad: Tensor, views: Sequence[Tensor], correction: float, want: Sequence[bool]) -> list[Tensor]:
-    made = fakes.consistency_variance_backward(grad, views, correction, want)
-    grads = _apart(made) if len(made) == 1 else [g if w else None for g, w in zip(made, want, strict=True)]
+    out = fakes.consistency_variance_backward(grad, views, correction, want)
+    grads = _unbound(out) if len(out) == 1 else [g if w else None for g, w in zip(out, want, strict=True)]
     kernels = load("consistency_variance", grad.device.type)
     with guard(grad):
-        kernels.launch_backward(grad, _apart(views), correction, grads)
-    return made
+        kernels.launch_backward(grad, _unbound(views), correction, grads)
+    return out
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -43,11 +43,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     views = list(ctx.saved_tensors)
-    made: Grads = torch.ops.bomkern.consistency_variance_triton_backward(grads[0], views, ctx.correction, want)
-    return made
+    out: Grads = torch.ops.bomkern.consistency_variance_triton_backward(grads[0], views, ctx.correction, want)
+    return out
 
 
-def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     def results(*views: Tensor) -> Any:
         return reference.consistency_variance(views, ctx.correction)
 
@@ -64,11 +64,11 @@ _library = register(
     ),
     _save,
     _pull,
-    _again,
+    _double_backward,
 )
 
 
 def consistency_variance(views: Sequence[Tensor], correction: float) -> Tensor:
-    """`bomkern.reference.consistency_variance` by Triton kernels: same arguments, same results, no stack."""
-    made: Tensor = torch.ops.bomkern.consistency_variance_triton(list(views), correction)
-    return made
+    """Compute `bomkern.reference.consistency_variance` by Triton kernels; same arguments and results, no stack."""
+    out: Tensor = torch.ops.bomkern.consistency_variance_triton(list(views), correction)
+    return out

@@ -17,7 +17,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def _allocate(z: Tensor, normalize: bool, per_sample: bool, save: bool) -> Three:
-    """Fresh outputs: the result, a matrix for backward where ``save``, and of each column three numbers, [3, D]."""
+    """Allocate the outputs: the result, a matrix for backward with ``save``, and three numbers per column, [3, D]."""
     batch, dims, dtype = check_matrices(2, z=z)
     saved = (0,) if not save else (batch, batch) if dims > batch else (batch if per_sample else dims, dims)
     shapes: tuple[tuple[int, ...], ...] = ((batch,) if per_sample else (), saved, (3, dims))
@@ -26,11 +26,11 @@ def _allocate(z: Tensor, normalize: bool, per_sample: bool, save: bool) -> Three
 
 
 def _forward(z: Tensor, normalize: bool, per_sample: bool, save: bool) -> Three:
-    out, nothing, columns = _allocate(z, normalize, per_sample, False)  # the matrix comes from a product
+    out, empty, columns = _allocate(z, normalize, per_sample, False)  # the matrix comes from a product
     kernels = load("covariance_penalty", z.device.type)
     with guard(z):
         matrix = kernels.launch_forward(z, normalize, per_sample, save, out, columns)
-    return out, nothing if matrix is None else matrix, columns
+    return out, empty if matrix is None else matrix, columns
 
 
 def _new_grad(grad: Tensor, z: Tensor, matrix: Tensor, columns: Tensor, normalize: bool, per_sample: bool) -> Tensor:
@@ -58,7 +58,7 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> list[Tensor]:
     return [torch.ops.bomkern.covariance_penalty_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings)]
 
 
-def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     def results(z: Tensor) -> Any:
         return reference.covariance_penalty(z, *ctx.settings)
 
@@ -79,12 +79,12 @@ _library = register(
     ),
     _save,
     _pull,
-    _again,
+    _double_backward,
 )
 
 
 def covariance_penalty(z: Tensor, normalize: bool, per_sample: bool) -> Tensor:
-    """`bomkern.reference.covariance_penalty` by Triton kernels around a library's matrix products."""
+    """Compute `bomkern.reference.covariance_penalty` by Triton kernels around a library's matrix products."""
     save = torch.is_grad_enabled() and z.requires_grad
-    made: Tensor = torch.ops.bomkern.covariance_penalty_triton(z, normalize, per_sample, save)[0]
-    return made
+    out: Tensor = torch.ops.bomkern.covariance_penalty_triton(z, normalize, per_sample, save)[0]
+    return out

@@ -38,11 +38,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
-    made: Grads = torch.ops.bomkern.gaussian_kl_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings, want)
-    return made
+    out: Grads = torch.ops.bomkern.gaussian_kl_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings, want)
+    return out
 
 
-def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     def results(mu: Tensor, logvar: Tensor) -> Any:
         return reference.gaussian_kl(mu, logvar, *ctx.settings)
 
@@ -59,11 +59,11 @@ _library = register(
     ),
     _save,
     _pull,
-    _again,
+    _double_backward,
 )
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, block_size: int, rho: float) -> Tensor:
-    """`bomkern.reference.gaussian_kl` by Triton kernels: same arguments, same results, one launch each way."""
-    made: Tensor = torch.ops.bomkern.gaussian_kl_triton(mu, logvar, block_size, rho)
-    return made
+    """Compute `bomkern.reference.gaussian_kl` by Triton kernels; same arguments and results, one launch each way."""
+    out: Tensor = torch.ops.bomkern.gaussian_kl_triton(mu, logvar, block_size, rho)
+    return out

@@ -44,14 +44,14 @@ def _forward(
 def _backward(
     grad: Tensor, weight: Tensor, index: Sequence[int], dim: Sequence[int], dtype: Sequence[int]
 ) -> list[Tensor]:
-    made = fakes.goal_set_backward(grad, weight, index, dim, dtype)
+    wanted = fakes.goal_set_backward(grad, weight, index, dim, dtype)
     grads: list[Tensor | None] = [None] * weight.shape[0]
-    for k, g in zip(index, made, strict=True):
+    for k, g in zip(index, wanted, strict=True):
         grads[k] = g
     kernels = load("goal_set", weight.device.type)
     with guard(weight):
         kernels.launch_backward(grads, grad, weight)
-    return made
+    return wanted
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -61,13 +61,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.dtype = [FLOATS.index(g.dtype) for g in goals]
     ctx.save_for_backward(output[3])
     if ctx.saved:
-        # Copies: a GoalSet changes them in place after its forward, and a second derivative comes later.
+        # Copies, because a GoalSet changes them in place after its forward, before a second derivative.
         settings = [params.reshape(-1), temperature.reshape(1), *([] if multipliers is None else [multipliers])]
         ctx.given = Aside.keep(*goals, torch.cat(settings))
 
 
 def _saved(ctx: Any) -> Tensor:
-    """weight. Raises where there is none, or where a backward has freed it."""
+    """Return weight. Raises RuntimeError if it was not saved, or if a backward has freed it."""
     if not ctx.saved:
         raise RuntimeError("bomkern::goal_set_triton was called with save=False, so it has no gradient.")
     weight: Tensor = ctx.saved_tensors[0]
@@ -78,11 +78,11 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     weight = _saved(ctx)
     index = [k for k, wanted in enumerate(want) if wanted]
     dim, dtype = [ctx.dim[k] for k in index], [ctx.dtype[k] for k in index]
-    made = iter(torch.ops.bomkern.goal_set_triton_backward(grads[0], weight, index, dim, dtype))
-    return [next(made) if wanted else None for wanted in want]
+    computed = iter(torch.ops.bomkern.goal_set_triton_backward(grads[0], weight, index, dim, dtype))
+    return [next(computed) if wanted else None for wanted in want]
 
 
-def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     _saved(ctx)
     *goals, settings = Aside.kept(ctx.given)
     columns = len(ctx.curves)
@@ -111,7 +111,7 @@ _library = register(
     ),
     _save,
     _pull,
-    _again,
+    _double_backward,
 )
 
 
@@ -124,7 +124,7 @@ def goal_set(
     reduction: int,
     multipliers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`bomkern.reference.goal_set` by Triton kernels: same arguments, same results, no stack of the inputs."""
+    """Compute `bomkern.reference.goal_set` by Triton kernels; same arguments and results, no stack of the inputs."""
     save = torch.is_grad_enabled() and any(g.requires_grad for g in goals)
     loss, bottleneck, record, _ = torch.ops.bomkern.goal_set_triton(
         list(goals), params, list(curves), list(groups), temperature, reduction, multipliers, save

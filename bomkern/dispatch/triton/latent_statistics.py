@@ -15,11 +15,11 @@ from .launcher import guard, load
 from .library import Grads, by_reference, register
 
 Three = tuple[Tensor, Tensor, Tensor]
-FIELDS = 9  # of `bomkern.LatentStatistics`
+FIELDS = 9  # fields of `bomkern.LatentStatistics`
 
 
 def _allocate(z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float) -> tuple[Tensor, ...]:
-    """Fresh outputs: the fields, then what backward needs of each column, [4, D]."""
+    """Allocate the outputs: the fields, then four numbers per column for backward, [4, D]."""
     batch, dims, dtype = check_latents(z, mu, logvar, least=2)
     check_units(threshold, temperature)
     shapes: tuple[tuple[int, ...], ...] = (*[(batch,)] * 3, *[(dims,)] * 4, (), (), (4, dims))
@@ -44,12 +44,12 @@ def _new_grads(
 def _backward(
     grads: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, columns: Tensor, want: Sequence[bool]
 ) -> Three:
-    made = _new_grads(grads, z, mu, logvar, columns, want)
-    grads = [g if g is None else g.resolve_neg() for g in grads]  # in such a list the dispatcher does not do it
+    out = _new_grads(grads, z, mu, logvar, columns, want)
+    grads = [g if g is None else g.resolve_neg() for g in grads]  # the dispatcher does not do it in a list of optionals
     kernels = load("latent_statistics", z.device.type)
     with guard(z):
-        kernels.launch_backward(grads, z, mu, logvar, columns, made, want)
-    return made
+        kernels.launch_backward(grads, z, mu, logvar, columns, out, want)
+    return out
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -59,12 +59,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
-    given = list(grads[:FIELDS])
-    made: Three = torch.ops.bomkern.latent_statistics_triton_backward(given, *ctx.saved_tensors, want)
-    return made
+    fields = list(grads[:FIELDS])
+    out: Three = torch.ops.bomkern.latent_statistics_triton_backward(fields, *ctx.saved_tensors, want)
+    return out
 
 
-def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     def results(z: Tensor, mu: Tensor, logvar: Tensor) -> Any:
         return reference.latent_statistics(z, mu, logvar, ctx.threshold, ctx.temperature)
 
@@ -86,13 +86,13 @@ _library = register(
     ),
     _save,
     _pull,
-    _again,
+    _double_backward,
 )
 
 
 def latent_statistics(
     z: Tensor, mu: Tensor, logvar: Tensor, threshold: float, temperature: float
 ) -> tuple[Tensor, ...]:
-    """`bomkern.reference.latent_statistics` by Triton kernels: same arguments, same results, one read of each input."""
-    made: tuple[Tensor, ...] = torch.ops.bomkern.latent_statistics_triton(z, mu, logvar, threshold, temperature)
-    return made[:FIELDS]
+    """Compute `bomkern.reference.latent_statistics` by Triton kernels, with one read of each input."""
+    out: tuple[Tensor, ...] = torch.ops.bomkern.latent_statistics_triton(z, mu, logvar, threshold, temperature)
+    return out[:FIELDS]

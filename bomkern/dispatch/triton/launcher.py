@@ -1,4 +1,4 @@
-"""Whether Triton can serve, and an op's kernels. Triton itself is imported no sooner than the first call."""
+"""Check whether Triton can serve, and load an op's kernels. Triton itself is imported at the first call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ready: dict[tuple[str, str], ModuleType] = {}
 
 
 def why_not(device_type: str) -> str | None:
-    """None where Triton can serve tensors of this device type, else the reason, in one sentence."""
+    """Return None if Triton can serve tensors of this device type, else the reason in one sentence."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
@@ -31,7 +31,7 @@ def why_not(device_type: str) -> str | None:
 
 
 def load(op: str, device_type: str) -> ModuleType:
-    """The op's kernels, imported at its first call."""
+    """Return the module of an op's kernels, which is imported at its first call."""
     kernels = _ready.get((op, device_type))
     if kernels is None:
         reason = why_not(device_type)
@@ -42,6 +42,6 @@ def load(op: str, device_type: str) -> ModuleType:
 
 
 def guard(t: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's device current: Triton launches on the current one."""
+    """Return a context in which the tensor's device is current, since Triton launches on the current device."""
     elsewhere = t.is_cuda and t.get_device() != torch.cuda.current_device()
     return torch.cuda.device(t.device) if elsewhere else nullcontext()

@@ -1,4 +1,4 @@
-"""How an op and its backward op are made known to PyTorch, and where second derivatives come from."""
+"""Register an op, its backward op and its second derivatives with PyTorch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NO_BATCH = "takes no batched gradients (is_grads_batched=True, vectorize=True): 
 
 
 def _batched(grad: Tensor | None) -> bool:
-    """Whether it is of torch's older vmap, which has no rule for ops that take or give lists."""
+    """Return whether a gradient comes from torch's older vmap, which has no rule for ops with lists of tensors."""
     return grad is not None and is_legacy_batched(grad)
 
 
 class Aside(torch.autograd.Function):
-    """A node that keeps tensors for second derivatives alone, so that a plain backward lets them change meanwhile."""
+    """A node that keeps tensors for second derivatives alone, so that they may change before a plain backward."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
@@ -32,31 +32,31 @@ class Aside(torch.autograd.Function):
 
     @classmethod
     def keep(cls, *tensors: Tensor | None) -> Tensor:
-        """What `kept` takes; one of the tensors at least requires grad."""
+        """Keep tensors, of which at least one requires grad; return a handle for `kept`."""
         with torch.enable_grad():
             handle: Tensor = cls.apply(*tensors)
         return handle
 
     @staticmethod
     def kept(handle: Tensor) -> tuple[Any, ...]:
-        """The tensors, in their graph. Raises where one of them has changed in place."""
+        """Return the tensors with their graph. Raises an error if one of them has changed in place."""
         node: Any = handle.grad_fn
         return tuple(node.saved_tensors)
 
 
 def by_reference(inputs: Sequence[Tensor], results_of: Callable[..., Any], grads: Grads, want: Sequence[bool]) -> Grads:
-    """The gradients by ``inputs`` of which one is wanted, themselves differentiable; None for the others."""
-    # Each input by a node of its own: where one is made of another, the gradient of that one ends here all the same.
+    """Return differentiable gradients for those ``inputs`` that want one, and None for the others."""
+    # Each input gets its own node, so that gradients stop here even if one input was computed from another.
     inputs = [x.view_as(x) for x in inputs]
-    made = results_of(*inputs)
-    results = (made,) if isinstance(made, Tensor) else made
+    out = results_of(*inputs)
+    results = (out,) if isinstance(out, Tensor) else out
     used = [k for k, value in enumerate(results) if grads[k] is not None and value.requires_grad]
     if not used:
         return [None] * len(inputs)
-    values, given = [results[k] for k in used], [grads[k] for k in used]
+    values, grads = [results[k] for k in used], [grads[k] for k in used]
     by = [x for x, wanted in zip(inputs, want, strict=True) if wanted]
-    found = iter(torch.autograd.grad(values, by, given, create_graph=True, allow_unused=True))
-    return [next(found) if wanted else None for wanted in want]
+    computed = iter(torch.autograd.grad(values, by, grads, create_graph=True, allow_unused=True))
+    return [next(computed) if wanted else None for wanted in want]
 
 
 def register(
@@ -65,20 +65,21 @@ def register(
     backward: tuple[str, Callable[..., Any], Callable[..., Any]],
     save: Callable[..., None],
     pull: Callable[[Any, Grads, list[bool]], Grads],
-    again: Callable[[Any, Grads, list[bool]], Grads],
+    double_backward: Callable[[Any, Grads, list[bool]], Grads],
 ) -> torch.library.Library:
-    """Define ``op_triton`` and ``op_triton_backward``, each by its signature, its implementation and its fake.
+    """Define ``op_triton`` and ``op_triton_backward`` with autograd.
 
-    A fake that is given real tensors allocates the results. It is the schema's own (`fakes`), unless Triton's kernels
-    return other tensors. Differentiable inputs are the tensors that come first or, where that is a list, those in the
-    first argument.
+    The differentiable inputs are the leading tensor arguments or, if the first argument is a list, the tensors in it.
 
     Args:
-        save: ``(ctx, inputs, output)``, keeps in ctx what the two below need.
-        pull: ``(ctx, grads, want)``: from the gradients of the results, None where there is none, those of the
-            differentiable inputs; what it gives for an input that wants none is not looked at.
-        again: the same by the reference, under ``create_graph=True``: gradients that can be differentiated once more.
-            See `by_reference`.
+        op: the name of the op.
+        forward, backward: signature, implementation and fake of each. With real tensors a fake allocates the results.
+            It is the one in `fakes`, unless Triton's kernels return other tensors.
+        save: ``(ctx, inputs, output)``, saves in ctx the data for the two functions below.
+        pull: ``(ctx, grads, want)``, takes the gradients of the results, or None, and returns those of the
+            differentiable inputs. Gradients that are not wanted are ignored.
+        double_backward: the same by the reference, under ``create_graph=True``, with gradients that can be
+            differentiated again. See `by_reference`.
     """
 
     lists = any(kind in backward[0] for kind in ("Tensor[]", "Tensor?[]"))
@@ -87,19 +88,19 @@ def register(
         ctx.set_materialize_grads(False)
         ctx.listed = not isinstance(inputs[0], Tensor)
         ctx.count = 1 if ctx.listed else len(list(takewhile(lambda x: isinstance(x, Tensor), inputs)))
-        # register_autograd wants [], not None, as the gradient of an empty list.
+        # register_autograd expects [], not None, as the gradient of an empty list.
         ctx.others = tuple([] if isinstance(x, (list, tuple)) and not x else None for x in inputs[ctx.count :])
         save(ctx, inputs, output)
 
     def pull_back(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         want = list(ctx.needs_input_grad[0] if ctx.listed else ctx.needs_input_grad[: ctx.count])
-        made: Grads = [None] * len(want)
+        computed: Grads = [None] * len(want)
         if any(want) and any(g is not None for g in grads):
             if lists and not torch.compiler.is_compiling() and any(map(_batched, grads)):
                 raise NotImplementedError(f"{OPS[op].public_name} {NO_BATCH}")
-            found = (again if torch.is_grad_enabled() else pull)(ctx, grads, want)
-            made = [g if wanted else None for g, wanted in zip(found, want, strict=True)]
-        return (made, *ctx.others) if ctx.listed else (*made, *ctx.others)
+            computed = (double_backward if torch.is_grad_enabled() else pull)(ctx, grads, want)
+            computed = [g if wanted else None for g, wanted in zip(computed, want, strict=True)]
+        return (computed, *ctx.others) if ctx.listed else (*computed, *ctx.others)
 
     library = torch.library.Library("bomkern", "FRAGMENT")
     for suffix, (signature, run, fake) in (("triton", forward), ("triton_backward", backward)):

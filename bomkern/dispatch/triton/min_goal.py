@@ -16,14 +16,14 @@ from .library import Aside, Grads, by_reference, register
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-_SKIP = -1  # in `kinds`: no gradient wanted
-_SCALAR = len(FLOATS)  # added to a dtype's index: a 0-dim goal
+_SKIP = -1  # in `kinds`: the gradient is not wanted
+_SCALAR = len(FLOATS)  # in `kinds`: added to the dtype's index of a 0-dim goal
 
 
 def _allocate(
     goals: Sequence[Tensor], reduction: int, stats: bool, save: bool
 ) -> tuple[Outputs, int, int, torch.dtype]:
-    """Fresh outputs of `min_goal_triton`, empty where not asked for, then B, K and the compute dtype."""
+    """Allocate the outputs of `min_goal_triton`, empty if not requested; return them, B, K and the compute dtype."""
     batch, count, dtype = check_goals(goals)
     new = goals[0].new_empty
     saved = () if not save else (1,) if reduction == Reduction.MIN else (batch,)
@@ -71,7 +71,7 @@ def _forward_fake(
 
 
 def _new_grads(slope: Tensor, kinds: Sequence[int], batch: int, columns: int) -> list[Tensor | None]:
-    """A fresh gradient for each goal, None where not wanted; ``columns`` is 0 unless goals is one [B, K] tensor."""
+    """Allocate a gradient per goal, None if not wanted. ``columns`` is 0 unless goals is one [B, K] tensor."""
     grads: list[Tensor | None] = []
     for kind in kinds:
         shape = () if kind >= _SCALAR else (batch, columns) if columns else (batch,)
@@ -107,7 +107,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor]:
-    """winner and slope. Raises where there are none, or where a backward has freed them."""
+    """Return winner and slope. Raises RuntimeError if they were not saved, or if a backward has freed them."""
     if not ctx.saved:
         raise RuntimeError("bomkern::min_goal_triton was called with save=False, so it has no gradient.")
     winner, slope = ctx.saved_tensors
@@ -117,15 +117,15 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor]:
 def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     winner, slope = _saved(ctx)
     kinds = [kind if wanted else _SKIP for kind, wanted in zip(ctx.kinds, want, strict=True)]
-    made = iter(
+    computed = iter(
         torch.ops.bomkern.min_goal_triton_backward(
             grads[0], winner, slope, kinds, ctx.reduction, ctx.batch, ctx.count if ctx.rows else 0
         )
     )
-    return [next(made) if wanted else None for wanted in want]
+    return [next(computed) if wanted else None for wanted in want]
 
 
-def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     _saved(ctx)
     *goals, params = Aside.kept(ctx.given)
 
@@ -150,14 +150,14 @@ _library = register(
     ),
     _save,
     _pull,
-    _again,
+    _double_backward,
 )
 
 
 def min_goal(
     goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int, stats: bool
 ) -> tuple[Tensor, ...]:
-    """`bomkern.reference.min_goal` by Triton kernels: same arguments, same results, no stack of the inputs."""
+    """Compute `bomkern.reference.min_goal` by Triton kernels; same arguments and results, no stack of the inputs."""
     save = torch.is_grad_enabled() and any(g.requires_grad for g in goals)
     loss, _, _, *rest = torch.ops.bomkern.min_goal_triton(list(goals), params, list(curves), reduction, stats, save)
     return (loss, *rest) if stats else (loss,)

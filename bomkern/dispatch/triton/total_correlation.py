@@ -20,7 +20,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 def _allocate(
     z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
 ) -> Three:
-    """Fresh outputs: the result [R], then what backward needs of the joint [2, R] and of the marginals [2, D, R]."""
+    """Allocate the outputs: the result [R], and for backward the joint [2, R] and the marginals [2, D, R]."""
     batch, dims, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
     rows = z.shape[0]
@@ -53,9 +53,9 @@ def _backward(
 ) -> Three:
     kernels = load("total_correlation", z.device.type)
     with guard(z):
-        made = kernels.launch_backward(grad, z, mu, logvar, joint, marginal, dataset_size, stratified, first or 0, want)
+        out = kernels.launch_backward(grad, z, mu, logvar, joint, marginal, dataset_size, stratified, first or 0, want)
     grad_z, grad_mu, grad_logvar = (
-        x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(made, (z, mu, logvar), strict=True)
+        x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(out, (z, mu, logvar), strict=True)
     )
     return grad_z, grad_mu, grad_logvar
 
@@ -68,13 +68,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 
 
 def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
-    made: Three = torch.ops.bomkern.total_correlation_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings, want)
-    return made
+    out: Three = torch.ops.bomkern.total_correlation_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings, want)
+    return out
 
 
-def _again(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
+def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     (grad, *_), (z, mu, logvar, *_) = grads, ctx.saved_tensors
-    assert grad is not None  # of the only result that has a gradient
+    assert grad is not None  # it is the gradient of the only differentiable result
     return reference.total_correlation_gradients(grad, z, mu, logvar, *ctx.settings)
 
 
@@ -94,13 +94,13 @@ _library = register(
     ),
     _save,
     _pull,
-    _again,
+    _double_backward,
 )
 
 
 def total_correlation(
     z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
 ) -> Tensor:
-    """`bomkern.reference.total_correlation` by Triton kernels: same arguments, same results, memory O(B D)."""
-    made: Tensor = torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified, first)[0]
-    return made
+    """Compute `bomkern.reference.total_correlation` by Triton kernels; same arguments and results, memory O(B D)."""
+    out: Tensor = torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified, first)[0]
+    return out
