@@ -38,13 +38,11 @@ def raw_of(z: Tensor, mu: Tensor, logvar: Tensor) -> dict[str, Any]:
 
 
 def by_goal_set(**options: Any) -> Call:
-    made: dict[tuple[str, str], GoalSet] = {}
+    pairs = [server.values[0] for server in servers("goal_set")]  # a set made inside a transform would keep its tensors
+    made = {(impl, device): goal_set(impl, **options).to(device).eval() for impl, device in pairs}
 
     def call(z: Tensor, mu: Tensor, logvar: Tensor, impl: str) -> tuple[Tensor, ...]:
-        key = impl, z.device.type
-        if key not in made:
-            made[key] = goal_set(impl, **options).to(z.device).eval()
-        return (made[key](raw_of(z, mu, logvar)).loss,)
+        return (made[impl, z.device.type](raw_of(z, mu, logvar)).loss,)
 
     return call
 
