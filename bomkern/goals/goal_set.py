@@ -136,9 +136,10 @@ class GoalSet(FullPrecisionBuffers):
             if name not in self.names:
                 raise ValueError(f"materialize must name goals ({', '.join(self.names)}), got {name!r}")
         self._may = bits([self.names[g] for g in self.owner], kept)
-        self.curves = [policy.constraint.curve for policy in self.policies.values()]
+        described = [describe(policy) for policy in self.policies.values()]
+        self.curves = [info.curve for info in described]
         most = float(self.spill.weights(len(self.names))[0]) if self.spill else 1.0
-        self.layout = Layout(self.names, columns, self.owner, [describe(p) for p in self.policies.values()], most)
+        self.layout = Layout(self.names, columns, self.owner, described, most)
         self._raw = RawValues(self.names, members, columns)
         self.anchoring = Anchors(self.policies, self.curves, self._ranks)
         self.rules = RuleState(self.policies, self.guard, self.spill, self.layout.at, self._ranks)

@@ -207,7 +207,7 @@ def test_oracle(server: tuple[str, str], batch: int, dims: int) -> None:
     ),
     "tests/support/stub_cuda/cases.py": put(
         ("CASES: dict", "def mean_square_cases() -> list[Case]:\n    return hows(*MEAN_SQUARE, 24, 1)\n\n\n"),
-        ("CASES: dict", 'MEAN_SQUARE = "mean_square", "always", 90, bridge.mean_square\n'),
+        ("CASES: dict", 'MEAN_SQUARE = "mean_square", "always", 90, triton_ops.mean_square\n'),
         ('    "covariance_penalty": covariance', '    "mean_square": mean_square_cases(),\n'),
         ('    "covariance_penalty": {  # PyTorch', '    "mean_square": {"always": (1, 1, 0, 0)},\n'),
     ),
