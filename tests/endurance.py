@@ -1,6 +1,6 @@
 """Run many small steps through every op, and check for memory growth, leaked handles and drift between implementations.
 
-        python -m tests.endurance [--steps 20000] [--device cpu]
+    python -m tests.endurance [--steps 20000] [--device cpu]
 
 The script trains a small VAE by the best implementation here and writes tests/results/endurance.json. Every 97th batch
 holds a NaN, which StepGuard has to reject. Resident memory (less the heap's free blocks), open file handles and threads

@@ -1,6 +1,6 @@
 """Plant faults in training: kill runs, truncate or damage checkpoints, fill the disk.
 
-        python -m tests.faults [--kills 20] [--offsets 50]
+    python -m tests.faults [--kills 20] [--offsets 50]
 
 The script plants each fault as often as asked and writes tests/results/faults.json. tests/train/test_faults.py plants
 each a few times.
@@ -97,7 +97,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
     """Kill a run ``count`` times at random moments, resume it each time, and compare it with an undisturbed run.
 
     Returns:
-            kills, the steps of the checkpoints, and whether the final states are bitwise equal.
+        kills, the steps of the checkpoints, and whether the final states are bitwise equal.
     """
     rng = random.Random(seed)
     broken, straight = folder / "broken", folder / "straight"
@@ -151,8 +151,8 @@ def damaged(folder: Path, offsets: int, seed: int = 0) -> dict[str, Any]:
     The loader must refuse it, or read the same state as before.
 
     Returns:
-            how many files were truncated, and how many of them were refused; how many bytes were flipped, and how many
-        of those files were refused or read unchanged.
+        how many files were truncated, and how many of them were refused; how many bytes were flipped, and how many of
+        those files were refused or read unchanged.
     """
     rng, out = random.Random(seed), folder / "damaged"
     if not out.exists():

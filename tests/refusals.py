@@ -2,7 +2,7 @@
 
 It counts each ``pytest.raises`` whose block raised the expected error.
 
-        python -m pytest tests -m "not slow" -p tests.refusals -n auto
+    python -m pytest tests -m "not slow" -p tests.refusals -n auto
 
 The run writes tests/results/refusals.json: the counts, the number of tests, and the counts by error. A test that fails
 does not count.
