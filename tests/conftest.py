@@ -1,4 +1,4 @@
-"""Set up of every test: threads, hypothesis, Triton's interpreter, and the fixtures that many tests use."""
+"""Set up every test: threads, hypothesis, Triton's interpreter and common fixtures."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock  # that torch brings
+from filelock import FileLock  # a dependency of torch
 from hypothesis import settings
 
 from tests.support.interpreter import patch_once_a_launch
 
 torch.manual_seed(0)
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if WORKERS > 1:  # processes that share the cores would else each start a thread on every one
+if WORKERS > 1:  # otherwise each process would start a thread for every core
     THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
     torch.set_num_threads(THREADS)
-    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes to each of them
-settings.register_profile("bomkern", deadline=None)  # a busy machine is no failure
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # for the processes that tests start
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # avoids a pool of compile processes in each of them
+settings.register_profile("bomkern", deadline=None)  # a test may be slow on a busy machine
 settings.load_profile("bomkern")
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     patch_once_a_launch()
 
 
-LONG = 15  # seconds of a test that is not marked slow
+LONG = 15  # seconds that an unmarked test may take
 Build = Callable[[Path], None]
 
 
@@ -38,11 +38,11 @@ Build = Callable[[Path], None]
 def built_once(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str, Iterable[Path], Build], Path]:
-    """``built_once(name, how, sources, build)``: the folder that ``build`` filled, by the first process that needs it.
+    """Return ``built_once(name, how, sources, build)``, which builds a folder once for all processes and returns it.
 
-    It is kept in pytest's cache, and built anew where a source or ``how``, the words of the command, has changed.
+    The folder is kept in pytest's cache. It is rebuilt when a source or ``how``, the build command, changes.
     """
-    cache = getattr(request.config, "cache", None)  # not there with -p no:cacheprovider
+    cache = getattr(request.config, "cache", None)  # absent with -p no:cacheprovider
     root = cache.mkdir("builds") if cache else tmp_path_factory.mktemp("builds")
 
     def folder(name: str, how: str, sources: Iterable[Path], build: Build) -> Path:
@@ -54,7 +54,7 @@ def built_once(
             if not made.exists():
                 for old in root.glob(f"{name}-*"):
                     shutil.rmtree(old)
-                fresh = root / f"{name}-new"  # a build that fails or is killed leaves nothing that looks whole
+                fresh = root / f"{name}-new"  # a build that fails or is killed must not look complete
                 fresh.mkdir()
                 build(fresh)
                 fresh.rename(made)
@@ -64,7 +64,7 @@ def built_once(
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Names what should be marked slow, or be made faster; on a busy machine that may be too many."""
+    """List tests to mark slow or to speed up; a busy machine lists too many."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()) if r.when == "call"]
     long = sorted((r for r in reports if r.duration > LONG and "slow" not in r.keywords), key=lambda r: -r.duration)
     if long:
@@ -75,6 +75,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without pictures, which take longer than the few steps of a test."""
+    """Disable pictures, which take longer than the few steps of a test."""
     plots = pytest.importorskip("bomkern.train.plots")
     monkeypatch.setattr(plots, "contact_sheets", lambda *_: None)

@@ -1,12 +1,12 @@
-"""A long run of small steps through every op: does memory grow, do handles leak, do implementations drift apart?
+"""Run many small steps through every op, and check for memory growth, leaked handles and drift between implementations.
 
     python -m tests.endurance [--steps 20000] [--device cpu]
 
-trains a small VAE by the best implementation here and writes tests/results/endurance.json. Every 97th batch has a NaN:
-StepGuard has to reject it. Resident memory (less what the heap holds for reuse), open file handles and threads are
-counted 200 times a run; what counts is their slope in the second half, when histories are full. What the run gives to
-the ops goes to every other implementation as well, and in float64 to the reference: their values and gradients at 200
-steps, and at each step what their GoalSets learn.
+The script trains a small VAE by the best implementation here and writes tests/results/endurance.json. Every 97th batch
+holds a NaN, which StepGuard has to reject. Resident memory (less the heap's free blocks), open file handles and threads
+are counted 200 times a run. Their slopes in the second half of the run count, when histories are full. Every other
+implementation, and the reference in float64, get the same op inputs. The script compares values and gradients at 200
+steps, and the GoalSets' state at every step.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from bomkern.dispatch import select
 
 RESULTS = Path(__file__).resolve().parent / "results" / "endurance.json"
 BATCH, SIZE, LATENTS = 32, 16, 4
-POISON = 97  # of so many batches one has a NaN
-UNIT = (1.0, 1.0)  # threshold and temperature; units that are surely active have a gradient of rounding alone
+POISON = 97  # one of so many batches holds a NaN
+UNIT = (1.0, 1.0)  # threshold and temperature; surely active units would have gradients of pure rounding
 LOOKS, PARTS = 200, 5
 LEARNT = ("params", "policy_state", "average", "multipliers", "guard_share")
 Values = dict[str, Tensor]
 
 
 class Latents(NamedTuple):
-    """What the ops are given, [BATCH, LATENTS] each."""
+    """The inputs of the ops, [BATCH, LATENTS] each."""
 
     z: Tensor
     mu: Tensor
@@ -46,7 +46,7 @@ class Latents(NamedTuple):
 
 
 class Small(nn.Module):
-    """A linear VAE, for two views of a sample."""
+    """A linear VAE for two views of a sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Small(nn.Module):
 
 
 def statistics(given: Latents, impl: str) -> Values:
-    """Every op that makes a goal, by one implementation; [BATCH], [LATENTS] or 0-dim each."""
+    """Return the value of every op that makes a goal, by one implementation; [BATCH], [LATENTS] or 0-dim each."""
     z, mu, logvar, view = given
     active, effective = bomkern.active_units(mu, *UNIT, impl=impl)
     made = {
@@ -75,7 +75,7 @@ def statistics(given: Latents, impl: str) -> Values:
 
 
 def goal_set(impl: str) -> GoalSet:
-    """Every policy, the spill and the guard."""
+    """Return a GoalSet with every policy, spill and a guard."""
     return GoalSet(
         recon=Anchored(0.0, 2.0),
         kl=Tracking(),
@@ -89,7 +89,7 @@ def goal_set(impl: str) -> GoalSet:
 
 
 def goals_of(recon: Tensor, made: Values) -> dict[str, Any]:
-    """The raw values that a GoalSet is given."""
+    """Return the raw values for the GoalSet."""
     return {
         "recon": recon,
         "kl": made["gaussian_kl"],
@@ -104,13 +104,13 @@ def copied(raw: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """The greatest difference, in units of b's greatest number."""
+    """Return the greatest difference, relative to the greatest magnitude in ``b``."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
 
 
 def values_and_gradients(given: Latents, impl: str, dtype: torch.dtype) -> Values:
-    """Of every op; the gradient is that of the sum of its squares."""
+    """Return every op's value, and the gradient of the sum of its squares."""
     given = Latents(*(x.detach().to(dtype).requires_grad_() for x in given))
     found = {}
     for name, value in statistics(given, impl).items():
@@ -123,7 +123,7 @@ def values_and_gradients(given: Latents, impl: str, dtype: torch.dtype) -> Value
 
 
 def slope(counts: list[tuple[int, int]]) -> float:
-    """Least squares, a step, in the second half."""
+    """Return the least-squares slope per step over the second half."""
     rest = torch.tensor(counts[len(counts) // 2 :], dtype=torch.float64)
     steps, values = (rest - rest.mean(0)).T
     return float((steps @ values) / (steps @ steps))
@@ -134,7 +134,7 @@ def handles() -> int:
 
 
 class Run:
-    """One training run, the GoalSets that follow it, and what was counted."""
+    """One training run, the GoalSets that follow it, and the counts."""
 
     def __init__(self, steps: int, device: str) -> None:
         self.steps, self.device = steps, torch.device(device)
@@ -180,7 +180,7 @@ class Run:
         exact = values_and_gradients(latents, "reference", torch.float64)
         for impl in self.impls:
             for name, value in values_and_gradients(latents, impl, torch.float32).items():
-                worst = self.errors[impl].setdefault(name, [0.0] * PARTS)  # of each fifth of the run
+                worst = self.errors[impl].setdefault(name, [0.0] * PARTS)  # one maximum for each fifth of the run
                 part = step * PARTS // self.steps
                 worst[part] = max(worst[part], apart(value, exact[name]))
             self.learnt[impl] = max(apart(getattr(self.goals[impl], k), getattr(self.exact, k)) for k in LEARNT)

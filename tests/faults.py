@@ -1,8 +1,9 @@
-"""Faults in training, planted on purpose: runs that are killed, checkpoints that are cut short or damaged, full disks.
+"""Plant faults in training: kill runs, truncate or damage checkpoints, fill the disk.
 
     python -m tests.faults [--kills 20] [--offsets 50]
 
-does each as often as asked and writes tests/results/faults.json; tests/train/test_faults.py does each a few times.
+The script plants each fault as often as asked and writes tests/results/faults.json. tests/train/test_faults.py plants
+each a few times.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from bomkern.train.config import TrainError
 from tests.support.training import config, leaves
 
 RESULTS = Path(__file__).resolve().parent / "results" / "faults.json"
-ENDLESS = 10**6  # steps: a run of so many has not ended when it is killed, however late that is
+ENDLESS = 10**6  # more steps than any run reaches before it is killed
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.faults"])  # so that a run starts in no time
+_processes.set_forkserver_preload(["tests.faults"])  # makes runs start quickly
 
 
 def run(out: Path, limit: int | None = None, **changes: Any) -> dict[str, Any]:
-    """A small run; ``limit``: bytes that a file may have, as on a disk that is full."""
+    """Train a small run; ``limit`` bounds the bytes of a file, as a full disk does."""
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -42,7 +43,7 @@ def run(out: Path, limit: int | None = None, **changes: Any) -> dict[str, Any]:
 
 
 def plain() -> None:
-    """From here on this process draws no pictures, and has one thread."""
+    """Disable pictures and use one thread in this process."""
     from bomkern.train import plots
 
     plots.contact_sheets = lambda *_: None
@@ -51,7 +52,7 @@ def plain() -> None:
 
 def _quiet(out: Path, errors: Any, changes: dict[str, Any]) -> None:
     plain()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the progress bar
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the progress bar
     try:
         run(out, **changes)
     except (TrainError, OSError) as why:
@@ -59,7 +60,7 @@ def _quiet(out: Path, errors: Any, changes: dict[str, Any]) -> None:
 
 
 def start(out: Path, **changes: Any) -> tuple[Any, Any]:
-    """A run in a process of its own, and a queue with its last words."""
+    """Start a run in its own process. Return the process and a queue for its error message."""
     errors = _processes.SimpleQueue()
     process = _processes.Process(target=_quiet, args=(out, errors, changes))
     process.start()
@@ -67,25 +68,25 @@ def start(out: Path, **changes: Any) -> tuple[Any, Any]:
 
 
 def last_words(process: Any, errors: Any) -> str:
-    """Waits for a run to end; the error it ended with, or nothing."""
+    """Wait for a run to end, and return its error message, or ""."""
     process.join()
     return "" if errors.empty() else errors.get()
 
 
 def finish(process: Any, errors: Any, code: int = 0) -> None:
-    """Waits for a run to end, with ``code`` and without a word."""
+    """Wait for a run to end, and check that it exits with ``code`` and no error message."""
     said = last_words(process, errors)
     assert process.exitcode == code and not said, f"the run ended with {process.exitcode}: {said or 'no word'}"
 
 
 def state(out: Path) -> dict[str, Any]:
-    """All that a run will go on from, by path."""
+    """Return the state from which a run resumes, by path."""
     found = leaves(checkpoint.load(out / recorder.CHECKPOINT))
     return {name: value for name, value in found.items() if not name.startswith("/config")}
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """To the bit, NaN included."""
+    """Return whether two states are bitwise equal, NaN included."""
     return a.keys() == b.keys() and all(
         torch.equal(x.nan_to_num(-1.5), b[name].nan_to_num(-1.5)) if isinstance(x, torch.Tensor) else x == b[name]
         for name, x in a.items()
@@ -93,10 +94,10 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
-    """Kills a run ``count`` times at random moments, goes on each time, and compares its end with a run left alone.
+    """Kill a run ``count`` times at random moments, resume it each time, and compare it with an undisturbed run.
 
     Returns:
-        kills, the steps that checkpoints were at, and whether the end is equal to the bit.
+        kills, the steps of the checkpoints, and whether the final states are bitwise equal.
     """
     rng = random.Random(seed)
     broken, straight = folder / "broken", folder / "straight"
@@ -110,7 +111,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
         if path.exists():
             reached.append(checkpoint.load(path)["step"])
         elif not _can_resume(path) and broken.exists():
-            _clear(broken)  # killed before the first checkpoint: a resume has nothing to go on from
+            _clear(broken)  # a run killed before its first checkpoint has nothing to resume from
     steps = max(reached, default=0) + 2
     for out in (broken, straight):
         finish(*start(out, steps=steps, resume=out == broken and _can_resume(path)))
@@ -120,8 +121,8 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
 
 
 def _first_step(out: Path) -> float:
-    """The seconds from the start of a run to its first checkpoint, when the server of processes is there already."""
-    for _ in range(2):  # the first of them starts the server
+    """Return the seconds from a run's start to its first checkpoint, with the fork server already running."""
+    for _ in range(2):  # the first run starts the server
         begun = time.perf_counter()
         finish(*start(out, steps=1, overwrite=True))
     return time.perf_counter() - begun
@@ -132,7 +133,7 @@ def _can_resume(path: Path) -> bool:
 
 
 def _wait_for_writes(process: Any, path: Path, count: int) -> None:
-    """Until ``path`` has been written so many times more, or the process is over."""
+    """Wait until ``path`` has been written ``count`` more times, or the process has ended."""
     for _ in range(count):
         before = path.stat().st_mtime_ns if path.exists() else 0
         while process.is_alive() and (path.stat().st_mtime_ns if path.exists() else 0) == before:
@@ -145,11 +146,13 @@ def _clear(folder: Path) -> None:
 
 
 def damaged(folder: Path, offsets: int, seed: int = 0) -> dict[str, Any]:
-    """Cuts a checkpoint short at random places, and flips random bytes of it; it must be refused, or be what it was.
+    """Truncate a checkpoint at random places, and flip random bytes of it.
+
+    The loader must refuse it, or read the same state as before.
 
     Returns:
-        how many were cut and how many of those refused; how many bytes flipped, and how many of those were refused or
-        changed nothing that is read.
+        how many files were truncated, and how many of them were refused; how many bytes were flipped, and how many of
+        those files were refused or read unchanged.
     """
     rng, out = random.Random(seed), folder / "damaged"
     if not out.exists():
@@ -160,7 +163,7 @@ def damaged(folder: Path, offsets: int, seed: int = 0) -> dict[str, Any]:
     found = {"cut": offsets, "refused": 0, "flipped": offsets, "survived": 0}
     log = logging.getLogger("bomkern")
     level = log.level
-    log.setLevel(logging.ERROR)  # which of the two is taken is warned of each time
+    log.setLevel(logging.ERROR)  # hides the warning about which checkpoint is used
     try:
         for _ in range(offsets):
             path.write_bytes(whole[: rng.randrange(len(whole))])
@@ -176,7 +179,7 @@ def damaged(folder: Path, offsets: int, seed: int = 0) -> dict[str, Any]:
 
 
 def full_disk(folder: Path) -> dict[str, Any]:
-    """A run whose checkpoint no longer fits stops in one line, and goes on from the one before when there is room."""
+    """Fill the disk: the run must stop with a one-line error, and resume from the previous checkpoint later."""
     out = folder / "full"
     run(out, steps=2)
     size = (out / recorder.CHECKPOINT).stat().st_size
@@ -200,7 +203,7 @@ def main() -> None:
             "damaged": damaged(folder, asked.offsets),
             "full_disk": full_disk(folder),
         }
-    found["full_disk"].pop("said")  # which names the folder
+    found["full_disk"].pop("said")  # the message names the folder
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

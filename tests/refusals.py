@@ -1,8 +1,11 @@
-"""A pytest plugin that counts the bad inputs that are refused: each ``pytest.raises`` whose block raised what it names.
+"""Count the bad inputs that are refused, as a pytest plugin.
+
+It counts each ``pytest.raises`` whose block raised the expected error.
 
     python -m pytest tests -m "not slow" -p tests.refusals -n auto
 
-writes tests/results/refusals.json: how many in how many tests, by error. A test that fails counts for nothing.
+The run writes tests/results/refusals.json: the counts, the number of tests, and the counts by error. A test that fails
+does not count.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import pytest
 
 RESULTS = Path(__file__).resolve().parent / "results" / "refusals.json"
 COMMAND = "pytest tests -m 'not slow' -p tests.refusals -n auto"
-_here: list[str] = []  # the errors of the test that runs
+_here: list[str] = []  # errors of the running test
 _errors: Counter[str] = Counter()
 _tests = 0
 _exit = pytest.RaisesExc.__exit__
@@ -41,13 +44,13 @@ def pytest_configure() -> None:
 def pytest_runtest_call() -> Iterator[None]:
     global _tests
     _here.clear()
-    yield  # raises where the test failed
+    yield  # raises if the test failed
     _errors.update(_here)
     _tests += bool(_here)
 
 
 def pytest_testnodedown(node: Any) -> None:
-    """A process of xdist is done."""
+    """Add the counts of an xdist process that has ended."""
     global _tests
     told = getattr(node, "workeroutput", {}).get("refusals", {"tests": 0, "errors": {}})
     _tests += told["tests"]

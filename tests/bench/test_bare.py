@@ -1,4 +1,4 @@
-"""The benches on a machine that has torch, pytest and pytest-benchmark and nothing else: no numpy, no matplotlib."""
+"""Test the benches on a machine with torch, pytest and pytest-benchmark alone: no numpy, no matplotlib."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BARE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); "
 
 
 def bare(code: str) -> subprocess.CompletedProcess[str]:
-    """Run without what is absent: an import of it fails."""
+    """Run `code` in a process where importing an absent package fails."""
     command = [sys.executable, "-W", "ignore", "-c", BARE + code]
     return subprocess.run(command, cwd=ROOT, env=outside_xdist(), capture_output=True, text=True)
 
@@ -54,7 +54,7 @@ def test_a_file_that_is_skipped_is_no_failure() -> None:
 
 @pytest.mark.slow
 def test_benches_are_timed_kept_and_reported(tmp_path: Path) -> None:
-    chosen = "B512 and forward and step_0 or B512 and test_regimes_in_turn"  # on codes of a real run, too
+    chosen = "B512 and forward and step_0 or B512 and test_regimes_in_turn"  # includes codes of a real run
     kept = tmp_path / "bench.jsonl"
     done = pytest_with("bench/ops/bench_gaussian_kl.py", "--benchmark-only", "-k", chosen, f"--keep={kept}", "-rs")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr

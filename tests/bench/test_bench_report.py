@@ -1,4 +1,4 @@
-"""The benchmark's report: what is kept of a run, fits, comparisons, pages and pictures; and the README's own table."""
+"""Test the benchmark report: kept results, fits, comparisons, pages, pictures and the table in the README."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_exponents_of_known_growth() -> None:
     found = {(line.letter, line.fixed): line for line in growth.exponents(Results(MACHINE, "", "", rows))}
     in_b = found["B", "D = 32"]
     assert in_b.time == pytest.approx((2, 0), abs=1e-9) and in_b.over == "128 to 2,048"
-    assert in_b.memory is None  # two of its four are a megabyte or more
+    assert in_b.memory is None  # two of its four tensors are a megabyte or more
     assert found["D", "B = 512"].time == pytest.approx((1, 0), abs=1e-9)
     assert growth.fit([(1, 1), (2, 2)]) is None
     noisy = growth.fit([(1, 1), (2, 5), (4, 3)])
@@ -62,7 +62,7 @@ def test_a_ratio_that_fell_is_found() -> None:
     assert fine and not any("FELL" in line for line in lines)
     lines, fine = compare.compare(results(), [results(bomkern=1.2e-6)])
     assert not fine and sum("FELL" in line for line in lines) == 3 * len(page.CASES)
-    # A slower machine is no slower bomkern, and of several runs the best counts.
+    # A slower machine does not count as a slower bomkern. The best of several runs counts.
     assert compare.compare(results(), [results(bomkern=5e-6, eager=45e-6)])[1]
     assert compare.compare(results(), [results(bomkern=1.2e-6), results()])[1]
     other = {**MACHINE, "simd": "avx512"}
@@ -96,7 +96,7 @@ def test_compare_runs_again_only_where_one_fell(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 8))])
 def test_what_a_run_that_was_cut_short_left_makes_a_page(tmp_path: Path, seed: int) -> None:
-    """Any benches of a GPU, however few, and any ceilings."""
+    """A run that was cut short makes a page, with any number of a GPU's benches and any ceilings."""
     chance = random.Random(seed)
     whole = results(GPU)
     whole.rows.append({**row("total_correlation", "bomkern", 1.0, "peak memory", B=64, D=128)})
@@ -162,7 +162,7 @@ def test_a_profile_becomes_a_table(tmp_path: Path) -> None:
     name = "void bomkern::tc::forward<(int)4, float>(bomkern::Args)"
     metrics = zip(kernels.METRICS, ("ns", "%", "%", "%"), ("12,500", "81.25", "3.5", "60"), strict=True)
     lines = [f'"0","python","box","{name}","{metric}","{unit}","{value}"' for metric, unit, value in metrics]
-    lines.append(lines[1].replace("81.25", "n/a").replace('"0"', '"1"'))  # what this GPU does not count
+    lines.append(lines[1].replace("81.25", "n/a").replace('"0"', '"1"'))  # a counter that this GPU does not have
     (tmp_path / "ncu.csv").write_text("\n".join(["==PROF== Connected", head, *lines, "==PROF== Disconnected"]))
     found, less = kernels.read(tmp_path / "ncu.csv")
     assert less == {"kernel": "bomkern::tc::forward"}
@@ -177,7 +177,7 @@ def test_times_are_written_in_their_unit(seconds: float, written: str) -> None:
 
 
 def test_the_pages_show_what_is_kept() -> None:
-    """Of the README the table, of bench/results/README.md everything."""
+    """The README's table and bench/results/README.md match the committed results."""
     assert committed(), "no results are kept in bench/results"
     for path, text in write.pages().items():
         assert path.read_text() == text, f"{path} says something else: run python -m bench.report"

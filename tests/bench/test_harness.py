@@ -1,4 +1,4 @@
-"""What times the ops: it refuses wrong results, counts launches, syncs and memory, and batches calls."""
+"""Test the harness: it refuses wrong results, counts launches, syncs and memory, and batches calls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_wrong_value_is_not_timed() -> None:
 def test_a_wrong_gradient_is_not_timed() -> None:
     def wrong(mu: Tensor, logvar: Tensor) -> Tensor:
         value = plain(mu, logvar)
-        return value + 0.01 * (mu.sum(1) - mu.detach().sum(1))  # the value is right
+        return value + 0.01 * (mu.sum(1) - mu.detach().sum(1))  # the value is right, the gradient is not
 
     harness.check(CASE, wrong, SIZE, backward=False)
     with pytest.raises(AssertionError):
@@ -54,7 +54,7 @@ def test_rounds_fit_their_budget(call: float) -> None:
 @ON_CPU
 def test_peak_memory_sees_what_is_let_go_again() -> None:
     def step() -> None:
-        torch.ones(2**24).add(1)  # two of 64 MiB
+        torch.ones(2**24).add(1)  # two tensors of 64 MiB
 
     found = machine.peak_bytes(step)
     assert found is not None and found == pytest.approx(2 * 2**26, rel=0.05)
@@ -78,7 +78,7 @@ def test_a_goal_set_never_waits_and_plain_code_does() -> None:
     anchors = dict.fromkeys(names, (0.0, 1.0))
     ours = machine.counted(lambda: goals(raw).loss.backward())
     theirs = machine.counted(lambda: plain_loss(raw, anchors, {}).backward())
-    # Two checks a goal and two of the loss, and a number for the log from each.
+    # Two checks for each goal and two for the loss, and one number for the log from each.
     assert ours["syncs"] == 0 and theirs["syncs"] == 2 * 9 + 2 + 9 + 1
     assert ours["launches"] < theirs["launches"] / 5
 
@@ -100,7 +100,7 @@ def test_ceilings_are_rates() -> None:
 
 
 class FakeEvent:
-    """A device event on a machine that has none."""
+    """A device event for a machine without a GPU."""
 
     def __init__(self, enable_timing: bool) -> None:
         self.at = 0
@@ -117,7 +117,7 @@ class FakeEvent:
 
 @pytest.mark.parametrize("captures", [True, False])
 def test_a_gpu_is_timed_three_ways(monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
-    """The path of a GPU with everything of CUDA replaced: host, events, and the replay of a graph."""
+    """Time a call on the host, by events and by replaying a graph, with CUDA replaced by stubs."""
     replays, capturing = [], []
 
     class Graph:
@@ -171,7 +171,7 @@ def test_every_default_peer_is_found() -> None:
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> step.Run:
-    """A fresh run of eight samples, in place of one that was trained for a while."""
+    """Return a fresh run of eight samples instead of one that was trained for a while."""
     run = step.Run("bomkern", 8)
     monkeypatch.setattr(step, "started", lambda: run)
     bench_step.expected.cache_clear()
@@ -185,7 +185,7 @@ def test_the_page_has_words_for_every_variant() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", step.VARIANTS)
 def test_the_variants_of_a_step_agree(variant: str, begun: step.Run) -> None:
-    """Each passes its check and takes a whole step, and one in parts where it can be cut."""
+    """Each variant passes its check and takes a whole step. Variants that can be cut also take it in parts."""
     if variant in bench_step.WALKS_MANY:
         pytest.importorskip("torchjd")
     run = step.Run(variant, 8, begun)

@@ -1,4 +1,4 @@
-"""Benches that are kept as they end: what a kill leaves, where the next run goes on, and what is refused."""
+"""Test the file of kept benches: what survives a kill, where the next run resumes, and what is refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
         "first",
         "wrong",
     ]
-    results = read([file])  # what is there is a result already
+    results = read([file])  # the file already counts as a result
     assert [row["peer"] for row in results.rows] == ["bomkern", "eager"]
     assert results.machine["ceilings"] == {"bytes": 3e9, "exponentials": None, "flops": None}
     assert (
@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     )
 
     with file.open("a") as kept:
-        kept.write('{"bench": "bench_some.py::test_in_fl')  # as a kill in the midst of a line leaves it
+        kept.write('{"bench": "bench_some.py::test_in_fl')  # a kill can leave half a line
     mended = run(tmp_path, file, MENDED="1")
     assert mended.returncode == 0 and "2 deselected" in mended.stdout, mended.stdout + mended.stderr
     names = [line["bench"].rpartition("::test_")[2] for line in kept_lines(file)[0] if "bench" in line]
@@ -91,13 +91,13 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(read([file, file]).rows) == 2 * len(NAMES)  # several files are joined
     assert not any(str(place) in file.read_text() for place in (ROOT, tmp_path, Path.home()))
 
-    again = run(tmp_path, file, "-k", "first")  # to have nothing to do is no failure
+    again = run(tmp_path, file, "-k", "first")  # a run with nothing left to do succeeds
     assert again.returncode == 0 and "deselected" in again.stdout, again.stdout + again.stderr
 
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file with its head and nothing else."""
+    """Return a file that holds its header only."""
     monkeypatch.setattr(machine, "CEILINGS", {})
     monkeypatch.setattr(harness, "SLOWEST", {})
     keep.Keeper(tmp_path / "bench.jsonl").pytest_unconfigure()
@@ -148,7 +148,7 @@ def test_the_sum_over_the_sources_sees_a_change(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_slowest_regime_is_known_again(begun: Path) -> None:
-    """A later bench is asked in the regime that an earlier one, of another run, found slowest."""
+    """A later run benches the regime that an earlier run found slowest."""
     row: dict[str, Any] = {
         "direction": harness.TURNS,
         "case": "gaussian_kl",

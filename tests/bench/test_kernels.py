@@ -1,4 +1,4 @@
-"""What the profiler runs: a dry run of it on the CPU, one op that fails, and the path of a GPU with a stub."""
+"""Test the profiler's script: a dry run on the CPU, an op that fails, and the GPU path with a stub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bomkern.dispatch import select
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which a dry run sets
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a dry run sets this variable
 
 
 def test_every_op_has_a_case() -> None:
@@ -63,7 +63,7 @@ def test_a_gpu_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_profiler_sees_one_call_and_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of a GPU, CUDA's profiler replaced."""
+    """The GPU path, with CUDA's profiler replaced by a stub."""
     seen: list[str] = []
     case, _, small = kernels.cases()[0]
 

@@ -1,4 +1,4 @@
-"""The study of `python -m bench.policies`: its problems, arms, measures and report, at a few steps each."""
+"""Test `python -m bench.policies`: its problems, arms, measures and report, with a few steps each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_arm_trains(name: str) -> None:
 
 
 def test_seeds_are_paired() -> None:
-    """Whatever an arm does, the batches and the first model are the same."""
+    """Every arm gets the same batches and the same initial model."""
 
     def images(arm: Arm) -> torch.Tensor:
         problem = Digits(3, FAULTS["none"], 4)
@@ -66,9 +66,9 @@ def test_starvation_is_neglect_that_hurts() -> None:
 
     rising = np.linspace(0.5, 1.5, 100).tolist()
     assert longest(0.0, rising, 1.0) > 50
-    assert longest(0.2, rising, 1.0) == 0  # fed
-    assert longest(0.0, rising[::-1], 1.0) == 0  # gets better
-    assert longest(0.0, [x / 10 for x in rising], 1.0) == 0  # well off beside the other
+    assert longest(0.2, rising, 1.0) == 0  # the goal gets gradient
+    assert longest(0.0, rising[::-1], 1.0) == 0  # the goal improves
+    assert longest(0.0, [x / 10 for x in rising], 1.0) == 0  # the goal is well off beside the other
 
 
 def test_the_fault_that_locks_a_run_is_reported() -> None:
@@ -77,7 +77,7 @@ def test_the_fault_that_locks_a_run_is_reported() -> None:
     run.train(problem, arm)
     assert run.reported(problem, arm) is not None
     calm = Digits(0, FAULTS["floor"], 200)
-    calm.blocked = "consistency"  # as if another goal were at fault
+    calm.blocked = "consistency"  # pretend that another goal is at fault
     assert run.reported(calm, arm) is None
 
 
@@ -90,10 +90,11 @@ def record(arm: str, seed: int, psnr: float, worst: float, fault: str = "none") 
 def test_the_tuned_sums_are_the_best_of_the_random_ones(tmp_path: Path) -> None:
     lines = [record(f"sum {n}", command.TUNING, 10 + n / 10, 0.5 + abs(n - 12) / 10) for n in range(peers.SUMS)]
     path = tmp_path / "runs.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines[:-1])) + '\n{"data": "dig')  # interrupted
+    # a file whose last line was interrupted
+    path.write_text("\n".join(map(json.dumps, lines[:-1])) + '\n{"data": "dig')
     assert command.picks(command.read(path), "digits") == {}
     path.write_text("\n".join(map(json.dumps, lines)))
-    # By its worst goal number 12; by PSNR the last of those that leave no goal worse than nothing.
+    # The worst goal picks number 12. PSNR picks the last arm that leaves no goal worse than no training.
     assert command.picks(command.read(path), "digits") == {TUNED: "sum 12", BRIGHT: "sum 16"}
 
 

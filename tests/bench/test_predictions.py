@@ -1,4 +1,4 @@
-"""The predictions for a GPU that was not there: the file, its floors, and how the report shows what they missed."""
+"""Test the GPU predictions: the file, its floors, and how the report shows the misses."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def test_both_directions_are_the_sum_of_each() -> None:
 @pytest.mark.skipif(machine.DEVICE != "cpu", reason="operators are counted on a CPU")
 @pytest.mark.parametrize("plan", predictions.PLANS, ids=lambda plan: plan.case.name)
 def test_the_launches_of_a_loss_are_counted(plan: predictions.Plan) -> None:
-    """Beside our two ops: where those are compiled, each operator is one."""
+    """Each operator of the loss counts as one launch where our two ops are compiled."""
     if select.why_not(plan.case.op, "cpu", "cpu"):
         pytest.skip("not compiled here")
     size = tuple({**plan.sizes[0], "B": 32}.items())
     step = harness.once(plan.case, plan.case.ours, harness.inputs(plan.case, size), backward=True)
-    step()  # tables are made on the first call
-    stack = plan.case.op == "goal_set"  # in forward, too
+    step()  # the first call makes the tables
+    stack = plan.case.op == "goal_set"  # the forward pass stacks, too
     assert machine.counted(step)["launches"] == 2 + stack + plan.loss
 
 
 def test_floors_by_hand() -> None:
-    """A million samples of nine goals are 37.7 MB, 9.2 us at 4.1 TB/s, and two launches of 2.5."""
+    """A million samples of nine goals are 37.7 MB, or 9.2 us at 4.1 TB/s, plus two launches of 2.5 us."""
     (entry,) = [
         e for e in TOLD["entries"]
         if e["case"] == "min_goal anchored" and e["direction"] == FORWARD and e["size"]["B"] == 2**20
@@ -80,7 +80,7 @@ def test_floors_by_hand() -> None:
 
 
 def made_up(off: float, impl: str = "cuda", name: str = "NVIDIA H200") -> Results:
-    """Results that nothing measured: every prediction, so many times."""
+    """Return made-up results: every prediction times ``off``."""
     rows = []
     for entry in TOLD["entries"]:
         if entry["direction"] != BACKWARD:
@@ -107,7 +107,7 @@ def test_the_report_shows_them_side_by_side() -> None:
 @pytest.mark.parametrize("off", [1.7, 0.6])
 def test_a_miss_is_a_finding_with_its_reason(off: float) -> None:
     for row in table_of(made_up(off)):
-        if ", backward |" not in row:  # a difference of rounded numbers here
+        if ", backward |" not in row:  # backward is a difference of rounded numbers
             *_, found, reason, _ = (cell.strip() for cell in row.split("|"))
             assert found == f"**{off:.2f}x**" and reason
 
@@ -120,7 +120,7 @@ def test_events_count_where_no_graph_was_captured() -> None:
 
 
 def test_nothing_is_said_of_others() -> None:
-    """Neither of another GPU nor of what Triton took, nor of a CPU."""
+    """The report compares no other GPU, no Triton result and no CPU with the predictions."""
     assert not page.predicted(made_up(1.0, name="NVIDIA L4"))
     assert not page.predicted(made_up(1.0, impl="triton"))
     assert not page.predicted(Results({**MACHINE, "device": "cpu"}, "", "", made_up(1.0).rows))

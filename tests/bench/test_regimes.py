@@ -1,4 +1,4 @@
-"""The kinds of data that the benches are fed, what is timed on each, and what the report makes of the worst."""
+"""Test the regimes of bench inputs: how they are drawn, timed and reported."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_regime_has_its_words() -> None:
 
 
 def test_codes_of_a_run_at_other_sizes() -> None:
-    """More rows than are kept lie in the posteriors of those; more columns are no copies."""
+    """Rows beyond those kept are drawn from the same posteriors. Columns beyond those kept are no copies."""
     few, many = ([x.detach() for x in regimes.codes("step 1000", B, 128)] for B in (regimes.ROWS, 2 * regimes.ROWS))
     first, again = many[1].split(regimes.ROWS)
     logvar = many[2][: regimes.ROWS]
@@ -88,7 +88,7 @@ def test_separated_codes_lie_ten_deviations_apart() -> None:
     places = (away / regimes.APART).round()
     assert places.abs().max() >= regimes.PLACES - 1
     spread = (away - regimes.APART * places)[places == 0].std().item()
-    assert spread == pytest.approx(regimes.SPREAD * 2**0.5, rel=0.25)  # its tails are in the places beside
+    assert spread == pytest.approx(regimes.SPREAD * 2**0.5, rel=0.25)  # the tails lie in the neighbouring places
 
 
 @pytest.mark.parametrize("deficit", [0.0, 1e-6, 0.3, 5.0, 40.0])
@@ -100,7 +100,10 @@ def test_a_raw_value_has_its_deficit(deficit: float) -> None:
 
 
 def test_goals_tie_exactly_or_not_at_all() -> None:
-    """Else rounding would decide who gets the gradient, and a peer that decides otherwise would be called wrong."""
+    """Goals are either equal or clearly apart.
+
+    Near ties would let rounding decide who gets the gradient, and the check would reject a correct peer.
+    """
     for regime, constraints in itertools.product(regimes.GOALS, (bench_min_goal.ANCHORED, bench_min_goal.MIXED)):
         raw = [x.detach().double() for x in regimes.goals(regime, constraints, 2000)]
         pairs = zip(raw, constraints, strict=True)
@@ -124,10 +127,10 @@ def test_a_peer_that_is_wrong_in_a_regime_is_noted_and_skipped(monkeypatch: pyte
     where = {"direction": BOTH, "peer": "eager", "size": size, "regime": "far beyond"}
     assert told == {"op": "min_goal", "case": "min_goal anchored", **where}
     off = replace(case, ours=lambda *x, impl=None: case.ours(*x, impl=impl) * (1 if impl else 1.001))
-    with pytest.raises(harness.Wrong):  # ours must be right everywhere
+    with pytest.raises(harness.Wrong):  # our result must be right in every regime
         harness.measure(None, off, "bomkern", size, BOTH, "far beyond")
     off = replace(case, plain=lambda *x: case.plain(*x) * 1.001)
-    with pytest.raises(harness.Wrong):  # and everyone in the usual regime
+    with pytest.raises(harness.Wrong):  # every peer must be right in the usual regime
         harness.measure(None, off, "eager", size, BOTH)
     assert not harness.WRONG
 
@@ -152,7 +155,7 @@ def test_other_regimes_are_brief(call: float) -> None:
 
 
 def benches(test: Any) -> list[tuple[dict[str, int], str, str, str]]:
-    """What `harness.sizes_and` made of a test."""
+    """Return the sizes and regimes with which `harness.sizes_and` parametrised a test."""
     return next(mark.args[1] for mark in test.pytestmark if "regime" in mark.args[0])
 
 
@@ -171,7 +174,10 @@ def test_what_the_readme_shows_is_benched_in_every_regime(case: str) -> None:
 
 
 def in_regimes(**times: dict[str, Any]) -> Results:
-    """gaussian_kl at B = 512 in several regimes; ``times`` are seconds by peer, or None where it was wrong."""
+    """Return gaussian_kl results at B = 512 in several regimes.
+
+    ``times`` holds the seconds of each peer, or None where its result was wrong.
+    """
     rows = []
     for regime, peers in times.items():
         for peer, seconds in peers.items():
@@ -196,7 +202,7 @@ SEEN = in_regimes(
 def test_the_worst_regime_is_what_is_shown() -> None:
     (found,) = worst.by_case(SEEN, "gaussian_kl", BOTH).values()
     assert found.where == "sharp" and found.slowest["seconds"] == 1.4e-4
-    assert found.spread == pytest.approx(1.4)  # halves do not count
+    assert found.spread == pytest.approx(1.4)  # half precision does not count
     assert found.least["eager"] == (pytest.approx(5), "sharp")
     assert found.least["torch.compile"] == (pytest.approx(1.8), "half")
     assert found.least["KeOps"] == (pytest.approx(100), "busy and idle")
@@ -207,7 +213,7 @@ def test_the_worst_regime_is_what_is_shown() -> None:
     for line in (
         *("| bomkern | 140 us |", "| slowest / fastest | **1.40x** |", "| slowest regime | sharp |"),
         *("| worst regime | sharp |", "| gaussian_kl | B = 512, D = 128 | **1.40x** | sharp |"),
-        "| B = 512, D = 128 | busy and idle | 100 us | 9.0x | 3.0x |",  # of KeOps one regime alone was measured
+        "| B = 512, D = 128 | busy and idle | 100 us | 9.0x | 3.0x |",  # KeOps was measured in one regime only
         "| B = 512, D = 128 | normal | 110 us | 8.0x | wrong |",
     ):
         assert line in text
@@ -248,8 +254,8 @@ def test_the_guard_holds_the_worst_regime_and_the_spread() -> None:
     assert compare.compare(old, [run(4.9, 1.2)])[1] and not compare.compare(old, [run(4.0, 1.2)])[1]
     lines, fine = compare.compare(old, [run(5.0, 1.6), run(5.0, 1.4)])
     assert not fine and re.match(r"1\.40x between kinds of data, slowest in sharp: .*MORE than 1\.3x", lines[-1])
-    assert compare.compare(old, [run(5.0, 1.6), run(4.0, 1.2)])[1]  # each at its best
-    del old.rows[0]["worst"]  # a base of the usual regime alone says little of the worst one
+    assert compare.compare(old, [run(5.0, 1.6), run(4.0, 1.2)])[1]  # the best run of each peer counts
+    del old.rows[0]["worst"]  # a baseline of the usual regime is no bound for the worst one
     assert compare.compare(old, [run(4.0, 1.2)])[1] and not compare.compare(old, [run(2.4, 1.2)])[1]
 
 
@@ -261,7 +267,7 @@ def test_the_guard_takes_eager_where_it_is_right() -> None:
 
 
 def test_times_in_turn_are_the_best_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    spent = iter([0.2, 0.3, 0.1, 0.4])  # a, b, a, b
+    spent = iter([0.2, 0.3, 0.1, 0.4])  # in the order a, b, a, b
     monkeypatch.setattr(rounds, "least", lambda steps: 1.0)
     monkeypatch.setattr(rounds, "LOOKS", (2, 2))
     monkeypatch.setattr(machine, "seconds", lambda step: next(spent))
@@ -269,7 +275,7 @@ def test_times_in_turn_are_the_best_of_each(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Fixture:
-    """Stands for pytest-benchmark's."""
+    """A stand-in for pytest-benchmark's fixture."""
 
     def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
@@ -306,7 +312,7 @@ def test_keops_is_asked_where_we_are_slowest(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_subnormal_gradient_may_be_zero() -> None:
-    """Kernels may flush what single precision cannot hold."""
+    """Kernels may flush gradients that single precision cannot hold as normal numbers."""
 
     def flushed(*x: Tensor) -> Tensor:
         return case.plain(*x)[0], *case.plain(*x)[1:]

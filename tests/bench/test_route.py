@@ -1,4 +1,4 @@
-"""The routing table's dry run: every part of it once, into a folder of its own."""
+"""Test a dry run of the routing table: every part once, into its own folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_dry_run_makes_the_page_and_the_picture(tmp_path: Path, monkeypatch: p
     from bench.route import measure, variants
 
     monkeypatch.setattr(variants, "SIZE", 32)  # a quarter of the pixels
-    monkeypatch.setattr(measure, "memory", measure.memory_here)  # a process of its own would have them all
+    monkeypatch.setattr(measure, "memory", measure.memory_here)  # only a separate process could measure all of them
     assert command.main(["--quick", "--results", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"route.json", "route.md", "route.png"}
     found = json.loads((tmp_path / "route.json").read_text())

@@ -1,4 +1,4 @@
-"""The tuner: values are put back, wrong results are not timed, and what it advises is what was measured."""
+"""Test the tuner: it restores values, times no wrong result, and advises what it measured."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_value_that_the_library_refuses_is_not_timed(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("asks_the_device", ["", "b"])
 def test_calls_are_replayed_where_all_can_be_recorded(asks_the_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is recorded under its own setting; where one has no graph, none of them is timed by one."""
+    """Each call is recorded under its own setting. If one call has no graph, none is timed by replay."""
     at, called, replayed = [""], [], []
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The diagnosis: histories written by hand, one for each fault, and ones without any."""
+"""Test the diagnosis on histories written by hand: one for each fault, and some without any."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ def test_a_goal_at_a_floor_is_locked() -> None:
     assert (found.first, found.last) == (1, T)
     assert "97% of the gradient" in found.evidence and "2 of 2 others" in found.evidence
     assert found.suggestion.startswith("give realism Anchored(1.4")
-    eval(found.suggestion.removeprefix("give realism "), {"Anchored": Anchored})  # it can be pasted
+    eval(found.suggestion.removeprefix("give realism "), {"Anchored": Anchored})  # the suggestion can be pasted
 
 
 def test_shares_by_rank_are_judged_by_what_one_goal_can_hold() -> None:
-    """With spill 1/2 and three goals the worst holds 4/7. The two worst holding 6/7 is no conflict by itself."""
+    """Judge a goal's share by the largest share that one goal can hold.
+
+    With spill 1/2 and three goals the worst goal holds 4/7. Two worst goals that hold 6/7 are no conflict by
+    themselves.
+    """
     raw = {"realism": flat(1.5, T), "recon": flat(0.6, T, 1), "kl": flat(0.3, T, 2)}
     share: dict[str, Tensor | float] = {"realism": 4 / 7, "recon": 2 / 7, "kl": 1 / 7}
     assert only(written(raw, share, most=4 / 7), "locked").goals == ("realism",)
@@ -64,7 +68,7 @@ def test_a_goal_without_gradient_that_gets_worse_is_starved() -> None:
 
 
 def test_a_goal_that_waits_is_not_starved() -> None:
-    """It has no share and gets worse, but is well off; or gets worse by less than noise tells; or gets its turn."""
+    """A goal without a share is not starved if it is well off, worsens less than noise, or gets its turn later."""
     assert kinds(written({"a": slope(2.0, 1.0), "b": slope(0.0, 0.05)}, {"a": 1.0})) == []
     assert (
         kinds(written({"a": slope(2.0, 1.0), "b": torch.cat([slope(0.5, 0.4, 200), flat(0.41, 200)])}, {"a": 1.0}))
@@ -90,7 +94,7 @@ def test_a_goal_that_gets_worse_with_gradient_is_a_moving_target() -> None:
 
 
 def test_a_few_steps_are_no_moving_target_in_a_short_run_either() -> None:
-    """The first steps of a run of 100: other goals pull it up before its turn comes."""
+    """In a run of 100 steps, other goals raise the goal's value before its turn comes."""
     raw = {"a": torch.cat([slope(0.3, 1.0, 14), slope(1.0, 0.2, 86)]), "b": slope(0.9, 0.2, 100, 1)}
     assert kinds(written(raw, {"a": 0.5, "b": 0.5})) == []
 
@@ -128,7 +132,7 @@ def test_two_goals_that_undo_each_other_are_in_conflict() -> None:
 
 
 def test_conflict_takes_both_directions() -> None:
-    """Where only one goal suffers from the other, it is a stalemate at most, and says what else it may be."""
+    """If only one goal suffers from the other, report at most a stalemate, and name the alternatives."""
     first, wave = turns()
     share = 0.2 + 0.6 * first
     history = written(
@@ -202,7 +206,7 @@ def test_a_scale_from_an_easy_start_is_outgrown() -> None:
     history = written(raw, {"realism": 1.0}, {"realism": (0.0, 0.5)}, {"realism": Calibrated(50)})
     found = only(history, "miscalibrated")
     assert "outgrown" in found.evidence and 60 < found.first < 130
-    assert "locked" not in kinds(history)  # it is, and this is why
+    assert "locked" not in kinds(history)  # it is locked, and this finding explains it
 
 
 def test_a_goal_with_most_of_the_norm_but_not_of_the_samples() -> None:
@@ -245,8 +249,11 @@ def test_a_satisfied_goal_is_idle_and_comes_last() -> None:
 
 
 def test_the_run_that_bomkern_began_with() -> None:
-    """shared/DESIGN.md: consistency's scale was calibrated to almost nothing, so it took most of the gradient's norm;
-    reconstruction got 0 to 2.5% of the steps; realism, which was blamed, had a fifth."""
+    """The run described in shared/DESIGN.md gets the right diagnosis.
+
+    Consistency's scale was calibrated to almost nothing, so it took most of the gradient's norm. Reconstruction got 0
+    to 2.5% of the steps. Realism was blamed, but had a fifth of them.
+    """
     raw = {
         "consistency": torch.cat([flat(0.0004, 50), slope(0.001, 0.03, 100), flat(0.03, 250)]),
         "realism": slope(0.4, 0.6, seed=1),
@@ -263,12 +270,15 @@ def test_the_run_that_bomkern_began_with() -> None:
     assert "the gradient went to consistency 50%, kl 28%, realism 21%" in str(diagnosis)
 
 
-# What to change.
+# Suggested changes.
 
 
 def test_a_locked_goal_gets_an_ideal_that_it_can_reach_and_is_not_made_steep() -> None:
-    """On real photographs, realism at 0.57 between an ideal raised to 0.48 and its old nadir of 0.64 held the gradient
-    as before. A nadir that was named, and leaves room, stays."""
+    """A locked goal gets an ideal within its reach, and its slope does not grow.
+
+    On real photographs, realism stayed at 0.57 between an ideal raised to 0.48 and its old nadir of 0.64. It held the
+    gradient as before. A nadir that the user named stays if it leaves room.
+    """
     raw = {"realism": flat(0.55), "b": flat(0.2, T, 1)}
     for given, scale, nadir in (
         (Calibrated(50), 0.64, 1.18),
@@ -286,7 +296,7 @@ def test_what_is_to_change_fits_the_constraint() -> None:
     def told(raw: Tensor, given: object, kind: str, anchor: tuple[float, float] = (0.0, 1.0)) -> str:
         return only(written({"a": raw, "b": flat(0.1, T, 1)}, share, {"a": anchor}, {"a": given}), kind).suggestion
 
-    # What is high is good: it came to the upper quartile.
+    # A high value is good, so the suggestion takes the upper quartile.
     assert told(flat(-1.0), Lower(1.0, 1.0), "locked", (1.0, math.inf)) == "give a Lower(-0.979, 1)"
     assert told(flat(3.0), Upper(1.0, 1.0), "locked") == "give a Upper(2.95, 1)"
     assert told(flat(0.95), Box(-1.0, 1.0), "locked") == "give a Box(-1, 1.9)"
@@ -310,7 +320,7 @@ def test_a_starved_goal_is_fed_by_the_rule_where_nobody_holds_all() -> None:
 
 
 def test_a_kl_that_only_began_high_has_not_collapsed() -> None:
-    """From 20,000 nats of a random start to a healthy 30 is a fall to 0.15%."""
+    """A fall to 0.15%, from 20,000 nats at random initialisation to a healthy 30, is no collapse."""
     kl = torch.cat([slope(20000.0, 30.0, 20), flat(30.0, 380)])
     raw = {"kl": kl, "recon": slope(0.8, 0.5, seed=1)}
     assert "collapse" not in kinds(written(raw, {"kl": 0.5, "recon": 0.5}, {"kl": (0.0, 120.0)}))

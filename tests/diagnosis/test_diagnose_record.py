@@ -1,4 +1,4 @@
-"""The diagnosis: any record, any length, and how it is told."""
+"""Test the diagnosis of unusual records and short runs, and the text that it prints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from bomkern import (
 from bomkern.diagnosis.run_view import Column
 from tests.support.histories import T, clean, flat, locked, only, slope, written
 
-# Rows that are not steps, goals that are not columns, numbers that are not finite.
+# Rows that are not steps, goals that are not columns, and values that are not finite.
 
 
 def test_steps_without_a_finite_loss_name_the_goal() -> None:
@@ -107,7 +107,7 @@ def test_columns_know_which_way_is_worse() -> None:
 
 
 def test_lost_steps_at_the_end_do_not_silence_the_rest() -> None:
-    """Rows joined of lost steps alone know neither raw values nor anchors."""
+    """Joined rows that hold only lost steps have neither raw values nor anchors."""
     steps = locked(800)
     steps._rows[760:, :-1] = torch.nan
     steps._rows[760:, -1] = 0
@@ -134,7 +134,7 @@ def test_half_a_run_without_values_has_a_pull_all_the_same() -> None:
     assert diagnose(history).pull["b"] > 0.8
 
 
-# What is common to all.
+# Properties of every finding.
 
 
 def test_no_alarm_where_nothing_is_wrong() -> None:
@@ -195,7 +195,7 @@ def test_bad_arguments_are_named(history: object, payoff: object, message: str) 
 
 
 def test_nothing_in_a_record_makes_it_fail() -> None:
-    """Any numbers, any constraints: no exception, and confidences within bounds."""
+    """A record with arbitrary numbers and constraints raises no exception, and confidences stay within bounds."""
     draw, dice = torch.Generator().manual_seed(0), random.Random(0)
     choice = [
         Minimize(0.1),
@@ -230,7 +230,7 @@ def test_the_largest_history_takes_seconds() -> None:
     assert time.process_time() - begun < 10
 
 
-# The bench, and the command.
+# The bench and the command.
 
 
 def test_planted_faults_are_found() -> None:

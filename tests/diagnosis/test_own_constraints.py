@@ -1,4 +1,4 @@
-"""Constraints and policies that the diagnosis has never heard of: the user's own, and those of older files."""
+"""Test constraints and policies that the diagnosis does not know: a user's own, and those of older files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.histories import T, flat, only, slope, written
 
 
 class Maximize(Constraint):
-    """Deficit 0 at ``ideal``, 1 at ``ideal - scale``, without end on both sides."""
+    """A constraint with deficit 0 at ``ideal`` and 1 at ``ideal - scale``, unbounded on both sides."""
 
     curve = LINEAR
     __slots__ = ()
@@ -48,7 +48,7 @@ class Maximize(Constraint):
 
 
 class Target(Constraint):
-    """Deficit grows on both sides of ``value``, twice as fast below."""
+    """A constraint whose deficit grows on both sides of ``value``, twice as fast below it."""
 
     curve = LINEAR
     __slots__ = ()
@@ -58,7 +58,7 @@ class Target(Constraint):
 
 
 class Ceiling(Constraint):
-    """A barrier with a wall on one side."""
+    """A barrier constraint with a wall on one side."""
 
     curve = BARRIER
     __slots__ = ()
@@ -68,7 +68,7 @@ class Ceiling(Constraint):
 
 
 class Halfway(Policy):
-    """Its scale is half of the largest value of the first steps."""
+    """A policy whose scale is half of the largest value of the first steps."""
 
     until = 5
 
@@ -81,7 +81,7 @@ class Halfway(Policy):
 
 
 class Silent(Policy):
-    """Has what a GoalSet needs, but never called the base class."""
+    """A policy with the attributes that a GoalSet needs, which never calls the base constructor."""
 
     def __init__(self) -> None:
         self.constraint, self.waits = Lower(1.0, 0.5), {}
@@ -93,7 +93,10 @@ def column(constraint: Constraint | Policy) -> Column:
 
 
 def trained() -> GoalSet:
-    """A GoalSet of all classes above: "up" falls although it has the gradient, the others are satisfied."""
+    """Return a trained GoalSet of all classes above.
+
+    "up" falls although it has the gradient. The other goals are satisfied.
+    """
     goals = GoalSet(
         up=Maximize(1.0, 2.0), target=Target(0.5), wall=Ceiling(2.0), half=Halfway(), group=Group(x=Silent())
     )
@@ -178,7 +181,7 @@ def test_a_policy_of_the_users_own_that_calibrates_is_outgrown() -> None:
     assert "outgrown" in only(history, "miscalibrated").evidence
 
 
-# What a class lacks.
+# Missing attributes of a class.
 
 
 def lacking(**parts: Any) -> Policy:
@@ -218,7 +221,7 @@ def test_what_a_class_lacks_is_said(make: Any, message: str) -> None:
 
 
 def test_a_policy_may_have_nothing_to_learn() -> None:
-    """``until`` of 0 is fine where it was chosen."""
+    """A policy may choose ``until`` = 0."""
 
     class Warmup(Halfway):
         def __init__(self, steps: int) -> None:
@@ -235,7 +238,7 @@ def test_a_file_holds_plain_values(tmp_path: Path) -> None:
     goals = trained()
     goals.history.save(tmp_path / "history.pt")
     state = torch.load(tmp_path / "history.pt", weights_only=True)
-    # The keys of 0.1.0, whose reader takes those of the layout for arguments.
+    # The 0.1.0 reader passes the layout's keys as arguments, so the keys must stay the same.
     assert set(state["layout"]) == {"goals", "columns", "owner", "constraints", "most"}
     assert state["layout"]["constraints"] == [str(c) for c in goals.layout.constraints]
     assert state["constraints"][0] == {
@@ -269,12 +272,12 @@ def test_an_old_text_says_what_the_object_does(given: Policy) -> None:
     old, new = from_text(repr(given)), describe(given)
     assert (old.kind, old.curve, old.anchors, old.moving, old.text) == new[:2] + new[4:]
     assert old.arguments == {name: pytest.approx(value) for name, value in new.arguments.items()}
-    if isinstance(given, Fixed):  # of a policy the record holds the ramp
+    if isinstance(given, Fixed):  # for a policy, the record holds the ramp
         assert old.ramp == pytest.approx(new.ramp)
 
 
 def old_file(path: Path, history: History, constraints: list[str]) -> None:
-    """What commit 496d172 wrote: the constraints as they print, and nothing else of them."""
+    """Write a file as commit 496d172 did, with each constraint as its printed form only."""
     layout = history.layout
     old = {"most": layout.most, "goals": layout.goals, "columns": layout.columns, "owner": layout.owner}
     torch.save({"layout": {**old, "constraints": constraints}, **history.state_dict()}, path)

@@ -1,4 +1,4 @@
-"""The registry of findings: what reads from it, and what a new kind of finding needs."""
+"""Test the registry of findings: its readers, and the parts that a new kind needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    """Removes kinds and detectors that a test has added."""
+    """Remove the kinds and detectors that a test has added."""
     kinds, detectors = KINDS.copy(), DETECTORS.copy()
     yield
     KINDS.clear(), DETECTORS.clear()
@@ -76,14 +76,15 @@ def test_a_new_finding_is_known_everywhere(tmp_path: Path, capsys: pytest.Captur
     history = locked()
     found = diagnose(history)
     assert [(f.kind, f.goals) for f in found if f.kind in ("strange", "locked")] == [("strange", ("realism",))]
-    assert [f.goals for f in found if f.kind == "calm"] == [("recon",), ("kl",)]  # realism has a fault
+    # realism has a fault, so it is not calm
+    assert [f.goals for f in found if f.kind == "calm"] == [("recon",), ("kl",)]
     assert "calm" not in [f.kind for f in found.faults] and found[0].kind == "strange"
 
     history.save(tmp_path / "history.pt")
     assert cli.main(["diagnose", str(tmp_path)]) == 0 and "realism is strange" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "as never seen" in page and "all is well" in page and page.count("strange: realism") == 2
-    assert "calm: recon" not in page  # information is not marked on the charts
+    assert "calm: recon" not in page  # the charts mark no finding of information level
 
 
 @pytest.mark.usefixtures("registry")

@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, says everything, and runs no one's script."""
+"""Test that the report is one self-contained file, shows every finding, and runs no user's script."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PIXEL = bytes.fromhex(
 
 
 class Page(HTMLParser):
-    """Reads a page and checks that it is well formed."""
+    """A parser that checks that a page is well formed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def page(tmp_path: Path, history: History, **options: object) -> Page:
 
 
 def rich() -> History:
-    """Several findings, a group, a box, limits, and steps that were lost."""
+    """Return a history with several findings, a group, a box, limits and lost steps."""
     raw = {
         "realism": flat(1.5),
         "latent.a": slope(0.4, 1.0, seed=1),
@@ -189,7 +189,7 @@ def test_the_command_embeds_what_the_folder_holds(tmp_path: Path, capsys: pytest
     assert "give realism Anchored(0.4, 1)" in found.text and "Anchored(0.4, 1)" in capsys.readouterr().out
 
 
-# The pieces.
+# Parts of the report.
 
 
 def test_colours_stand_out_from_their_page() -> None:

@@ -1,4 +1,4 @@
-"""The statistics of noisy series that the diagnosis goes by."""
+"""Test the statistics of noisy series that the diagnosis uses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def test_trends_see_bent_rises_and_gaps() -> None:
 
 
 def test_equal_values_do_not_rise_in_order_of_time() -> None:
-    """A goal that a constraint's flat side or a saturated statistic holds at one value, but for its last steps."""
+    """Equal values count as ties.
+
+    A flat side of a constraint or a saturated statistic holds the goal at one value until its last steps.
+    """
     late = torch.cat([torch.zeros(280), torch.ones(20)]).double()
     assert abs(trend(late).t) < 4 and abs(trend(late.flip(0)).t) < 4 and trend(late.flip(0)).t < 0
 

@@ -1,4 +1,4 @@
-"""Tables of numbers are on the device before they are needed: no call copies them there, nor does a compiled graph."""
+"""Test that tables of numbers are on the device early: neither eager calls nor compiled graphs copy them there."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_compiled_call_builds_no_table(device: str, aot: bool, given: Any) -> 
     if device == "cpu":
         torch.testing.assert_close(got, want)
         table = min_goal._packed(given, 3, goals, goals[0].device)[0]
-        table[:, 1:3] *= 2  # the graph reads the tensor that eager calls read
+        table[:, 1:3] *= 2  # the graph reads the same tensor as eager calls
         torch.testing.assert_close(compiled(*goals), min_goal_loss(goals, given))
         assert not torch.allclose(compiled(*goals), want)
 
@@ -86,7 +86,7 @@ def test_a_compiled_goal_set_builds_no_table(device: str) -> None:
 
 
 def test_compiled_calls_see_other_constraints() -> None:
-    """Given as arguments, and written into a list: the graph's table is the right one's."""
+    """A graph uses the right table when constraints are passed as arguments or when their list changes."""
     compiled = torch.compile(lambda x, given: min_goal_loss([x], given), fullgraph=True, backend="aot_eager")
     x, some = torch.full((4,), 3.0), [Minimize(1.0)]
     assert compiled(x, (Minimize(1.0),)) == 3 and compiled(x, (Minimize(2.0),)) == 1.5 and compiled(x, some) == 3
@@ -109,7 +109,10 @@ def test_compiled_calls_see_other_curves(impl: str | None, kind: Any) -> None:
 @IMPLS
 @pytest.mark.parametrize("given", [CONSTRAINTS, list(CONSTRAINTS), Minimize(0.5)], ids=["tuple", "list", "one"])
 def test_a_compiled_call_inside_a_fake_mode(given: Any, impl: str | None) -> None:
-    """Fake tensors go with no table from outside; the same function then serves plain ones, and fake ones again."""
+    """Fake tensors use no cached table from outside.
+
+    The same function then serves plain tensors, and fake ones again.
+    """
     compiled = torch.compile(lambda *g: min_goal_loss(g, given, impl=impl), fullgraph=True, backend="aot_eager")
     for _ in range(2):
         with FakeTensorMode():
@@ -124,7 +127,7 @@ def test_a_compiled_call_inside_a_fake_mode(given: Any, impl: str | None) -> Non
 @IMPLS
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool, impl: str | None) -> None:
-    """The program has the table as its constant, and copies it in no call."""
+    """The exported program holds the table as a constant, and no call copies it."""
 
     class Loss(nn.Module):
         def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ def test_export(strict: bool, impl: str | None) -> None:
 
 
 class NoTables(TorchFunctionMode):
-    """Refuses what makes a tensor of the host's numbers."""
+    """A mode that refuses to make a tensor from the host's numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert getattr(func, "__name__", "") not in MADE, func
@@ -223,7 +226,7 @@ FIRST: dict[str, Callable[..., None]] = {
 @IMPLS
 @pytest.mark.parametrize("first", FIRST)
 def test_whoever_calls_first_leaves_a_plain_table(first: str, impl: str | None) -> None:
-    """Then an ordinary call has its gradient, first and second, and so have the others."""
+    """After any kind of first call, an ordinary call and all others have first and second gradients."""
 
     def call(x: Tensor) -> Tensor:
         return min_goal_loss([x, 2 * x], (Minimize(0.5), MinimizeHard(0.25)), impl=impl)
@@ -241,7 +244,10 @@ def test_whoever_calls_first_leaves_a_plain_table(first: str, impl: str | None) 
 
 
 def test_a_graph_that_is_captured_needs_its_tables_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And keeps them: of what a CUDA graph reads nothing may be freed while it can be replayed."""
+    """A capture requires tables that exist already, and keeps them.
+
+    A CUDA graph reads their memory on every replay, so none may be freed before.
+    """
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     gpu = torch.device("cuda", 0)
     assert host_copy.capturing(gpu) and not host_copy.capturing(torch.device("cpu"))
@@ -260,7 +266,7 @@ def test_a_graph_that_is_captured_needs_its_tables_before(monkeypatch: pytest.Mo
 
 
 def test_lazy_goals_are_plain_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose rows they are the host could not be told."""
+    """The host cannot learn during a capture which rows a goal owns."""
     x = torch.rand(6)
     assert isinstance(lazy(torch.square, x), Lazy)
     monkeypatch.setattr(sys.modules["bomkern.lazy_goals.lazy"], "capturing", lambda device: True)

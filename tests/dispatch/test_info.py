@@ -1,4 +1,4 @@
-"""bomkern.info, and an honest line for each implementation that is not tested here."""
+"""Test bomkern.info, and report each implementation that is not tested here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_without_compiled_kernels_it_says_so_once_and_works() -> None:
     ],
 )
 def test_what_lacks_is_told_with_the_way_to_get_it(found: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip would else take the wheel of before from its cache."""
+    """The advice avoids pip's cache, which may hold the previous wheel."""
 
     def import_module(name: str) -> Any:
         if isinstance(found, Exception):

@@ -1,4 +1,4 @@
-"""Branch routing: undefined gradients for goals without a share, and what must not change with them."""
+"""Test branch routing: goals without a share get undefined gradients, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.routing import (
 COMPILED = pytest.mark.skipif(select.extension is None, reason="not compiled")
 
 
-# The same gradients.
+# Equal gradients.
 
 
 @IMPLS
@@ -44,7 +44,7 @@ def test_gradients_are_the_same_to_the_bit(server: tuple[str, str], make: Any, r
         plain = gradients(make(server, reduction, route="never"), net, x, level=level)
         check_same(routed, plain, sum(g is None for g in routed))
         owned[level] = sum(g is None for g in routed)  # type: ignore[index]
-    # Two of the four heads have no share, with a weight and a bias each; of a group's both or none.
+    # Two of the four heads have no share, with a weight and a bias each. A group's heads have both or none.
     assert owned[(0.0, 0.0, 0.0, 3.0)] == (4 if make is grouped_goals else 6)  # type: ignore[index]
 
 
@@ -153,11 +153,11 @@ def test_where_all_have_a_share_nothing_is_left_out(server: tuple[str, str], how
         check_same(routed, plain, 0)
 
 
-# What is walked.
+# Branches that backward visits.
 
 
 class Counted(torch.autograd.Function):
-    """The identity. Counts the backward passes that bring a gradient; takes None where it is told to."""
+    """An identity function that counts the backward passes with a gradient, and accepts None on request."""
 
     seen: list[Any]
 
@@ -195,8 +195,8 @@ def test_the_graph_of_a_goal_without_a_share_is_not_computed(server: tuple[str, 
     seen, hooked = backward("always", True)
     assert [any(s) for s in seen] == [True, make is grouped_goals, False, False]
     assert not any(b is not None for s in seen[2:] for b in s)
-    assert hooked[0] is True and hooked[2:] == [None, None]  # autograd calls a hook all the same
-    seen, _ = backward("always", False)  # zeros, made by autograd, for a function that does not take None
+    assert hooked[0] is True and hooked[2:] == [None, None]  # autograd calls a hook even without a gradient
+    seen, _ = backward("always", False)  # autograd makes zeros for a function that does not accept None
     assert seen[2] in ([], [False]) and seen[3] in ([], [False])
     seen, hooked = backward("never", True)
     assert seen[2:] == [[False], [False]] and hooked[2:] == [False, False]
@@ -205,7 +205,7 @@ def test_the_graph_of_a_goal_without_a_share_is_not_computed(server: tuple[str, 
 @IMPLS
 def test_an_infinite_derivative_without_a_share_is_not_computed(server: tuple[str, str]) -> None:
     x = torch.zeros(4, device=server[1]).requires_grad_()
-    raw = [1 + x, x.sqrt()]  # whose derivative is infinite at 0
+    raw = [1 + x, x.sqrt()]  # sqrt has an infinite derivative at 0
     assert torch.autograd.grad(plain_goals(server, route="never")(raw), x)[0].isnan().all()
     raw = [1 + x, x.sqrt()]
     assert (torch.autograd.grad(plain_goals(server, route="always")(raw), x)[0] == 0.25).all()

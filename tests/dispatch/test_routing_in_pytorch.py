@@ -1,4 +1,4 @@
-"""Branch routing in PyTorch: graphs kept, autograd.grad, compile, fake tensors, transforms, processes."""
+"""Test branch routing in PyTorch: graphs kept, autograd.grad, compile, fake tensors, transforms, processes."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_matrix_of_goals_is_one_branch() -> None:
     assert torch.equal(ours, theirs) and not ours[:, 1].any()
 
 
-# Where nothing is known of the shares.
+# Unknown shares.
 
 
 @IMPLS
@@ -246,12 +246,12 @@ def test_auto_leaves_nothing_out_where_others_may_wait(monkeypatch: pytest.Monke
     assert not routing.rows_too("never")
 
 
-# Not static_graph=True, a promise that routing breaks: there one rank is left without what another has a gradient of.
+# Routing breaks the promise of static_graph=True: a rank may lack a gradient that another rank has. It is not tested.
 WRAPPINGS: tuple[dict[str, bool], ...] = ({}, {"find_unused_parameters": True})
 
 
 def _rank(rank: int, port: int, folder: str) -> None:
-    """One process of a DistributedDataParallel run, whose bottleneck is another branch than the other's."""
+    """Run one process of a DistributedDataParallel run, in which each process has another bottleneck branch."""
     import os
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -269,7 +269,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
             grads += [p.grad if p.grad is None else p.grad.clone() for p in net.parameters()]
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
-    os._exit(0)  # taking the group down may abort
+    os._exit(0)  # destroying the group may abort
 
 
 @pytest.mark.slow
@@ -286,10 +286,10 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         assert not process.is_alive(), "hangs"
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     plain = first[2]
-    assert all(g is not None for g in plain) and plain[2].any() and plain[4].any()  # of either rank's branch
+    assert all(g is not None for g in plain) and plain[2].any() and plain[4].any()  # gradients of both ranks' branches
     for one, other in zip(first.values(), second.values(), strict=True):
         for ours, theirs, want in zip(one, other, plain, strict=True):
-            if ours is None or theirs is None:  # found unused on every rank
+            if ours is None or theirs is None:  # unused on every rank
                 assert ours is None and theirs is None and not want.any()
             else:
                 assert torch.equal(ours, theirs) and torch.allclose(ours, want, rtol=1e-6)

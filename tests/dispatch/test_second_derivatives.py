@@ -1,7 +1,7 @@
-"""Second derivatives of every op, however they are asked for: the definition's number, or an error that names the op.
+"""Test every op's second derivatives: each way to ask gives the right number, or an error that names the op.
 
-`WAYS` are the ways to ask, `refusal` says which of them are refused. All else gives, in float64, what plain autograd
-makes of the definition: never another number.
+`WAYS` lists the ways to ask, and `refusal` says which of them are refused. Every other way must match plain autograd of
+the definition in float64.
 """
 
 from __future__ import annotations
@@ -50,23 +50,26 @@ from tests.support.statistics import codes
 
 @dataclass(frozen=True)
 class Way:
-    """``ask(loss, inputs)`` gives what ``want`` gives of the definition."""
+    """A way to ask for a second derivative: ``ask(loss, inputs)`` must match ``want`` of the definition."""
 
     want: Callable[[Loss, Inputs], Any]
     ask: Callable[[Loss, Inputs], Any]
-    blocks: bool = False  # gives an [N, N] matrix as blocks, one for each pair of inputs
-    forward: bool = False  # by forward mode
+    blocks: bool = False  # returns an [N, N] matrix as blocks, one for each pair of inputs
+    forward: bool = False  # uses forward mode
     vmap: bool = False  # calls the loss under torch.vmap
-    grads: bool = False  # by ``is_grads_batched``, torch's older vmap
-    func: bool = False  # by torch.func alone
-    some: bool = False  # of some inputs, on the way to which there may be nothing to refuse
+    grads: bool = False  # uses ``is_grads_batched``, torch's older vmap
+    func: bool = False  # uses torch.func only
+    some: bool = False  # asks for some inputs only, so that no refused op may be on the path
 
 
-LISTS = ("min_goal", "goal_set", "consistency_variance", "latent_statistics")  # ops that take lists, or give them
+LISTS = ("min_goal", "goal_set", "consistency_variance", "latent_statistics")  # ops that take or return lists
 
 
 def refusal(problem: Problem, impl: str, way: Way) -> tuple[str, bool]:
-    """What the error says where this is refused, "" where it is served; and whether it may be served all the same."""
+    """Return the pattern of the expected error, or "" if the way is served.
+
+    The second value says whether a refused way may be served as well.
+    """
     found, may, name = [], False, NAMES.get(problem.op, problem.op)
     if way.forward and impl != "reference":
         found.append(f"{name} has no forward-mode derivative")
@@ -88,7 +91,7 @@ SERVERS = [
 ]
 
 
-# What is asked for.
+# Derivatives to ask for.
 
 
 def third(loss: Loss, inputs: Inputs) -> Inputs:
@@ -104,18 +107,18 @@ def true(loss: Loss, inputs: Inputs) -> Tensor:
     return torch.ones(1, dtype=torch.float64)
 
 
-# How.
+# Ways to ask.
 
 
 def upstream(ask: Callable[[Loss, Inputs], Any], loss: Loss, inputs: Inputs) -> Any:
-    """Of a parameter that all inputs are made of."""
+    """Ask for the derivative by a parameter on which all inputs depend."""
     given = [x.detach() for x in inputs]
     p = torch.tensor([1.01, 0.98, 1.03], dtype=given[0].dtype, device=given[0].device).requires_grad_()
     return ask(lambda p: loss(*(x * p[k % 3] ** (k % 2 + 1) * p.mean() for k, x in enumerate(given))), (p,))
 
 
 def chained(ask: Callable[[Loss, Inputs], Any], loss: Loss, inputs: Inputs) -> Any:
-    """Of inputs made of one another: what reaches one by way of another counts once."""
+    """Ask for the derivative by inputs that depend on one another: each path must count once."""
 
     def made(*given: Tensor) -> Tensor:
         return loss(*itertools.accumulate(given, lambda before, x: x * (1 + 0.01 * before.mean())))
@@ -124,7 +127,10 @@ def chained(ask: Callable[[Loss, Inputs], Any], loss: Loss, inputs: Inputs) -> A
 
 
 def between(loss: Loss, inputs: Inputs) -> Inputs:
-    """By what the loss is called with, and of that gradient by what this is made of: a gradient penalty."""
+    """Compute a gradient penalty through an intermediate gradient.
+
+    The inner gradient is by the loss's arguments, the outer one by the inputs that they depend on.
+    """
     called = tuple(x * (1 + 0.02 * x) for x in inputs)
     return grads_of(size_of(grads_of(loss(*called), called, create_graph=True)), inputs)
 
@@ -205,7 +211,7 @@ def wanted(name: str, way: str) -> Tensor:
 
 
 def verdict(name: str, server: tuple[str, str], way: str) -> str | None:
-    """What is wrong, or None."""
+    """Return a description of the error, or None."""
     problem, (impl, device) = PROBLEMS[name], server
     refused, may = refusal(problem, impl, WAYS[way])
     try:
@@ -227,13 +233,16 @@ def test_right_or_refused(family: str, server: tuple[str, str], way: str) -> Non
 
 
 def test_every_problem_has_a_second_derivative() -> None:
-    """And for "min" too, the one goal that has it is not the last: what is wrongly zero shows."""
+    """Every problem has nonzero second derivatives, so a wrong zero is detected.
+
+    With "min" the only goal with a second derivative is not the last one.
+    """
     assert all(wanted(name, way).any() for name in PROBLEMS for way in ("grad", "hvp", "grad-upstream"))
 
 
 @GOAL_SETS
 def test_of_a_parameter(server: tuple[str, str]) -> None:
-    """Both goals are made of it, and nothing else of a gradient is asked for."""
+    """The derivative is by one parameter on which both goals depend. No other gradient is asked for."""
     impl, device = server
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), temperature=0.5, impl=impl).to(device).eval()
     p = torch.tensor([0.5, 0.9], device=device, requires_grad=True)
@@ -246,7 +255,10 @@ def test_of_a_parameter(server: tuple[str, str]) -> None:
 @GOAL_SETS
 @pytest.mark.parametrize("change", ["params", "temperature", "multipliers"])
 def test_settings_that_change_before_the_second(server: tuple[str, str], change: str) -> None:
-    """In place, as annealing, policies and spill do: a derivative is that of the settings the loss was made with."""
+    """A second derivative uses the settings at the time of the loss.
+
+    Annealing, policies and spill change the settings in place later.
+    """
     goals, found = raw_values(5, 6), []
     for (impl, device), factor in ((("reference", "cpu"), 1.0), (server, 3.0)):
         leaves = [x.to(device).requires_grad_() for x in goals]
@@ -268,7 +280,7 @@ def test_settings_that_change_before_the_second(server: tuple[str, str], change:
 @pytest.mark.slow
 @pytest.mark.parametrize("server", servers("total_correlation"))
 def test_total_correlation_in_chunks(server: tuple[str, str]) -> None:
-    """Beyond what one temporary may hold; held against one chunk of all rows."""
+    """The problem exceeds one temporary's limit, and is compared with a single chunk of all rows."""
     impl, device = server
     if impl == "triton" and device == "cpu":
         pytest.skip("minutes in the interpreter")
@@ -281,7 +293,7 @@ def test_total_correlation_in_chunks(server: tuple[str, str]) -> None:
 
 @pytest.mark.slow
 def test_under_the_interpreter() -> None:
-    """On Triton's interpreter, which must be chosen before triton is imported: the ways that ask a few times alone."""
+    """Run the ways that ask few times on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
     few = "backward-upstream or grad-third or grad-by or grad-between or vhp or func-grad or dual or jvp"
     run_tests(

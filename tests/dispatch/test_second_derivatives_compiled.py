@@ -1,9 +1,9 @@
-"""Second derivatives where torch.compile is involved: the definition's number, or an error that says what is missing.
+"""Test second derivatives with torch.compile: each gives the right number, or an error that says what is missing.
 
-A compiled loss has one derivative: torch refuses a second `backward`. One that is asked for by `autograd.grad` it does
-not see where the compiled backward reads no input, as that of ``x.exp().sum()``, and gives a wrong number. That is a
-fault of torch 2.13 for its own functions too, which nothing here can mend: there is no test of it. What has second
-derivatives is torch.func, around a compiled loss or inside a compiled function.
+A compiled loss has only first derivatives: torch refuses a second `backward`. torch cannot detect one asked for by
+`autograd.grad` if the compiled backward reads no input, as that of ``x.exp().sum()``. It then gives a wrong number.
+torch 2.13 has this fault for its own functions too, and bomkern cannot fix it, so no test covers it. torch.func gives
+second derivatives, around a compiled loss or inside a compiled function.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from tests.support.second_derivatives import (
 from tests.support.servers import servers
 
 Ask = Callable[[Loss, Inputs], Any]
-# The first derivative of a compiled function has no graph of its own, which torch 2.11 says in other words.
+# The first derivative of a compiled function has no graph of its own. torch 2.11 words the error differently.
 TWICE = "torch.compile with aot_autograd does not currently support double backward|does not require grad"
 FORWARD = "{name} has no forward-mode derivative"
-NO_JVP = "You must implement the jvp function for custom autograd.Function"  # of a compiled graph, whatever it holds
+NO_JVP = "You must implement the jvp function for custom autograd.Function"  # the error of every compiled graph
 SERVED = ""
 
 
@@ -56,12 +56,12 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def around(ask: Ask, loss: Loss, inputs: Inputs) -> Any:
-    """``ask`` of a compiled loss."""
+    """Ask for the derivative of a compiled loss."""
     return ask(compiled(loss), inputs)
 
 
 def inside(ask: Ask, loss: Loss, inputs: Inputs) -> Any:
-    """``ask`` as a compiled function of the inputs."""
+    """Compile the whole request as a function of the inputs."""
     return compiled(lambda *x: ask(loss, x))(*(x.detach() for x in inputs))
 
 
@@ -78,7 +78,7 @@ def by_jvp(loss: Loss, inputs: Inputs) -> Tensor:
     return jvp(loss, inputs, directions(inputs))[1]
 
 
-# (what is wanted, how it is asked for, what the compiled implementations say, what the reference says)
+# (expected derivative, way to ask, error of the compiled implementations, error of the reference)
 WAYS: dict[str, tuple[Ask, Ask, str, str]] = {
     "backward-around": (slope, partial(around, by_backward), TWICE, TWICE),
     "jvp-around": (pushed, partial(around, lambda f, x: functional.jvp(f, x, directions(x))[1]), TWICE, TWICE),
@@ -117,7 +117,10 @@ QUICK = (
 
 
 def cases() -> Iterator[Any]:
-    """Every name with every way, by one implementation after another; by all of them what is quick, and func-grad."""
+    """Return every name with every way, for alternating implementations.
+
+    Quick cases and func-grad run for all implementations.
+    """
     for (i, name), (j, way) in itertools.product(enumerate(NAMED), enumerate(WAYS)):
         some = servers(PROBLEMS[name].op)
         quick = (name, way) in QUICK
@@ -132,7 +135,7 @@ def test_right_or_refused(name: str, server: tuple[str, str], way: str) -> None:
     inputs, loss = problem.leaves(device), problem.loss(impl, device)
     refused = theirs if impl == "reference" else ours
     refused = refused.format(name=NAMES.get(problem.op, problem.op))
-    if impl == "triton" and way.startswith("func-"):  # where a graph breaks there, eager mode serves
+    if impl == "triton" and way.startswith("func-"):  # eager mode serves after a graph break
         try:
             got = ask(loss, inputs)
         except Exception as error:

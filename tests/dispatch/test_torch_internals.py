@@ -1,4 +1,4 @@
-"""Private names of torch: none is missing here, none is reached but through the two files that list them."""
+"""Test torch's private names: none is missing, and only the two files that list them use any."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_this_torch_has_every_name() -> None:
 
 # Python.
 
-PUBLIC = {"_asdict", "_fields", "_make", "_replace"}  # of a NamedTuple, documented
-OTHERS = {"_batches_that_stepped"}  # of Lightning
+PUBLIC = {"_asdict", "_fields", "_make", "_replace"}  # documented attributes of NamedTuple
+OTHERS = {"_batches_that_stepped"}  # private attributes of Lightning
 BASES = {"Module", "Function", "Tensor", "Parameter", "Optimizer", "TorchDispatchMode", "TorchFunctionMode"}
 PRIVATE = re.compile(r"_(?!_)\w*|experimental")
 DOTTED = re.compile(r"torch(\.\w+)*\.(_(?!_)|experimental\b)[\w.]*")
@@ -50,7 +50,7 @@ def is_private(name: str) -> bool:
 
 
 def private_members() -> set[str]:
-    """The private attributes of what torch hands to its users."""
+    """Return the private attributes of the objects that torch hands to its users."""
     optimizer = torch.optim.SGD([torch.zeros(1)], fused=True)
     things = [torch.zeros(1), torch.nn.Module(), torch.autograd.Function, optimizer, torch.Generator()]
     members = {name for thing in things for name in dir(thing)}
@@ -61,7 +61,7 @@ MEMBERS = private_members()
 
 
 class Source:
-    """Files of ours: the private names that they define, and which of their classes torch's are bases of."""
+    """Our source files: the private names that they define, and their classes with a torch base class."""
 
     def __init__(self, trees: Iterable[ast.AST], stems: Iterable[str] = ()) -> None:
         nodes = [node for tree in trees for node in ast.walk(tree)]
@@ -74,7 +74,10 @@ class Source:
             self.derived |= more
 
     def uses(self, tree: ast.AST, of_torch: bool = False) -> Iterator[tuple[int, str]]:
-        """Line and name of each private name of torch; ``of_torch``: inside a class that has one as a base."""
+        """Yield line and name of each private torch name.
+
+        ``of_torch`` is true inside a class with a torch base class.
+        """
         for node in ast.iter_child_nodes(tree):
             inside = isinstance(node, ast.ClassDef) and bool(_terminals(node.bases) & self.derived)
             yield from ((getattr(node, "lineno", 0), name) for name in self._names(node, of_torch))
@@ -126,7 +129,8 @@ def _defines(node: ast.AST) -> Iterator[str]:
         yield node.attr
     elif isinstance(node, ast.Assign) and _name(node.targets[0]) == "__slots__":
         yield from (part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant))
-    elif isinstance(node, ast.Call) and _name(node.func) == "type" and len(node.args) == 3:  # a class made on the spot
+    # a class made by calling type()
+    elif isinstance(node, ast.Call) and _name(node.func) == "type" and len(node.args) == 3:
         yield from (part.value for part in ast.walk(node.args[2]) if isinstance(part, ast.Constant))
 
 
@@ -202,7 +206,7 @@ PUBLIC_CPP = re.compile(r"c10::cuda::\w+")
 
 
 def private_cpp(source: str, with_torch: bool = True) -> list[str]:
-    """The headers and names of torch in C++ that are private, or not known to be public."""
+    """Return torch's C++ headers and names that are private, or not known to be public."""
     headers = re.findall(r'#\s*include\s*[<"]((?:ATen|c10|torch|caffe2)/[^>"]+)[>"]', source)
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
     names = [match[0] for match in PRIVATE_CPP.finditer(code) if not PUBLIC_CPP.fullmatch(match[0])]
@@ -243,15 +247,15 @@ def test_public_cpp_is_not() -> None:
         "#include <torch/library.h>\n// torch::autograd::Node\nm.impl(name, f); c10::cuda::CUDAGuard guard(x.device());"
     )
     assert not private_cpp(source)
-    assert private_cpp(source, with_torch=False)  # as for kernels/, which know no torch
+    assert private_cpp(source, with_torch=False)  # as for kernels/, which do not include torch
 
 
-# A torch that lacks some.
+# A torch that lacks some names.
 
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """The file as it is imported with a torch that lacks some names, which is whole again for what follows."""
+    """Load the module with a torch that lacks some names, and restore torch afterwards."""
 
     def load(*names: str) -> ModuleType:
         with monkeypatch.context() as patch:

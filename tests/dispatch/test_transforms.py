@@ -1,4 +1,4 @@
-"""Every op under torch.func: right, or refused in a sentence that says what to do."""
+"""Test every op under torch.func: the result is right, or the error says what to do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def with_stats(z: Tensor, mu: Tensor, logvar: Tensor, impl: str) -> tuple[Tensor
     return loss, *stats
 
 
-# (z, mu, logvar, impl): the results, tensors with a gradient first.
+# (z, mu, logvar, impl) -> the results, differentiable tensors first.
 CALLS: dict[str, Call] = {
     "min_goal_loss": lambda *x: (min_goal_loss(goals_of(*x[:3]), CONSTRAINTS, reduction="none", impl=x[3]),),
     "min_goal_loss, stats": with_stats,
@@ -89,7 +89,7 @@ def codes(device: str, *sizes: int, dtype: torch.dtype = torch.float64) -> list[
 
 
 def total(values: tuple[Tensor, ...]) -> Tensor:
-    """One number of all results that have a gradient, no two of the same weight."""
+    """Return one number that depends on all differentiable results with different weights."""
     some = [x for x in values if x.is_floating_point()]
     return torch.stack([(k + 1) * x.square().sum() for k, x in enumerate(some)]).sum()
 
@@ -118,7 +118,7 @@ def test_gradients(server: tuple[str, str], name: str) -> None:
 
     want = by_autograd(name, given)
     assert_close(grad(loss, argnums=(0, 1, 2))(*given), want)
-    value, pull = vjp(loss, *given)  # pulled when its level is gone
+    value, pull = vjp(loss, *given)  # the pullback runs after its level has ended
     pulled = pull(torch.ones_like(value))
     assert_close(pulled, want)
     assert not any(x.requires_grad for x in pulled)
@@ -139,7 +139,7 @@ def test_jacobian(server: tuple[str, str], name: str) -> None:
 @EACH
 @IMPLS
 def test_vmap(server: tuple[str, str], name: str) -> None:
-    """To the bit what a loop gives: over all inputs, one of them, another dim, and nested."""
+    """vmap gives bitwise the results of a loop: over all inputs, over one, over another dim, and nested."""
     impl, device = server
 
     def call(*x: Tensor) -> tuple[Tensor, ...]:
@@ -148,7 +148,7 @@ def test_vmap(server: tuple[str, str], name: str) -> None:
     many = codes(device, 3)
     first = [x[0] for x in many]
     loop = stacked([call(*x) for x in zip(*many, strict=True)])
-    exact = impl != "reference"  # whose sums vmap makes in another order
+    exact = impl != "reference"  # vmap adds up the reference's sums in another order
     tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-9, "atol": 1e-11}
     if name == "gaussian_total_correlation":
         tolerance = {"rtol": 1e-9, "atol": 1e-11}
@@ -204,7 +204,7 @@ def test_second_derivatives(server: tuple[str, str], name: str) -> None:
 @EACH
 @IMPLS
 def test_forward_mode(server: tuple[str, str], name: str) -> None:
-    """The reference's is right; the others refuse, in torch.func and in eager mode."""
+    """The reference's forward mode is right. The others refuse it, in torch.func and in eager mode."""
     impl, device = server
     given = tuple(codes(device))
 
@@ -225,7 +225,7 @@ def test_forward_mode(server: tuple[str, str], name: str) -> None:
         jvp(loss, given, given)
     with refused:
         eager()
-    with forward_ad.dual_level():  # where nothing has a tangent there is nothing to refuse
+    with forward_ad.dual_level():  # without tangents there is nothing to refuse
         assert torch.equal(loss(*given), loss(*given))
 
 
@@ -252,7 +252,7 @@ def test_bad_input_is_named(server: tuple[str, str]) -> None:
 
 
 def test_reference_in_chunks() -> None:
-    """Total correlation in chunks of rows, whose checkpoints torch.func does not take."""
+    """Total correlation works in chunks of rows under torch.func, which does not accept checkpoints."""
     z, mu, logvar = codes("cpu")
 
     def loss(z: Tensor, limit: int) -> Tensor:
@@ -264,7 +264,7 @@ def test_reference_in_chunks() -> None:
 
 
 class TestGoalSet:
-    """In training mode, where a step leaves something behind."""
+    """Test a GoalSet in training mode, where a step changes its state."""
 
     @IMPLS
     @pytest.mark.parametrize("spill", [0.0, 0.5])
@@ -320,7 +320,7 @@ class TestGoalSet:
 
     @IMPLS
     def test_functional_call(self, server: tuple[str, str]) -> None:
-        """The gradient of parameters, and of an ensemble's."""
+        """functional_call gives the gradient of parameters, and of an ensemble's parameters."""
         impl, device = server
 
         class Model(nn.Module):
@@ -346,7 +346,7 @@ class TestGoalSet:
 
 @pytest.mark.skipif(select.extension is None, reason="for the compiled ops")
 def test_the_ops_themselves() -> None:
-    """A call of torch.ops, as a compiled graph makes it: its gradient is not lost where its level is gone."""
+    """A direct call of torch.ops keeps its gradient after its level has ended, as in a compiled graph."""
     _, mu, logvar = codes("cpu")
     table = bomkern.ConstraintTable(CONSTRAINTS, dtype=torch.float64)
     calls: list[Callable[[Tensor], Tensor]] = [
@@ -372,7 +372,7 @@ def test_the_ops_themselves() -> None:
 @EACH
 @IMPLS
 def test_compiled_transforms(server: tuple[str, str], name: str) -> None:
-    """Whole graphs, but for Triton's, which says that there is none."""
+    """Transforms compile to whole graphs. Triton refuses and says so."""
     impl, device = server
     many = codes(device, 2)
 

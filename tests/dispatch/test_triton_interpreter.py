@@ -1,4 +1,4 @@
-"""Every op on Triton's interpreter against its definition, in a few sizes; slow tests of each op run many more."""
+"""Test every op on Triton's interpreter in a few sizes; the slow tests of each op run many more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.processes import run_tests
 from tests.support.statistics import OPS
 
 FILES = ("min_goal", "goal_set", "goal_set_multipliers", "total_correlation", *OPS)
-# As the tests call them: goals in batches of one sample and of more than a warp, matrices wide and high.
+# Sizes as in the test ids: goals in batches of one sample and of more than a warp, wide and high matrices.
 SIZES = ("raw-17-", "scores-64-", "raw-1-", "17-0.05-", "1-0.0-", "17-", "33-5-", "7-1-", "65-17-", "17-65-", "2-3-")
 
 

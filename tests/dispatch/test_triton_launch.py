@@ -1,7 +1,8 @@
-"""Triton's launches without a GPU: by Triton's own JIT, compiler and launcher, on a libcuda that runs nothing.
+"""Test Triton's launches without a GPU: its own JIT, compiler and launcher run on a stub of libcuda.
 
-The interpreter and `triton.compile` go around what binds a call's arguments and hands them to the kernel: where that
-fails, no other test does. tests/support/stub_cuda has the stub and the calls. `pytest -s` shows Python's time per call.
+The interpreter and `triton.compile` bypass the code that binds a call's arguments and passes them to the kernel. No
+other test would detect a failure there. tests/support/stub_cuda has the stub and the calls. `pytest -s` shows Python's
+time per call.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from tests.support.triton_device import needs_triton
 
 
 class Sizes(NamedTuple):
-    """Batches that are cut into programs alike, and kernels compiled anew for the first ``odd`` one, and for ``least``.
+    """Batch sizes with an equal number of programs, and the kernels compiled anew for ``odd`` sizes and for ``least``.
 
-    Triton compiles for whether a size is a multiple of 16, and for 1. Of B that is worth a variant of the kernels
-    whose accesses are 16 bytes wide then, or that need fewer registers for their masks; the others do_not_specialize.
+    Triton specializes for sizes that are a multiple of 16, and for 1. For B this pays off in kernels that then access
+    16 bytes at a time, or need fewer registers for their masks. The other kernels use do_not_specialize.
     """
 
     op: str
@@ -63,7 +64,7 @@ SIZES = [
 ]
 
 STUB = stub_cuda.FOLDER in os.environ
-# What the profiler sees and a GPU does not: memory, views of it, and parts of what is counted already.
+# Events that the profiler sees and a GPU does not run: memory, views of it, and parts of counted events.
 NO_KERNEL = re.compile(
     r"(new_)?empty(_strided|_like)?|view(_as)?|_?reshape(_alias)?|as_strided_?|slice|select|t|transpose|unbind|expand"
     r"|detach|alias|narrow|squeeze_|unsqueeze_|resolve_conj|resolve_neg|split(_with_sizes)?|contiguous"
@@ -72,7 +73,7 @@ NO_KERNEL = re.compile(
 
 
 def cases() -> list[Any]:
-    """All of them, of which the first of each row of `LAUNCHES` is quick, but for variants of a row."""
+    """Return all cases; the first of each row of `LAUNCHES` is quick, unless the row is a variant."""
     quick: dict[tuple[str, str], str] = {}
     found = []
     for case in (case for of_op in CASES.values() for case in of_op):
@@ -166,7 +167,7 @@ class TestLaunches:
 
 @pytest.fixture(scope="session")
 def folder(built_once: Any) -> Path:
-    """Where the stub is, and what Triton has compiled for it, for all processes of a run."""
+    """Return the folder of the stub and of Triton's compiled kernels, shared by all processes of a run."""
     if stub_cuda.compiler() is None:
         pytest.skip("no C compiler, which Triton needs too")
     made: Path = built_once("stub-cuda", str(stub_cuda.command(Path())), [stub_cuda.SOURCE], stub_cuda.build)

@@ -1,6 +1,6 @@
-"""A seeded differential fuzzer of every op and implementation: ``python -m tests.fuzz --seconds 600``.
+"""Fuzz every op and implementation with seeded cases: ``python -m tests.fuzz --seconds 600``.
 
-A case is drawn from one integer, ``--case SEED:N``, and is plain data (`cases.Case`): sizes, tensors as (axes, dtype,
-layout, kind of values), options. `judging` runs it by an implementation and holds what comes out, gradients too,
-against the reference in float64; `shrinking` makes a failing case smaller.
+An integer determines each case, ``--case SEED:N``. A case is plain data (`cases.Case`): sizes, options and tensors as
+(axes, dtype, layout, kind of values). `judging` runs a case by an implementation and compares results and gradients
+with the reference in float64. `shrinking` makes a failing case smaller.
 """

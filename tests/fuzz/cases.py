@@ -1,4 +1,4 @@
-"""A case as plain data, and the tensors it stands for: values of every kind in every layout."""
+"""Cases as plain data, and their tensors with values of every kind in every layout."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-DTYPES = {**FLOATS, "int64": torch.int64}  # the last to be refused
+DTYPES = {**FLOATS, "int64": torch.int64}  # ops must refuse int64
 
 
 @dataclass(frozen=True)
 class Given:
-    """One tensor: its axes name sizes of the case, in lower case one more than that size."""
+    """One tensor.
+
+    An upper-case axis names a size of the case; a lower-case one means that size plus one.
+    """
 
     name: str
     axes: str
-    role: str  # what it is: raw, score, code or logvar
+    role: str  # raw, score, code or logvar
     dtype: str = "float32"
     layout: str = "plain"
     values: str = "plain"
@@ -41,16 +44,16 @@ class Case:
     sizes: dict[str, int]
     given: tuple[Given, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    pull: str = "ramp"  # the gradient from above
-    threads: int = 1  # where more, the same bits are wanted with so many
-    twice: bool = False  # its second derivative is asked for too
+    pull: str = "ramp"  # the kind of incoming gradient
+    threads: int = 1  # if more than one, check for equal bits with this number of threads
+    twice: bool = False  # also check the second derivative
 
     @property
     def wide(self) -> bool:
         return any(g.dtype == "float64" for g in self.given)
 
     def tensors(self) -> list[Tensor]:
-        """The inputs in their own dtypes and layouts, on the CPU."""
+        """Return the inputs in their own dtypes and layouts, on the CPU."""
         return [laid_out(values_of(g, self.sizes), g.layout) for g in self.given]
 
     def with_options(self, **options: Any) -> Case:
@@ -78,11 +81,11 @@ class Case:
         return f"{self.op} by {self.impl} on {self.device}: {', '.join([*map(one, self.given), *options, *more])}"
 
 
-# Values. Each maps numbers as the op usually meets them, float64, to others; rows are the last axis but one.
+# Kinds of values. Each function maps an op's usual float64 values to others; rows are the axis before the last.
 
 
 def _places(x: Tensor, source: torch.Generator, numbers: list[float]) -> Tensor:
-    """Some of the numbers, each at a place or two."""
+    """Put each of the numbers at a random place."""
     x = x.clone()
     flat = x.view(-1)
     if len(flat):
@@ -137,12 +140,12 @@ VALUES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "-inf": lambda x, s: _places(x, s, [-math.inf]),
     "specials": lambda x, s: _places(x, s, [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 3e38, -65504.0]),
 }
-# A log-variance has a narrower range: the docstrings promise something from -87 to 87.
+# Log-variances have a narrower range: the docstrings cover -87 to 87.
 LOGVARS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     name: VALUES[name] for name in ("plain", "whole", "zero", "constant", "rows again", "nan", "inf", "-inf")
 }
 LOGVARS["spread"] = lambda x, _: x * 12
-LOGVARS["steep"] = lambda x, _: x * 60  # past 80, where a variance goes on as its tangent
+LOGVARS["steep"] = lambda x, _: x * 60  # beyond 80, where the variance continues as its tangent
 LOGVARS["collapsed"] = lambda x, _: x - 15
 RARE = {"huge", "enormous", "steep", "tiny", "denormal", "nan", "inf", "-inf", "specials", "units far apart"}
 
@@ -152,7 +155,7 @@ def kinds(role: str) -> list[str]:
 
 
 def values_of(g: Given, sizes: dict[str, int]) -> Tensor:
-    """The numbers of a tensor, contiguous, in its dtype."""
+    """Return the values of a tensor, contiguous and in its dtype."""
     source = torch.Generator().manual_seed(g.seed)
     shape = g.shape(sizes)
     if g.role in ("raw", "score"):
@@ -164,7 +167,7 @@ def values_of(g: Given, sizes: dict[str, int]) -> Tensor:
     return kind(x, source).to(DTYPES[g.dtype])
 
 
-# Layouts. What lies between the elements is NaN, so that a kernel that reads it shows.
+# Layouts. The gaps between the elements hold NaN, so that a kernel that reads them is detected.
 
 
 def _within(x: Tensor, room: list[int], at: tuple[slice, ...]) -> Tensor:
@@ -192,13 +195,13 @@ def _steps(step: int, axis: int) -> Callable[[Tensor], Tensor]:
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """The last axis outermost: of [V, B, D] what channels-last is of images."""
+    """Make the last axis outermost in memory, as channels-last does for images."""
     around = list(reversed(range(x.dim())))
     return x.permute(around).contiguous().permute(around)
 
 
 def _overlapping(x: Tensor) -> Tensor:
-    """Each row begins one element after the one before."""
+    """Let each row begin one element after the previous one."""
     if x.dim() < 2 or not x.numel():
         return x
     line = torch.cat([x.reshape(-1), x.reshape(-1)])
@@ -216,7 +219,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one column": lambda x: x[..., :1].expand(x.shape) if x.dim() and x.numel() else x,
     "one number": lambda x: x.reshape(-1)[:1].reshape([1] * x.dim()).expand(x.shape) if x.numel() else x,
     "overlapping": _overlapping,
-    "negated": lambda x: torch._neg_view(-x),  # a lazy minus, as of the imaginary part of a conjugate
+    "negated": lambda x: torch._neg_view(-x),  # a lazy negation, as of the imaginary part of a conjugate
 }
 
 
@@ -224,13 +227,13 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return LAYOUTS[layout](x)
 
 
-# Drawing.
+# Random draws.
 
 EDGES = [1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 61, 64, 65, 67, 127, 128, 129, 257, 509, 513, 1031, 2050]
 
 
 def size(source: Random, most: int, least: int = 0) -> int:
-    """Mostly small, around tiles' edges, sometimes near the most, rarely 0."""
+    """Draw a size: mostly small, near tile edges, sometimes near the largest, rarely 0."""
     if source.random() < 0.01:
         return 0
     fit = [n for n in EDGES if least <= n <= most] or [most]
@@ -239,7 +242,7 @@ def size(source: Random, most: int, least: int = 0) -> int:
 
 
 def tensor(source: Random, name: str, axes: str, role: str, tame: bool = False) -> Given:
-    """One tensor, drawn. ``tame``: with no value that takes a result to infinity."""
+    """Draw one tensor; ``tame`` excludes values that make a result infinite."""
     kind = "plain"
     if source.random() < 0.7:
         fit = [k for k in kinds(role) if not (tame and k in RARE)]
@@ -250,7 +253,7 @@ def tensor(source: Random, name: str, axes: str, role: str, tame: bool = False) 
 
 
 def alike(source: Random, given: list[Given]) -> list[Given]:
-    """Half of the time all of one dtype, and a quarter of one kind of values."""
+    """Give all tensors one dtype half of the time, and one kind of values a quarter of the time."""
     if source.random() < 0.5:
         given = [replace(g, dtype=given[0].dtype) for g in given]
     if source.random() < 0.25:

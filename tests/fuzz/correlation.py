@@ -1,4 +1,4 @@
-"""Total correlation, all of a batch or some rows of it, and its Gaussian companion, for the fuzzer."""
+"""Fuzz total correlation, of a whole batch or some of its rows, and the Gaussian estimate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.fuzz.statistics import matrix_sizes
 
 
 class TotalCorrelation(Op):
-    """With ``first`` in the options z has R rows, as a rank of several processes has them."""
+    """Fuzz total_correlation; with ``first`` in the options z holds the R rows of one rank."""
 
     name = "total_correlation"
     needs: ClassVar = {"B": 1, "D": 1, "R": 1}
@@ -74,7 +74,7 @@ class TotalCorrelation(Op):
         return [replace(case, sizes=sizes, given=whole, options=options), case.with_options(first=0)]
 
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
-        """Sums of the sizes of all terms: a value is made of logarithms, a gradient of weights."""
+        """Return the sums of the terms' magnitudes: logarithms for a value, weights for a gradient."""
         z, mu, logvar = (torch.where(x.isfinite(), x, 0) for x in tensors)
         names, value = [f"grad {g.name}" for g in case.given], outputs["value"].nan_to_num(0, 0, 0).abs().max().item()
         if len(z) * mu.numel() > 2_000_000:
@@ -88,11 +88,11 @@ class TotalCorrelation(Op):
         parts = joint.softmax(1)[:, :, None] + marginal.softmax(1)
         pull = (z[:, None] - mu).abs() * (-logvar).exp()
         shift, stretch = 2 * parts * pull, parts * (pull * (z[:, None] - mu).abs() + 1)
-        # A component's weight is an exponential, as uncertain as its exponent is large; in the end without a digit.
+        # A component's weight is an exponential. Its relative error grows with its exponent until no digit is left.
         exponent = each.abs().sum(2).amin(1).max().item() * (0.02 if case.wide else 0.3)
         unsure = max(1.0, exponent) if exponent < 1e5 else torch.inf
         sums = (shift.sum(1), shift.sum(0), stretch.sum(0))
-        # Equal terms are all rounded the same way: no average makes that less.
+        # Equal terms have equal rounding errors, so an average does not reduce them.
         return {
             "value": 2 + 2 * size.max().item(),
             **{n: x.max().item() * unsure for n, x in zip(names, sums, strict=True)},
@@ -100,7 +100,7 @@ class TotalCorrelation(Op):
 
 
 class GaussianTotalCorrelation(Op):
-    """In plain PyTorch on every device: held against the determinant of the correlation matrix."""
+    """Fuzz gaussian_total_correlation, in plain PyTorch, against the determinant of the correlation matrix."""
 
     name = "gaussian_total_correlation"
     needs: ClassVar = {"B": 1, "D": 1}
@@ -113,7 +113,7 @@ class GaussianTotalCorrelation(Op):
         low, high = sorted(sizes.values())
         sizes = {"B": high, "D": min(low, 128)} if source.random() < 0.97 else {"B": low, "D": high}
         z = tensor(source, "z", "BD", "code")
-        if z.values == "denormal":  # a gradient, in units of 1/z, is past float32's largest number
+        if z.values == "denormal":  # a gradient in units of 1/z exceeds float32's largest number
             z = replace(z, values="tiny")
         return sizes, [z], {}
 
@@ -143,12 +143,12 @@ class GaussianTotalCorrelation(Op):
         return {"value": -0.5 * torch.logdet(self.correlation(z))}
 
     def condition(self, case: Case, z: Tensor) -> float:
-        """The least eigenvalue: no column has less variance that the others do not explain."""
+        """Return the least eigenvalue, a bound for the variance of a column that the others do not explain."""
         c = self.correlation(z.detach().double())
         return max(0.0, torch.linalg.eigvalsh(c)[0].item()) if c.isfinite().all() else 0.0
 
     def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
-        """What is left of a column is near the rounding below which it counts as a copy of others."""
+        """Return whether a column's unexplained variance is near the rounding at which it counts as a copy."""
         eps = torch.finfo(torch.float64 if case.wide else torch.float32).eps
         return bool(tensors[0].isfinite().all()) and self.condition(case, tensors[0]) < 64 * eps
 
@@ -156,7 +156,7 @@ class GaussianTotalCorrelation(Op):
         z = tensors[0]
         if not z.isfinite().all() or (z == z[0]).all(0).any():
             return self.slack
-        # Columns that nearly depend on each other: an error of 1 / what is left; and rounding far from 0 hides them.
+        # Nearly dependent columns have an error of 1 / unexplained variance. Rounding far from 0 hides that variance.
         left = max(self.condition(case, z), 1e-30)
         far = (z.mean(0).abs() / z.std(0)).max().item()
         return 1e-6 * (1 + len(z) ** 0.5) * (1 + 1 / left) * (1 + far)
@@ -164,7 +164,7 @@ class GaussianTotalCorrelation(Op):
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
         z = tensors[0]
         size = z.abs().amax(0)
-        spread = (z / torch.where(size > 0, size, 1)).std(0) * size  # squares of 1e160 would overflow
+        spread = (z / torch.where(size > 0, size, 1)).std(0) * size  # squares of values near 1e160 would overflow
         return {"value": 1.0, "grad z": 1 / max(1e-30, spread.min().nan_to_num(1.0).item())}
 
 

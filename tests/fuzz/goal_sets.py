@@ -1,4 +1,4 @@
-"""The module GoalSet over a few steps, and the op that keeps what a step leaves behind, for the fuzzer."""
+"""Fuzz the module GoalSet over a few steps, and the op that stores a step's record and averages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from tests.fuzz.ops import Drawn, Errors, Op, Outputs
 
 
 class Module(GoalSetOp):
-    """``steps`` of training on the same raw values, moved on by a sample each time, groups and spill included."""
+    """Fuzz ``steps`` training steps, with groups and spill.
+
+    The raw values move on by one sample each step.
+    """
 
     name = "GoalSet"
 
@@ -67,17 +70,17 @@ class Module(GoalSetOp):
         return name.startswith(("bottleneck", "record", "grad "))
 
     def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
-        """A step's own part of a gradient of 16 bits."""
+        """Return whether one step's part of a float16 gradient may overflow."""
         half = any(g.dtype == "float16" for g in case.given if f"grad {g.name}" == name)
         return half and case.options.get("steps", 1) > 1
 
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
         sure = super().sure(case, tensors)
-        if sure is not None:  # a step's samples are those of the first, rolled
+        if sure is not None:  # each step's samples are the first step's samples, rolled
             sure = torch.stack([sure.roll(step) for step in range(case.options.get("steps", 1))]).all(0)
         if sure is None or not case.options.get("spill") or case.options.get("steps", 1) == 1:
             return sure
-        # From the second step on the weights follow the order of the goals' mean deficits, which may be equal.
+        # From the second step on, weights follow the order of the goals' mean deficits. Mean deficits may be equal.
         mean = self.grouped(case, self.deficits(case, tensors)).mean(0)
         apart = (mean[:, None] - mean).abs() + torch.eye(len(mean), dtype=mean.dtype) * 1e300
         close = apart <= 1e-4 * (1 + mean.abs().nan_to_num(0, 0, 0).max())
@@ -93,7 +96,7 @@ class Module(GoalSetOp):
 
 
 class Keep(Op):
-    """A record into the ring, and the goals' averages and weights; nothing has a gradient."""
+    """Fuzz goal_set_keep, which writes a record, the goals' averages and their weights, without gradients."""
 
     name = "goal_set_keep"
     needs: ClassVar = {}
@@ -142,10 +145,10 @@ class Keep(Op):
         return name in ("spill 1", "spill 3")
 
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
-        return {"spill 0": 1.0, "spill 2": 1.0}  # the averages begin there, and a deficit may bring them back to 0
+        return {"spill 0": 1.0, "spill 2": 1.0}  # averages begin at 0 and may return to 0
 
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
-        """No goal's place, where rounding decides which average is the larger."""
+        """Return all False if rounding decides which average is larger."""
         if len(tensors) < 2:
             return None
         average, rate = torch.linspace(0, 1, len(tensors[1]), dtype=torch.float64), case.options.get("rate", 0.25)

@@ -1,4 +1,4 @@
-"""The bottleneck rule: min_goal_loss, the op goal_set, what it leaves behind, and GoalSet, for the fuzzer."""
+"""Fuzz the bottleneck rule: min_goal_loss, goal_set, goal_set_keep and GoalSet."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from tests.fuzz.ops import Drawn, Errors, Op, Outputs
 from tests.support.constraints import arguments, kinds
 
 KINDS = kinds()
-LEVEL = 1e-8  # scores are at most 1: one of 1e-16 may be 0
+LEVEL = 1e-8  # scores are at most 1, so a score of 1e-16 may round to 0
 
 
 def level_unit(deficits: Tensor) -> float:
-    """What rounding the deficits makes of their mean ``exp(-deficit)``: far below 0 it is ``|deficit|`` times it."""
+    """Return the scale of the error in the mean ``exp(-deficit)``.
+
+    Rounding adds ``|deficit|`` times that exponential, which is large for deficits far below 0.
+    """
     size = torch.exp(-deficits) * deficits.abs()
     return max(LEVEL, torch.where(size.isfinite(), size, 0).max().item() if size.numel() else 0.0)
 
 
 def constraint(source: Random) -> list[Any]:
-    """A constraint as data: its name and its numbers."""
+    """Draw a constraint as data: its name and its numbers."""
     scale, at = source.choice([1e-3, 0.1, 0.3, 0.5, 1.0, 7.0, 1e3]), source.choice([0.0, 0.0, 0.1, 0.5, -1.3, 1e4])
     name = source.choice(list(KINDS))
     tail = source.choice([0.05, 0.3, 0.01, 0.9])
@@ -42,7 +45,7 @@ def made(given: list[list[Any]]) -> list[Constraint]:
 
 
 def table(case: Case, tensors: list[Tensor], narrow: bool) -> ConstraintTable:
-    """The constraints in the dtype of the tensors, with the numbers that the case's own dtype makes of them."""
+    """Return the constraints in the tensors' dtype, with their numbers rounded to the case's dtype."""
     wide = any(x.dtype == torch.float64 for x in tensors)
     own = torch.float64 if case.wide and not narrow else torch.float32
     found = ConstraintTable(made(case.options["constraints"]), tensors[0].device, own)
@@ -51,7 +54,7 @@ def table(case: Case, tensors: list[Tensor], narrow: bool) -> ConstraintTable:
 
 
 class Goals(Op):
-    """K goals: one [B, K] tensor, one [K], or K tensors, [B] or 0-dim."""
+    """Base of the fuzzers of K goals: one [B, K] tensor, one [K] tensor, or K tensors, [B] or 0-dim each."""
 
     needs: ClassVar = {"B": 1}
     alike = ("constraints", "groups", "multipliers", "materialize")
@@ -81,12 +84,12 @@ class Goals(Op):
 
     def spoil(self, source: Random, drawn: Drawn) -> Drawn:
         sizes, given, options = super().spoil(source, drawn)
-        if sum(g.axes in ("B", "b") for g in given) < 2:  # a size alone is not wrong
+        if sum(g.axes in ("B", "b") for g in given) < 2:  # one goal of another size is not an error by itself
             given = [replace(g, axes=g.axes.upper()) for g in given]
         return sizes, given, options
 
     def deficits(self, case: Case, tensors: list[Tensor]) -> Tensor:
-        """[B, K] in float64."""
+        """Return the deficits, [B, K] in float64."""
         x = tensors[0] if "K" in case.sizes else torch.stack([t.expand(self.batch(case)) for t in tensors], 1)
         if case.options.get("constraints") is None:
             return reference.deficit(x.reshape(-1, self.count(case)), None, None)
@@ -94,12 +97,15 @@ class Goals(Op):
         return reference.deficit(x.reshape(-1, self.count(case)), found.params, torch.tensor(found.curves))
 
     def margin(self, case: Case, tensors: list[Tensor]) -> Tensor:
-        """[B, K]: what rounding may change a deficit by. Float32's, of the raw value and of the centre beside it."""
+        """Return a bound for the rounding error of each deficit, [B, K].
+
+        In float32 it is the rounding of the raw value and of the constraint's centre.
+        """
         eps = 1e-14 if case.wide else 1e-6
         return eps * (1 + self.deficits(case, tensors).abs())
 
     def near_ties(self, deficits: Tensor, margin: Tensor) -> Tensor:
-        """Along the last axis, whether another than the largest is within rounding of it, though not equal."""
+        """Return along the last axis whether a smaller deficit is within rounding of the largest."""
         d = torch.where(deficits.isnan(), torch.inf, deficits)
         worst = d.amax(-1, keepdim=True)
         near = (d < worst) & (d >= worst - 2 * margin) & worst.isfinite()
@@ -108,16 +114,16 @@ class Goals(Op):
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
         deficits = self.grouped(case, self.deficits(case, tensors))
         margin = self.grouped(case, self.margin(case, tensors))
-        # Scores of one sample are compared as they are, and of several their logarithms.
+        # Scores of one sample are compared directly, those of several samples by their logarithms.
         near = self.near_ties(deficits, margin * 0 if case.options.get("constraints") is None else margin)
-        if not case.wide:  # beyond float32's largest number
+        if not case.wide:  # deficits exceed float32's largest number
             near = near | (
                 self.deficits(case, [x.float() for x in tensors]).isinf() & ~self.deficits(case, tensors).isinf()
             ).any(1)
         if case.options.get("reduction") == "min":
             per_sample = deficits.nan_to_num(torch.inf, torch.inf).amax(1)
             near = near | near.any() | self.near_ties(per_sample, margin.amax(1))
-            if case.options.get("temperature", 0.0) > 0:  # the other goals count too: of equal ones it is not the first
+            if case.options.get("temperature", 0.0) > 0:  # other goals count too, so a tie may not go to the first
                 near = near | ((per_sample >= per_sample.max() - 2 * margin.amax(1)).sum() > 1)
         return ~near
 
@@ -125,7 +131,7 @@ class Goals(Op):
         return deficits
 
     def batch_level(self, case: Case, tensors: list[Tensor]) -> dict[str, float]:
-        """What a sample adds to the gradient of each batch-level goal: a sum over samples, of either sign."""
+        """Return the largest term of each batch-level goal's gradient, a sum over samples of either sign."""
         leaves = [t.detach().requires_grad_() for t in tensors]
         every = self.deficits(case, leaves)
         slopes = torch.autograd.grad(torch.where(every.isfinite(), every, 0).sum(), leaves, materialize_grads=True)
@@ -134,7 +140,7 @@ class Goals(Op):
         return {f"grad {g.name}": most * s.abs().nan_to_num(0, 0, 0).item() for g, s in named if g.axes == ""}
 
     def smaller(self, case: Case) -> list[Case]:
-        """Without one goal."""
+        """Return the cases with one goal removed."""
         found, count = [], self.count(case)
         for k in range(count if count > 1 else 0):
             options = dict(case.options)
@@ -199,7 +205,7 @@ class MinGoal(Goals):
         return name in ("bottleneck", "share", "finite") or name.startswith("grad ")
 
     def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
-        """1 / score, a slope, before it is multiplied by what comes from above."""
+        """Return whether the slope 1 / score overflows before it is multiplied by the incoming gradient."""
         if case.options.get("constraints") is not None or not name.startswith("grad "):
             return False
         least = 1 / torch.finfo(torch.float64 if case.wide else torch.float32).max
@@ -284,7 +290,7 @@ class GoalSetOp(Goals):
         return reference.mean_of_members(deficits, member)
 
     def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
-        # Where goals are nearly equal, a weight is as uncertain as their difference over mu.
+        # The relative error of a weight is the error of the goals' difference over mu.
         mu = case.options.get("temperature", 0.0)
         if case.options.get("multipliers") is not None or not mu > 0:
             return self.slack

@@ -1,4 +1,4 @@
-"""Runs a case by its implementation and holds it against the reference in float64."""
+"""Run a case by its implementation, and compare it with the reference in float64."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tests.fuzz.ops import Op, Outputs
 
 FACTORS = (1.0371, 0.9612, 1.0093)
 HALF = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
-WIDE = 1e-7  # what of a slack is left in float64
+WIDE = 1e-7  # fraction of the slack that applies in float64
 LEAST = {torch.float16: 6e-8, torch.bfloat16: 1e-30, torch.float32: 1e-30, torch.float64: 1e-300}
 
 
 class Wrong(AssertionError):
-    """What a case found."""
+    """An error that a case has found."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The reference's results in float64, and how far float32 is from them."""
+    """The reference's results in float64, and float32 results that show its error."""
 
     exact: Outputs
-    eager: Outputs | None  # at the same inputs in float32; None where the compute dtype is float64
-    nearby: list[tuple[Outputs, Outputs]]  # (float32, float64) at inputs a few percent away
+    eager: Outputs | None  # the same inputs in float32; None if the compute dtype is float64
+    nearby: list[tuple[Outputs, Outputs]]  # (float32, float64) results for inputs a few percent away
 
 
 def pulled(value: Tensor, how: str) -> Tensor:
-    """The gradient from above of one result: a weight for each element, of either sign, the same in any dtype."""
+    """Return the incoming gradient of one result: signed weights that are equal in every dtype."""
     steps = torch.arange(value.numel(), device=value.device).reshape(value.shape)
     ramp = (steps * 7 % 25 - 8).to(value.dtype) / 8
     if how == "ones":
@@ -53,7 +53,7 @@ PULLS = ("ramp", "ones", "expanded", "few", "strided", "negated")
 
 
 def differentiated(case: Case, outputs: Outputs, leaves: list[Tensor]) -> Outputs:
-    """The outputs, detached, and the gradients of the leaves that require one."""
+    """Return the detached outputs and the gradients of the leaves that require one."""
     used = [x for x in outputs.values() if x.is_floating_point() and x.requires_grad]
     wanted = [(f"grad {g.name}", x) for g, x in zip(case.given, leaves, strict=True) if x.requires_grad]
     pulls, inputs = [pulled(x, case.pull) for x in used], [x for _, x in wanted]
@@ -66,7 +66,7 @@ def differentiated(case: Case, outputs: Outputs, leaves: list[Tensor]) -> Output
 
 
 def leaves_of(case: Case, tensors: list[Tensor]) -> list[Tensor]:
-    """Each tensor a leaf of its own, strides and all."""
+    """Return each tensor as its own leaf, with its strides."""
     leaves = [x.detach() for x in tensors]
     return [
         x.requires_grad_() if g.grad and x.is_floating_point() else x for g, x in zip(case.given, leaves, strict=True)
@@ -88,14 +88,14 @@ def with_nearby(op: Op, case: Case, tensors: list[Tensor], truth: Truth) -> Trut
     for factor in ((1.0,) if case.wide else ()) + FACTORS:
         near = [(x.double() * factor).float() for x in tensors]
         pair = (reference(op, case, near, torch.float32, True), reference(op, case, near, torch.float64, True))
-        # Another bottleneck in float32 than in float64: their gradients are of different goals.
+        # With different bottlenecks in float32 and float64, the gradients belong to different goals.
         if all(torch.equal(pair[0][k], x) for k, x in pair[1].items() if not x.is_floating_point()):
             nearby.append(pair)
     return replace(truth, nearby=nearby)
 
 
 def moved(case: Case, tensors: list[Tensor]) -> list[Tensor]:
-    """On the case's device, strides and offsets kept."""
+    """Move tensors to the case's device, and keep strides and offsets."""
     if case.device == "cpu":
         return tensors
     made = []
@@ -113,9 +113,9 @@ def bytes_of(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def check(op: Op, case: Case) -> bool:
-    """Raises `Wrong` where the case found something; returns whether the op refused it, and rightly."""
+    """Raise `Wrong` if the case finds an error; return whether the op rightly refused the case."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's, under Triton's interpreter, in branches that a `where` discards
+        warnings.simplefilter("ignore")  # numpy warns under Triton's interpreter in branches that `where` discards
         tensors = case.tensors()
         refused = op.refuses(case)
         given = moved(case, tensors)
@@ -148,7 +148,7 @@ def check_message(op: Op, case: Case, message: str) -> None:
 
 
 def check_again(op: Op, case: Case, given: list[Tensor], ours: Outputs) -> None:
-    """A second call gives the same bits; on the CPU with another number of threads."""
+    """Check that a second call gives the same bits; on the CPU, with another number of threads."""
     if case.threads == 1 or case.impl == "reference":
         return
     threads = torch.get_num_threads()
@@ -172,7 +172,7 @@ def judge(op: Op, case: Case, tensors: list[Tensor], ours: Outputs) -> None:
         raise Wrong(f"the reference raised {type(error).__name__}: {str(error)[:300]}") from error
     try:
         compare(op, case, tensors, ours, truth)
-    except Wrong:  # eager may have been lucky at these inputs alone
+    except Wrong:  # eager may be accurate by chance for these inputs only
         compare(op, case, tensors, ours, with_nearby(op, case, tensors, truth))
 
 
@@ -199,7 +199,10 @@ def compare(op: Op, case: Case, tensors: list[Tensor], ours: Outputs, truth: Tru
 
 
 def tame_rows(op: Op, case: Case, doubles: list[Tensor]) -> list[Tensor | None]:
-    """Samples that are far larger than most, and the others: a small error beside them is one all the same."""
+    """Split samples into those far larger than most and the others.
+
+    Next to large samples, small errors in the others would go unnoticed.
+    """
     if not op.per_sample:
         return [None]
     batch, largest = case.sizes["B"], None
@@ -217,7 +220,7 @@ def tame_rows(op: Op, case: Case, doubles: list[Tensor]) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One result, or some rows of it, against the truth."""
+    """Compare one result, or some of its rows, with the truth."""
 
     name: str
     case: Case
@@ -226,8 +229,8 @@ class Comparison:
     axis: int
     unit: float
     slack: float
-    either: bool  # inf or NaN, whichever
-    over: bool  # what is finite may be inf or NaN
+    either: bool  # the result may be inf or NaN
+    over: bool  # a finite result may become inf or NaN
 
     def part(self, x: Tensor) -> Tensor:
         x = x.detach().cpu()
@@ -237,7 +240,7 @@ class Comparison:
         ours, exact = self.part(got), self.part(self.truth.exact[self.name])
         if sure is not None and not sure.all():
             if ours.dim() == 0 or ours.shape[max(self.axis, 0)] != len(sure):
-                return  # made of samples whose bottleneck rounding may change
+                return  # rounding may change the bottlenecks that this result depends on
             ours, exact = ours[sure], exact[sure]
         if not exact.is_floating_point():
             if not torch.equal(ours, exact):
@@ -249,13 +252,14 @@ class Comparison:
         if self.truth.eager is not None:
             eager = self.part(self.truth.eager[self.name]).double()
             eager = eager if sure is None or sure.all() else eager[sure]
-            # Float32 overflows: nothing is promised where eager has no number, or another infinity.
+            # If float32 overflows, nothing is promised where eager has no number or another infinity.
             lost = lost | (~eager.isfinite() & ~((eager == exact) | (eager.isnan() & exact.isnan())))
         known = exact.isfinite() & ~lost
         size = max(exact[known].abs().max().item() if known.any() else 0.0, self.unit)
-        wide = self.case.wide and got.dtype == torch.float64  # a gradient in fewer bits is float64's, rounded
+        # a gradient of a smaller dtype is a rounded float64 gradient
+        wide = self.case.wide and got.dtype == torch.float64
         slack = max(self.slack * (WIDE if wide else 1), HALF.get(got.dtype, 0.0))
-        steps = self.case.options.get("steps", 1)  # a gradient is rounded in each
+        steps = self.case.options.get("steps", 1)  # each step rounds a gradient
         allowed = self.eager_error(size) + steps * (slack * size + least)
         same = (
             lost | (ours == rounded) | (ours.isnan() & exact.isnan()) | (ours.isinf() & (exact.abs() + allowed > limit))
@@ -278,7 +282,10 @@ class Comparison:
             )
 
     def eager_error(self, size: float) -> float:
-        """Twice eager's error, the largest at these inputs and at others nearby: of a single result it is 0 by luck."""
+        """Return twice eager's largest error, at these inputs and at nearby ones.
+
+        The error of a single result may be 0 by chance.
+        """
         worst = 0.0
         pairs = list(self.truth.nearby)
         if self.truth.eager is not None:

@@ -1,4 +1,4 @@
-"""What the fuzzer knows of an op: how a case is drawn, called, refused, and how large what was added up was."""
+"""Base class of an op in the fuzzer: how to draw, call and check a case."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ Errors = tuple[type[Exception], ...]
 
 
 class Op:
-    """One op. Its outputs of a floating dtype that require grad are differentiated; integers and bools are exact."""
+    """One op of the fuzzer.
+
+    Outputs of a floating dtype that require grad are differentiated. Integers and bools must be exact.
+    """
 
     name: str
-    needs: ClassVar[dict[str, int]] = {}  # the least each size may be: below it the op must refuse
+    needs: ClassVar[dict[str, int]] = {}  # the least value of each size; the op must refuse less
     spoiled: tuple[tuple[str, Any], ...] = ()  # options that must be refused
-    alike: tuple[str, ...] = ()  # options whose values follow from sizes, so that a smaller case may break them
-    slack = 1e-6  # of the largest value, in float32
-    infinities = False  # its values tell inf from NaN where an input is infinite; others are not finite, whichever
-    per_sample = False  # a row of inputs decides its row of outputs, and nothing else
+    alike: tuple[str, ...] = ()  # options that depend on sizes, so that a smaller case may break them
+    slack = 1e-6  # fraction of the largest value, in float32
+    infinities = False  # values distinguish inf from NaN for infinite inputs; other ops may give either
+    per_sample = False  # each row of outputs depends on its own row of inputs only
 
     def serves(self, impl: str, device: str) -> bool:
         return select.why_not(self.name, impl, device) is None
@@ -35,15 +38,15 @@ class Op:
         raise NotImplementedError
 
     def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
-        """What the op gives. ``narrow``: numbers beside the tensors go through float32 before all else."""
+        """Call the op; ``narrow`` rounds numeric options to float32 first."""
         raise NotImplementedError
 
     def exact(self, case: Case, tensors: list[Tensor], narrow: bool) -> Outputs:
-        """The definition, in the dtype of the tensors."""
+        """Evaluate the definition in the dtype of the tensors."""
         return self.call(case, tensors, "reference", narrow)
 
     def refuses(self, case: Case) -> Errors:
-        """The documented errors of a case that must be refused; none where it must be served."""
+        """Return the documented errors if the case must be refused, and () if it must be served."""
         errors: list[type[Exception]] = []
         if any(g.dtype == "int64" for g in case.given):
             errors.append(TypeError)
@@ -52,12 +55,13 @@ class Op:
         used = {axis.upper() for g in case.given for axis in g.axes}
         if any(case.sizes[name] < least for name, least in self.needs.items() if name in used):
             errors.append(ValueError)
-        if any(repr(case.options.get(name, self)) == repr(value) for name, value in self.spoiled):  # 1 is not True
+        # repr distinguishes 1 from True
+        if any(repr(case.options.get(name, self)) == repr(value) for name, value in self.spoiled):
             errors += [ValueError, TypeError]
         return tuple(errors)
 
     def spoil(self, source: Random, drawn: Drawn) -> Drawn:
-        """Something wrong with it: a size, a dtype, a number of axes, an option."""
+        """Make one thing wrong: a size, a dtype, a number of axes, or an option."""
         sizes, given, options = drawn
         if not given:
             return drawn
@@ -75,28 +79,34 @@ class Op:
         return sizes, [*given[:k], odd, *given[k + 1 :]], options
 
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
-        """By result, the size of what was added up where it may cancel; ``grad NAME`` for gradients. In float64."""
+        """Return the magnitude of the summed terms for each result that may cancel.
+
+        The key is ``grad NAME`` for a gradient. Magnitudes are computed in float64.
+        """
         return {}
 
     def dtype_of(self, case: Case, name: str) -> torch.dtype:
-        """Of a result that is not a gradient."""
+        """Return the dtype of a result that is not a gradient."""
         return torch.float64 if case.wide else torch.float32
 
     def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
         return self.slack
 
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
-        """[B] bool: samples whose bottleneck rounding cannot change; None where an op has no bottleneck."""
+        """Return the samples whose bottleneck rounding cannot change, [B] bool, or None without bottlenecks."""
         return None
 
     def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
-        """Whether a number on the way to this result may overflow where the result does not: it may be inf or NaN."""
+        """Return whether an intermediate may overflow where the result does not.
+
+        The result may then be inf or NaN.
+        """
         return False
 
     def indexed(self, name: str) -> bool:
-        """Whether a result depends on which goal the bottleneck is, or on how often."""
+        """Return whether a result depends on the bottleneck's identity or frequency."""
         return False
 
     def smaller(self, case: Case) -> list[Case]:
-        """Simpler cases of this op that keep what belongs together."""
+        """Return simpler cases of this op with consistent options."""
         return []

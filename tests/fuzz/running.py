@@ -1,4 +1,4 @@
-"""Draws cases for so many seconds, reports what fails, counts what ran."""
+"""Draw cases for a number of seconds, report failures and count the cases."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ from tests.fuzz.statistics import OPS as STATISTICS
 
 OPS: dict[str, Op] = {op.name: op for op in (*GOALS, *GOAL_SETS, *CORRELATION, *STATISTICS)}
 ORDER = ("reference", "cpu", "triton", "cuda")
-SPOILED = 0.04  # of the cases have something wrong with them, and must be refused
-TWICE = 0.15  # of the cases are differentiated twice, where they are small
+SPOILED = 0.04  # fraction of the cases with an error, which must be refused
+TWICE = 0.15  # fraction of the cases that are differentiated twice, if small enough
 
 
 def places(op: Op) -> list[tuple[str, str, float]]:
-    """(impl, device, how often) of what serves the op here. The interpreter is slow, the reference holds to itself."""
+    """Return (impl, device, frequency) of each implementation that serves the op here.
+
+    The interpreter is slow, and the reference is compared with itself.
+    """
     gpu = torch.cuda.is_available()
     usual = {"reference": 2.0, "cpu": 50.0, "triton": 40.0 if gpu else 1.0, "cuda": 60.0}
     found = []
@@ -44,9 +47,13 @@ def places(op: Op) -> list[tuple[str, str, float]]:
 
 
 def draw(seed: int, number: int, only_op: str | None = None, only_impl: str | None = None) -> Case:
-    """The case of one integer. What serves here decides its impl, unless that is given."""
+    """Draw the case of one integer.
+
+    The implementations available here determine its impl, unless one is given.
+    """
     source = Random(f"{seed}:{number}")
-    order = source.sample(list(OPS), len(OPS))  # the first that is asked for: --op and --impl leave the rest as it is
+    # the first suitable op is used, so --op and --impl do not change the rest of the case
+    order = source.sample(list(OPS), len(OPS))
     served = {op: [place for place in places(OPS[op]) if only_impl in (None, place[0])] for op in order}
     names = [op for op, here in served.items() if here and only_op in (None, op)]
     if not names:
@@ -65,7 +72,7 @@ def draw(seed: int, number: int, only_op: str | None = None, only_impl: str | No
 
 
 def failure_of(case: Case) -> str | None:
-    """What is wrong with the case, or None."""
+    """Return a description of the case's error, or None."""
     op = OPS[case.op]
     try:
         if not check(op, case) and case.twice:
@@ -80,7 +87,7 @@ def reproducer(case: Case) -> str:
 
 
 def report(case: Case, wrong: str, line: str, seconds: float) -> dict[str, str]:
-    """Prints a failure with the command that shows it, and the smallest like it."""
+    """Print a failure with the command that reproduces it, and the smallest similar case."""
     print(f"FAILED {case}\n  {wrong}\n  {line}", flush=True)
     small = shrink(OPS[case.op], case, lambda other: fails_alike(other, wrong), seconds)
     if small != case:
@@ -89,10 +96,10 @@ def report(case: Case, wrong: str, line: str, seconds: float) -> dict[str, str]:
 
 
 def fails_alike(case: Case, wrong: str) -> bool:
-    """Fails in the same result: a smaller case must not turn one bug into another."""
+    """Return whether the case fails in the same result, so that shrinking keeps the same bug."""
     try:
         found = failure_of(case)
-    except Exception:  # what was left out belonged to the rest
+    except Exception:  # the removed part was needed
         return False
     return found is not None and found.split(":")[0].split(" ")[0] == wrong.split(":")[0].split(" ")[0]
 
@@ -114,7 +121,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(given: list[str] | None = None) -> int:
-    """0 where every case was right, else 1."""
+    """Run the fuzzer. Return 0 if every case passed, else 1."""
     args = arguments().parse_args(given)
     chosen = {name: value for name, value in (("--op", args.op), ("--impl", args.impl)) if value}
     if args.case or args.spec:

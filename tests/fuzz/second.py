@@ -1,4 +1,4 @@
-"""A case's second derivative, held against the reference's in float64."""
+"""Compare a case's second derivative with the reference's in float64."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tests.fuzz.cases import Case
 from tests.fuzz.judging import Wrong, leaves_of, moved, pulled
 from tests.fuzz.ops import Op, Outputs
 
-# Values of which a second derivative neither overflows nor is rounding alone.
+# Kinds of values for which a second derivative neither overflows nor is pure rounding.
 SMOOTH = {"plain", "negative", "wide", "whole", "ties", "rows again", "units of their own", "large", "outliers", "far"}
-ELEMENTS, TERMS = 600, 20_000  # of a tensor, and of the temporaries of a pairwise op: the reference keeps its graph
-NOTHING = 1e-20  # a gradient below is what an exponential left of one
-LEAST = 1e-18  # of numbers whose gradients are about 1: what a second derivative of 0 may be
-NEAR = 1e-13  # relative: what an input is moved by, to see how much rounding may change
+ELEMENTS, TERMS = 600, 20_000  # bounds for a tensor and for a pairwise op's temporaries: the reference keeps its graph
+NOTHING = 1e-20  # a smaller gradient is the residue of an exponential
+LEAST = 1e-18  # a second derivative up to this size may be 0, for gradients of about 1
+NEAR = 1e-13  # relative change of an input, which shows the effect of rounding
 
 
 def twice(op: Op, case: Case) -> Case:
-    """The case in float64 and to be differentiated twice, or as it is where it cannot be."""
+    """Return the case in float64 with second derivatives, or unchanged if it has none."""
     if op.refuses(case) or not any(g.grad for g in case.given):
         return case
     largest = max(torch.Size(g.shape(case.sizes)).numel() for g in case.given)
@@ -32,12 +32,12 @@ def twice(op: Op, case: Case) -> Case:
 
 
 def normed(x: Tensor, unit: float) -> Tensor:
-    """In units of its largest number, a constant, or of what was added up where that cancels."""
+    """Divide by the largest magnitude as a constant, or by the terms' magnitude if they cancel."""
     return x / x.detach().abs().amax().clamp_min(max(unit, NOTHING)) if x.numel() else x
 
 
 def derivatives(case: Case, outputs: Outputs, leaves: list[Tensor], units: dict[str, float]) -> Outputs:
-    """The gradients of a sum of squares of the gradients, of a sum of the outputs and their squares."""
+    """Differentiate a sum of the outputs and their squares, then a sum of the gradients' squares."""
     wanted = {g.name: x for g, x in zip(case.given, leaves, strict=True) if x.requires_grad}
     parts = [normed(x, units.get(name, 0.0)) for name, x in outputs.items() if x.requires_grad]
     if not parts or not wanted:
@@ -47,18 +47,18 @@ def derivatives(case: Case, outputs: Outputs, leaves: list[Tensor], units: dict[
     first = torch.autograd.grad(value, by, create_graph=True, materialize_grads=True)
     grads = [normed(g, units.get(f"grad {name}", 0.0)) for name, g in zip(wanted, first, strict=True)]
     bent = torch.stack([(g.square() * (1.5 + pulled(g, "ramp"))).sum() for g in grads]).sum()
-    if not bent.requires_grad:  # a loss of nothing that has a gradient
+    if not bent.requires_grad:  # no output has a second derivative
         return {name: torch.zeros_like(x) for name, x in wanted.items()}
     second = torch.autograd.grad(bent, by, materialize_grads=True)
     return dict(zip(wanted, second, strict=True))
 
 
 def check_twice(op: Op, case: Case) -> None:
-    """Raises `Wrong` where a second derivative, asked for by the inputs alone, is not the reference's."""
+    """Raise `Wrong` if a second derivative by the inputs alone differs from the reference's."""
     tensors = case.tensors()
     sure = op.sure(case, tensors)
     if any(g.dtype != "float64" for g in case.given) or (sure is not None and not sure.all()):
-        return  # or of a bottleneck that rounding may change
+        return  # or rounding may change a bottleneck
     source = torch.Generator().manual_seed(1)
     near = [x * (1 + NEAR * torch.randn(x.shape, generator=source, dtype=x.dtype)) for x in tensors]
     units: dict[str, float] = {}

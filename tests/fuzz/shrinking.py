@@ -1,4 +1,4 @@
-"""Makes a failing case smaller while it fails."""
+"""Make a failing case smaller while it still fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.fuzz.ops import Op
 
 
 def shrink(op: Op, case: Case, fails: Callable[[Case], bool], seconds: float = 20.0) -> Case:
-    """The smallest case found in so many seconds that still fails."""
+    """Return the smallest failing case found within ``seconds``."""
     until = time.monotonic() + seconds
     found = True
     while found:
@@ -26,7 +26,7 @@ def shrink(op: Op, case: Case, fails: Callable[[Case], bool], seconds: float = 2
 
 
 def candidates(op: Op, case: Case) -> Iterator[Case]:
-    """Simpler cases, those that take most away first."""
+    """Yield simpler cases, the largest reductions first."""
     yield from op.smaller(case)
     for name, value in case.sizes.items():
         for fewer in dict.fromkeys([1, 2, value // 2, value - 1]):

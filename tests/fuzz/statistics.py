@@ -1,4 +1,4 @@
-"""The statistics of a latent code, for the fuzzer."""
+"""Fuzz the statistics of a latent code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fuzz.ops import Drawn, Errors, Op, Outputs
 
 
 def matrix_sizes(source: Random, tiny: bool, elements: int = 60_000) -> dict[str, int]:
-    """B and D of so many elements at most, rarely thirty times as many."""
+    """Draw B and D with at most ``elements`` elements, rarely thirty times as many."""
     if tiny:
         return {"B": size(source, 9), "D": size(source, 7)}
     most = elements * (30 if source.random() < 0.01 else 1)
@@ -38,7 +38,7 @@ class GaussianKL(Op):
         if source.random() < 0.5:
             block = source.choice([1, 2, 3, 4, 7, 16, 100])
             sizes["D"] = max(sizes["D"], block)
-            if source.random() < 0.5:  # whole blocks; else the last is mostly shorter
+            if source.random() < 0.5:  # whole blocks; otherwise the last block is mostly shorter
                 sizes["D"] -= sizes["D"] % block
             least = -1 / (block - 1) if block > 1 else -1.0
             options = {
@@ -62,11 +62,11 @@ class GaussianKL(Op):
         return {"value": bomkern.gaussian_kl(mu, logvar, **case.options, impl=impl)}
 
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
-        # Terms cancel near the prior, and within a block: what is added up over the prior's smallest variance.
+        # Terms cancel near the prior and within a block. Each term is divided by the prior's smallest variance.
         mu, logvar = (torch.where(x.isfinite(), x, 0) for x in tensors)
         block, rho = case.options.get("block_size") or 1, case.options.get("rho", 0.0)
         stiff = 1 / min(1 - rho, 1 - rho + block * rho)
-        tame = logvar.clamp(max=80)  # it goes on as a tangent
+        tame = logvar.clamp(max=80)  # the variance continues as a tangent
         terms = mu.square() * stiff + (tame.exp() * (1 + logvar - tame) + 1) * stiff + logvar.abs() + 1
         return {
             "value": terms.sum(1).max().item(),
@@ -107,31 +107,34 @@ class ConsistencyVariance(Op):
         return {"value": bomkern.consistency_variance(views, **case.options, impl=impl)}
 
     def overflows(self, case: Case, tensors: list[Tensor], name: str) -> bool:
-        """The sum of squares over views and columns, of which the variance is the mean."""
+        """Return whether the sum of squares over views and columns overflows, of which the variance is the mean."""
         views = [x.nan_to_num(0, 0, 0) for x in (tensors[0] if "V" in case.sizes else tensors)]
         squares = sum((x - views[0]).square().sum(1).max().item() for x in views)
         return name == "value" and squares > torch.finfo(torch.float64 if case.wide else torch.float32).max
 
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
-        # A view near the mean is left with the rounding of views far from it.
+        # A view near the mean keeps the rounding error of views far from it.
         count, correction = case.sizes.get("V", len(case.given)), case.options.get("correction", 1)
         x = tensors[0] if "V" in case.sizes else torch.stack(tensors)
         apart = (x - x.mean(0)).nan_to_num(0, 0, 0).abs().max().item()
         return {f"grad {g.name}": 4 * apart / (count - correction) / case.sizes["D"] for g in case.given}
 
     def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
-        # Sums are taken from the first view: where that is the outlier, all but one part in V of them cancels.
+        # Sums are relative to the first view. If that is an outlier, all but one part in V cancels.
         return 1e-6 * (1 + case.sizes.get("V", len(case.given)) / 4)
 
 
 def units_slack(case: Case) -> float:
-    """A variance's rounding, near the threshold, counts 1 / temperature times."""
+    """Return the slack: near the threshold, 1 / temperature multiplies a variance's rounding error."""
     threshold, temperature = case.options.get("threshold", 0.1), case.options.get("temperature", 0.05)
     return 1e-6 + 1e-7 * max(1.0, abs(threshold)) / temperature
 
 
 def units_gradient(mu: Tensor) -> float:
-    """Of columns that vary alike the effective fraction is at its most: of its gradient only rounding is left."""
+    """Return the scale of the gradient's rounding error.
+
+    If columns vary alike, the effective fraction is at its maximum, and only rounding is left.
+    """
     mu = torch.where(mu.isfinite(), mu, 0)
     mu = mu - mu.mean(0)
     total = mu.var(0).sum().item()
@@ -173,7 +176,7 @@ class Latent(Op):
         sizes, _, options = ActiveUnits().draw(source, tiny)
         roles = {"z": "code", "mu": "code", "logvar": "logvar"}
         given = alike(source, [tensor(source, name, "BD", role) for name, role in roles.items()])
-        if source.random() < 0.5:  # the gradients of others would not be seen beside those of one
+        if source.random() < 0.5:  # one field alone, whose gradients the others' would hide
             options["fields"] = sorted(source.sample(LatentStatistics._fields, source.choice([1, 1, 2, 4])))
         return sizes, given, options
 
@@ -193,7 +196,7 @@ class Latent(Op):
         return {
             "kl": kl["value"],
             "logvar_mean": logvar_size.mean(1).max().item(),
-            # Of a block of rows its first value is taken off: where that is an outlier, as large a number as it stays.
+            # Each block of rows subtracts its first value. An outlier there leaves large numbers.
             "z_mean": z_size.max().item(),
             "mu_mean": mu_size.max().item(),
             "grad mu": mu or units_gradient(tensors[1]),
@@ -215,7 +218,7 @@ class CovariancePenalty(Op):
         return {"value": bomkern.covariance_penalty(*tensors, **case.options, impl=impl)}
 
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
-        # Where D > B the diagonal is added up and taken out again; two samples correlate by 1, and all cancels.
+        # With D > B the diagonal is added and subtracted again. Two samples correlate by 1, so everything cancels.
         x = torch.where(tensors[0].isfinite(), tensors[0], 0)
         x = x - x.mean(0)
         (batch, dims), deviation = x.shape, x.std(0)

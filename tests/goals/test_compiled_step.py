@@ -1,4 +1,4 @@
-"""A whole training step under torch.compile: model, `GoalSet` with its policies and history, loss; and torch.export."""
+"""Test a training step under torch.compile: model, `GoalSet` with its policies and history, loss; and torch.export."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PARTS = ("share", "level", "deficit", "raw", "ideal", "scale", "loss", "finite")
 
 
 class Model(nn.Module):
-    """Five raw values of a batch, and the loss of them."""
+    """A model that computes five raw values of a batch and their loss."""
 
     def __init__(self, policies: bool, **rule: Any) -> None:
         super().__init__()
@@ -83,7 +83,10 @@ def graphs() -> int:
 @BACKENDS
 @pytest.mark.parametrize("policies", [False, True], ids=["anchored", "policies"])
 def test_a_compiled_step_is_the_eager_one(policies: bool, backend: str, rule: str) -> None:
-    """Losses, gradients, buffers and the history, over more steps than the ring holds and batches of three sizes."""
+    """Losses, gradients, buffers and history match eager steps.
+
+    The run has more steps than the ring holds, and batches of three sizes.
+    """
     ours, theirs = Model(policies, **RULES[rule]), Model(policies, **RULES[rule])
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=backend)
     for x in batches(ROWS + 12):
@@ -97,7 +100,7 @@ def test_a_compiled_step_is_the_eager_one(policies: bool, backend: str, rule: st
     assert len(mine) == len(other) == ours.goals.steps == ROWS + 12
     for part in PARTS:
         torch.testing.assert_close(mine[part], other[part], rtol=1e-4, atol=1e-6)
-    # One, and one more where the step before leaves something to take back.
+    # One graph, and one more if the previous step left something to take back.
     assert graphs() <= 2 and not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -107,7 +110,7 @@ def test_static_sizes_become_dynamic_by_themselves(backend: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for x in batches(12):
         step(compiled, model, x)
-    assert graphs() == 2  # of the first size, and of all others
+    assert graphs() == 2  # one graph for the first size, one for all others
 
 
 @EACH
@@ -159,7 +162,7 @@ def test_evaluation_compiles_and_keeps_nothing() -> None:
 @EACH
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(rule: str, strict: bool) -> None:
-    """Of a module that is evaluated, with a batch of any size."""
+    """Export a module in evaluation mode, with a dynamic batch size."""
     model = Model(False, **RULES[rule]).eval()
     batch = torch.export.Dim("batch", min=2, max=1024)
     exported = torch.export.export(model, (torch.randn(16, 4),), dynamic_shapes=({0: batch},), strict=strict)

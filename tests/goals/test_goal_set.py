@@ -1,4 +1,4 @@
-"""GoalSet: what it takes and refuses, its policies, its history and its checkpoint; `probe`."""
+"""Test GoalSet: accepted and refused arguments, policies, history and checkpoint; and `probe`."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_moving_anchors_follow_what_is_measured_only(caplog: pytest.LogCaptureFi
     assert goals.anchors()["x"] == pytest.approx((0.75, 1.25))
     assert goals.drift() == {"x": pytest.approx(2.0)} and "drifted 2.00" in caplog.text
     goals.drift()
-    assert len(caplog.records) == 1  # once
+    assert len(caplog.records) == 1  # warned once
     with pytest.raises(ValueError, match="y is not a goal with"):
         goals.remeasure({"y": (0.0, 1.0)})
 
@@ -219,7 +219,7 @@ def test_history_holds_every_step_across_flushes() -> None:
 def test_history_is_bounded_and_joins_only_finite_steps() -> None:
     layout = Layout(["x"], ["x"], [0], ["Minimize(1)"])
     history, rows = History(layout), torch.zeros(2 * CAPACITY + 3, layout.size)
-    rows[:, 3] = torch.arange(len(rows))  # raw
+    rows[:, 3] = torch.arange(len(rows))  # raw values
     rows[:, -1] = 1
     rows[1, 3], rows[1, -1] = torch.nan, 0
     for part in rows.split(1000):

@@ -1,6 +1,6 @@
-"""A step of a `GoalSet` that is run again as a graph is an eager step: the graph holds no number of the host.
+"""Test that a `GoalSet` step replayed as a graph equals an eager step: the graph holds no number from the host.
 
-A CUDA graph is played here by the ops of a step, written down once and run again on the same memory.
+The tests imitate a CUDA graph: they record the ops of a step, and run them again on the same memory.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tests.support.graphs import Graphs
 from tests.support.syncs import CountSyncs
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-STEPS, END = 9, 4  # of which `every_policy` calibrates the first END
+STEPS, END = 9, 4  # `every_policy` calibrates during the first END steps
 BUFFERS = ("params", "policy_state", "log_nudge", "guard_share", "average", "multipliers")
 
 
 class Capture(TorchDispatchMode):
-    """Writes down every op and the tensors it made; what a host would have to wait for raises, as CUDA does."""
+    """Record every op and the tensors it made; raise on an op for which the host would wait, as CUDA does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def raw_of(x: Tensor) -> dict[str, Any]:
 
 
 def step(goals: GoalSet, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient; every third step is taken back, by its number."""
+    """Take a step and return its loss and gradient; every third step is rejected, by its number."""
     leaf = x.detach().requires_grad_()
     loss = goals(raw_of(leaf)).loss.sum()
     (grad,) = torch.autograd.grad(loss, leaf)
@@ -74,7 +74,7 @@ def assert_same(ours: GoalSet, theirs: GoalSet) -> None:
 
 
 def captured(goals: GoalSet, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Capture, tuple[Tensor, Tensor]]:
-    """A step of `goals` on the memory of x. As a capture does, it changes nothing."""
+    """Capture a step of `goals` on the memory of x, without changing any state."""
     before = {name: buffer.clone() for name, buffer in goals.named_buffers()}
     with monkeypatch.context() as patch:
         for module in (monitor, rule_state):
@@ -89,7 +89,10 @@ def captured(goals: GoalSet, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tupl
 @EACH_RULE
 @pytest.mark.parametrize("warm", [1, END + 1], ids=["calibrating", "calibrated"])
 def test_replays_are_eager_steps(rule: str, warm: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibration ends at its step, whenever the capture was; a step is taken back; all of it is in the history."""
+    """Calibration ends at its step, whenever the capture was.
+
+    Rejected steps are taken back, and the history holds every step.
+    """
     ours, theirs = (every_policy(**RULES[rule], route="never") for _ in range(2))
     x = torch.empty(7, 8)
     for k, batch in enumerate(batches()):
@@ -137,11 +140,11 @@ def test_a_replayed_step_is_rejected_after_a_look_at_the_history(monkeypatch: py
     assert goals.history["finite"].tolist() == [1, 0]
 
 
-# Of compiled steps, what Inductor puts into CUDA graphs.
+# The parts of compiled steps that Inductor puts into CUDA graphs.
 
 
 def test_inductor_is_told_what_no_graph_can_replay() -> None:
-    """Whatever calls the host by a handle."""
+    """Every op that calls the host by a handle is tagged as unsafe for CUDA graphs."""
     called = [
         op
         for name in torch._C._dispatch_get_all_op_names()
@@ -154,7 +157,7 @@ def test_inductor_is_told_what_no_graph_can_replay() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_compiled_step_has_no_number_of_the_host(device: str) -> None:
-    """Nothing comes from the host, and no step makes a new graph."""
+    """The graphs copy nothing from the host, and no step compiles a new one."""
     torch._dynamo.reset()
     goals, backend = every_policy(guard=ShareGuard(0.1, 0.3), spill=0.5).to(device), Graphs(aot=True)
     compiled = torch.compile(lambda x: goals(raw_of(x)).loss, fullgraph=True, dynamic=True, backend=backend)
@@ -162,12 +165,13 @@ def test_a_compiled_step_has_no_number_of_the_host(device: str) -> None:
         for _ in range(END + 2):
             compiled(torch.rand(7, 8, device=device, requires_grad=True))
     assert not backend.from_the_host(device)
-    assert len(backend.seen) <= 4  # forward and backward, once more where the step before left something to take back
+    # forward and backward, and both again if the previous step left something to take back
+    assert len(backend.seen) <= 4
 
 
 @pytest.mark.slow
 def test_inductor_leaves_the_host_out_of_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks for ops that no CUDA graph can hold, to call them between two graphs, or to make none."""
+    """Inductor finds the ops that no CUDA graph can hold, and calls them between graphs or makes no graph."""
     from torch._inductor import compile_fx
 
     found = []
@@ -214,7 +218,7 @@ def test_cuda_graph_replays_are_eager_steps(rule: str) -> None:
 @NEEDS_GPU
 @pytest.mark.slow
 def test_cuda_graph_trees_replay_eager_steps() -> None:
-    """Compiled for the least overhead; past the end of the ring, which the host empties between the graphs."""
+    """Replay steps in mode reduce-overhead, past the end of the ring, which the host empties between the graphs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     ours, theirs = (every_policy(spill=0.5).to("cuda") for _ in range(2))

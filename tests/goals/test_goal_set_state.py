@@ -1,4 +1,4 @@
-"""What a `GoalSet` remembers: after errors, rejected steps, bad numbers, copies and checkpoints."""
+"""Test the state of a `GoalSet` after errors, rejected steps, bad numbers, copies and checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def everything(**how: Any) -> GoalSet:
 
 
 def raw_of(goals: GoalSet, seed: int = 0, batch: int = 4) -> dict[str, Any]:
-    """Another number for every goal, sample and seed."""
+    """Return raw values that differ for every goal, sample and seed."""
     columns = torch.rand(6, batch, generator=torch.Generator().manual_seed(seed))
     named = dict(zip(["max", "quantile", "tracking", "moving"], columns, strict=False))
     return {**named, "both": {"a": columns[4], "b": columns[5]}}
@@ -148,7 +148,7 @@ def test_the_last_step_of_a_joined_row_can_be_rejected(rest: int) -> None:
 def test_anchors_do_not_move_to_what_is_not_finite() -> None:
     goals = GoalSet(x=Anchored(0.5, 1.0, moving=True, halflife=1.0))
     goals.remeasure({"x": (torch.tensor([1.0, NAN]), 3.0)})
-    assert goals.anchors()["x"] == pytest.approx((0.5, 1.5))  # the nadir went half the way to 3
+    assert goals.anchors()["x"] == pytest.approx((0.5, 1.5))  # the nadir went halfway to 3
     goals.remeasure({"x": (INF, NAN)})
     assert goals.anchors()["x"] == pytest.approx((0.5, 1.5))
 
@@ -180,7 +180,7 @@ def test_a_goal_that_is_given_another_constraint_has_its_scale() -> None:
     assert goals.anchors()["x"][1] != 1
     goals["x"] = Minimize(2.0, 0.5)
     assert goals.anchors()["x"] == (0.5, 2.0)
-    goals.remeasure({"x": (0.5, 2.5)})  # where they are
+    goals.remeasure({"x": (0.5, 2.5)})  # the current anchors
     assert goals.anchors()["x"] == pytest.approx((0.5, 2.0))
     with pytest.raises(KeyError, match=r"no goal is called z \(there are x, y\)"):
         goals["z"] = Minimize(1.0)
@@ -243,7 +243,7 @@ def test_a_copy_takes_back_its_own_step(duplicate: Callable[[GoalSet], GoalSet],
 
 
 class Event:
-    """As a CUDA event: it can be waited for, and not copied."""
+    """An event that, as a CUDA event, can be waited for but not copied."""
 
     def synchronize(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""No step of a `GoalSet` makes the host wait for the device."""
+"""Test that no step of a `GoalSet` makes the host wait for the device."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def step(goals: GoalSet, raw: dict[str, Any], ok: Tensor) -> None:
 def test_no_host_sync_in_a_step(rule: str) -> None:
     goals, raw, ok = every_policy(**RULES[rule]), values("cpu"), torch.tensor(True)
     with CountSyncs() as counter:
-        for _ in range(6):  # through the end of the calibration
+        for _ in range(6):  # to the end of the calibration
             step(goals, raw, ok)
-    assert not counter.seen.keys() - {"_to_copy"}  # of numbers, to where the goals are: here the host itself
+    assert not counter.seen.keys() - {"_to_copy"}  # copies of numbers to the goals' device, which is the host here
     assert goals.steps == 6
 
 
 class Arrives:
-    """In place of the copies of the ring and of its place, which a GPU makes without waiting."""
+    """Replace the copies of the ring and of its position, which a GPU makes without waiting."""
 
     monitor: Any
 
     def __init__(self, source: Tensor) -> None:
         self.host = torch.zeros(source.shape)
-        if source.dtype is torch.int64:  # the place: how many records there have been
+        if source.dtype is torch.int64:  # the position, which is the number of records so far
             self.host += self.monitor._count.known
 
     def wait(self) -> Tensor:
@@ -64,15 +64,18 @@ class Arrives:
 
 
 def steps_without_values(monkeypatch: pytest.MonkeyPatch, served: str, **rule: Any) -> GoalSet:
-    """On a device whose tensors have no values, where whatever reads or copies one raises; past the ring's end."""
+    """Take steps past the ring's end on a device whose tensors have no values.
+
+    Any op that reads or copies a value raises there.
+    """
     monkeypatch.setattr(monitor, "ROWS", 4)
     monkeypatch.setattr(monitor, "HostCopy", Arrives)
-    if served == "compiled":  # the schema, autograd and the fake kernel of the compiled op
+    if served == "compiled":  # the compiled op's schema, autograd and fake kernel
         monkeypatch.setattr(select, "resolve", lambda op, device, impl: select.compiled(OPS[op]))
     goals = every_policy(**rule).to("meta")
     monkeypatch.setattr(Arrives, "monitor", goals.monitor, raising=False)
     raw, ok = values("meta"), torch.ones((), dtype=torch.bool, device="meta")
-    for _ in range(10):  # through the end of the calibration
+    for _ in range(10):  # to the end of the calibration
         step(goals, raw, ok)
     return goals
 
@@ -112,7 +115,7 @@ def test_a_policy_that_reads_is_found(monkeypatch: pytest.MonkeyPatch, read: str
 
 
 def test_the_copy_of_the_ring_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real one it is what raises, at the end of the ring and not before."""
+    """The real copy raises at the end of the ring, and no step raises before."""
     real = monitor.HostCopy
     monkeypatch.setattr(Arrives, "__new__", lambda cls, rows: real(rows))
     with pytest.raises(NotImplementedError, match="meta"):
@@ -120,11 +123,11 @@ def test_the_copy_of_the_ring_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_history_is_copied_once_in_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To pinned memory, behind an event that is waited for when the next copy is made."""
+    """The copy goes to pinned memory behind an event. The next copy waits for that event."""
     made = []
     copy = monitor.HostCopy
     monkeypatch.setattr(monitor, "HostCopy", lambda rows: made.append(len(rows)) or copy(rows))
     goals, raw = every_policy(), values("cpu")
     for _ in range(2 * monitor.ROWS + 1):
         goals(raw)
-    assert made == [monitor.ROWS, 1] * 2  # with the place
+    assert made == [monitor.ROWS, 1] * 2  # the rows and the position

@@ -1,4 +1,4 @@
-"""The Lightning callback: what it writes, what a checkpoint holds, what it refuses."""
+"""Test the Lightning callback: its logs, its part of a checkpoint, and its refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Fake(Logger):
-    """One of the trainer's loggers."""
+    """A logger of the trainer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,10 @@ class Fake(Logger):
 
 
 class Model(pl.LightningModule):
-    """Two goals of one linear layer; ``goals`` is a submodule, or lies in a tuple where nobody finds it."""
+    """A model with two goals of one linear layer.
+
+    ``goals`` is a submodule, or hidden from torch in a tuple.
+    """
 
     def __init__(self, goals: GoalSet, held: bool = True, explode: int | None = None) -> None:
         super().__init__()
@@ -140,14 +143,17 @@ def test_two_callbacks_and_no_diagnosis(capsys: pytest.CaptureFixture[str]) -> N
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(model, loader())
-    assert len(fake.of_goals()) == 1 and not fake.of_goals("judge/")  # the other one made no step
-    assert other.anchors()["far"][1] == pytest.approx(5.0)  # nothing waited, so nobody was asked
+    assert len(fake.of_goals()) == 1 and not fake.of_goals("judge/")  # the other GoalSet made no step
+    assert other.anchors()["far"][1] == pytest.approx(5.0)  # no policy waited for anchors, so none were requested
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_a_run_goes_on_as_if_it_had_not_stopped(held: bool, tmp_path: Path) -> None:
-    """And the GoalSet is in the checkpoint once: in the module's part or in the callback's."""
+    """A resumed run equals an uninterrupted one.
+
+    The checkpoint holds the GoalSet once: in the module's part or in the callback's.
+    """
 
     def begin() -> tuple[Model, GoalCallback]:
         torch.manual_seed(1)
@@ -162,7 +168,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(held: bool, tmp_path: Path) -> N
     assert ("goals.params" in saved["state_dict"]) is held
     assert ("GoalCallback(far, size)" in saved["callbacks"]) is not held
     second, callback = begin()
-    callback.anchor = None  # which the checkpoint has
+    callback.anchor = None  # the checkpoint has the anchors
     fit(second, callback, 20, resume=tmp_path / "last.ckpt")
     assert_same_state(second.outside[0], first.outside[0])
     third, callback = begin()

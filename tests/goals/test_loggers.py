@@ -1,4 +1,4 @@
-"""Loggers of a GoalSet: what they write, what they refuse; and the examples."""
+"""Test the loggers of a GoalSet, their refusals, and the examples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Kept:
-    """A `Logger` that keeps what it was given."""
+    """A `Logger` that keeps its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, dict[str, float]]] = []
@@ -31,7 +31,7 @@ class Kept:
 
 
 class Metrics:
-    """Has mlflow's method."""
+    """A logger with mlflow's method."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, dict[str, float]]] = []
@@ -42,7 +42,7 @@ class Metrics:
 
 
 class Run:
-    """Has Weights & Biases' method."""
+    """A logger with Weights & Biases' method."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int | None, dict[str, float]]] = []
@@ -65,7 +65,7 @@ def step(goals: GoalSet, near: list[float], a: float = 1.0, b: float = 2.0) -> A
 
 def test_means_of_the_steps_since_the_last_call() -> None:
     goals, kept = two_goals(), Kept()
-    step(goals, [0.2, 0.6])  # code's deficit is the mean of 1/2 and 2/4
+    step(goals, [0.2, 0.6])  # the deficit of code is the mean of 1/2 and 2/4
     step(goals, [1.0, 0.0])
     values = log_goals(goals, kept, 7)
     expected = {
@@ -120,7 +120,8 @@ def test_a_window_is_taken_once_and_the_last_steps_are_not() -> None:
     assert window.mean["raw"].tolist() == pytest.approx([7 / 3, 1.0, 2.0])
     assert goals.monitor.take_mean().steps == 0
     last = goals.monitor.last_mean
-    assert [float(last("raw", steps)[0]) for steps in (1, 2, 3)] == [4.0, 4.0, 3.0]  # what is not finite is left out
+    # values that are not finite are left out
+    assert [float(last("raw", steps)[0]) for steps in (1, 2, 3)] == [4.0, 4.0, 3.0]
     assert float(last("raw", 0)[0]) == 4.0 and float(last("loss", 99)) == pytest.approx(7 / 3)
 
 
@@ -165,7 +166,7 @@ def test_what_cannot_log_is_named(wrong: Any) -> None:
     step(goals, [0.2, 0.2])
     with pytest.raises(TypeError, match=r"logger must have log\(values, step=\).*log_metrics.*add_scalar.*got"):
         log_goals(goals, wrong, 1)
-    assert log_goals(goals, Kept(), 1)["goals/rejected"] == 0.0  # and the steps are still there
+    assert log_goals(goals, Kept(), 1)["goals/rejected"] == 0.0  # the history still has the steps
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -200,7 +201,7 @@ def test_the_lightning_example(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_lightning")
     printed = run_example("lightning_vae.py", "--steps", "200", "--out", "run", cwd=tmp_path)
     assert "200 steps" in printed and "steps 1 to 200: the gradient went to" in printed
-    assert float(printed.split("held-out PSNR ")[1].split()[0]) > 13  # the mean image has 11.3
+    assert float(printed.split("held-out PSNR ")[1].split()[0]) > 13  # the mean image has a PSNR of 11.3
     assert "goals/share/recon" in (tmp_path / "run" / "version_0" / "metrics.csv").read_text()
     again = run_example("lightning_vae.py", "--steps", "210", "--out", "run", "--resume", "run/last.ckpt", cwd=tmp_path)
     assert "210 steps" in again and "steps 1 to 210: the gradient went to" in again

@@ -1,4 +1,4 @@
-"""Every policy in a GoalSet: it trains, resumes to the bit, is saved and diagnosed."""
+"""Test every policy in a GoalSet: it trains, resumes bitwise, is saved and diagnosed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVERY = pytest.mark.parametrize("make", EXAMPLES.values(), ids=EXAMPLES)
 
 
 def trained(goals: GoalSet, first: int, last: int) -> list[Tensor]:
-    """The losses of some steps, the same numbers each time."""
+    """Return the losses of some steps on reproducible raw values."""
     found = []
     for step in range(first, last):
         source = torch.Generator().manual_seed(step)

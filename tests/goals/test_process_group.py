@@ -1,4 +1,4 @@
-"""Statistics and GoalSet with a process_group: what one process with the whole batch has, on 1, 2 and 4 processes."""
+"""Test statistics and GoalSet with a process_group of 1, 2 and 4 processes against one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bomkern import Anchored, GoalSet, Minimize, StepGuard
 from bomkern.common import process_group
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-# Policies and history are float32 whatever the goals are.
+# Policies and history are float32 for goals of any dtype.
 ROUNDING = {"torch.float32": 2e-5, "torch.float64": 1e-12}
 
 
@@ -41,7 +41,7 @@ def test_any_number_of_processes_is_one(world: int, truth: dict[str, dict[str, A
 
 
 def test_parts_are_not_the_whole(truth: dict[str, dict[str, Any]]) -> None:
-    """What the test above would find where nothing is shared."""
+    """Without sharing, the statistics of a part differ from the whole's, so the test above can fail."""
     x, noise = ranks.batch(0, torch.float64)
     half = ranks.encode(ranks.weights(torch.float64), x[:12], noise[:12])
     for name, expected in truth["torch.float64"].items():
@@ -50,10 +50,10 @@ def test_parts_are_not_the_whole(truth: dict[str, dict[str, Any]]) -> None:
 
 
 def test_shapes_are_not_compared_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which would wait for the device; the steps before the capture have compared them."""
+    """Comparing shapes would wait for the device. The steps before the capture have compared them."""
     several = process_group.Ranks()
     several.group = object()
-    with pytest.raises(Exception, match="object"):  # asks the others
+    with pytest.raises(Exception, match="object"):  # communicates with the other processes
         several.check_shape("x", torch.rand(3))
     monkeypatch.setattr(process_group, "capturing", lambda device: True)
     several.check_shape("x", torch.rand(3))
@@ -95,7 +95,7 @@ def _ddp(group: Any) -> None:
 
 
 def _one_bad_sample(group: Any) -> None:
-    """All ranks see it, and step together or not at all."""
+    """All ranks see a bad sample, and all take the step or none does."""
     goals = GoalSet(a=Minimize(1.0), b=Anchored(0.0, 2.0), spill=0.5, process_group=group)
     bad = torch.tensor([0.5, torch.nan if dist.get_rank() == 1 else 0.5], requires_grad=True)
     out = goals({"a": bad, "b": torch.tensor(0.3)})
@@ -126,7 +126,7 @@ def _errors(group: Any) -> None:
 
 
 def _halves(group: Any) -> None:
-    """Gathered in float32: values and gradients are of the inputs' dtypes as they are alone."""
+    """Halves are gathered in float32. Values and gradients have the dtypes that a single process gives."""
     code = ranks.encode(ranks.weights(torch.float32), *ranks.batch(0, torch.float32))
     whole = [x.bfloat16().requires_grad_() for x in code]
     own = [x.detach().requires_grad_() for x in ranks.part(group, *whole)]
@@ -162,7 +162,7 @@ def _compiled(group: Any) -> None:
 
 
 def _twice(group: Any) -> None:
-    """A gradient penalty on a statistic of the batch."""
+    """Differentiate a gradient penalty on a statistic of the batch."""
 
     def penalty(group: Any) -> torch.Tensor:
         w = ranks.weights(torch.float64).requires_grad_()
@@ -170,7 +170,7 @@ def _twice(group: Any) -> None:
         value = bomkern.covariance_penalty(code.z, True, reduction="batch", process_group=group)
         value = value + bomkern.active_units(code.mu, process_group=group)[0]
         (grad,) = torch.autograd.grad(value, w, create_graph=True)
-        if group is not None:  # as the parameters' gradients are averaged, so must what is made of them be
+        if group is not None:  # average the gradient here as DistributedDataParallel averages the parameters' gradients
             grad = bomkern.common.process_group.ranks_of(group).total(grad) / dist.get_world_size(group)
         grad.square().sum().backward()
         return ranks.averaged(w.grad, group)

@@ -1,4 +1,4 @@
-"""The layout of a step's record."""
+"""Test the layout of a step's record."""
 
 from __future__ import annotations
 

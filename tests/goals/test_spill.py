@@ -1,4 +1,4 @@
-"""`GoalSet(spill=...)`: goals weighed by the ranks of their deficits."""
+"""Test `GoalSet(spill=...)`: goals weighted by the order of their deficits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_first_step_weighs_all_alike_and_the_next_by_rank() -> None:
     assert torch.allclose(second.share, torch.tensor([2 / 7, 4 / 7, 1 / 7]))
     assert second.loss.item() == pytest.approx((2 * 2 + 4 * 6) / 7)
     second.loss.backward()
-    assert torch.allclose(raw["b"].grad, torch.full((2,), 4 / 7 / 2))  # every sample, by the goal's weight
+    assert torch.allclose(raw["b"].grad, torch.full((2,), 4 / 7 / 2))  # every sample gets the goal's weight
 
 
 @given(
@@ -46,7 +46,7 @@ def test_weights_are_a_fixed_list_in_the_order_of_the_deficits(deficits: list[fl
 
 
 def test_a_goal_that_cannot_be_satisfied_does_not_change_what_the_others_get() -> None:
-    """Relative to each other they keep the weights that they have without it, however bad it is."""
+    """The other goals keep their weights relative to each other, however bad the stuck goal is."""
     calm = {"a": torch.tensor([0.4]), "b": torch.tensor([0.3]), "c": torch.tensor([0.1])}
     alone = feed(GoalSet({n: Minimize(1.0) for n in calm}, spill=0.5), calm, 2).share
     for floor in (0.8, 1e6):
@@ -61,8 +61,8 @@ def test_ranks_follow_a_moving_average() -> None:
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), spill=Spill(0.5, halflife=1.0))
     feed(goals, {"a": torch.tensor([1.0]), "b": torch.tensor([0.0])}, 20)
     turned = {"a": torch.tensor([0.0]), "b": torch.tensor([0.9])}
-    assert feed(goals, turned).share[0] > 0.5  # known before the step
-    assert feed(goals, turned).share[0] > 0.5  # averages 0.5 and 0.45
+    assert feed(goals, turned).share[0] > 0.5  # the weights are known before the step
+    assert feed(goals, turned).share[0] > 0.5  # the averages are 0.5 and 0.45
     assert feed(goals, turned).share[0] < 0.5
 
 

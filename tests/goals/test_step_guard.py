@@ -1,4 +1,4 @@
-"""`StepGuard`: a step that is not finite changes nothing, and nobody waits to know."""
+"""Test `StepGuard`: a step that is not finite changes nothing, and the host never waits for the check."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def gradients(net: nn.Module, value: float | None = None) -> None:
-    """Of some loss; ``value`` is planted in one element of the last."""
+    """Compute the gradients of a loss, and put ``value`` into one element of the last."""
     x = torch.ones(4, 3, dtype=next(net.parameters()).dtype)
     net(x).square().mean().backward()
     if value is not None:

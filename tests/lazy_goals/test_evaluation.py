@@ -1,4 +1,4 @@
-"""The evaluation of lazy goals step by step: what is called for which rows, what it costs, and what memory it keeps."""
+"""Test each stage of evaluating lazy goals: the rows of each call, its measured cost, and the memory it keeps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Net(nn.Module):
         hidden = self.layer(x).tanh()
         self.calls.append(len(x))
         self.activations.append(weakref.ref(hidden))
-        out: Tensor = hidden * hidden  # saves its input for backward
+        out: Tensor = hidden * hidden  # the product saves its input for backward
         return out
 
     def alive(self) -> int:
@@ -48,7 +48,7 @@ def inputs() -> Tensor:
 
 
 def two_goals(net: Net) -> list[Lazy]:
-    """Two goals that read one network, in one call of it."""
+    """Return two goals that read one network, for a single call of it."""
     return [lazy(size, lazy(net, inputs())), lazy(size, lazy(net, inputs().flip(0)))]
 
 
@@ -119,17 +119,20 @@ def measured(owned: float, ratio: float = 2.0, forward: float = 1.0) -> Function
 
 
 def test_when_partial_graphs_pay() -> None:
-    """Forward and backward of owned rows against the backward of all, where the forward took place in both cases."""
+    """Partial graphs pay if forward and backward of the owned rows are cheaper than backward of all rows.
+
+    The first forward takes place in both cases.
+    """
     assert partial_pays([(measured(0.5), 10)])  # 0.5 * 3 < 0.9 * 2
     assert not partial_pays([(measured(0.7), 10)])
     assert not partial_pays([(measured(0.1), 1), (measured(1.0), 10)])
     assert partial_pays([(measured(1.0), 1), (measured(0.1), 10)])
-    assert partial_pays([(measured(1.0), 10), (measured(math.nan), 1)])  # not measured yet
+    assert partial_pays([(measured(1.0), 10), (measured(math.nan), 1)])  # one goal is not measured yet
     assert partial_pays([(FunctionStatistics(), 1), (measured(1.0), 10)])
 
 
 def test_fraction_of_the_backward_that_runs() -> None:
     cheap, dear = measured(math.nan), measured(0.5, forward=3.0)
     assert record_owned([(cheap, 10, 5), (dear, 10, 0)]) == pytest.approx(5 / 40)
-    assert cheap.owned == 0.5 and dear.owned == pytest.approx(0.4)  # the first value, then a moving average
+    assert cheap.owned == 0.5 and dear.owned == pytest.approx(0.4)  # the first value starts a moving average
     assert record_owned([]) == 1

@@ -1,4 +1,4 @@
-"""Lazy goals: the gradient of the plain computation, from the rows that own it alone."""
+"""Test that lazy goals have the gradient of the plain computation, and build graphs for owned rows only."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_layouts() -> None:
     check(problem, of_list(), goals)
 
 
-# What is evaluated.
+# Evaluated rows.
 
 
 def test_lazies_of_one_network_are_one_call_of_the_rows_that_are_needed() -> None:

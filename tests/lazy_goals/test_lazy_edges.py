@@ -1,4 +1,4 @@
-"""Lazy goals where people will break them: used twice, odd functions and arguments."""
+"""Test unusual uses of lazy goals: used twice, with odd functions and with odd arguments."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_retained_graphs_and_losses_used_twice() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    """They would take the slope of the score for a constant."""
+    """A second derivative is refused, because it would treat the score's slope as a constant."""
     net, x = linear(), rows().requires_grad_()
     for constraint in (ONE, None):
         loss = min_goal_loss([lazy(lambda v: size(net(v)).sigmoid(), x)], constraint, route="always")
@@ -141,7 +141,8 @@ def test_a_goal_without_gradient_where_it_does_not_pay() -> None:
     net = linear()
     for fn in (size, net):
         statistics = statistics_of(fn)
-        statistics.checked, statistics.owned, statistics.full_steps = True, 1.0, LOOK_EVERY - 1  # due in this step
+        # a check is due in this step
+        statistics.checked, statistics.owned, statistics.full_steps = True, 1.0, LOOK_EVERY - 1
 
     def goals(wrap: Wrap) -> list[Any]:
         return [wrap(size, rows() / 9), wrap(size, wrap(net, rows())), rivals(high=0.6)]
@@ -171,7 +172,7 @@ def test_functions_of_every_kind() -> None:
         lambda: Unhashable(),
         lambda: bound.goal,
         lambda: partial(lambda by, v: size(net(v) * by), 2.0),
-        lambda: lambda v: size(net(v)),  # another in every step
+        lambda: lambda v: size(net(v)),  # another function in every step
         lambda: nn.Sequential(net, nn.Flatten(1), nn.LazyLinear(1, dtype=DOUBLE), nn.Flatten(0)),
         lambda: torch.compile(lambda v: size(net(v)), backend="aot_eager", dynamic=True),
     ]
@@ -198,7 +199,7 @@ def test_methods_of_one_module_are_joined_and_known_apart() -> None:
         two.calls = 0
         one, other = lazy(two.code, rows()), lazy(two.code, rows().flip(0))
         min_goal_loss([lazy(size, one), lazy(two.noise, other), rivals()], ONE, route="always")
-    assert two.calls == 2  # without a graph and with one, each for both
+    assert two.calls == 2  # one call without a graph and one with a graph, each for both goals
     code, noise = statistics_of(two.code), statistics_of(two.noise)
     assert noise.draws and not code.draws and code is not statistics_of(two)
 
@@ -225,7 +226,7 @@ def test_functions_that_do_other_things() -> None:
         goal = lazy(changes, rows())
         _ = goal.value
         seen.append(1)
-        min_goal_loss([goal], ONE, route="always")  # all rows there, but other ones
+        min_goal_loss([goal], ONE, route="always")  # evaluates all rows, but with other results
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.int64])
@@ -267,7 +268,7 @@ def test_what_a_lazy_returns_between() -> None:
 
 
 def test_closures() -> None:
-    """Over what has a graph but no rows; over rows, which is refused."""
+    """A closure over a tensor with a graph works. A closure over rows is refused."""
     net, scale, x = linear(), nn.Parameter(torch.tensor(2.0, dtype=DOUBLE)), rows()
     check(lambda wrap: [wrap(lambda v, t: size(net(v) * t * scale), x, scale * 2), rivals()], [scale, net.weight])
     for batch in (2, 16):

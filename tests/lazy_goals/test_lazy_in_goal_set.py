@@ -1,4 +1,4 @@
-"""Lazy goals in a GoalSet: errors inside, evaluation, `probe`."""
+"""Test lazy goals in a GoalSet: errors inside, evaluation mode, and `probe`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lazy goals with random numbers, gradients inside, autocast, bad input, compile; what survives and what is refused."""
+"""Test lazy goals in PyTorch: random numbers, gradients inside, autocast, bad input, compile."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_random_numbers_are_the_same_both_times() -> None:
     def goals(wrap: Wrap) -> list[Any]:
         z = problem.encoder(problem.x)
         recon, swap = wrap(problem.decoder, z), wrap(problem.decoder, z.roll(1, 0))
-        if wrap is plain:  # in one call, as the lazies are
+        if wrap is plain:  # one call, as for the lazy goals
             torch.manual_seed(7)
             recon, swap = problem.decoder(torch.cat([z, z.roll(1, 0)])).chunk(2)
         return [wrap(error, recon, problem.x), wrap(noisy, swap), z.square().mean(1), size(z)]
@@ -81,7 +81,7 @@ def test_autocast_is_as_it_was_when_lazy_was_called() -> None:
     problem, seen = Problem(dtype=torch.float32), []
     z = problem.encoder(problem.x)
     with torch.autocast("cpu", torch.bfloat16):
-        _ = problem.decoder(z)  # its weights are in the cache
+        _ = problem.decoder(z)  # puts the decoder's weights into autocast's cache
         recon = lazy(problem.decoder, z)
         inside = lazy(lambda a: seen.append(a.dtype) or size(a), recon)
         loss = min_goal_loss([inside, size(z) * 1e-3], Minimize(1.0), route="always")
@@ -93,7 +93,7 @@ def test_autocast_is_as_it_was_when_lazy_was_called() -> None:
         assert all(p.grad is not None and p.grad.any() for p in problem.decoder.parameters())
 
 
-# What is refused, and what survives.
+# Refused and accepted uses.
 
 
 def test_rows_that_depend_on_one_another_are_refused() -> None:

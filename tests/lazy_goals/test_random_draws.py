@@ -1,4 +1,4 @@
-"""Lazy goals: layers that draw, generators, and how far rows may be from themselves among others."""
+"""Test lazy goals with random layers and generators, and the tolerance for rows evaluated among other rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bomkern.lazy_goals.cost import statistics_of
 from tests.support.lazy_problem import size
 from tests.support.lazy_rows import DOUBLE, ONE, check, linear, rivals, rows, step_alone
 
-# How far rows may differ.
+# Tolerance for differing rows.
 
 
 def test_what_cancels_is_no_dependence() -> None:
@@ -30,7 +30,7 @@ def test_what_cancels_is_no_dependence() -> None:
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_halves_are_checked_as_halves(inside: bool) -> None:
-    """Also where the loss is computed outside of autocast."""
+    """The check uses the tolerance of half precision, even if the loss is computed outside of autocast."""
     off = 0.0
 
     def rough(v: Tensor) -> Tensor:
@@ -57,11 +57,11 @@ def test_modules_that_change_their_mode() -> None:
     norm.train()
     with pytest.raises(ValueError, match="depend on one another"):
         step_alone(goal, rows() * 3 + 5)
-    with pytest.raises(ValueError, match="depend on one another"):  # all rows of it, but not of the call
+    with pytest.raises(ValueError, match="depend on one another"):  # all rows of the goal, but not all rows of the call
         min_goal_loss([lazy(goal, rows() * 3 + 5), lazy(goal, rows())], ONE, route="always")
 
 
-# Layers that draw.
+# Layers that draw random numbers.
 
 
 def test_attention() -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: run under an emulator, compiled by nvcc, and read as machine code."""
+"""Test the CUDA kernels without a GPU: run them in an emulator, compile them by nvcc, and read their machine code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import cuda_check  # noqa: E402
 import sass_count  # noqa: E402
 
-COMPANIONS = {"min_goal": ["kernels/min_goal/cpu_baseline.cpp"]}  # what is compiled with an op's emulated kernels
-# Of each op: how many kernels it has, and which accesses they must have.
+COMPANIONS = {"min_goal": ["kernels/min_goal/cpu_baseline.cpp"]}  # sources compiled with an op's emulated kernels
+# For each op: its number of kernels, and the accesses that they must have.
 COUNTS = {
     "min_goal": 16,
     "goal_set": 16,
@@ -32,15 +32,15 @@ COUNTS = {
     "latent_statistics": 10,
     "covariance_penalty": 20,
 }
-# Thresholds without a knob: those of devices that bench/tune.py is not run on.
+# Thresholds without a knob, for devices on which bench/tune.py does not run.
 ONLY_OLD = {("min_goal", "one_block_without_clusters")}
 READ, WRITE = r"LDG\.E\.128", r"STG\.E\.128"
-# The streaming kernels' templates, as they are mangled, where 16 bytes are 8 halves, 4 floats or 2 doubles.
+# The mangled template arguments of streaming kernels, where 16 bytes are 8 halves, 4 floats or 2 doubles.
 PIECES = ("IfLi8E", "IfLi4E", "IdLi2E")
 
 
 def streaming(reads: str, writes: str, pieces: tuple[str, ...] = PIECES) -> list[tuple[str, str]]:
-    """Kernels whose 16-byte loads, and stores, are to be found."""
+    """Return the kernels that must have 16-byte loads, and those that must have 16-byte stores."""
     return [
         (name + piece, wanted)
         for names, wanted in ((reads, READ), (writes, WRITE))
@@ -86,18 +86,18 @@ def run(*command: object, **environment: str) -> str:
 
 
 def kernel_sources(op: str) -> list[Path]:
-    """What an op's kernels are compiled from; some include the headers of another op."""
+    """Return the sources of an op's kernels; some include the headers of another op."""
     return [*KERNELS.glob("*/*.h"), *(KERNELS / op).glob("*.cu")]
 
 
 def emulated(op: str, built_once: Any) -> Path:
-    """The program that checks an op's emulated kernels."""
+    """Return the program that checks an op's emulated kernels."""
     gxx = shutil.which("g++")
     if gxx is None:
         pytest.skip("g++ is not installed")
-    # A misaligned access, which a GPU would refuse, is an illegal instruction.
+    # A misaligned access becomes an illegal instruction; a GPU would refuse it.
     alignment = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    # With the kernels that only bench/tune.py launches; `make sanitize` runs what a library has without them.
+    # Includes the kernels that only bench/tune.py launches; `make sanitize` runs a library's kernels without them.
     compile_it = [gxx, "-std=c++20", "-O1", "-w", *alignment, f"-I{EMULATOR}", "-DBOMKERN_TUNE"]
     sources = [
         KERNELS / op / "cuda.cu",
@@ -120,7 +120,7 @@ def emulated(op: str, built_once: Any) -> Path:
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", COUNTS)
 def test_the_emulated_kernels_agree(op: str, every: int, built_once: Any) -> None:
-    """On one of every seven cases, and on each."""
+    """The emulated kernels pass their check on every seventh case, or on every case."""
     assert "agree" in run(emulated(op, built_once), BOMKERN_EMULATE_EVERY=str(every))
 
 
@@ -191,7 +191,7 @@ def test_total_correlation_is_bound_by_exponentials(compiled: Compiled, cuobjdum
         forward = name.startswith("forward")
         assert loop.exponentials == (32 if name == "forward_kernel<2>" else 16)
         assert loop.polynomials * 16 == (loop.exponentials if forward else 0)
-        # Exponentials a clock and multiprocessor; the hardware alone gives 16.
+        # Exponentials per clock and multiprocessor; the hardware alone gives 16.
         assert loop.bound >= 16 * (0.85 if forward or "rows" in name else 0.75), f"{name}: {loop}"
 
 
@@ -224,7 +224,7 @@ Resource usage:
     assert bad.stack == 24
 
 
-# A loop in a loop; the inner one has two paths, and the second one's end was moved behind the kernel's.
+# A nested loop. The inner loop has two paths, and the end of the second was moved behind the kernel's end.
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   FADD R0, R0, R1 ;

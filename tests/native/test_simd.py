@@ -1,4 +1,4 @@
-"""The vector functions of kernels/common/simd.h in a plain C++ program, for each instruction set this CPU has."""
+"""Test the vector functions of kernels/common/simd.h in a C++ program, for each instruction set of this CPU."""
 
 from __future__ import annotations
 
