@@ -89,7 +89,7 @@ def once(case: Any, impl: str, size: dict[str, int], device: str) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """What ncu wrote: one dict for each launch, in order. Nothing of it names the machine."""
+    """Read the output of ncu into one dict for each launch, in order. No entry names the machine."""
     lines = [line for line in path.read_text().splitlines() if line.startswith('"')]
     found: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines):

@@ -1,4 +1,4 @@
-"""What our CUDA kernels should take on an H200, written down before one has run there: floors, and predictions.
+"""Predicted times of our CUDA kernels on an H200, written down before they ran on one: floors, and predictions.
 
 python -m bench.predictions          # writes bench/results/predictions.json
 python -m bench.predictions --check  # exit status 1 where the file says something else than this module

@@ -33,7 +33,7 @@ void check_number(const char* name, const Tensor& x, const Tensor& ring) {
 constexpr const char* spilled[] = {"average", "multipliers", "average_before", "multipliers_before"};
 
 void check(const Tensor& record, const Tensor& ring, const Tensor& place, const std::optional<Tensor>& deficit,
-           const std::optional<Tensor>& by_rank, TensorList spill) {
+           const std::optional<Tensor>& by_order, TensorList spill) {
   check_number("record", record, ring);
   const auto type = ring.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "ring must be float32 or float64, got ", type);
@@ -43,8 +43,8 @@ void check(const Tensor& record, const Tensor& ring, const Tensor& place, const 
   TORCH_CHECK_VALUE(place.numel() == 1 && place.device() == ring.device(), "place must be one number on ", ring.device(),
                     ", got ", place.sizes(), " on ", place.device());
   TORCH_CHECK_VALUE(spill.empty() || spill.size() == 4, "spill must hold no tensor or four, got ", spill.size());
-  TORCH_CHECK_VALUE(deficit.has_value() == !spill.empty() && by_rank.has_value() == !spill.empty(),
-                    "deficit and by_rank must be given with spill, and not without");
+  TORCH_CHECK_VALUE(deficit.has_value() == !spill.empty() && by_order.has_value() == !spill.empty(),
+                    "deficit and by_order must be given with spill, and not without");
   if (spill.empty()) return;
   check_number("deficit", *deficit, ring);
   const int64_t goals = deficit->size(0);
@@ -52,14 +52,14 @@ void check(const Tensor& record, const Tensor& ring, const Tensor& place, const 
                     " goals, got ", goals);
   TORCH_CHECK_TYPE(deficit->scalar_type() == record.scalar_type(), "deficit must be ", record.scalar_type(),
                    " as the record, got ", deficit->scalar_type());
-  check_buffer("by_rank", *by_rank, goals, ring);
+  check_buffer("by_order", *by_order, goals, ring);
   for (int i = 0; i < 4; ++i) check_buffer(spilled[i], spill[i], goals, ring);
 }
 
 template <bool Cuda>
 void goal_set_keep(const Tensor& record, const Tensor& ring, const Tensor& place, const std::optional<Tensor>& deficit,
-                   const std::optional<Tensor>& by_rank, double rate, TensorList spill) {
-  check(record, ring, place, deficit, by_rank, spill);
+                   const std::optional<Tensor>& by_order, double rate, TensorList spill) {
+  check(record, ring, place, deficit, by_order, spill);
   bomkern::with_number(record.scalar_type() == at::kDouble, [&](auto given) {
     bomkern::with_number(ring.scalar_type() == at::kDouble, [&](auto kept) {
       using S = decltype(given);
@@ -69,7 +69,7 @@ void goal_set_keep(const Tensor& record, const Tensor& ring, const Tensor& place
       if (!spill.empty()) {
         a.goals = static_cast<int>(deficit->size(0));
         a.deficit = deficit->const_data_ptr<S>();
-        a.by_rank = by_rank->const_data_ptr<T>();
+        a.by_order = by_order->const_data_ptr<T>();
         a.rate = rate;
         T** buffers[] = {&a.average, &a.multipliers, &a.average_before, &a.multipliers_before};
         for (int i = 0; i < 4; ++i) *buffers[i] = spill[i].mutable_data_ptr<T>();
@@ -92,11 +92,11 @@ using KeepOp = void(const Tensor&, const Tensor&, const Tensor&, const std::opti
 
 // The op has no gradient; this tells autograd that the buffers have changed.
 void goal_set_keep_autograd(const Tensor& record, const Tensor& ring, const Tensor& place, const std::optional<Tensor>& deficit,
-                            const std::optional<Tensor>& by_rank, double rate, TensorList spill) {
+                            const std::optional<Tensor>& by_order, double rate, TensorList spill) {
   static const auto op = bomkern::operator_named<KeepOp>("bomkern::goal_set_keep", "");
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    op.call(record, ring, place, deficit, by_rank, rate, spill);
+    op.call(record, ring, place, deficit, by_order, rate, spill);
   }
   const auto changed = [](const Tensor& x) {
     if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();

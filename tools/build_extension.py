@@ -108,7 +108,7 @@ def make(
 
 
 def ladder() -> build_ladder.Ladder:
-    """What can be built here, as far as it is wished for."""
+    """Return what can be built here, among what is wanted."""
     wanted = {name: wish(name) for name in CHOICES}
     cuda = wanted["BOMKERN_BUILD_CUDA"] or ("0" if wanted["BOMKERN_SANITIZE"] else "")
     if not (reason := build_ladder.why_no_compiler()):
@@ -185,7 +185,7 @@ def _a_line_for_each_file() -> Iterator[None]:
 
 
 def _takes_precompiled() -> bool:
-    """Whether the compiler takes a precompiled header by its place: g++ does, clang++ asks for a flag."""
+    """Return whether the compiler finds a precompiled header by its path: g++ does, clang++ needs a flag."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     return "clang" not in subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.lower()
 

@@ -88,7 +88,7 @@ def print_table(kernels: list[Kernel]) -> None:
 
 
 def ops_without_cuda() -> tuple[int, list[str]]:
-    """How many bomkern ops have a CPU kernel, and which of them have none for CUDA."""
+    """Return the number of ops with a CPU kernel, and those of them without a CUDA kernel."""
     import torch
 
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -97,7 +97,7 @@ def ops_without_cuda() -> tuple[int, list[str]]:
 
 
 def thresholds_without_setter(package: Path) -> list[str]:
-    """Of the thresholds that bench/tune.py turns, those that the built library does not have."""
+    """Return the thresholds that bench/tune.py sets and the built library lacks."""
     library = ctypes.CDLL(str(next(package.glob("_C*.so"))))
     missing = []
     for op, threshold in re.findall(r'Knob\("", "(\w+)\.(\w+)"', TUNER.read_text()):
@@ -108,7 +108,7 @@ def thresholds_without_setter(package: Path) -> list[str]:
 
 
 def check(arch: str) -> str | None:
-    """What is wrong, in one sentence, or None."""
+    """Return the fault in one sentence, or None."""
     import torch
 
     import bomkern

@@ -1,4 +1,4 @@
-"""What each call of tools/gpu.py does, stage by stage, the most wanted first; each with the seconds kept for it."""
+"""The stages of each call of tools/gpu.py, the most important first, each with its seconds."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Call:
 
     @property
     def patience(self) -> int:
-        """How many times a stage's seconds it gets: two busy cores are slower than a machine with a GPU."""
+        """Return the factor on a stage's seconds: two busy cores are slower than a machine with a GPU."""
         return 4 if self.dry else 1
 
     def why_not(self) -> str | None:
-        """What stands in the way of any stage."""
+        """Return why no stage can run, or None."""
         if absent := [str(path) for path in self.before if not path.is_file()]:
             return f"no such archive: {', '.join(absent)}"
         if self.dry:
@@ -67,7 +67,7 @@ class Call:
         return None
 
     def found_before(self, name: str) -> str:
-        """What earlier archives hold in files of this name, one after the other."""
+        """Return the contents of the files of this name in earlier archives, joined."""
         texts = []
         for archive in self.before:
             with tarfile.open(archive) as tar:
@@ -226,7 +226,7 @@ def tuned(name: str, what: str, dry: str) -> Callable[[Call], Command]:
 
 
 def again(call: Call) -> Command | None:
-    """What failed in the calls before."""
+    """Run the tests that failed in earlier calls."""
     sys.path.insert(0, str(ROOT))
     from tests.support.deadline import failed_in
 

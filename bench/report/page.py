@@ -211,7 +211,7 @@ def section(results: Results) -> Lines:
 
 
 def small(results: Results) -> Lines:
-    """What one call costs the host, and what the module adds."""
+    """Return the host time of one call, and the time that the module adds."""
     lines = ["## Small calls", ""]
     for peers in results.of("host time of min_goal_loss", FORWARD).values():
         told = ", ".join(f"`{peer}` {time(row['seconds'])}" for peer, row in peers.items())
@@ -244,7 +244,7 @@ def launches(results: Results) -> Lines:
 
 
 def kernels(results: Results) -> Lines:
-    """What Nsight Compute saw of each launch (bench/kernels.py)."""
+    """Return the table of Nsight Compute's figures for each launch (bench/kernels.py)."""
     path = results.folder / f"{results.stem}_kernels.json"
     if not path.exists():
         return []
@@ -261,7 +261,7 @@ def kernels(results: Results) -> Lines:
 
 
 def predicted(results: Results) -> Lines:
-    """What was predicted of this GPU before one was there, beside what it took; nothing of another."""
+    """Return the predictions for this GPU beside the measured times; an empty table for any other GPU."""
     if results.machine["device"] != "cuda" or not PREDICTIONS.exists():
         return []
     told = json.loads(PREDICTIONS.read_text())
@@ -293,7 +293,7 @@ def predicted(results: Results) -> Lines:
 
 
 def device_us(results: Results, entry: Row) -> float | None:
-    """What the CUDA implementation took on the device, where that was measured in the usual regime."""
+    """Return the device time of the CUDA implementation, where it was measured in the usual regime."""
 
     def took(direction: str) -> float | None:
         row = results.of(entry["case"], direction).get(tuple(entry["size"].items()), {}).get("bomkern", {})

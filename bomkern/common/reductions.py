@@ -1,4 +1,4 @@
-"""How the losses of a batch become one loss, and the codes by which the kernels know the reductions."""
+"""The reductions of a batch's losses to one loss, and their codes in the kernels."""
 
 from __future__ import annotations
 

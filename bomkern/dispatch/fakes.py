@@ -109,7 +109,7 @@ def goal_set_keep(
     ring: Tensor,
     place: Tensor,
     deficit: Tensor | None,
-    by_rank: Tensor | None,
+    by_order: Tensor | None,
     rate: float,
     spill: Sequence[Tensor],
 ) -> None:

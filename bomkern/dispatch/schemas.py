@@ -96,7 +96,7 @@ GOAL_SET = Op(
     # goals' deficits and their weights by order, and both as they were before.
     more=(
         Schema(
-            "goal_set_keep(Tensor record, Tensor(a!) ring, Tensor(b!) place, Tensor? deficit, Tensor? by_rank, "
+            "goal_set_keep(Tensor record, Tensor(a!) ring, Tensor(b!) place, Tensor? deficit, Tensor? by_order, "
             "float rate, Tensor(c!)[] spill) -> ()",
             fakes.goal_set_keep,
             in_place=reference.goal_set_keep,

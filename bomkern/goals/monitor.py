@@ -94,7 +94,7 @@ class Monitor(FullPrecisionBuffers):
         self,
         record: Tensor,
         deficit: Tensor | None = None,
-        by_rank: Tensor | None = None,
+        by_order: Tensor | None = None,
         rate: float = 0.0,
         spill: Sequence[Tensor] = (),
     ) -> None:
@@ -106,7 +106,7 @@ class Monitor(FullPrecisionBuffers):
             torch.ops.bomkern.goal_set_notice(place, self._handle)  # calls `notice` each time the graph runs
         elif not capturing(ring.device):  # a capture runs nothing; its replays are counted on the device
             self.notice()
-        keep(record, ring, place, deficit, by_rank, rate, spill)
+        keep(record, ring, place, deficit, by_order, rate, spill)
 
     def notice(self) -> None:
         """Count a record that is about to be put into the ring, and send the ring to the host if it is full."""

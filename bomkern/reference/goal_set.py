@@ -127,7 +127,7 @@ def goal_set_keep(
     ring: Tensor,
     place: Tensor,
     deficit: Tensor | None,
-    by_rank: Tensor | None,
+    by_order: Tensor | None,
     rate: float,
     spill: Sequence[Tensor],
 ) -> None:
@@ -138,16 +138,16 @@ def goal_set_keep(
         ring: [rows, size]; row ``place % rows`` is written.
         place: [1] int64; it is incremented.
         deficit: the deficit of each goal in this step, [G]; a value that is not finite moves nothing.
-        by_rank: weights by order: of the worst goal, of the next, ..., [G].
+        by_order: weights by order: of the worst goal, of the next, ..., [G].
         rate: weight of a step in the moving average of deficits, which orders the goals; of equals the first is worse.
         spill: no tensor, or four of [G]: the average and the multipliers, and both as they were before this step.
     """
     ring.index_copy_(0, place % len(ring), record.to(ring.dtype)[None])
     place.add_(1)
-    if deficit is None or by_rank is None:
+    if deficit is None or by_order is None:
         return
     average, multipliers, average_before, multipliers_before = spill
     average_before.copy_(average)
     multipliers_before.copy_(multipliers)
     average.add_((deficit.to(average.dtype) - average).nan_to_num_(0.0, 0.0, 0.0), alpha=rate)
-    multipliers.scatter_(0, average.argsort(descending=True, stable=True), by_rank)
+    multipliers.scatter_(0, average.argsort(descending=True, stable=True), by_order)

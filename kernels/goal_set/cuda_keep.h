@@ -26,7 +26,7 @@ template <class S, class T> __global__ void __launch_bounds__(keep_threads) keep
   __syncthreads();  // by now all threads have read the place
   if (g < a.goals) {
     a.average[g] = now[g];
-    a.multipliers[g] = a.by_rank[position_of(now, a.goals, g)];
+    a.multipliers[g] = a.by_order[position_of(now, a.goals, g)];
   }
   if (g == 0) ++*a.place;
 }

@@ -18,7 +18,7 @@ template <class S, class T> struct Keep {
   int64_t* place;  // one: records ever kept
   int goals;       // 0 without spill, and then the rest is null
   const S* deficit;  // [goals] of this step
-  const T* by_rank;  // [goals] weights by position, the worst goal's first
+  const T* by_order;  // [goals] weights by position, the worst goal's first
   double rate;       // of the moving average
   T* average;                          // [goals]
   T* multipliers;                      // [goals]
@@ -62,7 +62,7 @@ template <class S, class T> void keep_on_cpu(const Keep<S, T>& a) {
   for (int g = 0; g < a.goals; ++g) now[g] = moved(a, g);
   for (int g = 0; g < a.goals; ++g) {
     a.average[g] = now[g];
-    a.multipliers[g] = a.by_rank[position_of(now, a.goals, g)];
+    a.multipliers[g] = a.by_order[position_of(now, a.goals, g)];
   }
 }
 

@@ -232,7 +232,7 @@ def finish_scalars(grads, parts, programs, COUNT: tl.constexpr, CD: tl.constexpr
 
 
 class Plan(NamedTuple):
-    """How a batch is cut: ``block`` samples a program, each with ``warps`` warps."""
+    """The division of a batch: ``block`` samples a program, each with ``warps`` warps."""
 
     block: int
     warps: int

@@ -32,7 +32,7 @@ def test_a_goal_at_a_floor_is_locked() -> None:
     eval(found.suggestion.removeprefix("give realism "), {"Anchored": Anchored})  # the suggestion can be pasted
 
 
-def test_shares_by_rank_are_judged_by_what_one_goal_can_hold() -> None:
+def test_shares_by_order_are_judged_by_what_one_goal_can_hold() -> None:
     """Judge a goal's share by the largest share that one goal can hold.
 
     With spill 1/2 and three goals the worst goal holds 4/7. Two worst goals that hold 6/7 are no conflict by

@@ -135,10 +135,10 @@ class Keep(Op):
         ring = torch.zeros(options.get("rows", 3), case.sizes["N"], dtype=dtype, device=device)
         place = torch.tensor([options.get("place", 0)], device=device)
         spill = [torch.linspace(k, 1, goals, dtype=dtype, device=device) for k in range(4)] if goals else []
-        by_rank = 0.5 ** torch.arange(goals, dtype=dtype, device=device) if goals else None
+        by_order = 0.5 ** torch.arange(goals, dtype=dtype, device=device) if goals else None
         serve, deficit = keeper(device.type, impl), tensors[1] if goals else None
         for _ in range(2):
-            serve(tensors[0], ring, place, deficit, by_rank, options.get("rate", 0.25), spill)
+            serve(tensors[0], ring, place, deficit, by_order, options.get("rate", 0.25), spill)
         return {"ring": ring, "place": place, **{f"spill {k}": x for k, x in enumerate(spill)}}
 
     def indexed(self, name: str) -> bool:

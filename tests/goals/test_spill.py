@@ -19,7 +19,7 @@ def feed(goals: GoalSet, values: dict[str, Any], steps: int = 1) -> Any:
     return out
 
 
-def test_the_first_step_weighs_all_alike_and_the_next_by_rank() -> None:
+def test_the_first_step_weighs_all_alike_and_the_next_by_order() -> None:
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), c=Minimize(1.0), spill=0.5)
     raw = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([5.0, 7.0]), "c": torch.tensor([0.0, 0.0])}
     raw = {name: x.requires_grad_() for name, x in raw.items()}

@@ -1,4 +1,4 @@
-"""What a step of `goal_set` leaves behind: the ring of records, and with spill the goals' weights by rank."""
+"""What a step of `goal_set` leaves behind: the ring of records, and with spill the goals' weights by order."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class State:
     ):
         self.ring = torch.full((rows, size), torch.nan, dtype=dtype, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
-        self.by_rank = (0.5 ** torch.arange(goals, dtype=dtype, device=device)) if goals else None
+        self.by_order = (0.5 ** torch.arange(goals, dtype=dtype, device=device)) if goals else None
         self.spill = [torch.zeros(goals, dtype=dtype, device=device) for _ in range(4)] if goals else []
 
     def keep(self, impl: str | None, record: Tensor, deficit: Tensor | None) -> None:
         serve = keeper(self.ring.device.type, impl)
-        serve(record, self.ring, self.place, deficit, self.by_rank, RATE, self.spill)
+        serve(record, self.ring, self.place, deficit, self.by_order, RATE, self.spill)
 
     def everything(self) -> list[Tensor]:
         return [self.ring, self.place, *self.spill]
@@ -74,7 +74,7 @@ def test_weights_follow_the_ranks_and_the_first_of_equals_is_worse(deficits: lis
     state = State(len(deficits))
     state.keep(None, torch.zeros(7), torch.tensor(deficits))
     order = sorted(range(len(deficits)), key=lambda g: (-deficits[g], g))
-    assert state.spill[1][order].tolist() == state.by_rank.tolist()  # type: ignore[union-attr]
+    assert state.spill[1][order].tolist() == state.by_order.tolist()  # type: ignore[union-attr]
 
 
 @IMPLS
@@ -91,7 +91,7 @@ def test_no_host_sync(server: tuple[str, str]) -> None:
 def test_opcheck(goals: int) -> None:
     state = State(goals)
     deficit = torch.rand(goals) if goals else None
-    given = (torch.rand(7), state.ring.zero_(), state.place, deficit, state.by_rank, RATE, state.spill)
+    given = (torch.rand(7), state.ring.zero_(), state.place, deficit, state.by_order, RATE, state.spill)
     torch.library.opcheck(torch.ops.bomkern.goal_set_keep.default, given)
 
 
@@ -112,10 +112,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ring's dtype": ({"ring": torch.ones(3, 7, dtype=torch.int64)}, TypeError, "ring must be float32 or float64"),
     "place": ({"place": torch.zeros(1)}, TypeError, "place must be int64"),
     "two places": ({"place": torch.zeros(2, dtype=torch.int64)}, ValueError, "place must be one number"),
-    "no deficit": ({"deficit": None}, ValueError, "deficit and by_rank must be given with spill"),
+    "no deficit": ({"deficit": None}, ValueError, "deficit and by_order must be given with spill"),
     "one buffer": ({"spill": [torch.zeros(3)]}, ValueError, "spill must hold no tensor or four, got 1"),
     "deficit's dtype": ({"deficit": torch.ones(3, dtype=torch.float64)}, TypeError, "deficit must be .* as the record"),
-    "weights": ({"by_rank": torch.ones(2)}, ValueError, r"by_rank must have shape \[3\], got \[2\]"),
+    "weights": ({"by_order": torch.ones(2)}, ValueError, r"by_order must have shape \[3\], got \[2\]"),
     "a buffer's size": ({"spill": [torch.zeros(3)] * 3 + [torch.zeros(4)]}, ValueError, "multipliers_before must have"),
     "too many": ({"deficit": torch.ones(65)}, ValueError, "deficit must have at most 64 goals, got 65"),
 }
@@ -127,7 +127,7 @@ def test_bad_input_is_named(what: str) -> None:
     changed, error, message = BAD[what]
     state = State(3)
     usual = {"record": torch.ones(7), "ring": state.ring, "place": state.place, "deficit": torch.ones(3)}
-    usual |= {"by_rank": state.by_rank, "rate": RATE, "spill": state.spill}
+    usual |= {"by_order": state.by_order, "rate": RATE, "spill": state.spill}
     with pytest.raises(error, match=message):
         torch.ops.bomkern.goal_set_keep(*{**usual, **changed}.values())
     assert state.ring.isnan().all() and int(state.place) == 0

@@ -302,12 +302,12 @@ template <class S, class T> void check_keep(int goals, int size, int64_t rows, b
         (long long)rows, spill);
   const int G = spill ? goals : 0;
   Buffer<S> record(size), deficit(G);
-  Buffer<T> ring(rows * size), by_rank(G), average(G), multipliers(G), average_before(G), multipliers_before(G);
+  Buffer<T> ring(rows * size), by_order(G), average(G), multipliers(G), average_before(G), multipliers_before(G);
   Buffer<int64_t> place(1);
   *place.data = 0;
-  for (int g = 0; g < G; ++g) by_rank.data[g] = T(1) / T(g + 1), average.data[g] = 0, multipliers.data[g] = T(0.5);
+  for (int g = 0; g < G; ++g) by_order.data[g] = T(1) / T(g + 1), average.data[g] = 0, multipliers.data[g] = T(0.5);
   const Keep<S, T> a{record.data,  size,         ring.data,        rows,
-                     place.data,   G,            deficit.data,     by_rank.data,
+                     place.data,   G,            deficit.data,     by_order.data,
                      0.25,         average.data, multipliers.data, average_before.data,
                      multipliers_before.data};
   for (int step = 0; step < 5; ++step) {
@@ -330,7 +330,7 @@ template <class S, class T> void check_keep(int goals, int size, int64_t rows, b
       for (int h = 0; h < G; ++h)
         worse += average.data[h] > average.data[g] || (average.data[h] == average.data[g] && h < g);
       expect(close(average.data[g], want[g], 1e-6, 1), "average", g, average.data[g], want[g]);
-      expect(multipliers.data[g] == by_rank.data[worse], "multipliers", g, multipliers.data[g], by_rank.data[worse]);
+      expect(multipliers.data[g] == by_order.data[worse], "multipliers", g, multipliers.data[g], by_order.data[worse]);
       expect(average_before.data[g] == was[g] && multipliers_before.data[g] == weighed[g], "before", g, 0, 1);
     }
   }

@@ -138,14 +138,14 @@ template <class S, class T> void keep(int goals) {
   ++cases;
   const int size = 3 * goals + 6;
   const Exact<S> record(size), deficit(goals);
-  const Exact<T> ring(3 * size), by_rank(goals), average(goals), multipliers(goals), before(goals),
+  const Exact<T> ring(3 * size), by_order(goals), average(goals), multipliers(goals), before(goals),
       multipliers_before(goals);
   const Exact<int64_t> place(1);
   for (int i = 0; i < size; ++i) record[i] = S(i);
-  for (int g = 0; g < goals; ++g) deficit[g] = S(g % 5), by_rank[g] = T(g), average[g] = multipliers[g] = T(1);
+  for (int g = 0; g < goals; ++g) deficit[g] = S(g % 5), by_order[g] = T(g), average[g] = multipliers[g] = T(1);
   place[0] = 0;
   for (int step = 0; step < 4; ++step)
-    keep_on_cpu(Keep<S, T>{record, size, ring, 3, place, goals, deficit, by_rank, 0.1, average, multipliers, before,
+    keep_on_cpu(Keep<S, T>{record, size, ring, 3, place, goals, deficit, by_order, 0.1, average, multipliers, before,
                            multipliers_before});
   Seen seen;
   for (const auto* x : {&ring, &average, &multipliers, &before, &multipliers_before}) seen.numbers(*x, "goal_set_keep");
