@@ -67,8 +67,8 @@ def _judge(values, table, used, K: tl.constexpr, CURVES: tl.constexpr, CURVE: tl
 def _means(
     d, K: tl.constexpr, G: tl.constexpr, OWNERS: tl.constexpr, SIZES: tl.constexpr, CD: tl.constexpr, KP: tl.constexpr
 ):
-    """Return the mean deficit of each column's goal [BLOCK, KP], and for each column [KP]: that goal, whether the column
-    is its first member, and 1 over the number of its members.
+    """Return the mean deficit of each column's goal [BLOCK, KP], and for each column [KP] that goal, whether it is the
+    goal's first member, and 1 over the number of its members.
     """
     col = tl.arange(0, KP)
     if OWNERS is None:  # each column is a goal
