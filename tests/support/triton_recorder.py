@@ -1,4 +1,4 @@
-"""Records the launches of Triton's kernels, and compiles them for a device that is not here."""
+"""A recorder of Triton's launches, and their compilation for a device that is absent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_no_spills(module: str, least: int) -> None:
 
 
 class Recorder:
-    """Stands in for a kernel: keeps what it is launched with."""
+    """A stand-in for a kernel that keeps the arguments of its launches."""
 
     def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -69,7 +69,7 @@ def source(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def compile_all(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], shown: tuple[str, ...]) -> None:
-    """Prints the registers of each distinct launch, what it keeps in local memory, and the arguments ``shown``."""
+    """Print each distinct launch's registers, local memory and ``shown`` arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
 
