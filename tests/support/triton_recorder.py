@@ -17,7 +17,10 @@ from tests.support.triton_device import BF16, DOUBLE, FLOAT, HALF
 
 
 def check_no_spills(module: str, least: int) -> None:
-    """A test module, run as a script that compiles kernels, prints at least so many lines and spills no register."""
+    """Run a test module as a script that compiles kernels, and check its output.
+
+    It must print at least ``least`` lines, and spill no register.
+    """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
