@@ -100,11 +100,11 @@ def deficits_of(goals: Sequence[Tensor], constraints: Sequence[Any], groups: Seq
     return torch.stack([each[:, of].mean(1) for of in members], 1)
 
 
-def rule(deficits: Tensor, reduction: str, rank: str, multipliers: Sequence[float] = MULTIPLIERS) -> Tensor:
+def rule(deficits: Tensor, reduction: str, weighting: str, multipliers: Sequence[float] = MULTIPLIERS) -> Tensor:
     """Evaluate the definition of a goal set's loss on the deficits, [B, G]."""
-    if rank == "spill":
+    if weighting == "spill":
         each = deficits @ deficits.new_tensor(multipliers[: deficits.shape[1]])
-    elif rank == "soft":
+    elif weighting == "soft":
         each = SOFT * torch.logsumexp(deficits / SOFT, 1)
     else:
         each = deficits.amax(1)
@@ -124,14 +124,14 @@ def min_goals(reduction: str, constraints: Any, matrix: bool) -> Problem:
     return Problem("min_goal", (matrix_of(raw),) if matrix else raw, made, made("reference", "cpu"))
 
 
-def goal_set_ops(reduction: str, rank: str, matrix: bool) -> Problem:
+def goal_set_ops(reduction: str, weighting: str, matrix: bool) -> Problem:
     raw = raw_values(5, 6)
 
     def made(impl: str, device: str) -> Call:
         def call(*goals: Tensor) -> Tensor:
             table = ConstraintTable(SIX, device)
-            mu = torch.tensor(SOFT if rank == "soft" else 0.0, dtype=DOUBLE, device=device)
-            multipliers = torch.tensor(MULTIPLIERS, dtype=DOUBLE, device=device) if rank == "spill" else None
+            mu = torch.tensor(SOFT if weighting == "soft" else 0.0, dtype=DOUBLE, device=device)
+            multipliers = torch.tensor(MULTIPLIERS, dtype=DOUBLE, device=device) if weighting == "spill" else None
             serve = select.resolve("goal_set", device, impl)
             settings = table.params.double(), table.curves, GROUPS, mu, REDUCTIONS[reduction], multipliers
             return serve(list(goals), *settings)[0]
@@ -139,12 +139,12 @@ def goal_set_ops(reduction: str, rank: str, matrix: bool) -> Problem:
         return call
 
     def exact(*goals: Tensor) -> Tensor:
-        return rule(deficits_of(goals, SIX, GROUPS), reduction, rank)
+        return rule(deficits_of(goals, SIX, GROUPS), reduction, weighting)
 
     return Problem("goal_set", (matrix_of(raw),) if matrix else raw, made, exact)
 
 
-def goal_sets(reduction: str, rank: str, trains: bool, steps: int = 1) -> Problem:
+def goal_sets(reduction: str, weighting: str, trains: bool, steps: int = 1) -> Problem:
     """Return the problem of a GoalSet.
 
     In training mode, a step changes its multipliers in place right after the loss is made.
@@ -156,7 +156,7 @@ def goal_sets(reduction: str, rank: str, trains: bool, steps: int = 1) -> Proble
     def module(impl: str, device: str) -> GoalSet:
         b, c, d = constraints[1:]
         named = {"a": Anchored(0.1, 0.9), "b": Group(b=b, c=c), "d": d}
-        goals = GoalSet(named, reduction=reduction, impl=impl, **RULES[rank]).to(device).double().train(trains)
+        goals = GoalSet(named, reduction=reduction, impl=impl, **RULES[weighting]).to(device).double().train(trains)
         goals.multipliers.copy_(torch.tensor(first))
         return goals
 
@@ -180,7 +180,7 @@ def goal_sets(reduction: str, rank: str, trains: bool, steps: int = 1) -> Proble
         weights, found = first, []
         for k in range(1, 1 + steps):
             deficits = deficits_of((a * k, b, c, d * k), constraints, [0, 1, 1, 2])
-            found.append(rule(deficits, reduction, rank, weights))
+            found.append(rule(deficits, reduction, weighting, weights))
             ranks = deficits.mean(0).argsort(descending=True).argsort().tolist()
             weights = Spill(0.5).weights(3)[ranks].tolist()
         return found[0] if steps == 1 else tuple(found)
@@ -280,11 +280,13 @@ def problems() -> dict[str, Problem]:
             lay = " matrix" * matrix
             for name, constraints in (("scores", None), ("six", SIX)):
                 found[f"min_goal_loss {reduction} {name}{lay}"] = min_goals(reduction, constraints, matrix)
-            for rank in RULES:
-                found[f"goal_set {reduction} {rank}{lay}"] = goal_set_ops(reduction, rank, matrix)
-        for rank in RULES if reduction != "sum" else ():
+            for weighting in RULES:
+                found[f"goal_set {reduction} {weighting}{lay}"] = goal_set_ops(reduction, weighting, matrix)
+        for weighting in RULES if reduction != "sum" else ():
             for trains in (False, True):
-                found[f"GoalSet {reduction} {rank}{' training' * trains}"] = goal_sets(reduction, rank, trains)
+                found[f"GoalSet {reduction} {weighting}{' training' * trains}"] = goal_sets(
+                    reduction, weighting, trains
+                )
     found["GoalSet mean spill training twice"] = goal_sets("mean", "spill", True, 2)
     for route in ("always", "auto", "never"):
         found[f"lazy min_goal_loss {route}"] = lazies(False, route)
