@@ -1,4 +1,4 @@
-"""active_units: every implementation against the reference in float64."""
+"""Test active_units: every implementation against the reference in float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def means(batch: int, dims: int, dtype: torch.dtype = torch.float32) -> Inputs:
 @FIELDS
 @pytest.mark.parametrize(("batch", "dims"), SHAPES)
 def test_oracle(server: tuple[str, str], batch: int, dims: int, fields: tuple[int, ...] | None) -> None:
-    # One dimension is always 1 effective: its gradient is nothing but rounding.
+    # A single dimension is always 1 effective dimension, so its gradient is pure rounding.
     check(active_units, means(batch, dims), server, fields=fields, unit=1e-2 if dims == 1 else 0.0)
 
 
@@ -59,13 +59,13 @@ def test_threshold_and_temperature(
     server: tuple[str, str], threshold: float, temperature: float, fields: tuple[int, ...] | None
 ) -> None:
     call = functools.partial(active_units, threshold=threshold, temperature=temperature)
-    # A variance's rounding counts 1 / temperature times.
+    # The sigmoid multiplies a variance's rounding error by 1 / temperature.
     check(call, means(50, 40), server, fields=fields, slack=1e-6 + 1e-7 / temperature)
 
 
 @IMPLS
 def test_a_cold_threshold_is_a_step(server: tuple[str, str]) -> None:
-    """So far from the threshold that exp overflows: 0 and 1, and no gradient."""
+    """Far from the threshold, exp overflows: the results are 0 and 1, without gradient."""
     impl, device = server
     scale = torch.tensor([1e-3, 1e-2, 10.0, 100.0])
     inputs = leaves((means(50, 4)[0].sign() * scale,), device=device)
@@ -91,7 +91,7 @@ def test_float64(server: tuple[str, str]) -> None:
 @FIELDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(server: tuple[str, str], layout: str, fields: tuple[int, ...] | None) -> None:
-    # Columns that are all the same are as effective as can be, where the gradient is 0 but for rounding.
+    # Equal columns have the largest effective fraction, where the gradient is 0 but for rounding.
     check(
         active_units, means(37, 12), server, lay=LAYOUTS[layout], fields=fields, unit=0.1 if "for all" in layout else 0
     )
@@ -100,7 +100,7 @@ def test_layouts(server: tuple[str, str], layout: str, fields: tuple[int, ...] |
 @IMPLS
 @pytest.mark.parametrize("pull", ["sum", "offset"])
 def test_gradients_from_above(server: tuple[str, str], pull: str) -> None:
-    """One or the other, or both by tensors that are expanded or begin inside a storage."""
+    """Pull either result or both, by tensors that are expanded or begin inside a storage."""
     for fields in (None, ACTIVE, EFFECTIVE):
         check(active_units, means(40, 12), server, pull=PULLS[pull], fields=fields)
 
@@ -111,7 +111,7 @@ def test_each_fields_gradient_is_its_own(server: tuple[str, str]) -> None:
     inputs = leaves(means(40, 12), device=device)
     both = run(lambda mu, impl: sum(active_units(mu, impl=impl)), inputs, impl)[1][0]  # type: ignore[arg-type]
     parts = [run(active_units, inputs, impl, fields=fields, pull=PULLS["sum"])[1][0] for fields in (ACTIVE, EFFECTIVE)]
-    assert torch.allclose(both, -(parts[0] + parts[1]), rtol=1e-4, atol=1e-7)  # one value is pulled by -1
+    assert torch.allclose(both, -(parts[0] + parts[1]), rtol=1e-4, atol=1e-7)  # one incoming gradient is -1
     assert not torch.allclose(parts[0], parts[1], rtol=0.1)
 
 
@@ -133,14 +133,17 @@ def test_far_from_zero(server: tuple[str, str]) -> None:
 @IMPLS
 @FIELDS
 def test_far_from_zero_in_float64(server: tuple[str, str], fields: tuple[int, ...] | None) -> None:
-    """1e8 deviations away, over several blocks of rows: differences from a column's first value lose nothing."""
+    """At 1e8 deviations from zero, over several blocks of rows, differences from the first value stay exact."""
     check(active_units, (means(300, 9, torch.float64)[0] + 1e8,), server, fields=fields, slack=1e-12)
 
 
 @IMPLS
 @FIELDS
 def test_an_outlier_in_the_first_row(server: tuple[str, str], fields: tuple[int, ...] | None) -> None:
-    """Sums of differences from it are near B times its own square, and the variance a B-th of that."""
+    """An outlier in the first row keeps its precision.
+
+    The squared differences from it sum to about B times its square, and the variance is a B-th of that.
+    """
     mu = means(3000, 24)[0].clone()
     mu[0] += torch.linspace(500, 1500, 24)
     call = functools.partial(active_units, threshold=500.0, temperature=200.0)
@@ -149,7 +152,10 @@ def test_an_outlier_in_the_first_row(server: tuple[str, str], fields: tuple[int,
 
 @IMPLS
 def test_collapsed_code(server: tuple[str, str]) -> None:
-    """No dimension varies: none is effective, active is the sigmoid at 0, and there is no gradient. One: 1/D."""
+    """Without varying dimensions, none is effective, active is the sigmoid at 0, and there is no gradient.
+
+    With one varying dimension, effective is 1/D.
+    """
     impl, device = server
     for value in (0.0, 0.1, -1e4):
         for batch in (2, 3, 1000):
@@ -162,7 +168,7 @@ def test_collapsed_code(server: tuple[str, str]) -> None:
     one[:, 3] = torch.linspace(-2, 5, 100)
     (_, effective), (grad,) = run(active_units, leaves((one,), device=device), impl)
     assert effective.item() == pytest.approx(0.2, rel=1e-6) and grad.isfinite().all()
-    assert not grad[:, [0, 1, 2, 4]].any()  # a constant column gets exactly nothing
+    assert not grad[:, [0, 1, 2, 4]].any()  # a constant column's gradient is exactly 0
     check(active_units, (one,), server)
 
 
@@ -188,7 +194,10 @@ def test_same_bits_at_any_number_of_threads(batch: int, dims: int) -> None:
 @settings(max_examples=25)
 @given(batch=st.integers(2, 40), dims=st.integers(1, 12), power=st.integers(-8, 8), seed=st.integers(0, 99))
 def test_properties(server: tuple[str, str], batch: int, dims: int, power: int, seed: int) -> None:
-    """Both within their bounds; order, shifts and signs do not matter; effective knows no units."""
+    """Both results stay within their bounds.
+
+    Order, shifts and signs do not matter. Units do not change the effective fraction.
+    """
     impl, device = server
     call = functools.partial(active_units, impl=impl)
     (mu,) = (x.to(device) for x in means(batch, dims))
@@ -211,7 +220,7 @@ def test_properties(server: tuple[str, str], batch: int, dims: int, power: int, 
     scaled = call(mu * unit, 0.1 * unit**2, 0.05 * unit**2)
     assert torch.allclose(scaled[0], active, **close)
     assert torch.allclose(call(mu * unit)[1], effective, **close)
-    # Columns that vary alike are all effective; idle ones beside them are not.
+    # Columns that vary alike are all effective; idle columns beside them are not.
     alike = mu[:, :1].expand(batch, dims)
     assert call(alike)[1].item() == pytest.approx(1, rel=1e-5)
     idle = torch.cat([alike, torch.zeros_like(mu)], 1)

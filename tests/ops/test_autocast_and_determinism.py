@@ -1,4 +1,4 @@
-"""Every op under autocast, GradScaler, another default dtype, and deterministic algorithms."""
+"""Test every op under autocast, GradScaler, another default dtype, and deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def codes(device: str, *dtypes: torch.dtype) -> list[Tensor]:
 @HALVES
 @IMPLS
 def test_autocast(server: tuple[str, str], half: torch.dtype, name: str) -> None:
-    """The same bits as outside, whatever a model under autocast gives: halves, halves beside float32, float64."""
+    """Results under autocast are bitwise those outside, for the mixed dtypes that a model under autocast gives."""
     impl, device = server
     single, double = torch.float32, torch.float64
     for dtypes in ((half,) * 3, (half, single, half), (single, half, single), (single,) * 3, (half, double, single)):
@@ -86,7 +86,7 @@ def test_autocast(server: tuple[str, str], half: torch.dtype, name: str) -> None
 @HALVES
 @IMPLS
 def test_halves_are_converted_inside(server: tuple[str, str], half: torch.dtype, name: str) -> None:
-    """The same bits as from float32 copies of them, and float32 comes out."""
+    """Half inputs give bitwise the results of their float32 copies, in float32."""
     impl, device = server
     x = codes(device, half, half, half)
     for a, b in zip(results(name, x, impl), results(name, [t.float() for t in x], impl), strict=True):
@@ -131,7 +131,7 @@ def test_deterministic_algorithms(server: tuple[str, str], name: str) -> None:
 
 
 def test_grad_scaler() -> None:
-    """A step whose scaled gradient overflows is skipped by the scaler and taken back by the goals."""
+    """If a scaled gradient overflows, the scaler skips the step and the goals take it back."""
     torch.manual_seed(0)
     net = nn.Linear(4, 2)
     goals = GoalSet(a=Anchored(0.0, 1.0), b=Anchored(0.0, 1.0), spill=0.5)

@@ -1,4 +1,4 @@
-"""consistency_variance: every implementation against the reference in float64."""
+"""Test consistency_variance: every implementation against the reference in float64."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ STACKED_LAYOUTS = {
 def test_layouts(server: tuple[str, str], layout: str) -> None:
     lay = LAYOUTS[layout]
     check(of_views, views(37, 12, 4), server, lay=lay)
-    # Each view has its own: of one alone, and of the first alone.
+    # Each view has its own layout: first one view alone, then the first view alone.
     check(lambda a, b, c, impl: of_views(a, lay(b), c, impl=impl), views(37, 12), server)
     check(lambda a, b, c, impl: of_views(lay(a), b, c, impl=impl), views(37, 12), server)
 
@@ -128,7 +128,7 @@ def test_only_the_gradients_wanted(server: tuple[str, str]) -> None:
 @IMPLS
 @pytest.mark.parametrize("whole", [False, True])
 def test_detach(server: tuple[str, str], whole: bool) -> None:
-    """The first view's gradient as before, and none for the others."""
+    """The first view's gradient stays the same, and the other views get none."""
     impl, device = server
     given = leaves(stacked(20, 6) if whole else views(20, 6), device=device)
     how = {"impl": impl, "correction": 0}
@@ -171,7 +171,10 @@ def test_far_from_zero(server: tuple[str, str]) -> None:
 
 @IMPLS
 def test_an_outlier_in_the_first_view(server: tuple[str, str]) -> None:
-    """Whose differences from the others are all there is to a sum that starts from it."""
+    """An outlier in the first view keeps its precision.
+
+    Sums that start from the first view consist of its differences from the others.
+    """
     given = views(300, 24, 16)
     check(of_views, (given[0] + 1e4, *given[1:]), server, slack=5e-6)
     outlier = given[0].clone()
@@ -181,7 +184,7 @@ def test_an_outlier_in_the_first_view(server: tuple[str, str]) -> None:
 
 @IMPLS
 def test_a_view_whose_squared_sum_overflows(server: tuple[str, str]) -> None:
-    """Squares of the differences are finite, and so is the variance; the square of their sum is not."""
+    """Squared differences and the variance are finite, but the square of the differences' sum overflows."""
     given = views(20, 6, 16)
     check(of_views, (given[0] + 3e18, *given[1:]), server, slack=5e-6)
 
@@ -212,7 +215,11 @@ def test_same_bits_at_any_number_of_threads(batch: int, dims: int) -> None:
     seed=st.integers(0, 99),
 )
 def test_properties(server: tuple[str, str], count: int, batch: int, dims: int, part: float, seed: int) -> None:
-    """It is torch.var; order of views and of samples, and a shift of all views, do not matter; a scale is squared."""
+    """The result equals torch.var.
+
+    The order of views and samples does not matter, nor does a shift of all views. Scaling the views by s multiplies the
+    result by s squared.
+    """
     impl, device = server
     correction = part * count
     call = functools.partial(consistency_variance, correction=correction, impl=impl)
@@ -234,7 +241,7 @@ def test_properties(server: tuple[str, str], count: int, batch: int, dims: int, 
     assert torch.allclose(call([x + shift for x in given]), value, **close)
     assert torch.allclose(call([x * 4 for x in given]), value * 16, rtol=1e-4, atol=1e-5)
     assert (call([given[0]] * count) == 0).all()
-    # Two of each view have the same mean square.
+    # Two values of each view have the same mean square.
     if count <= 8:
         twice = consistency_variance([*given, *given], 0, impl=impl)
         assert torch.allclose(twice, consistency_variance(given, 0, impl=impl), **close)

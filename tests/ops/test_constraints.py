@@ -1,4 +1,4 @@
-"""The six constraints against their formulas, written here as scores, and their errors."""
+"""Test the six constraints against their formulas, written here as scores, and test their errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_constraint_has_a_formula_here() -> None:
 
 @pytest.mark.parametrize("kind", kinds().values(), ids=kinds())
 def test_a_table_holds_every_constraint(kind: type[Constraint]) -> None:
-    """By its ramp and curve alone, which is all that the kernels know of it."""
+    """A table represents each constraint by its ramp and curve, which is all that the kernels read."""
     constraint = kind(**arguments(kind, 0.5, 0.25, 0.1))
     x = torch.linspace(-1, 2, 31, dtype=torch.float64)
     for impl in ("reference", None):
@@ -60,7 +60,7 @@ def test_formula(constraint: Constraint, score: object, x: float) -> None:
 def test_continuous_and_monotone(constraint: Constraint) -> None:
     x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     d = min_goal_loss([x], constraint, reduction="none")
-    assert d.diff().abs().max() < 1e-2  # no jump anywhere, least of all at a limit or a seam
+    assert d.diff().abs().max() < 1e-2  # the deficit has no jump, also not at a limit or seam
     center = constraint.ramp[0]
     assert (d[x >= center].diff() >= 0).all()
     if not isinstance(constraint, Minimize):
@@ -127,7 +127,7 @@ def test_table_changes_in_place() -> None:
     before = table.params.data_ptr()
     table[0] = Minimize(8.0)
     assert table.params.data_ptr() == before
-    assert float(min_goal_loss(raw, table)) == 1.0  # now 0.5 against 1.0
+    assert float(min_goal_loss(raw, table)) == 1.0  # the deficits are now 0.5 and 1.0
     table.params[1, 1] = 3.0
     assert float(min_goal_loss(raw, table)) == 3.0
     with pytest.raises(ValueError, match="curve"):

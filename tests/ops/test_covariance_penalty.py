@@ -1,4 +1,4 @@
-"""covariance_penalty: every implementation against the reference in float64."""
+"""Test covariance_penalty: every implementation against the reference in float64."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ CALLS = {
     "correlation of the batch": functools.partial(covariance_penalty, normalize=True, reduction="batch"),
 }
 EACH = pytest.mark.parametrize("call", CALLS.values(), ids=[name.replace(" of the ", "-") for name in CALLS])
-# D < B, D = B, D > B; each side of a vector's width and of a GEMM's tile.
+# D < B, D = B and D > B, on both sides of a vector's width and of a GEMM's tile.
 SHAPES = [(2, 1), (2, 2), (3, 2), (2, 3), (7, 1), (16, 16), (33, 5), (5, 33), (65, 17), (17, 65), (130, 300), (1030, 9)]
 
 
 def sample(batch: int, dims: int, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Columns that depend on each other, in units of their own, some of them nearly constant."""
+    """Return correlated columns of different units, some of them nearly constant."""
     own = codes(batch, dims, torch.float64)[0]
     return ((own + 0.5 * own.roll(1, 1) + torch.linspace(-3, 3, dims, dtype=torch.float64)).to(dtype),)
 
 
 def size_of(inputs: Inputs, call: Penalty) -> float:
-    """What was added up and may cancel: where D > B the diagonal, and of two samples, whose correlations are 1, all."""
+    """Return the magnitude of the sums that may cancel.
+
+    With D > B the diagonal cancels. Two samples correlate by 1, so everything cancels.
+    """
     x = inputs[0].double() - inputs[0].double().mean(0)
     if getattr(call, "keywords", {}).get("normalize"):
         deviation = x.std(0)
@@ -95,7 +98,7 @@ def test_float64(server: tuple[str, str], call: Penalty) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(server: tuple[str, str], layout: str, call: Penalty) -> None:
     for batch, dims in ((37, 12), (12, 37)):
-        # Equal rows are constant columns: nothing is left but rounding.
+        # Equal rows are constant columns, which leave only rounding.
         unit = 1.0 if "for all" in layout else size_of(sample(batch, dims), call)
         check(call, sample(batch, dims), server, lay=LAYOUTS[layout], slack=2e-6, unit=unit)
 
@@ -111,7 +114,7 @@ def test_gradients_from_above(server: tuple[str, str], pull: str, call: Penalty)
 @IMPLS
 @EACH
 def test_weights_of_a_bottleneck_rule(server: tuple[str, str], call: Penalty) -> None:
-    """Most samples have another bottleneck: their weight is 0."""
+    """Most samples have another bottleneck, so their weight is 0."""
     for batch, dims in ((40, 12), (12, 40)):
 
         def few(value: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ def test_far_from_zero(server: tuple[str, str], call: Penalty) -> None:
 @IMPLS
 @EACH
 def test_far_from_zero_in_float64(server: tuple[str, str], call: Penalty) -> None:
-    """1e8 deviations away, over several blocks of rows: differences from a column's first value lose nothing."""
+    """At 1e8 deviations from zero, over several blocks of rows, differences from the first value stay exact."""
     for batch, dims in ((300, 9), (40, 90)):
         verify(call, (sample(batch, dims, torch.float64)[0] + 1e8,), server, slack=1e-11)
 
@@ -157,7 +160,7 @@ def test_an_outlier_in_the_first_row(server: tuple[str, str], call: Penalty) -> 
 @IMPLS
 @EACH
 def test_constant_columns(server: tuple[str, str], call: Penalty) -> None:
-    """They take part in nothing: the others' penalty is as without them, and their gradient is exactly 0."""
+    """Constant columns do not change the others' penalty, and their gradient is exactly 0."""
     impl, device = server
     for batch, dims in ((40, 8), (8, 24)):
         (z,) = sample(batch, dims)
@@ -177,11 +180,14 @@ def test_constant_columns(server: tuple[str, str], call: Penalty) -> None:
 
 @IMPLS
 def test_a_column_constant_to_within_rounding(server: tuple[str, str]) -> None:
-    """Where one step of float32 is all that varies, a correlation would be the rounding's; 100 steps are a column."""
+    """A column that varies by one step of float32 counts as constant; one that varies by 100 steps does not.
+
+    Its correlation would be pure rounding.
+    """
     impl, device = server
     for batch, dims in ((40, 6), (6, 12)):
         (z,) = sample(batch, dims)
-        step = torch.linspace(0, 1, batch).round() * 2**-10  # of 1e4
+        step = torch.linspace(0, 1, batch).round() * 2**-10  # a rounding step of 1e4
         z[:, 3] = 1e4 + step
         assert z[:, 3].std() > 0
         for reduction in ("sample", "batch"):
@@ -201,7 +207,7 @@ def test_a_column_constant_to_within_rounding(server: tuple[str, str]) -> None:
 @IMPLS
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 def test_a_deviation_without_an_inverse_is_none(server: tuple[str, str], reduction: str) -> None:
-    """So small that 1 over it overflows: as a constant column, not inf times 0."""
+    """A deviation too small for a finite inverse counts as a constant column, instead of giving inf times 0."""
     impl, device = server
     for batch, dims in ((40, 6), (6, 12)):
         (z,) = sample(batch, dims)
@@ -220,7 +226,10 @@ def test_a_deviation_without_an_inverse_is_none(server: tuple[str, str], reducti
 def test_squares_that_overflow_are_not_hidden(
     server: tuple[str, str], reduction: str, dtype: torch.dtype, unit: float
 ) -> None:
-    """Normalized, the penalty is that of any other unit, or NaN where a deviation's squares overflow: no silent 0."""
+    """The normalized penalty does not depend on units.
+
+    It is NaN if a deviation's squares overflow, never a silent 0.
+    """
     impl, device = server
     for batch, dims in ((40, 6), (6, 12), (20, 1)):
         (z,) = sample(batch, dims)
@@ -233,7 +242,7 @@ def test_squares_that_overflow_are_not_hidden(
 @IMPLS
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
 def test_a_variance_that_overflows_is_not_looked_at(server: tuple[str, str], reduction: str) -> None:
-    """Only what is off the diagonal counts, and that is finite here."""
+    """Only the elements off the diagonal count, and they are finite here."""
     impl, device = server
     (z,) = sample(40, 2)
     z = z * torch.tensor([1e20, 1e-18])
@@ -248,7 +257,7 @@ def test_a_variance_that_overflows_is_not_looked_at(server: tuple[str, str], red
 @EACH
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_nan_takes_all(server: tuple[str, str], call: Penalty, number: float) -> None:
-    """Every sample meets every column's mean; a column that is alone its own."""
+    """A NaN reaches every result, because every sample uses every column's mean. A single column uses its own."""
     for batch, dims in ((20, 6), (6, 20), (20, 1)):
         value, grad = check_places(call, sample(batch, dims), server, {(0, 3, dims // 3): number})
         assert value.all() and grad.all()
@@ -262,7 +271,7 @@ def test_same_bits_at_any_number_of_threads(batch: int, dims: int, call: Penalty
 
 
 def plain(z: Tensor, normalize: bool) -> Tensor:
-    """The batch's penalty, as torch has it."""
+    """Return the batch's penalty by torch.cov or torch.corrcoef."""
     c = torch.corrcoef(z.T) if normalize else torch.cov(z.T)
     return (c - torch.diag(c.diagonal())).square().sum() / len(c)
 
@@ -271,7 +280,10 @@ def plain(z: Tensor, normalize: bool) -> Tensor:
 @settings(max_examples=25)
 @given(batch=st.integers(2, 30), dims=st.integers(1, 30), normalize=st.booleans(), seed=st.integers(0, 99))
 def test_properties(server: tuple[str, str], batch: int, dims: int, normalize: bool, seed: int) -> None:
-    """The mean of the parts is the penalty, torch.cov's; order, shift, sign do not matter; normalized, nor do units."""
+    """The mean of the parts is torch.cov's penalty.
+
+    Order, shift and sign do not matter. With normalization, units do not matter either.
+    """
     impl, device = server
     call = functools.partial(covariance_penalty, normalize=normalize, impl=impl)
     (z,) = (x.to(device) for x in sample(batch, dims))
@@ -296,7 +308,7 @@ def test_properties(server: tuple[str, str], batch: int, dims: int, normalize: b
         assert torch.allclose(call(z * units), parts, **close)
     else:
         assert torch.allclose(call(z * 2), parts * 16, rtol=1e-4, atol=16 * close["atol"])
-    # Constant columns beside them change D alone, and whether D > B.
+    # Added constant columns change D only, and with it whether D > B.
     more, ratio = torch.cat([z, torch.ones(batch, 31, device=device)], 1), (dims + 31) / dims
     close["atol"] += 1e-4 * ratio * size_of((more.cpu(),), call)
     assert torch.allclose(call(more) * ratio, parts, **close)
@@ -304,7 +316,7 @@ def test_properties(server: tuple[str, str], batch: int, dims: int, normalize: b
 
 @IMPLS
 def test_independent_columns_give_the_ideal_by_chance(server: tuple[str, str]) -> None:
-    """(D - 1) / (B - 1), as the docstring has it."""
+    """Independent columns give (D - 1) / (B - 1), as the docstring states."""
     impl, device = server
     for batch, dims in ((4000, 40), (100, 200)):
         z = torch.randn(batch, dims, generator=torch.Generator().manual_seed(1)).to(device)
@@ -315,7 +327,7 @@ def test_independent_columns_give_the_ideal_by_chance(server: tuple[str, str]) -
 
 @pytest.mark.skipif(bomkern.dispatch.select.extension is None, reason="not compiled")
 def test_the_backward_op_reads_no_product_that_is_not_there() -> None:
-    """The penalty alone has none: what is given as one might be smaller than what would be read."""
+    """The backward op refuses a product when the forward made none, because it might read past its end."""
     z = torch.rand(5, 3)
     _, product, second, offset, inverse = torch.ops.bomkern.covariance_penalty(z, False, False, True)
     kept = (second, offset, inverse, False, False)

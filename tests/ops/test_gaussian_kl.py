@@ -1,4 +1,4 @@
-"""gaussian_kl: every implementation against the reference in float64."""
+"""Test gaussian_kl: every implementation against the reference in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from tests.support.statistics import (
 
 IMPLS = pytest.mark.parametrize("server", servers("gaussian_kl"))
 BLOCK = functools.partial(gaussian_kl, block_size=4, rho=0.6)
-RAGGED = functools.partial(gaussian_kl, block_size=8, rho=0.6)  # 12 dimensions are 8 and 4, 20 are 8, 8 and 4
+# 12 dimensions make blocks of 8 and 4; 20 make 8, 8 and 4
+RAGGED = functools.partial(gaussian_kl, block_size=8, rho=0.6)
 CALLS = pytest.mark.parametrize("call", [gaussian_kl, BLOCK, RAGGED], ids=["plain", "block", "ragged"])
 
 
@@ -64,7 +65,7 @@ BLOCKS = [
 @pytest.mark.parametrize(("batch", "dims", "block", "rho"), BLOCKS)
 def test_block_prior(server: tuple[str, str], batch: int, dims: int, block: int, rho: float) -> None:
     inputs = posterior(batch, dims)
-    # What was added up: mu^2 over the prior's smallest variance.
+    # The magnitude of the sum: mu^2 over the prior's smallest variance.
     unit = inputs[0].square().sum(1).max().item() / min(1 - rho, 1 - rho + block * rho)
     check(functools.partial(gaussian_kl, block_size=block, rho=rho), inputs, server, unit=unit)
 
@@ -94,7 +95,7 @@ def test_float64(server: tuple[str, str]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(server: tuple[str, str], layout: str, call: functools.partial) -> None:
     check(call, posterior(37, 12), server, lay=LAYOUTS[layout])
-    lay = LAYOUTS[layout]  # of one input alone
+    lay = LAYOUTS[layout]  # a layout of one input only
     check(lambda mu, logvar, impl: call(lay(mu), logvar, impl=impl), posterior(37, 12), server)
 
 
@@ -124,7 +125,10 @@ def test_gradcheck(server: tuple[str, str]) -> None:
 @IMPLS
 @CALLS
 def test_tangent_beyond_80(server: tuple[str, str], call: functools.partial) -> None:
-    """Value and gradient go on, finite, where exp would overflow; below, and at the seam, nothing changes."""
+    """Beyond 80, where exp would overflow, value and gradient stay finite.
+
+    Below 80 and at the seam they do not change.
+    """
     impl, device = server
     mu, logvar = posterior(30, 12)
     logvar = torch.linspace(-120, 200, 360).reshape(12, 30).t().contiguous()
@@ -132,7 +136,8 @@ def test_tangent_beyond_80(server: tuple[str, str], call: functools.partial) -> 
     rows = torch.tensor([79.0, 79.999, 80.0, 80.001, 81.0, 88.0, 89.0, 100.0, 200.0])
     logvar = torch.zeros(len(rows), 12)
     logvar[:, 5] = rows
-    check(call, (torch.zeros_like(logvar), logvar), server, slack=1e-5)  # exp(80) of float32's 80 + 1 ulp
+    # float32's exp(80) has an error of one ulp of 80
+    check(call, (torch.zeros_like(logvar), logvar), server, slack=1e-5)
     values, (_, grad) = run(call, leaves((torch.zeros_like(logvar), logvar), device=device), impl, pull=PULLS["sum"])
     assert values[0].isfinite().all() and (values[0].diff() > 0).all()
     assert (grad[:, 5] > 1e34).all() and grad.isfinite().all()
@@ -157,13 +162,13 @@ def test_nan_stays_in_its_sample(server: tuple[str, str]) -> None:
     assert mu.nonzero().tolist() == [[3, d] for d in range(4)]  # its block
     value, mu, logvar = check_places(RAGGED, posterior(40, 20), server, {(0, 3, 17): torch.nan})
     assert value.nonzero().tolist() == [[3]] and not logvar.any()
-    assert mu.nonzero().tolist() == [[3, d] for d in range(16, 20)]  # the last, which is shorter
+    assert mu.nonzero().tolist() == [[3, d] for d in range(16, 20)]  # the last block, which is shorter
 
 
 @IMPLS
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf])
 def test_infinity_stays_in_its_sample(server: tuple[str, str], number: float) -> None:
-    """Not through the reference, whose 0 * inf for the block it does not have makes NaN."""
+    """The reference is excluded: for its missing block it computes 0 * inf, which is NaN."""
     impl, device = server
     for k in (0, 1):
         clean = leaves(posterior(40, 12), device=device)
@@ -177,12 +182,12 @@ def test_infinity_stays_in_its_sample(server: tuple[str, str], number: float) ->
         for a, b in zip(grads, expected, strict=True):
             assert torch.equal(a[others], b[others])
         assert torch.equal(grads[1 - k], expected[1 - k])
-    assert number > 0 or value[0][3] == torch.inf  # a variance of 0
+    assert number > 0 or value[0][3] == torch.inf  # the variance is 0
 
 
 @IMPLS
 def test_a_block_of_one_has_no_correlation(server: tuple[str, str]) -> None:
-    """Whatever rho says, at infinity too."""
+    """A block of one dimension ignores rho, at infinity too."""
     impl, device = server
     mu, logvar = (x.to(device) for x in posterior(9, 4))
     mu[3, 2] = torch.inf
@@ -193,7 +198,7 @@ def test_a_block_of_one_has_no_correlation(server: tuple[str, str]) -> None:
 @IMPLS
 @pytest.mark.parametrize(("block", "rho"), [(4, 0.0), (5, 0.0), (11, 0.5), (11, -0.09)])
 def test_infinity_where_a_block_shares_nothing(server: tuple[str, str], block: int, rho: float) -> None:
-    """Without correlation, or in a last block of one dimension: 0 * inf is not taken."""
+    """Without correlation, or in a last block of one dimension, no 0 * inf occurs."""
     impl, device = server
     mu, logvar = posterior(9, 12)
     mu[3, 11] = torch.inf
@@ -244,7 +249,10 @@ def test_is_torchs_divergence(server: tuple[str, str], size: int, more: int, whe
 @settings(max_examples=20)
 @given(batch=st.integers(1, 40), dims=st.integers(1, 12), other=st.integers(1, 9), seed=st.integers(0, 99))
 def test_properties(server: tuple[str, str], batch: int, dims: int, other: int, seed: int) -> None:
-    """Never below 0, and 0 at the prior; a sum over dimensions, in any order; samples do not meet."""
+    """The divergence is never below 0, and 0 at the prior.
+
+    It is a sum over dimensions in any order, and samples are independent.
+    """
     impl, device = server
     call = functools.partial(gaussian_kl, impl=impl)
     mu, logvar = (x.to(device) for x in posterior(batch, 2 * dims))
@@ -263,6 +271,6 @@ def test_properties(server: tuple[str, str], batch: int, dims: int, other: int, 
     blocks = (2 * shuffled(dims, seed, device)[:, None] + torch.arange(2, device=device)).reshape(-1)
     block = call(mu, logvar, 2, 0.7)
     assert torch.allclose(call(mu[:, blocks], logvar[:, blocks], 2, 0.7), block, **close)
-    # One with rho = -0.7, one with 0.7: a dimension of each block changed sign.
+    # Use rho = -0.7, and then 0.7 with one dimension of each block negated.
     sign = torch.tensor([1.0, -1.0], device=device).repeat(dims)
     assert torch.allclose(call(mu * sign, logvar, 2, -0.7), block, **close)

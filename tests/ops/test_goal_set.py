@@ -1,4 +1,4 @@
-"""The op goal_set: every implementation against the reference in float64."""
+"""Test the op goal_set: every implementation against the reference in float64."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ REDUCTIONS = tuple(CODES)
 @pytest.mark.parametrize("batch", [1, 2, 17, 64, 513, 9000])
 def test_oracle(server: tuple[str, str], batch: int, mu: float, reduction: str, groups: list[int]) -> None:
     raw = [*raw_values(batch)[:5], torch.tensor(0.31)]
-    # Where goals are nearly equal, a weight is as uncertain as their difference over mu.
+    # For nearly equal goals, the relative error of a weight is the error of their difference over mu.
     check(raw, server, groups=groups, mu=mu, reduction=reduction, slack=4e-6 if mu == 0.05 else 1e-6)
 
 
@@ -96,7 +96,10 @@ def test_batch_level_and_expanded_goals(server: tuple[str, str], reduction: str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_ties_go_to_the_first(server: tuple[str, str], mu: float, reduction: str) -> None:
-    """Smoothed, they share; the bottleneck is the first all the same, and so is the sample that "min" takes."""
+    """Tied goals share the gradient if smoothed.
+
+    The bottleneck is the first of them in any case, and so is the sample that "min" takes.
+    """
     raw = [torch.full((40,), x) for x in (0.25, 0.25, 0.25, 0.5, 0.5)]
     raw[0][1::2] = 0.125
     how = {"constraints": [Minimize(0.5)] * 5, "mu": mu, "reduction": reduction}
@@ -122,7 +125,10 @@ def test_what_is_not_finite(
 
 @IMPLS
 def test_far_away(server: tuple[str, str]) -> None:
-    """1e4 scales away: loss 1e4, gradient 1 / scale; so far that r^2 overflows; and no gradient at score 1."""
+    """At 1e4 scales, the loss is 1e4 and the gradient 1 / scale, also where r^2 overflows.
+
+    At score 1 there is no gradient.
+    """
     impl, device = server
     for mu in (0.0, 0.1):
         far = [torch.tensor([1e4 * 0.39]), torch.tensor([0.2])]
@@ -143,7 +149,7 @@ def test_far_away(server: tuple[str, str]) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("batch", [1, 50, 5000])
 def test_hard_and_alone_is_min_goal(server: tuple[str, str], batch: int, reduction: str) -> None:
-    """To the bit on the CPU; elsewhere sums are added up in another order."""
+    """The results are bitwise equal on the CPU. Other devices add up in another order."""
     impl, device = server
     leaves = [x.to(device).requires_grad_() for x in raw_values(batch)]
     for lay in (list, lambda g: [torch.stack(g, 1)]):
@@ -185,12 +191,13 @@ def test_properties(server: tuple[str, str], rows: list[list[float]], reduction:
             assert torch.equal(parts["loss"], reduced)
             whole = {"mean": none.mean(), "sum": none.sum(), "min": none.max()}[reduction]
             torch.testing.assert_close(reduced, whole, rtol=1e-5, atol=1e-5)
-        # The loss lies between the worst deficit and mu log G above it, which a smaller mu brings it nearer to.
+        # The loss lies between the worst deficit and mu log G above it. A smaller mu brings it nearer to the worst
+        # deficit.
         hard, first, _ = call(columns, impl, groups=groups, reduction="none")
         slack = 1e-5 * (1 + hard.abs().max().item())
         assert torch.equal(bottleneck, first)
         assert (none >= hard - slack).all() and (none <= hard + mu * math.log(goals) + slack).all()
-        # Samples permuted: so are the results.
+        # Permuted samples give permuted results.
         order = shuffled(len(x), seed, device)
         again, places, same = call(list(x[order].unbind(1)), impl, groups=groups, mu=mu, reduction="none")
         assert torch.equal(again, none[order]) and torch.equal(places, bottleneck[order])
@@ -214,7 +221,7 @@ def test_a_group_of_copies_is_its_member(
     torch.testing.assert_close(all_of_them[0], one[0], **close)
     for part in ("share", "level", "deficit"):
         a, b = record_parts(all_of_them[2], 6, 5 + copies)[part], record_parts(one[2], 6, 6)[part]
-        # Rounding may settle which of equal goals is the bottleneck.
+        # Rounding may decide which of several equal goals is the bottleneck.
         ties = mu == 0 and copies > 1
         if not (ties and part == "share"):
             torch.testing.assert_close(a, b, **close)
@@ -258,7 +265,7 @@ def test_gradcheck(server: tuple[str, str], mu: float, reduction: str, groups: l
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("mu", [0.0, 0.2])
 def test_second_derivative_of_the_reference(mu: float, reduction: str, groups: list[int]) -> None:
-    """The weights of a smooth maximum move with the deficits."""
+    """The weights of a smooth maximum depend on the deficits."""
     raw = [x.double().add(0.05).requires_grad_() for x in raw_values(5)]
     how: dict[str, Any] = {"groups": groups, "mu": mu, "reduction": reduction}
     assert torch.autograd.gradgradcheck(lambda *g: call(g, "reference", **how)[0], raw)

@@ -1,4 +1,4 @@
-"""The op goal_set in PyTorch: compile, opcheck, syncs, poison, autograd's rules, bad input."""
+"""Test the op goal_set in PyTorch: compile, opcheck, syncs, poison, autograd's rules, bad input."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_weight_is_made_only_where_it_is_asked_for() -> None:
 @KERNELS
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.slow)],  # a second B makes it symbolic
+    [("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.slow)],  # a second B makes B symbolic
 )
 def test_compile_fullgraph(server: tuple[str, str], backend: str, dynamic: bool | None) -> None:
-    """Batches that change, and a temperature and constraints that change on the device."""
+    """The compiled graph serves changing batches, and a temperature and constraints that change on the device."""
     impl, device = server
     torch._dynamo.reset()
     table, mu = ConstraintTable(SIX, device), torch.tensor(0.0, device=device)
@@ -118,7 +118,7 @@ def test_no_host_sync(server: tuple[str, str], reduction: str) -> None:
 @pytest.mark.parametrize("mu", [0.0, 0.2])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_element_is_written(server: tuple[str, str], reduction: str, mu: float) -> None:
-    """Fresh buffers come filled with NaN (or the largest integer), and nothing of it is left in a result."""
+    """Fresh buffers are filled with NaN or the largest integer, and no result contains the filling."""
     impl, device = server
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -302,7 +302,7 @@ def test_cuda_graph_replay_sees_a_changed_temperature() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
-    """The oracle tests again, on the narrower vectors that another CPU would use."""
+    """Run the oracle tests on the narrower vectors of other CPUs."""
     if simd not in bomkern.info()["build"]["simd"].split():
         pytest.skip(f"{simd} is not built for this processor")
     run_tests("tests/ops/test_goal_set.py", "cpu-cpu and not properties and not gradcheck", BOMKERN_SIMD=simd)
@@ -310,7 +310,7 @@ def test_other_instruction_sets(simd: str) -> None:
 
 @pytest.mark.slow
 def test_triton_passes_the_same_oracle_tests() -> None:
-    """tests/ops/test_goal_set.py on Triton's interpreter, which must be chosen before triton is imported."""
+    """Run tests/ops/test_goal_set.py on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
     minutes = "9000 or 5000 or properties or gradcheck or copies or 33 or 64"
     run_tests("tests/ops/test_goal_set.py", f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")

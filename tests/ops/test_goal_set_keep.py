@@ -1,4 +1,4 @@
-"""What a step of `goal_set` leaves behind: the ring of records, and with spill the goals' weights by order."""
+"""Test the state that a step of `goal_set` stores: the ring of records, and the goals' weights under spill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RATE = 0.25
 
 
 class State:
-    """Buffers of a monitor and of a spill, and one step into them."""
+    """The buffers of a monitor and of spill, and one step into them."""
 
     def __init__(
         self, goals: int, size: int = 7, rows: int = 3, dtype: torch.dtype = torch.float32, device: str = "cpu"
@@ -135,7 +135,7 @@ def test_bad_input_is_named(what: str) -> None:
 
 @COMPILED
 def test_a_place_that_nobody_set_stays_in_the_ring() -> None:
-    """As after `to_empty`, whose memory holds anything."""
+    """A position in uninitialised memory, as after `to_empty`, does not lead to writes outside of the ring."""
     state = State(0)
     for anything in (-1, -(2**63), 2**63 - 1):
         state.place.fill_(anything)
@@ -143,7 +143,7 @@ def test_a_place_that_nobody_set_stays_in_the_ring() -> None:
     assert state.ring.nan_to_num(0.0).sum() > 0
 
 
-# The monitor that it serves.
+# The monitor that uses the op.
 
 
 def values(seed: float) -> dict[str, Tensor]:
@@ -151,27 +151,27 @@ def values(seed: float) -> dict[str, Tensor]:
 
 
 def test_steps_that_the_host_did_not_see_are_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after the replay of a CUDA graph, of which only the device knows."""
+    """Steps counted only by the device, as after the replay of a CUDA graph, appear in the history."""
     monkeypatch.setattr(monitor, "ROWS", 8)
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0))
     goals(values(1.0))
     kept = goals.monitor
     seen = goals(values(0.0))
     for k in range(3):
-        seen.record[0] = k  # its first share
+        seen.record[0] = k  # the first goal's share
         goal_set_keep(seen.record, kept.ring, kept.place, None, None, 0.0, ())
-    assert goals.steps == 2  # nobody has looked
+    assert goals.steps == 2  # the host has not read the device's count yet
     assert goals.history["share"][:, 0].tolist() == [1, 0, 0, 1, 2] and goals.steps == 5
     goals(values(1.0))
     assert len(goals.history) == goals.steps == 6
-    for _ in range(20):  # more than the ring holds: the last are kept
+    for _ in range(20):  # the ring keeps the last of more records than it holds
         goal_set_keep(seen.record, kept.ring, kept.place, None, None, 0.0, ())
     assert len(goals.history) == 6 + 8 and goals.steps == 26
     assert len(goals.monitor.take()) == 14
 
 
 def test_what_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host counts no step while a CUDA graph is captured, and asks no device whether one was rejected."""
+    """During a capture, the host counts no step and asks no device whether a step was rejected."""
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), spill=0.5)
     goals(values(1.0))
     ring, place = goals.monitor.ring.clone(), goals.monitor.place.clone()
@@ -182,21 +182,21 @@ def test_what_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> N
             with CountSyncs() as counter:
                 goals.accept(torch.tensor(False))
             assert not counter.seen
-    goals.monitor.ring.copy_(ring), goals.monitor.place.copy_(place)  # as a capture leaves them
+    goals.monitor.ring.copy_(ring), goals.monitor.place.copy_(place)  # a capture leaves them unchanged
     assert goals.steps == 1 and goals.history["raw"][:, 0].tolist() == [1]
     goals(values(3.0))
     assert goals.history["raw"][:, 0].tolist() == [1, 3]
 
 
 def test_a_compiled_step_that_is_captured_has_not_happened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiled graph calls in place of the host asks as `Monitor.add` does."""
+    """The compiled graph's stand-in for the host checks for a capture, as `Monitor.add` does."""
     monkeypatch.setattr(monitor, "ROWS", 2)
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0))
     step = torch.compile(lambda raw: goals(raw).loss, backend="aot_eager")
     step(values(1.0))
     with monkeypatch.context() as patch:
         patch.setattr(monitor, "capturing", lambda device: True)
-        patch.setattr(monitor, "HostCopy", None)  # nothing is sent to the host
+        patch.setattr(monitor, "HostCopy", None)  # nothing is copied to the host
         for _ in range(5):
             step(values(2.0))
     assert goals.monitor._count.known == 1
@@ -220,7 +220,7 @@ def test_spill_is_taken_back_once() -> None:
     goals(values(5.0))
     moved = goals.average.clone()
     goals.accept(torch.tensor(True))
-    goals.accept(torch.tensor(False))  # of no step: the last has been accepted
+    goals.accept(torch.tensor(False))  # rejects no step, because the last one was accepted
     assert torch.equal(goals.average, moved) and not torch.equal(moved, kept)
     goals(values(9.0))
     goals.accept(torch.tensor(False))

@@ -1,4 +1,4 @@
-"""The op goal_set with its goals' weights given: every implementation against the reference in float64."""
+"""Test the op goal_set with given multipliers: every implementation against the reference in float64."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def weights_of(groups: list[int]) -> list[float]:
 
 
 def some_of(groups: Sequence[int], *, total: float = 1.0) -> list[float]:
-    """A multiplier for each goal, every third of them 0 where there are so many."""
+    """Return a multiplier for each goal; every third multiplier is 0 if there are enough goals."""
     some = [(1.0 + g % 4) * (g % 3 != 1) for g in range(groups[-1] + 1)]
     return [total * x / sum(some) for x in some]
 
@@ -77,9 +77,9 @@ def test_is_the_weighted_sum_whatever_the_temperature(server: tuple[str, str]) -
 
 @IMPLS
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("column", [0, 2])  # weighed, and not
+@pytest.mark.parametrize("column", [0, 2])  # a weighted goal, and one with multiplier 0
 def test_what_is_not_finite(server: tuple[str, str], value: float, column: int) -> None:
-    """A sample whose worst deficit or whose loss is not finite has no gradient, and its bottleneck all the share."""
+    """A sample whose worst deficit or loss is not finite has no gradient, and its bottleneck has the whole share."""
     impl, device = server
     raw = raw_values(9, 3)
     raw[column][4] = value
@@ -102,7 +102,7 @@ def test_what_is_not_finite(server: tuple[str, str], value: float, column: int) 
 def test_any_sum_and_what_is_not_finite(
     server: tuple[str, str], places: Places, reduction: str, groups: list[int]
 ) -> None:
-    """Loss and gradient take the multipliers as they are, the record's shares their parts of the sum."""
+    """Loss and gradient use the multipliers as given; the record's shares are their fractions of the sum."""
     for total in (0.3, 7.0):
         how: dict[str, Any] = {"groups": groups, "reduction": reduction, "multipliers": some_of(groups, total=total)}
         check(raw_values(33), server, **how)
@@ -145,7 +145,10 @@ def test_float64_and_mixed_dtypes(server: tuple[str, str], reduction: str) -> No
     mu=st.sampled_from([0.0, 0.5, math.nan]),
 )
 def test_properties(server: tuple[str, str], rows: list[list[float]], some: list[float], mu: float) -> None:
-    """The mean loss is the multipliers' sum of the record's deficits; neither it nor a share depends on mu."""
+    """The mean loss is the sum of multipliers times the record's deficits.
+
+    Neither the loss nor a share depends on mu.
+    """
     impl, device = server
     columns = list(torch.tensor(rows, device=device).unbind(1))
     for groups in GROUPINGS.values():
@@ -201,7 +204,10 @@ def test_a_goal_of_multiplier_0_adds_nothing_though_it_is_the_bottleneck(
 @IMPLS
 @EACH_REDUCTION
 def test_a_weighted_sum_that_overflows_has_no_gradient(server: tuple[str, str], reduction: str) -> None:
-    """Every deficit is finite; the loss of sample 1 is not, with either sign, and the bottleneck takes its share."""
+    """All deficits are finite, but the loss of sample 1 is infinite with either sign.
+
+    The bottleneck takes its share.
+    """
     impl, device = server
     for value, want in ((1e30, math.inf), (-1e30, -math.inf)):
         raw = [torch.tensor([0.5, value, 0.5]), torch.tensor([0.5, 2.0, 0.5])]
@@ -223,7 +229,10 @@ def test_a_weighted_sum_that_overflows_has_no_gradient(server: tuple[str, str], 
 
 @IMPLS
 def test_without_them_finite_is_the_worst_deficits(server: tuple[str, str]) -> None:
-    """Not the smoothed loss's, which a large mu makes infinite."""
+    """Without multipliers, the finite flag follows the worst deficit, not the smoothed loss.
+
+    A large mu makes the smoothed loss infinite.
+    """
     raw = [torch.ones(3) for _ in range(6)]
     loss, _, record = call([x.to(server[1]) for x in raw], server[0], constraints=[Minimize(1.0)] * 6, mu=3e38)
     assert loss.item() == math.inf and record[-1] == 1
@@ -259,7 +268,7 @@ def test_same_bits_at_any_number_of_threads(reduction: str) -> None:
 @IMPLS
 @EACH_REDUCTION
 def test_every_element_is_written(server: tuple[str, str], reduction: str) -> None:
-    """Fresh buffers come filled with NaN (or the largest integer), and nothing of it is left in a result."""
+    """Fresh buffers are filled with NaN or the largest integer, and no result contains the filling."""
     impl, device = server
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -384,6 +393,6 @@ def test_bad_multipliers_are_named(
 @pytest.mark.slow
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
-    """The oracle tests again, on the narrower vectors that another CPU would use."""
+    """Run the oracle tests on the narrower vectors of other CPUs."""
     selection = "cpu-cpu and (oracle or number or layouts or dtypes or finite or overflows)"
     run_tests("tests/ops/test_goal_set_multipliers.py", selection, BOMKERN_SIMD=simd)

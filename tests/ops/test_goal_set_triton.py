@@ -1,7 +1,7 @@
-"""What is Triton's own about goal_set: one program or many, and its configurations.
+"""Test the parts of goal_set that are specific to Triton: one program or many, and its configurations.
 
-tests/ops/test_goal_set.py holds every implementation against the reference. These run on a GPU where there is one,
-elsewhere in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/ops/test_goal_set_triton.py` shows each test.
+tests/ops/test_goal_set.py compares every implementation with the reference. These tests run on a GPU if there is one,
+otherwise in Triton's interpreter. `TRITON_INTERPRET=1 pytest tests/ops/test_goal_set_triton.py` shows each test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
 SERVER = ("triton", DEVICE)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, in what a `where` discards
+# the interpreter's numpy warns about values that `where` discards
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 class TestKernels:
     __test__ = INTERPRET or DEVICE == "cuda"
 
@@ -110,7 +111,7 @@ def test_compiles_for_sm_90_without_spills() -> None:
     check_no_spills(__name__, 20)
 
 
-# What follows runs as a script, see tests/ops/test_min_goal_triton.py.
+# The code below runs as a script, see tests/ops/test_min_goal_triton.py.
 
 
 def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -143,7 +144,7 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
 
     for count, wide in ((9, 16), (64, 64)):
         many, alone, pairs = 20_000, list(range(count)), [k // 2 for k in range(count)]
-        for cells in (1024, 4096):  # one program, of either size
+        for cells in (1024, 4096):  # one program, in either configuration
             both([torch.empty(cells // wide, count)], alone, 1)
         both([torch.empty(4096 // wide) for _ in range(count)], pairs, 3)
         both([torch.empty(many, count)], alone, 1)

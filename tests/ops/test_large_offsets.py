@@ -1,8 +1,8 @@
-"""Offsets past 2^31 elements, which 32 bits do not hold: read from memory far apart, written into what is that large.
+"""Test offsets past 2^31 elements, which do not fit into 32 bits.
 
-The first costs no memory: most of it is never touched. The second takes up to 10 GB and two minutes, too much for
-several processes at once: ``BOMKERN_LARGE=1 pytest tests/ops/test_large_offsets.py -k past_2_to_31`` runs it, where so
-much is free.
+The tests that read such offsets cost no memory, because most of it is never touched. Those that write take up to 10 GB
+and two minutes each, too much for several processes at once. ``BOMKERN_LARGE=1 pytest tests/ops/test_large_offsets.py
+-k past_2_to_31`` runs them if that much is free.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATISTICS = [pytest.param(op, server.values[0], id=f"{op}-{server.id}") for op 
 
 
 class Far(torch.autograd.Function):
-    """A copy whose rows, or columns, lie so far apart that the last is past 2^31 elements from the first."""
+    """Copy a tensor to rows or columns so far apart that the last is past 2^31 elements from the first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, room: Tensor, place: int, dim: int) -> Tensor:
@@ -42,7 +42,10 @@ class Far(torch.autograd.Function):
 
 @pytest.fixture(scope="module")
 def far() -> Iterator[Callable[[int], Callable[[Tensor], Tensor]]]:
-    """far(dim) lays a [B, D] tensor out as `Far` does; what is float64 stays: it is the truth."""
+    """Yield ``far``: far(dim) lays a [B, D] tensor out as `Far` does.
+
+    float64 tensors are the truth and stay as they are.
+    """
     rooms: dict[tuple[torch.dtype, str], Tensor] = {}
     placed = 0
 
@@ -131,13 +134,13 @@ def test_triton_reads_far_apart() -> None:
     run_tests("tests/ops/test_large_offsets.py", "triton-cpu and far_apart", TRITON_INTERPRET="1")
 
 
-# What is written: B x D half gradients, 4.3 GB. A number to each sample, the same in all D dimensions.
+# The tests below write B x D half gradients, 4.3 GB. All D dimensions of a sample hold the same number.
 BATCH, DIMS = 2**20 + 3, 2**11
-ROWS = [0, 1, 2**19, 2**20 - 1, 2**20, BATCH - 1]  # 2^31 elements lie before the last but one
+ROWS = [0, 1, 2**19, 2**20 - 1, 2**20, BATCH - 1]  # 2^31 elements lie before the row before the last
 
 
 def free_memory() -> float:
-    """In GB."""
+    """Return the free memory in GB."""
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 1e6
 
@@ -166,7 +169,7 @@ def column(batch: int, seed: int) -> Tensor:
 
 
 def wide(x: Tensor, dims: int = DIMS) -> Tensor:
-    """[B, 1] as [B, D] without memory, a leaf: its gradient is of its own."""
+    """Expand [B, 1] to a [B, D] leaf without memory, whose gradient is separate."""
     return x.expand(-1, dims).detach().requires_grad_()
 
 
@@ -214,7 +217,7 @@ def test_columns_write_past_2_to_31(op: str) -> None:
         variance = mu.double().var()
         slope = torch.sigmoid((variance - 1) / 0.05)
         slope = slope * (1 - slope) / 0.05 / DIMS * 2 / (BATCH - 1)
-        scale = 1e6  # halves do not hold less
+        scale = 1e6  # the scale keeps the numbers within half precision
     else:
         other = column(BATCH, 2).expand(-1, DIMS)
         value = bomkern.latent_statistics(other, x, other, impl="cpu").mu_variance.sum()
@@ -244,7 +247,7 @@ def test_covariance_penalty_writes_past_2_to_31() -> None:
 @needs(6)
 @pytest.mark.usefixtures("room")
 def test_min_goal_writes_past_2_to_31() -> None:
-    """The [B, K] gradient, and the place of the worst entry."""
+    """The op writes a [B, K] gradient, and keeps the position of the worst entry."""
     batch, goals = 2**26 + 3, 33
     values = column(batch, 1)
     values[-2] = 60
@@ -266,7 +269,7 @@ def test_min_goal_writes_past_2_to_31() -> None:
 @needs(10)
 @pytest.mark.usefixtures("room")
 def test_goal_set_writes_past_2_to_31() -> None:
-    """The weights [K, B] that forward keeps, of which backward reads the last."""
+    """Forward keeps weights [K, B], of which backward reads the last."""
     batch, goals = 2**26 + 3, 33
     values, last = column(batch, 1)[:, 0], column(batch, 2)[:, 0].requires_grad_()
     given = [*[values] * (goals - 1), last]

@@ -1,4 +1,4 @@
-"""latent_statistics: every implementation against the reference in float64, and against the separate ops."""
+"""Test latent_statistics: every implementation against the reference in float64, and against the separate ops."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_oracle(server: tuple[str, str], batch: int, dims: int) -> None:
 @pytest.mark.parametrize("field", NAMES)
 @pytest.mark.parametrize(("batch", "dims"), [(2, 3), (37, 12), (1030, 70)])
 def test_each_field_alone(server: tuple[str, str], batch: int, dims: int, field: str) -> None:
-    """Its gradients, beside which the others' would not be seen."""
+    """Each field's gradients are tested alone, because another field's would hide them."""
     check(latent_statistics, codes(batch, dims), server, fields=[NAMES.index(field)])
 
 
@@ -95,7 +95,7 @@ def test_layouts(server: tuple[str, str], layout: str) -> None:
 @pytest.mark.parametrize("pull", PULLS)
 @pytest.mark.parametrize("fields", [None, range(3, 9)], ids=["all", "columns"])
 def test_gradients_from_above(server: tuple[str, str], pull: str, fields: range | None) -> None:
-    # Gradients of a mean's sum and of a variance's cancel over the batch, not in any element.
+    # The gradients of a mean's sum and of a variance's sum cancel over the batch, not in each element.
     check(latent_statistics, codes(40, 12), server, pull=PULLS[pull], fields=fields)
 
 
@@ -147,7 +147,7 @@ def test_far_from_zero(server: tuple[str, str]) -> None:
 
 @IMPLS
 def test_far_from_zero_in_float64(server: tuple[str, str]) -> None:
-    """1e8 deviations away, over several blocks of rows: differences from a column's first value lose nothing."""
+    """At 1e8 deviations from zero, over several blocks of rows, differences from the first value stay exact."""
     z, mu, logvar = codes(300, 9, torch.float64)
     far = ((z + 1e8).round(decimals=6), (mu - 1e8).round(decimals=6), logvar)
     for fields in (range(4, 7), [ACTIVE, EFFECTIVE]):
@@ -166,7 +166,7 @@ def test_an_outlier_in_the_first_row(server: tuple[str, str]) -> None:
 
 @IMPLS
 def test_constant_columns(server: tuple[str, str]) -> None:
-    """Variance exactly 0, mean exactly the constant; their variances' gradient exactly 0."""
+    """The variance is exactly 0, the mean exactly the constant, and the gradient of the variance exactly 0."""
     impl, device = server
     z, mu, logvar = (x.clone() for x in codes(1000, 7))
     for x in (z, mu):
@@ -233,7 +233,10 @@ def separate(*inputs: torch.Tensor, impl: str | None) -> tuple[torch.Tensor, ...
 @settings(max_examples=20)
 @given(batch=st.integers(2, 40), dims=st.integers(1, 12), seed=st.integers(0, 99), shift=st.integers(-4, 4))
 def test_properties(server: tuple[str, str], batch: int, dims: int, seed: int, shift: int) -> None:
-    """It is what the separate ops give, with their gradients; samples and dimensions may come in any order."""
+    """The results and gradients equal those of the separate ops.
+
+    Samples and dimensions may come in any order.
+    """
     impl, device = server
     z, mu, logvar = codes(batch, dims)
     inputs = leaves((z + shift, mu + shift, logvar), device=device)

@@ -1,4 +1,4 @@
-"""min_goal_loss: every implementation against the reference in float64."""
+"""Test min_goal_loss: every implementation against the reference in float64."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def run(
 def check_against_oracle(
     raw: list[Tensor], constraints: object, reduction: str, server: tuple[str, str], lay: object
 ) -> None:
-    """Loss, gradients and stats of ``server`` on goals laid out by ``lay``, against float64; bottlenecks exactly."""
+    """Compare loss, gradients and stats of ``server`` with float64, on goals laid out by ``lay``.
+
+    The bottlenecks must be equal.
+    """
     impl, device = server
     ours = [leaf(x, x.dtype, device) for x in raw]
     eager = [leaf(x, torch.float32, "cpu") for x in raw]
@@ -51,13 +54,13 @@ def check_against_oracle(
     assert_as_good_as_eager(loss, loss32, loss64)
     assert torch.equal(stats.bottleneck.cpu(), stats64.bottleneck)
     assert_as_good_as_eager(stats.share, stats32.share, stats64.share)
-    # A GPU adds scores up in a tree; Triton's interpreter does it one by one.
+    # A GPU adds scores up in a tree; Triton's interpreter adds them one by one.
     one_by_one = impl == "triton" and device == "cpu"
     assert_as_good_as_eager(stats.level, stats32.level, stats64.level, slack=1e-5 if one_by_one else 1e-6)
     assert bool(stats.finite) == bool(stats64.finite)
     for x, x32, x64 in zip(ours, eager, exact, strict=True):
         assert grad_of(x).dtype == x.dtype
-        # A half gradient is the float32 one, rounded once.
+        # A half gradient is the float32 gradient, rounded once.
         slack = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(x.dtype, 1e-6)
         assert_as_good_as_eager(grad_of(x), grad_of(x32), grad_of(x64), slack)
 
@@ -140,7 +143,7 @@ def test_ties_go_to_the_first(server: tuple[str, str], reduction: str) -> None:
 
 @IMPLS
 def test_scores_whose_logarithms_are_the_same(server: tuple[str, str]) -> None:
-    """The lower score is the worse one, however close."""
+    """The lower of two scores is the worse one, even if their logarithms round to the same number."""
     impl, device = server
     high = torch.tensor([1e4, 0.7, 3.0])
     x = torch.stack([high, high.nextafter(torch.tensor(0.0)), high], 1).to(device).requires_grad_()
@@ -157,7 +160,7 @@ def test_nan_is_the_worst_there_is(server: tuple[str, str], reduction: str, scor
     impl, device = server
     x = torch.rand(33, 6) * 0.5 + 0.1
     x[7, 2] = x[7, 4] = x[20, 5] = math.nan
-    x[3, 1] = -1.0 if scored else math.inf  # infeasible, and earlier, but NaN is worse
+    x[3, 1] = -1.0 if scored else math.inf  # an infeasible goal comes earlier, but NaN is worse
     x = leaf(x, torch.float32, device)
     loss, stats = min_goal_loss(x, None if scored else SIX[:1] * 6, reduction=reduction, return_stats=True, impl=impl)
     loss.sum().backward()
@@ -170,7 +173,7 @@ def test_nan_is_the_worst_there_is(server: tuple[str, str], reduction: str, scor
     else:
         assert loss.isnan()
     if reduction == "min":
-        assert stats.share.tolist() == [0, 0, 1, 0, 0, 0]  # the first NaN
+        assert stats.share.tolist() == [0, 0, 1, 0, 0, 0]  # the first NaN has the share
     assert stats.level.isnan().nonzero().flatten().tolist() == [2, 4, 5]
 
 
@@ -212,7 +215,10 @@ def test_infinity_on_the_satisfied_side_is_satisfied(server: tuple[str, str]) ->
 
 @IMPLS
 def test_far_away_and_satisfied(server: tuple[str, str]) -> None:
-    """1e4 scales away: loss 1e4 and gradient 1/scale, where exp then log would give inf; and no gradient at score 1."""
+    """At 1e4 scales, the loss is 1e4 and the gradient 1/scale, where log(exp(.)) would overflow.
+
+    At score 1 there is no gradient.
+    """
     impl, device = server
     x = torch.tensor([1e4 * 0.39], device=device, requires_grad=True)
     loss = min_goal_loss([x], Minimize(0.39), impl=impl)
@@ -240,11 +246,11 @@ def test_properties(server: tuple[str, str], rows: list[list[float]], reduction:
     loss, stats = min_goal_loss(x, SIX, reduction=reduction, return_stats=True, impl=impl)
     none = min_goal_loss(x, SIX, reduction="none", impl=impl)
     assert float(stats.share.sum()) == pytest.approx(1, abs=1e-5)
-    # The loss is the largest deficit of the goals taken one at a time, to the bit.
+    # The loss is bitwise the largest of the single goals' deficits.
     alone = torch.stack([min_goal_loss([x[:, k]], SIX[k], reduction="none", impl=impl) for k in range(6)], 1)
     assert torch.equal(none, alone.amax(1)) and torch.equal(alone.argmax(1), _first_max(alone))
     assert torch.equal(stats.bottleneck, _first_max(alone))
-    # Samples permuted: outputs permuted. A satisfied goal added: nothing changes.
+    # Permuted samples give permuted outputs. An added satisfied goal changes nothing.
     rows_order = list(range(len(rows)))
     order.shuffle(rows_order)  # type: ignore[attr-defined]
     assert torch.equal(min_goal_loss(x[rows_order], SIX, reduction="none", impl=impl), none[rows_order])
@@ -252,7 +258,7 @@ def test_properties(server: tuple[str, str], rows: list[list[float]], reduction:
     assert torch.equal(
         min_goal_loss(more, [*SIX, Upper(0.0, 1.0)], reduction=reduction, impl=impl), loss.clamp(min=0)
     ) or (none.min() < 0)
-    # Raw values and scales times a power of two: the same bits.
+    # Multiplying raw values and scales by a power of two gives the same bits.
     scaled = min_goal_loss(x * 4, Minimize(2.0), reduction=reduction, impl=impl)
     assert torch.equal(scaled, min_goal_loss(x, Minimize(0.5), reduction=reduction, impl=impl))
 
@@ -274,7 +280,10 @@ def test_gradcheck(server: tuple[str, str], reduction: str) -> None:
 @IMPLS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_gradient_beyond_its_dtype_is_infinite(server: tuple[str, str], reduction: str) -> None:
-    """Of a batch-level goal and of one by sample alike: it is for a GradScaler to see, no error."""
+    """The gradient is infinite for batch-level and per-sample goals, so that a GradScaler sees it.
+
+    It is no error.
+    """
     impl, device = server
     for dtypes, number in (((torch.float16, torch.float32), 1e-6), ((torch.float32, torch.float64), 1e-40)):
         for batch_level in (False, True):
@@ -289,7 +298,7 @@ def test_a_gradient_beyond_its_dtype_is_infinite(server: tuple[str, str], reduct
 def test_only_what_needs_a_gradient_gets_one(server: tuple[str, str]) -> None:
     impl, device = server
     raw = [torch.rand(9, device=device) for _ in range(6)]
-    raw[2][4] = 100.0  # the worst of its sample, or routing would leave it out
+    raw[2][4] = 100.0  # the worst goal of its sample, because routing leaves others out
     raw[2].requires_grad_()
     min_goal_loss(raw, SIX, impl=impl).backward()
     assert [x.grad is not None for x in raw] == [k == 2 for k in range(6)]
@@ -320,7 +329,10 @@ def test_table_in_float32_serves_float64_goals_only_if_it_is_float64() -> None:
 def test_a_tail_below_the_rounding_of_one_has_its_tangent_at_the_edge(
     server: tuple[str, str], dtype: torch.dtype
 ) -> None:
-    """Where 1 - tail rounds to 1 the edge itself is past the seam: log(0) and 0 / 0 stand there on the inner side."""
+    """If 1 - tail rounds to 1, the tangent starts at the edge.
+
+    The edge itself is then past the seam, and the inner side would give log(0) and 0 / 0.
+    """
     impl, device = server
     tail = 1e-20
     x = torch.tensor([1.0, 0.5], dtype=dtype, device=device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""min_goal_loss in PyTorch: compile, opcheck, syncs, poison, threads, instruction sets, bad input."""
+"""Test min_goal_loss in PyTorch: compile, opcheck, syncs, poison, threads, instruction sets, bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_opcheck(reduction: int, matrix: bool) -> None:
 
 @COMPILED
 def test_bad_input_of_the_backward_op_is_named() -> None:
-    """Among it what would read or write outside of a tensor."""
+    """The op refuses bad arguments, including those that would read or write outside of a tensor."""
     back = torch.ops.bomkern.min_goal_backward
     winner, slope, grad = torch.zeros(3, dtype=torch.uint8), torch.ones(3), torch.ones(())
     good = dict(grad=grad, winner=winner, slope=slope, batch=3, goals=2, index=[0], dim=[1], dtype=[2], reduction=1)
@@ -145,7 +145,7 @@ def test_no_host_sync(server: tuple[str, str], reduction: str) -> None:
 @IMPLS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_element_is_written(server: tuple[str, str], reduction: str) -> None:
-    """Fresh buffers come filled with NaN (or the largest integer), and nothing of it is left in a result."""
+    """Fresh buffers are filled with NaN or the largest integer, and no result contains the filling."""
     impl, device = server
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -186,7 +186,7 @@ def test_same_bits_at_any_number_of_threads() -> None:
 @COMPILED
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
-    """The oracle tests again, on the narrower vectors that another CPU would use."""
+    """Run the oracle tests on the narrower vectors of other CPUs."""
     if simd not in bomkern.info()["build"]["simd"].split():
         pytest.skip(f"{simd} is not built for this processor")
     run_tests(
@@ -260,7 +260,7 @@ def test_bad_input_is_named(impl: str | None, make: Any, error: type[Exception],
 
 
 def random_call(rng: random.Random) -> dict[str, Any]:
-    """A call with about one thing wrong, or nothing."""
+    """Draw a call with about one error, or none."""
     batch, count = rng.choice([0, 1, 3, 8]), rng.choice([0, 1, 2, 5, 64, 65])
     dtypes = [torch.float32, torch.float16, torch.float64, torch.int32, torch.bool, torch.complex64]
 
@@ -283,7 +283,7 @@ def random_call(rng: random.Random) -> dict[str, Any]:
 
 @pytest.mark.parametrize("impl", ["reference", None])
 def test_a_thousand_random_calls(impl: str | None) -> None:
-    """Each gives the documented result, or a ValueError or TypeError that names an argument; none crashes."""
+    """Each call gives the documented result, or a ValueError or TypeError that names an argument; none crashes."""
     rng = random.Random(0)
     outcome: Counter[str] = Counter()
     for _ in range(1000):
@@ -329,7 +329,7 @@ def test_cuda_graph_replay_sees_a_changed_scale() -> None:
 
 @pytest.mark.slow
 def test_triton_passes_the_same_oracle_tests() -> None:
-    """tests/ops/test_min_goal.py on Triton's interpreter, which must be chosen before triton is imported."""
+    """Run tests/ops/test_min_goal.py on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
     run_tests(
         "tests/ops/test_min_goal.py",

@@ -1,4 +1,4 @@
-"""Second derivatives of min_goal_loss."""
+"""Test second derivatives of min_goal_loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ IMPLS = pytest.mark.parametrize("server", servers("min_goal"))
 @pytest.mark.parametrize("constraints", [None, SIX], ids=["scores", "six"])
 @pytest.mark.parametrize("matrix", [False, True], ids=["columns", "matrix"])
 def test_second_derivative(matrix: bool, constraints: Any, reduction: str, server: tuple[str, str]) -> None:
-    """That of the reference; routed, a goal without a share has none, as it has no first."""
+    """The second derivative matches the reference's.
+
+    With routing, a goal without a share has neither a first nor a second derivative.
+    """
     impl, device = server
     values = torch.rand(7, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.1
     raw = [values] if matrix else [*values[:, :5].unbind(1), values[0, 5]]
@@ -48,7 +51,7 @@ def test_gradgradcheck(server: tuple[str, str]) -> None:
 
 @IMPLS
 def test_goals_made_of_one_another(server: tuple[str, str]) -> None:
-    """What reaches a goal by way of another is counted once."""
+    """If one goal depends on another, each gradient path counts once."""
     impl, device = server
     raw = (torch.rand(9, dtype=torch.float64, device=device) + 0.2).requires_grad_()
     found = []
@@ -69,7 +72,7 @@ def test_goals_may_change_before_a_plain_backward_alone(server: tuple[str, str])
     raw = leaf(torch.rand(5, 6), torch.float32, device)
     shifted = raw * 1.0
     loss = min_goal_loss(shifted, SIX, impl=impl)
-    shifted.detach().add_(1)  # what backward needs is in what forward kept
+    shifted.detach().add_(1)  # forward saved everything that backward needs
     torch.autograd.grad(loss, raw, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, raw, create_graph=True)

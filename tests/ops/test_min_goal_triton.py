@@ -1,7 +1,7 @@
-"""`min_goal` by Triton, against the reference in float64.
+"""Test `min_goal` by Triton against the reference in float64.
 
-The kernels run on a GPU where there is one. Elsewhere Triton's interpreter runs them, in a process of its own because
-it must be chosen before triton is imported. `TRITON_INTERPRET=1 pytest FILE` shows each test.
+The kernels run on a GPU if there is one. Otherwise Triton's interpreter runs them, in its own process because it must
+be chosen before triton is imported. `TRITON_INTERPRET=1 pytest FILE` shows each test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
 
 
 def call(fn: Any, goals: list[Tensor], constraints: list[Constraint] | None, reduction: int) -> tuple[Any, Any]:
-    """Results with statistics, and the gradients for a fixed gradient from above."""
+    """Return the results with statistics, and the gradients for a fixed incoming gradient."""
     dtype = DOUBLE if any(g.dtype == DOUBLE for g in goals) else FLOAT
     params, curves = table(constraints, FLOAT)
     out = fn(goals, params if params is None else params.to(dtype), curves, reduction, True)
@@ -46,24 +46,24 @@ def compare(goals: list[Tensor], constraints: list[Constraint] | None, reduction
     assert torch.equal(mine[4], exact[4]) and mine[4].dtype == torch.bool
     assert mine[0].dtype == eager[0].dtype
     assert_as_good_as_eager(mine[0], eager[0], exact[0])
-    for k in (2, 3):  # level is a statistic, and the interpreter adds it up one by one
+    for k in (2, 3):  # level is a statistic, which the interpreter adds up one by one
         torch.testing.assert_close(mine[k], exact[k].to(mine[k].dtype), rtol=3e-6, atol=3e-7, equal_nan=True)
         assert not mine[k].requires_grad
     for got, want, true, goal in zip(my_grads, eager_grads, exact_grads, goals, strict=True):
         assert got.dtype == goal.dtype
-        # The interpreter cuts bfloat16 off where devices round it.
+        # The interpreter truncates bfloat16, while devices round it.
         assert_as_good_as_eager(got, want, true, slack=4e-3 if got.dtype == BF16 and INTERPRET else 1e-6)
     for now, then in zip(goals, before, strict=True):
         assert torch.equal(now.nan_to_num(nan=7.5), then.nan_to_num(nan=7.5)), "an input was written to"
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, in branches a `where` discards
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns in branches that `where` discards
 class TestKernels:
     __test__ = INTERPRET or DEVICE == "cuda"
 
     @pytest.fixture(autouse=True)
     def poison(self) -> Iterator[None]:
-        """Fresh buffers hold NaN, so that what a kernel leaves unwritten shows."""
+        """Fill fresh buffers with NaN, so that elements that a kernel leaves unwritten are detected."""
         torch.use_deterministic_algorithms(True)
         assert torch.empty(3, device=DEVICE).new_empty(3).isnan().all()
         yield
@@ -109,7 +109,7 @@ class TestKernels:
             x[k::7, 5] = 0.0625
         compare([on_device(x)], None, reduction)
         compare([on_device(c) for c in x.t().contiguous()], [Minimize(0.3)] * 6, reduction)
-        # All deficits 0, by different curves.
+        # All deficits are 0, by different curves.
         compare([on_device(torch.tensor([[0.1, 0.0, 0.1, 0.5, 0.25, 0.2]]))], MIXED, reduction)
 
     @pytest.mark.parametrize("reduction", [NONE, MIN])
@@ -132,7 +132,10 @@ class TestKernels:
             compare([on_device(x)], CONSTRAINTS["linear"], reduction)
 
     def test_far_out_and_close_in(self) -> None:
-        """Ten thousand scales away, past where r^2 overflows, at the box's walls, and where log1p matters."""
+        """Test raw values ten thousand scales away and more, at the box's walls, and where log1p matters.
+
+        The square r^2 overflows for some.
+        """
         far = torch.tensor([1e3, 1e4, 3e7, 9e7, 3e8, 1e12, 3e19, 1e30, 1e-3, 1e-5, 1e-8, 1e-12])
         for constraint in (Minimize(1.3), MinimizeHard(1.3), Box(-1.0, 1.7), Upper(0.1, 0.7)):
             compare([on_device(far[:, None])], [constraint], NONE)
@@ -190,7 +193,7 @@ class TestKernels:
 
     @pytest.mark.parametrize(("reduction", "layout"), [(NONE, "rows"), (MIN, "batch-level")])
     def test_opcheck(self, reduction: int, layout: str) -> None:
-        torch.use_deterministic_algorithms(False)  # opcheck compares what no one asked for, too
+        torch.use_deterministic_algorithms(False)  # opcheck also compares unrequested outputs
         for params, curves in (table(MIXED, FLOAT), (None, [])):
             args = (make(layout, 5, [FLOAT]), params, curves, reduction, True, True)
             torch.library.opcheck(torch.ops.bomkern.min_goal_triton.default, args)
@@ -243,7 +246,7 @@ def test_compiles_for_sm_90_without_spills() -> None:
     check_no_spills(__name__, 20)
 
 
-# What follows runs as a script: every launch that the launchers make is recorded, and compiled for a device not here.
+# The code below runs as a script: it records every launch, and compiles it for a device that is not here.
 
 
 def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -265,7 +268,7 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     for count in (9, 64):
         mixed = (MIXED * 11)[:count]
         wide, many = {9: 16, 64: 64}[count], 20000
-        for cells in (1024, 4096):  # one program, of either size
+        for cells in (1024, 4096):  # one program, in either configuration
             both([torch.empty(cells // wide, count)], mixed, MEAN)
         both([torch.empty(4096 // wide) for _ in range(count)], mixed, MIN)
         both([torch.empty(many, count)], mixed, MEAN)

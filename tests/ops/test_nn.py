@@ -1,4 +1,4 @@
-"""The modules are the functions with their options."""
+"""Test that the modules equal the functions with their options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of float32 matrices keep their digits, whatever torch has been told to give up for speed."""
+"""Test that float32 matrix products keep their precision under every torch setting that trades it for speed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sample(batch: int, dims: int, device: str) -> Tensor:
 
 
 def derivatives(call: Callable[[Tensor], Tensor], z: Tensor) -> list[Tensor]:
-    """The value, the gradient of a weighed sum of it, and a derivative of that."""
+    """Return the value, the gradient of its weighted sum, and a derivative of that gradient."""
     value = call(z)
     weight = torch.arange(1.0, value.numel() + 1, device=z.device).reshape(value.shape)
     (grad,) = torch.autograd.grad((value * weight).sum(), z, retain_graph=True)
@@ -61,7 +61,7 @@ def close(got: list[Tensor], want: list[Tensor]) -> bool:
 
 
 class Products(TorchDispatchMode):
-    """The dtypes that matrices are multiplied in."""
+    """Record the dtypes of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,10 @@ def test_goal_set_by_the_reference(precision: str) -> None:
 
 @pytest.mark.parametrize("how", ["all", "gpu", "old", "generic"])
 def test_a_gpu_told_to_use_tf32_multiplies_in_float64(how: str) -> None:
-    """Known by the dtype alone, as no GPU is needed for it. The old switch and the new one, and a mix of both."""
+    """The dtype shows the choice, so no GPU is needed.
+
+    The settings are the old switch, the new switch, and a mix of both.
+    """
     with FakeTensorMode():
         a = torch.empty(20, 30, device="cuda")
         with Products() as products:
@@ -163,7 +166,7 @@ def test_a_compiled_call(precision: str) -> None:
 
 @IMPLS
 def test_threads_keep_their_settings(server: tuple[str, str]) -> None:
-    """Nothing global is changed, not even for a while: other threads multiply as they were told to."""
+    """No global setting changes, even for a while, because other threads multiply under their own settings."""
     impl, device = server
     z, seen, done = sample(200, 40, device).detach(), set(), threading.Event()
     torch.set_float32_matmul_precision("high")
@@ -185,7 +188,7 @@ def test_threads_keep_their_settings(server: tuple[str, str]) -> None:
 @COMPILED
 @pytest.mark.parametrize(("batch", "dims"), [(400, 40), (40, 400)])
 def test_the_cpu_multiplies_in_float64_where_torch_takes_bfloat16(batch: int, dims: int) -> None:
-    """Known by the digits: on a CPU that has no such products torch's are float32's."""
+    """The digits show the choice. On a CPU without bfloat16 products, torch's results are float32's."""
     z = sample(batch, dims, "cpu").detach()
     x = z.double() - z.double().mean(0)
     want = x @ x.T if dims > batch else (x.T @ x / (batch - 1)).fill_diagonal_(0)

@@ -1,5 +1,7 @@
-"""Laws of the statistics that hold whatever the input: of units, of layouts, of threads. Each op's own file has those
-that one op alone has."""
+"""Test properties of the statistics for any input: units, layouts and threads.
+
+Each op's own file tests properties that only this op has.
+"""
 
 from __future__ import annotations
 
@@ -55,13 +57,16 @@ EVERY = pytest.mark.parametrize(
 def test_layouts(
     name: str, server: Server, batch: int, dims: int, layouts: list[str], dtypes: list[torch.dtype]
 ) -> None:
-    """Each input has its own layout and dtype: the bits are those of contiguous inputs, gradients too."""
+    """Each input has its own layout and dtype.
+
+    Results and gradients are bitwise those of contiguous inputs.
+    """
     impl, device = server
     batch, dims = small(server, batch, dims)
     call, make = CALLS[name]
     inputs = [x.to(t) for x, t in zip(make(batch, dims), dtypes, strict=False)]
     laid = [laid_out(x, how) for x, how in zip(inputs, layouts, strict=False)]
-    if device != "cpu":  # strides kept
+    if device != "cpu":  # the copy keeps strides
         laid = [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
             for x in laid
@@ -84,7 +89,7 @@ def test_layouts(
 @few
 @given(batch=st.integers(2, 12), channels=st.integers(1, 9), side=st.integers(1, 3))
 def test_channels_last(name: str, server: Server, batch: int, channels: int, side: int) -> None:
-    """Codes of a convolution: its pixels as samples, one pixel of each image, and 1 x 1 maps flattened."""
+    """Codes of a convolution may be pixels as samples, one pixel of each image, or flattened 1 x 1 maps."""
     impl, device = server
     call, make = CALLS[name]
     maps = [
@@ -112,7 +117,7 @@ def test_channels_last(name: str, server: Server, batch: int, channels: int, sid
 @settings(max_examples=6)
 @given(batch=st.integers(2, 600), dims=st.integers(1, 300), threads=st.integers(1, 5))
 def test_same_bits_again_and_with_other_threads(name: str, batch: int, dims: int, threads: int) -> None:
-    """Of any shape, in float32."""
+    """Results are reproducible for any shape in float32."""
     server = ("cpu", "cpu")
     if not any(p.values[0] == server for p in SERVERS[WHERE.get(name, name)]):
         pytest.skip("no compiled kernels")
@@ -136,7 +141,10 @@ def test_same_bits_again_and_with_other_threads(name: str, batch: int, dims: int
 def test_total_correlation_of_each_dimension_in_its_own_units(
     server: Server, batch: int, dims: int, seed: int, first: int
 ) -> None:
-    """z -> a z + c, mu -> a mu + c, logvar -> logvar + 2 log |a|, another a and c for each; of a single row as well."""
+    """Rescaling and shifting each dimension by its own a and c changes nothing, for a single row as well.
+
+    z becomes a z + c, mu becomes a mu + c, and logvar becomes logvar + 2 log |a|.
+    """
     impl, device = server
     batch, dims = small(server, batch, dims)
     z, mu, logvar = (x.to(device) for x in codes(batch, dims))
@@ -147,7 +155,7 @@ def test_total_correlation_of_each_dimension_in_its_own_units(
     value = tc(z, mu, logvar, impl=impl)
     moved = tc(z * scale + shift, mu * scale + shift, logvar + 2 * scale.abs().log(), impl=impl)
     torch.testing.assert_close(moved, value, rtol=1e-3, atol=1e-3)
-    roll = first % batch  # MSS knows neighbours: a rotation of the batch keeps them
+    roll = first % batch  # MSS depends on neighbours, which a rotation of the batch keeps
     rolled = tc(*(x.roll(-roll, 0) for x in (z, mu, logvar)), impl=impl)
     torch.testing.assert_close(rolled, value.roll(-roll), rtol=1e-4, atol=1e-4)
 
@@ -170,7 +178,10 @@ def test_gaussian_total_correlation_of_each_dimension_in_its_own_units(batch: in
 def test_covariance_of_a_rotated_batch(
     server: Server, batch: int, dims: int, by: int, normalize: bool, seed: int
 ) -> None:
-    """Another first row, from which differences are taken; the parts and their gradients go round with it."""
+    """Differences are relative to another first row.
+
+    The parts and their gradients rotate with the batch.
+    """
     impl, device = server
     batch, dims = small(server, batch, dims)
     z = drawn((batch, dims), seed).to(device) + 3.0
@@ -186,7 +197,7 @@ def test_covariance_of_a_rotated_batch(
 @few
 @given(batch=st.integers(1, 40), size=st.integers(1, 6), more=st.integers(0, 30), where=st.floats(0.05, 0.95))
 def test_kl_is_least_at_its_prior(server: Server, batch: int, size: int, more: int, where: float) -> None:
-    """0 at the standard normal, where the gradient is 0; with a block prior no mean is nearer than 0."""
+    """At the standard normal, value and gradient are 0. With a block prior, no mean has a lower value than 0."""
     impl, device = server
     zero = torch.zeros(batch, size + more)
     (value,), grads = run(gaussian_kl, leaves((zero, zero), device=device), impl)
@@ -197,7 +208,7 @@ def test_kl_is_least_at_its_prior(server: Server, batch: int, size: int, more: i
     (value,), (grad, _) = run(block, leaves((zero, zero), device=device), impl)
     (away,), _ = run(block, leaves((zero + 0.5, zero), device=device), impl)
     assert not grad.any() and (value >= -1e-5 * (size + more)).all() and (away > value).all()
-    # What D log-variances of 0 cost is what the correlations cost: -log det of the prior, and its inverse's diagonal.
+    # D log-variances of 0 cost only the correlations' part: -log det of the prior, and the diagonal of its inverse.
     block_of = torch.arange(size + more) // size
     matrix = torch.where(block_of[:, None] == block_of, torch.tensor(rho, dtype=torch.float64), 0).fill_diagonal_(1)
     want = (torch.logdet(matrix) + torch.linalg.inv(matrix).trace() - (size + more)) / 2
@@ -208,7 +219,10 @@ def test_kl_is_least_at_its_prior(server: Server, batch: int, size: int, more: i
 @few
 @given(count=st.integers(2, 16), batch=st.integers(1, 30), dims=st.integers(1, 20), seed=seeds)
 def test_gradients_of_views_cancel(server: Server, count: int, batch: int, dims: int, seed: int) -> None:
-    """All views moved alike change nothing, so their gradients add up to 0; of equal views each is exactly 0."""
+    """Moving all views alike changes nothing, so their gradients sum to 0.
+
+    For equal views each gradient is exactly 0.
+    """
     impl, device = server
     batch, dims = small(server, batch, dims)
     x = drawn((count, batch, dims), seed)

@@ -1,4 +1,4 @@
-"""Laws of the bottleneck rule that hold whatever the input: of goals in any order, of units, of layouts, of threads."""
+"""Test properties of the bottleneck rule for any input: order of goals, units, layouts and threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RULE = pytest.mark.parametrize("server", servers("min_goal"))
 
 
 def constraints_of(count: int, seed: int, unit: float = 1.0) -> list[Constraint]:
-    """All kinds in turn, with numbers of their own, in units of raw values."""
+    """Return constraints of all kinds in turn, with varying arguments in units of raw values."""
     spread = torch.rand(count, generator=torch.Generator().manual_seed(seed)) + 0.3
     every = list(kinds().values())
     made: list[Constraint] = []
@@ -85,7 +85,10 @@ def test_goals_permuted_in_a_goal_set(server: Server, batch: int, count: int, se
 @few
 @given(batch=st.integers(1, 70), count=st.integers(1, 14), power=st.integers(-20, 20), seed=seeds)
 def test_units_of_raw_values_do_not_matter(server: Server, batch: int, count: int, power: int, seed: int) -> None:
-    """Raw values and the numbers of all six constraints times a power of two: the same bits, the gradient over it."""
+    """Multiplying raw values and the numbers of all six constraints by a power of two gives the same bits.
+
+    It divides the gradient by that power.
+    """
     impl, device = server
     batch, count = small(server, batch, count)
     unit = 2.0**power
@@ -132,11 +135,14 @@ def test_reductions_are_of_the_largest_deficits(server: Server, batch: int, coun
 def test_a_satisfied_goal_changes_nothing(
     server: Server, batch: int, count: int, where: int, seed: int, reduction: str
 ) -> None:
-    """Wherever it stands, in the rule and, with a multiplier of 0, in a weighted sum; it gets no gradient."""
+    """A satisfied goal changes nothing at any position, in the rule and, with multiplier 0, in a weighted sum.
+
+    It gets no gradient.
+    """
     impl, device = server
     batch, count = small(server, batch, count)
     at = min(where, count)
-    x = [c.abs() + 1.0 for c in drawn((count, batch), seed).unbind(0)]  # no deficit below 0
+    x = [c.abs() + 1.0 for c in drawn((count, batch), seed).unbind(0)]  # no deficit is below 0
     constraints: list[Constraint] = [Minimize(0.5 + k) for k in range(count)]
     more = [*x[:at], torch.full((batch,), -3.0), *x[at:]]
     others = [*constraints[:at], Upper(0.0, 1.0), *constraints[at:]]
@@ -181,7 +187,10 @@ def test_a_satisfied_goal_changes_nothing(
     reduction=st.sampled_from(REDUCTIONS),
 )
 def test_layouts_of_goals(server: Server, batch: int, layouts: list[str], seed: int, reduction: str) -> None:
-    """Each goal has its own, a 0-dim one stands for all samples: the bits are those of contiguous [B] goals."""
+    """Each goal has its own layout, and a 0-dim goal counts for all samples.
+
+    Results are bitwise those of contiguous [B] goals.
+    """
     impl, device = server
     (batch,), layouts = small(server, batch), [*layouts, "plain"]
     columns = drawn((len(layouts), batch), seed).unbind(0)

@@ -1,4 +1,4 @@
-"""The five statistics in PyTorch: compile, opcheck, fakes, syncs, poison, autograd's rules, bad input."""
+"""Test the five statistics in PyTorch: compile, opcheck, fakes, syncs, poison, autograd's rules, bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMPILED = ("cpu", "cuda")
 
 
 def op_calls(batch: int, dims: int) -> dict[str, list[tuple[Inputs, tuple[Any, ...], dict[str, Any]]]]:
-    """Arguments of the ops as torch.ops has them: some calls of each, as (inputs, numbers, keywords)."""
+    """Return some calls of each op as torch.ops takes them: (inputs, numbers, keywords)."""
     z, mu, logvar = codes(batch, dims)
     given = views(batch, dims)
     written: dict[str, Any] = {
@@ -55,7 +55,7 @@ def arguments_of(name: str, inputs: Inputs, numbers: tuple[Any, ...]) -> tuple[A
 
 
 def backward_arguments(name: str, inputs: Inputs, numbers: tuple[Any, ...], out: Inputs) -> list[tuple[Any, ...]]:
-    """Calls of NAME_backward, from what NAME returned: some with gradients left out."""
+    """Return calls of NAME_backward on the results of NAME, some of them with gradients left out."""
     n = len(inputs)
     wants = [[True] * n] + ([[k == n - 1 for k in range(n)]] if n > 1 else [])
     if name in ("gaussian_kl", "consistency_variance"):
@@ -90,11 +90,11 @@ def described(tensors: Any) -> list[tuple[torch.Size, torch.dtype, tuple[int, ..
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtypes", [("float32",), ("float16", "float32"), ("bfloat16", "float64"), ("float64",)])
 def test_fakes_match_the_reference(name: str, dtypes: tuple[str, ...]) -> None:
-    """Shapes and dtypes of the ops' fake kernels, forward and backward; without any kernel."""
+    """The ops' fake kernels, forward and backward, give the reference's shapes and dtypes without any kernel."""
     op, backward = getattr(torch.ops.bomkern, name).default, getattr(torch.ops.bomkern, f"{name}_backward").default
     for inputs, numbers, keywords in (call for size in ((9, 4), (4, 6)) for call in op_calls(*size)[name]):
         inputs = tuple(x.to(getattr(torch, dtypes[k % len(dtypes)])) for k, x in enumerate(inputs))
-        # The op takes the numbers in the reference's order, which the reference takes without names.
+        # The op takes the numbers in the reference's order, so they can be passed by position.
         want = values_of(schemas.OPS[name].reference(*arguments_of(name, inputs, numbers)))
         with FakeTensorMode() as mode, torch.no_grad():
             fakes = tuple(mode.from_tensor(x) for x in inputs)
@@ -125,10 +125,10 @@ def test_fakes_match_what_runs(name: str, server: tuple[str, str]) -> None:
 @EVERY
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.slow)],  # a second B makes it symbolic
+    [("aot_eager", True), pytest.param("inductor", None, marks=pytest.mark.slow)],  # a second B makes B symbolic
 )
 def test_compile_fullgraph(name: str, server: tuple[str, str], backend: str, dynamic: bool | None) -> None:
-    """Batches that change, D below and above B."""
+    """The compiled graph serves changing batches, with D below and above B."""
     impl, device = server
     op = OPS[name]
     torch._dynamo.reset()
@@ -161,9 +161,10 @@ def test_no_host_sync(name: str, server: tuple[str, str]) -> None:
 
 @EVERY
 def test_every_element_is_written(name: str, server: tuple[str, str]) -> None:
-    """Fresh buffers come filled with NaN, workspaces with it, and nothing of it is left in a result."""
+    """Fresh buffers and workspaces are filled with NaN, and no result contains the filling."""
     impl, device = server
-    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS asks for more than the filling
+    # without warn_only cuBLAS would need more than the filling
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         assert torch.empty(3).isnan().all()
@@ -199,7 +200,7 @@ def test_forward_mode_is_refused(name: str, server: tuple[str, str]) -> None:
     if impl not in COMPILED:
         pytest.skip("for the compiled implementations to refuse")
     inputs = tuple(x.to(device) for x in OPS[name].make(8, 4))
-    for k in range(len(inputs)):  # each input is looked at
+    for k in range(len(inputs)):  # each input is checked
 
         def alone(x: Tensor, k: int = k) -> Any:
             return OPS[name].call(*inputs[:k], x, *inputs[k + 1 :], impl=impl)
@@ -224,7 +225,7 @@ def test_backward_twice_needs_retain_graph(name: str, server: tuple[str, str]) -
 
 @EVERY
 def test_an_input_changed_before_backward_is_noticed(name: str, server: tuple[str, str]) -> None:
-    """Or, where eager PyTorch keeps a copy of its own, does not matter."""
+    """A changed input is noticed, or does not matter where eager PyTorch keeps its own copy."""
     impl, device = server
     for call in calls(name):
         own = leaves(OPS[name].make(8, 4), device=device)
@@ -245,7 +246,7 @@ def test_an_input_changed_before_backward_is_noticed(name: str, server: tuple[st
 
 @EVERY
 def test_a_result_changed_before_backward_is_noticed_or_does_not_matter(name: str, server: tuple[str, str]) -> None:
-    """What backward needs may be among the results."""
+    """A result that backward needs may be changed before, with an error or without effect."""
     impl, device = server
     for call in calls(name):
         own = leaves(OPS[name].make(8, 4), device=device)
@@ -263,7 +264,7 @@ def test_a_result_changed_before_backward_is_noticed_or_does_not_matter(name: st
 
 
 def matrix_cases(call: Any, names: tuple[str, ...], *, least: int = 1) -> list[Any]:
-    """What can be wrong with each [B, D] tensor of a call: (call, its arguments, the error, its first words)."""
+    """Return cases for each possible error of each [B, D] tensor: (call, arguments, error, first words)."""
     good = torch.rand(4, 3)
     wrong: list[tuple[Any, type[Exception], str]] = [
         *((None, TypeError, "must be a tensor, got NoneType"), ([0.5], TypeError, "must be a tensor, got list")),
@@ -293,7 +294,7 @@ def matrix_cases(call: Any, names: tuple[str, ...], *, least: int = 1) -> list[A
 
 
 def number_cases(call: Any, count: int, **wrong: list[tuple[Any, type[Exception]]]) -> list[Any]:
-    """What can be wrong with each number or name: the message begins with it."""
+    """Return cases for each possible error of each number or name, with which the message must begin."""
     return [
         (functools.partial(call, **{name: bad}), [torch.rand(4, 6)] * count, error, f"^{name} must")
         for name, choices in wrong.items()
@@ -369,7 +370,7 @@ def test_cuda_graph_replay(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
-    """The oracle tests again, on the narrower vectors that another CPU would use."""
+    """Run the oracle tests on the narrower vectors of other CPUs."""
     build = bomkern.info()["build"]
     if simd not in build.get("simd", "").split():
         pytest.skip(f"{simd} is not built for this processor")
@@ -378,7 +379,7 @@ def test_other_instruction_sets(simd: str) -> None:
 
 @pytest.mark.slow
 def test_triton_passes_the_same_oracle_tests() -> None:
-    """The same files on Triton's interpreter, which must be chosen before triton is imported."""
+    """Run the same files on Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
     minutes = "larger or 1030 or 130-300 or properties or gradcheck or divergence or outlier"
     run_tests(FILES, f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")

@@ -1,4 +1,4 @@
-"""Second derivatives of the statistics."""
+"""Test second derivatives of the statistics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_second_derivative(name: str, server: tuple[str, str]) -> None:
 
 @SEVERAL
 def test_of_inputs_made_of_one_another(name: str, server: tuple[str, str]) -> None:
-    """As z is of mu and logvar: what reaches an input by way of another is counted once."""
+    """If inputs depend on one another, as z depends on mu and logvar, each gradient path counts once."""
     impl, device = server
 
     def chained(first: Tensor, *others: Tensor, impl: str | None = None) -> Any:
@@ -36,7 +36,7 @@ def test_of_inputs_made_of_one_another(name: str, server: tuple[str, str]) -> No
 
 @EVERY
 def test_of_some_results_for_some_inputs(name: str, server: tuple[str, str]) -> None:
-    """Results without a gradient, inputs that want none, and a gradient from above that is differentiable itself."""
+    """Some results have no gradient, some inputs want none, and the incoming gradient is differentiable."""
     impl, device = server
     inputs = leaves(OPS[name].make(8, 4), torch.float64, device)
     found = []

@@ -1,7 +1,7 @@
-"""What is Triton's own about the five statistics: their tiles and splits, one launch or two, their configurations.
+"""Test the parts of the five statistics that are specific to Triton: tiles, splits, launches and configurations.
 
-test_NAME.py hold every implementation against the reference. These run on a GPU where there is one, elsewhere in
-Triton's interpreter: `TRITON_INTERPRET=1 pytest FILE` shows each test.
+test_NAME.py compares every implementation with the reference. These tests run on a GPU if there is one, otherwise in
+Triton's interpreter. `TRITON_INTERPRET=1 pytest FILE` shows each test.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ PENALTIES = [
 
 
 def mean_pull(value: Tensor) -> Tensor:
-    """As `.mean()` gives it: one number, expanded."""
+    """Return the incoming gradient that `.mean()` gives: one expanded number."""
     return (value.new_ones(()) / value.numel()).expand(value.shape)
 
 
 def op_arguments(name: str, dtypes: tuple[torch.dtype, ...] = (FLOAT,) * 3) -> list[tuple[Any, ...]]:
-    """Arguments of torch.ops.bomkern.NAME_triton, some calls of each."""
+    """Return the arguments of some calls of torch.ops.bomkern.NAME_triton."""
     z, mu, logvar = (x.to(DEVICE, dtype).requires_grad_() for x, dtype in zip(codes(5, 4, DOUBLE), dtypes, strict=True))
     written: dict[str, list[tuple[Any, ...]]] = {
         "gaussian_kl": [(mu, logvar, 1, 0.0), (mu, logvar, 2, 0.5), (mu, logvar, 3, 0.5)],
@@ -60,14 +60,15 @@ def op_arguments(name: str, dtypes: tuple[torch.dtype, ...] = (FLOAT,) * 3) -> l
     return [(*(x.to(DEVICE, t).requires_grad_() for x, t in zip(inputs, dtypes, strict=False)), *OPS[name].numbers)]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, in what a `where` discards
+# the interpreter's numpy warns about values that `where` discards
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 class TestKernels:
     __test__ = INTERPRET or DEVICE == "cuda"
 
     @pytest.fixture(autouse=True)
     def poison(self) -> Iterator[None]:
-        """Fresh buffers hold NaN, so that what a kernel leaves unwritten shows."""
-        torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would want a variable set
+        """Fill fresh buffers with NaN, so that elements that a kernel leaves unwritten are detected."""
+        torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would need an environment variable
         assert torch.empty(3, device=DEVICE).new_empty(3).isnan().all()
         yield
         torch.use_deterministic_algorithms(False)
@@ -97,19 +98,19 @@ class TestKernels:
 
     @pytest.mark.parametrize("name", ["active_units", "latent_statistics"])
     def test_one_launch_or_two(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The same results whether one program takes all, or rows and columns are cut into many."""
+        """One program for everything and many programs for parts give the same results."""
         import bomkern.kernels.active_units.triton_moments as moments
 
         inputs = leaves(OPS[name].make(70, 24), device=DEVICE)
         whole = run(OPS[name].call, inputs, "triton")
         monkeypatch.setattr(moments, "WHOLE", 0)
-        monkeypatch.setattr(moments, "COLS", 8)  # tiles of 512 rows, or 256
+        monkeypatch.setattr(moments, "COLS", 8)  # tiles of 512 or 256 rows
         rows = run(OPS[name].call, inputs, "triton")
         plan = moments.plan
         kernels = sys.modules[f"bomkern.kernels.{name}.triton"]
         monkeypatch.setattr(kernels, "plan", lambda batch, dims, dtype, cells=0: plan(batch, dims, dtype, 64))
         cut = run(OPS[name].call, inputs, "triton")  # tiles of 8 rows
-        monkeypatch.setattr(moments, "PROGRAMS", 6)  # each takes five of them
+        monkeypatch.setattr(moments, "PROGRAMS", 6)  # each program takes five tiles
         few = run(OPS[name].call, inputs, "triton")
         for other in (rows, cut, few):
             for one, two in zip((*whole[0], *whole[1]), (*other[0], *other[1]), strict=True):
@@ -144,7 +145,10 @@ class TestKernels:
         ],
     )
     def test_blocks(self, dims: int, block: int, rho: float) -> None:
-        """Several to a tile, of widths that are no power of two, wider than a tile, and a shorter one at the end."""
+        """A tile holds several blocks.
+
+        Widths are no powers of two or exceed a tile, and the last block is shorter.
+        """
         inputs = codes(3, dims)[1:]
         unit = inputs[0].square().sum(1).max().item() / min(1 - rho, 1 - rho + block * rho)
         call = functools.partial(bomkern.gaussian_kl, block_size=block, rho=rho)
@@ -157,7 +161,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("outlier", [0.0, 1e4])
     def test_far_from_zero(self, outlier: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Means of 1e4, and then the first sample twice as far: what all differences are taken from."""
+        """Means are 1e4, and then the first sample, from which all differences are taken, is twice as far."""
         import bomkern.kernels.active_units.triton_moments as moments
 
         monkeypatch.setattr(moments, "WHOLE", 0)
@@ -171,7 +175,7 @@ class TestKernels:
 
         check_far(fields, (z, mu, codes(600, 9)[2]), SERVER)
         check_far(OPS["consistency_variance"].call, (z, mu), SERVER)
-        # Columns that one sample makes nearly equal leave nothing but rounding to the gradients of what compares them.
+        # If one sample makes columns nearly equal, the gradients of their comparisons are pure rounding.
         for call in [] if outlier else PENALTIES:
             check_far(call, (z[:100],), SERVER)
 
@@ -222,7 +226,7 @@ class TestKernels:
     @EVERY
     @pytest.mark.parametrize("dtypes", [(FLOAT,) * 3, (HALF, BF16, FLOAT)])
     def test_opcheck(self, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-        torch.use_deterministic_algorithms(False)  # opcheck compares what no one asked for, too
+        torch.use_deterministic_algorithms(False)  # opcheck also compares unrequested outputs
         forward = getattr(torch.ops.bomkern, f"{name}_triton").default
         backward = getattr(torch.ops.bomkern, f"{name}_triton_backward").default
         for arguments in op_arguments(name, dtypes):
@@ -261,7 +265,7 @@ class TestKernels:
 
 
 def backward_arguments(name: str, given: list[Any], out: list[Tensor]) -> list[tuple[Any, ...]]:
-    """Calls of NAME_triton_backward, from the arguments of the first op and what it returned."""
+    """Return calls of NAME_triton_backward, from the first op's arguments and results."""
     pull = torch.ones_like(out[0])
     if name == "gaussian_kl":
         return [(pull, *given, want) for want in ([True, True], [False, True])]
@@ -305,7 +309,7 @@ def test_compiles_for_sm_90_without_spills() -> None:
     check_no_spills(__name__, 60)
 
 
-# What follows runs as a script, see tests/ops/test_min_goal_triton.py.
+# The code below runs as a script, see tests/ops/test_min_goal_triton.py.
 
 KERNELS = {
     "gaussian_kl.triton": ("forward", "backward"),

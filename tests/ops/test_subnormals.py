@@ -1,6 +1,6 @@
-"""Numbers below 1e-38 are made zero before they are multiplied: each would cost a CPU a hundred cycles.
+"""Test that subnormal numbers become zero before a product, since each would cost a CPU a hundred cycles.
 
-Time is compared with itself under `torch.set_flush_denormal`, in turns, by the best of several runs.
+The time is compared with the time under `torch.set_flush_denormal`, in turns, by the best of several runs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from bomkern import Anchored, GoalSet
 from bomkern.dispatch import select
 
 COMPILED = pytest.mark.skipif(select.extension is None, reason="not compiled")
-LIMIT = 1.15  # times as long as with such numbers flushed; what was mended took 1.4 to 10 times as long
+LIMIT = 1.15  # largest ratio to the time with such numbers flushed; the bugs fixed here had ratios of 1.4 to 10
 ROUNDS = 12
 Step = Callable[[], tuple[Tensor, ...]]
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Runs on the thread whose mode `torch.set_flush_denormal` sets."""
+    """Run on one thread, whose mode `torch.set_flush_denormal` sets."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     if not torch.set_flush_denormal(True):
@@ -41,7 +41,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def correlation(spread: float, logvar: float, scale: float = 1.0) -> Step:
-    """Total correlation of a code whose posteriors lie ``spread`` apart; the loss is multiplied by ``scale``."""
+    """Return total correlation of a code whose posteriors lie ``spread`` apart; ``scale`` multiplies the loss."""
     mu = spread * normal(256, 64)
     inputs = [mu + math.exp(logvar / 2) * normal(256, 64, seed=1), mu, torch.full_like(mu, logvar)]
     inputs = [x.requires_grad_() for x in inputs]
@@ -49,7 +49,7 @@ def correlation(spread: float, logvar: float, scale: float = 1.0) -> Step:
 
 
 def smooth(apart: float) -> Step:
-    """A smooth minimum of nine goals, of which eight are ``apart`` temperatures better than the worst."""
+    """Return a smooth minimum of nine goals, eight of them ``apart`` temperatures better than the worst."""
     goals = GoalSet({f"goal{k}": Anchored(0.0, 1.0) for k in range(9)}, temperature=0.01).eval()
     raw = {f"goal{k}": 0.1 * torch.rand(8192) + 0.01 * apart * (k == 0) for k in range(9)}
     raw = {name: x.requires_grad_() for name, x in raw.items()}
@@ -57,13 +57,13 @@ def smooth(apart: float) -> Step:
 
 
 def units(deviation: float) -> Step:
-    """Active units of a code whose dimensions all vary far more than the threshold, at a small temperature."""
+    """Return active units of a code whose dimensions vary far more than the threshold, at a small temperature."""
     mu = (deviation * normal(4096, 64)).requires_grad_()
     return lambda: torch.autograd.grad(bomkern.active_units(mu, threshold=40.0, temperature=0.05)[0], [mu])
 
 
 def statistics(logvar: float) -> Step:
-    """Every statistic of a code whose log-variances are far below zero."""
+    """Return every statistic of a code whose log-variances are far below zero."""
     z, mu = normal(2048, 64), normal(2048, 64, seed=1)
     inputs = [x.requires_grad_() for x in (z, mu, normal(2048, 64, seed=2) * 0.1 + logvar)]
 
@@ -107,7 +107,7 @@ def test_time_is_that_of_flushed_numbers(name: str, one_thread: None) -> None:
 @COMPILED
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_hold_no_subnormal_number(name: str) -> None:
-    """What comes after in backward would pay for them too."""
+    """Subnormal numbers in a gradient would slow down the rest of backward, too."""
     for grad in CASES[name]():
         assert grad.isfinite().all()
         assert not ((grad != 0) & (grad.abs() < torch.finfo(grad.dtype).tiny)).any()
@@ -115,7 +115,7 @@ def test_gradients_hold_no_subnormal_number(name: str) -> None:
 
 @COMPILED
 def test_a_gradient_of_any_size_is_the_same_digits() -> None:
-    """What the loss is multiplied by costs no digits, down to where the results themselves end."""
+    """Multiplying the loss costs no digits, as long as the results themselves are in range."""
     plain = correlation(3.0, -3.0)()
     for power in (-70, -20, 30, 90):
         scaled = correlation(3.0, -3.0, scale=2.0**power)()
@@ -127,7 +127,7 @@ def test_a_gradient_of_any_size_is_the_same_digits() -> None:
 
 @COMPILED
 def test_float64_keeps_a_weight_as_long_as_it_is_a_normal_number() -> None:
-    """700 temperatures behind the worst a goal's weight is 1e-304, and its own gradient is right to the last digits."""
+    """A goal 700 temperatures behind the worst has weight 1e-304 and an accurate gradient."""
     constraints = {"worst": Anchored(0.0, 1.0), "far": Anchored(0.0, 1.0)}
     found = []
     for impl in ("cpu", "reference"):

@@ -1,4 +1,4 @@
-"""total_correlation: every implementation against the reference in float64."""
+"""Test total_correlation: every implementation against the reference in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check(
     slack: float = 1e-6,
     unit: float = 1.0,
 ) -> None:
-    """Values and gradients of ``server`` on inputs laid out by ``lay``, against float64."""
+    """Compare values and gradients of ``server`` with float64, on inputs laid out by ``lay``."""
     impl, device = server
     names = ("value", "grad z", "grad mu", "grad logvar")
     exact = run(leaves(inputs, torch.float64), "reference", which)
@@ -42,7 +42,7 @@ def check(
     assert value.dtype == (torch.float64 if wide else torch.float32) and value.shape == inputs[0].shape[:1]
     for name, a, b, c, x in zip(names, got, eager, exact, (value, *inputs), strict=True):
         assert a.dtype == x.dtype, name
-        # A half gradient is the float32 one, rounded once.
+        # A half gradient is the float32 gradient, rounded once.
         rounding = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(a.dtype, slack)
         try:
             assert_as_good_as_eager(a, c if a.dtype == torch.float64 else b, c, rounding, unit)
@@ -124,20 +124,21 @@ EXTREMES: dict[str, Callable[[], Latents]] = {
 @pytest.mark.parametrize("which", ["plain", "mss"])
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_extremes(server: tuple[str, str], extreme: str, which: str) -> None:
-    # Where eager's numbers happen to be whole, it makes no error at all: ours is held to the size of the logarithms.
+    # If eager's numbers are whole, eager has no error. The size of the logarithms bounds our error instead.
     unit = {"samples 30 sigma away": 30**2 / 2 * 8, "collapsed posteriors": 8.0}.get(extreme, 1.0)
     check(EXTREMES[extreme](), server, ESTIMATORS[which], unit=unit)
 
 
 @IMPLS
 def test_stratified_weights_where_they_matter(server: tuple[str, str]) -> None:
-    """Separate clusters: each row sees its own component and the next one alone, at weights that differ."""
+    """In separate clusters, each row has density at its own component and the next one only, with different weights."""
     impl, device = server
     batch = 40
     mu = torch.arange(batch, dtype=torch.float32)[:, None].repeat(1, 3) * 100
     z = mu + torch.tensor([0.0, 0.5, -0.5])
     value = total_correlation(z.to(device), mu.to(device), torch.zeros_like(mu).to(device), 1000, "mss", impl=impl)
-    # One component in joint and marginals: t and the weight w = 1/N stand once in the one and D times in the other.
+    # The joint and the marginals have one component each: t and w = 1/N appear once in the joint, D times in the
+    # marginals.
     assert torch.allclose(value.cpu(), torch.full((batch,), 2 * math.log(1000)), rtol=1e-5)
     rolled = total_correlation(
         z.roll(-1, 0).to(device), mu.to(device), torch.zeros_like(mu).to(device), 1000, "mss", impl=impl
@@ -188,7 +189,7 @@ def test_nan_stays_in_its_row_or_takes_all(server: tuple[str, str], poisoned: st
 
 @IMPLS
 def test_an_infinite_sample_leaves_no_number_in_what_it_reaches(server: tuple[str, str]) -> None:
-    """Its value is no number, so no gradient made of its weights may be one."""
+    """An infinite sample makes its value NaN, and so every gradient that depends on its weights."""
     impl, device = server
     inputs = leaves(latents(40, 6), device=device)
     with torch.no_grad():
@@ -201,7 +202,7 @@ def test_an_infinite_sample_leaves_no_number_in_what_it_reaches(server: tuple[st
 
 @IMPLS
 def test_farther_than_float32_can_say(server: tuple[str, str]) -> None:
-    """In float64: log densities of -1e40 and below."""
+    """In float64, log densities may be -1e40 and below."""
     z, mu, logvar = latents(40, 6, torch.float64)
     check((z + 1e20, mu, logvar), server, slack=1e-13, unit=1e41)
 
@@ -226,7 +227,10 @@ def test_only_the_gradients_wanted(server: tuple[str, str], wanted: tuple[bool, 
 @settings(max_examples=25)
 @given(batch=st.integers(2, 40), dims=st.integers(1, 12), data=st.data())
 def test_properties(server: tuple[str, str], batch: int, dims: int, data: st.DataObject) -> None:
-    """One dimension has no total correlation; order of samples, and units of a dimension, do not matter."""
+    """One dimension has no total correlation.
+
+    The order of samples and the units of a dimension do not matter.
+    """
     impl, device = server
     if impl == "triton" and device == "cpu":
         batch, dims = min(batch, 12), min(dims, 4)
@@ -240,10 +244,10 @@ def test_properties(server: tuple[str, str], batch: int, dims: int, data: st.Dat
     assert torch.allclose(
         total_correlation(z[:, columns], mu[:, columns], logvar[:, columns], impl=impl), value, **close
     )
-    # Powers of two, so that the change of units itself rounds nothing.
+    # A power of two, so that the change of units rounds nothing.
     unit = 2.0 ** data.draw(st.integers(-6, 6))
     scaled = total_correlation(z * unit, mu * unit, logvar + 2 * math.log(unit), impl=impl)
     assert torch.allclose(scaled, value, rtol=1e-3, atol=1e-3)
-    # MWS is the plain estimate moved by (D - 1) log N.
+    # MWS is the plain estimate plus (D - 1) log N.
     moved = total_correlation(z, mu, logvar, 1000, impl=impl)
     assert torch.allclose(moved, value + (dims - 1) * math.log(1000), **close)

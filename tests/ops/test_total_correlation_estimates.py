@@ -1,4 +1,4 @@
-"""What the estimates of total correlation estimate, how far off they are, and the closed form for Gaussians."""
+"""Test the estimates of total correlation: their targets, their bias, and the closed form for Gaussians."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ def exact_of(covariance: Tensor) -> float:
 
 
 def with_covariance(covariance: Tensor, rows: int) -> Tensor:
-    """float64 samples whose sample covariance is exactly the one given."""
+    """Return float64 samples whose sample covariance equals ``covariance``."""
     x = draw(rows, len(covariance), dtype=torch.float64)
     white = torch.linalg.qr(x - x.mean(0)).Q * math.sqrt(rows - 1)
     return white @ torch.linalg.cholesky(covariance).T
 
 
-# total_correlation where the truth is known.
+# total_correlation with a known true value.
 
 
 def errors(batch: int, repeats: int, **estimator: Any) -> tuple[float, float]:
-    """Bias in nats and its standard error. Each sample's true value is known too: what batches scatter by cancels."""
+    """Return the bias in nats and its standard error.
+
+    Subtracting each sample's true value cancels the scatter between batches.
+    """
     source = torch.Generator().manual_seed(batch)
     normal = torch.distributions.MultivariateNormal(torch.zeros(SETTING.dims), SETTING.covariance().float())
     alone = torch.distributions.Normal(0.0, math.sqrt(SETTING.covariance()[0, 0]))
@@ -48,11 +51,11 @@ def errors(batch: int, repeats: int, **estimator: Any) -> tuple[float, float]:
     return float(values.mean()), float(values.std()) / math.sqrt(repeats)
 
 
-SIZES = ((32, 64), (128, 32), (512, 12))  # samples, batches
+SIZES = ((32, 64), (128, 32), (512, 12))  # sizes and numbers of batches
 
 
 def test_plain_estimate_converges_within_its_bound() -> None:
-    """The plain mean is that of the batch's own mixture q_B, without bias, and E KL(q_B || q) <= log(1 + chi2 / B).
+    """The plain mean estimates the batch's own mixture q_B without bias, and E KL(q_B || q) <= log(1 + chi2 / B).
 
     So its bias for q lies between -sum_d log(1 + chi2_d / B) and log(1 + chi2 / B).
     """
@@ -84,11 +87,12 @@ def test_the_offsets_that_the_docstring_states() -> None:
     n, batch, dims = 4000, 256, 10
     mu = draw(n, dims)
     z, logvar = mu + 0.5 * draw(n, dims, seed=1), torch.full((n, dims), math.log(0.25))
-    each = [-2 * (z[:1000, None, d] - mu[:, d]).square() for d in range(dims)]  # D of [1000, N]; constants cancel
+    each = [-2 * (z[:1000, None, d] - mu[:, d]).square() for d in range(dims)]  # D tensors [1000, N]; constants cancel
     mixture = sum(each).logsumexp(1) - sum(t.logsumexp(1) for t in each) + (dims - 1) * math.log(n)
     assert mixture.mean().item() == pytest.approx(1.0, abs=0.1)
 
-    batches = list(zip(*(x.split(batch) for x in (z, mu, logvar)), strict=True))[:15]  # the last is no full one
+    # without the last, which is not full
+    batches = list(zip(*(x.split(batch) for x in (z, mu, logvar)), strict=True))[:15]
 
     def mean(*arguments: Any) -> float:
         return torch.stack([total_correlation(*x, *arguments).mean() for x in batches]).mean().item()
@@ -99,7 +103,7 @@ def test_the_offsets_that_the_docstring_states() -> None:
 
 
 def test_permuted_columns_give_the_value_of_independent_latents() -> None:
-    """The ideal that the docstring advises: without it independent latents are far from 0, with it they are there."""
+    """Independent latents are near 0 relative to the docstring's ideal, and far from 0 without it."""
     independent, dependent = Gaussians(6, 0.0, 0.25), Gaussians(6, 0.8, 0.25)
     values = {}
     for setting in (independent, dependent):
@@ -140,7 +144,7 @@ def test_gaussian_gradients() -> None:
 def test_gaussian_floor_of_independent_columns() -> None:
     rows, dims, repeats = 100, 6, 400
     values = torch.stack([gaussian_total_correlation(draw(rows, dims, seed=s)) for s in range(repeats)])
-    # 1 - R^2 of a column given k others is Beta((B - 1 - k) / 2, k / 2); its mean log is a difference of digammas.
+    # 1 - R^2 of a column given k others is Beta((B - 1 - k) / 2, k / 2). Its mean log is a difference of digammas.
     half = (rows - 1 - torch.arange(dims, dtype=torch.float64)) / 2
     exact = (torch.digamma(half[0]) - torch.digamma(half)).sum().item() / 2
     assert values.mean().item() == pytest.approx(exact, abs=4 * values.std().item() / math.sqrt(repeats))
@@ -161,7 +165,7 @@ def dependent(kind: str, dtype: torch.dtype) -> Tensor:
     z = draw(300, 5, dtype=dtype)
     z[:, 4] = {
         "zero": torch.zeros(300),
-        "constant": torch.full((300,), 0.1),  # the mean of 300 of them is another number
+        "constant": torch.full((300,), 0.1),  # the mean of 300 such numbers rounds to another number
         "copy": z[:, 0],
         "affine": 3 * z[:, 1] - 1.7,
         "sum": z[:, 0] - 2 * z[:, 2] + z[:, 3],

@@ -1,4 +1,4 @@
-"""total_correlation in PyTorch: compile, opcheck, poison, threads, instruction sets, bad input."""
+"""Test total_correlation in PyTorch: compile, opcheck, poison, threads, instruction sets, bad input."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_compile_fullgraph(server: tuple[str, str], backend: str, dynamic: bool 
     def step(*inputs: torch.Tensor) -> torch.Tensor:
         return total_correlation(*(x * 1.5 for x in inputs), 5000, "mss", impl=impl).mean()
 
-    # The reference goes in chunks, whose number is a size that a compiled graph must know.
+    # The reference loops over chunks, whose number a compiled graph must know.
     dynamic = False if impl == "reference" else dynamic
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
     for batch in (24, 40):
@@ -69,7 +69,7 @@ def test_no_host_sync(server: tuple[str, str]) -> None:
 
 @IMPLS
 def test_every_element_is_written(server: tuple[str, str]) -> None:
-    """Fresh buffers come filled with NaN, workspaces with it, and nothing of it is left in a result."""
+    """Fresh buffers and workspaces are filled with NaN, and no result contains the filling."""
     impl, device = server
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -102,7 +102,7 @@ def test_same_bits_at_any_number_of_threads(batch: int, dims: int) -> None:
 @COMPILED
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
-    """The oracle tests again, on the narrower vectors that another CPU would use."""
+    """Run the oracle tests on the narrower vectors of other CPUs."""
     if simd not in bomkern.info()["build"]["simd"].split():
         pytest.skip(f"{simd} is not built for this processor")
     run_tests(
@@ -205,7 +205,10 @@ def test_cuda_graph_replay() -> None:
 
 @pytest.mark.slow
 def test_triton_passes_the_same_oracle_tests() -> None:
-    """tests/ops/test_total_correlation.py on Triton's interpreter, which must be chosen before triton is imported."""
+    """Run tests/ops/test_total_correlation.py on Triton's interpreter.
+
+    It must be chosen before triton is imported.
+    """
     pytest.importorskip("triton")
     minutes = "130-130 or 300-33 or dimensions or properties or gradcheck"
     run_tests("tests/ops/test_total_correlation.py", f"triton-cpu and not ({minutes})", TRITON_INTERPRET="1")

@@ -1,4 +1,4 @@
-"""total_correlation of some rows of a batch against all its posteriors, as several processes that share one need it."""
+"""Test total_correlation of some rows against all of a batch's posteriors, as processes that share a batch need it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUTS = [(0, 130), (0, 1), (129, 130), (0, 64), (63, 130), (40, 77)]
 def rows_of(
     serve: object, inputs: tuple[Tensor, ...], which: tuple[int | None, str], cut: tuple[int, int]
 ) -> tuple[Tensor, ...]:
-    """Value of the rows of a cut, and gradients of z (of all, 0 elsewhere), mu and logvar."""
+    """Return the values of a range of rows, and the gradients of z (of all rows, 0 elsewhere), mu and logvar."""
     z, mu, logvar = inputs
     size, estimator = which
     begin, end = cut
@@ -33,7 +33,8 @@ def rows_of(
 @pytest.mark.parametrize("cut", CUTS)
 def test_rows(server: tuple[str, str], cut: tuple[int, int], which: str) -> None:
     impl, device = server
-    inputs = latents(130, 9 if server == ("triton", "cpu") else 37)  # minutes under Triton's interpreter
+    # a larger size takes minutes under Triton's interpreter
+    inputs = latents(130, 9 if server == ("triton", "cpu") else 37)
     serve = select.resolve("total_correlation", device, impl)
     got = rows_of(serve, leaves(inputs, device=device), ESTIMATORS[which], cut)
     eager = rows_of(reference.total_correlation, leaves(inputs), ESTIMATORS[which], cut)
@@ -48,7 +49,7 @@ def test_rows(server: tuple[str, str], cut: tuple[int, int], which: str) -> None
 @IMPLS
 @pytest.mark.parametrize("which", ESTIMATORS)
 def test_parts_are_the_whole(server: tuple[str, str], which: str) -> None:
-    """Row by row the values of one call for all, and gradients that add up to its."""
+    """The parts' values equal a single call's, row by row, and the parts' gradients sum to its gradients."""
     impl, device = server
     serve = select.resolve("total_correlation", device, impl)
     inputs = leaves(latents(96, 6, torch.float64), device=device)
@@ -95,7 +96,7 @@ def test_bad_rows(server: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("which", ESTIMATORS)
 def test_gradients_in_closed_form(which: str) -> None:
-    """They and their own gradients are autograd's, by any number of chunks, which backward computes again."""
+    """The closed-form gradients and their own gradients equal autograd's, for any number of recomputed chunks."""
     size, estimator = ESTIMATORS[which]
     settings = size, estimator == "mss"
     inputs = leaves(latents(24, 5, torch.float64))
@@ -110,7 +111,7 @@ def test_gradients_in_closed_form(which: str) -> None:
 
 
 def test_second_derivatives_keep_no_temporary() -> None:
-    """What a gradient keeps for its own gradient is a part of one [B, B, D] temporary."""
+    """Tensors saved for a second derivative take a fraction of one [B, B, D] temporary."""
     batch, dims = 64, 16
     kept: dict[int, int] = {}
 

@@ -1,7 +1,7 @@
-"""What is Triton's own about `total_correlation`: its chunks and splits, its two ways to a sum, its configurations.
+"""Test the parts of `total_correlation` that are specific to Triton: chunks, splits, two ways to sum, configurations.
 
-test_total_correlation.py holds every implementation against the reference. These run on a GPU where there is one,
-elsewhere in Triton's interpreter: `TRITON_INTERPRET=1 pytest FILE` shows each test.
+test_total_correlation.py compares every implementation with the reference. These tests run on a GPU if there is one,
+otherwise in Triton's interpreter. `TRITON_INTERPRET=1 pytest FILE` shows each test.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
 
 
 def make(batch: int, dims: int, low: float = -2.0, high: float = 1.0, dtype: torch.dtype = FLOAT) -> list[Tensor]:
-    """z, mu and logvar, with log-variances from low to high; leaves that require grad."""
+    """Return z, mu and logvar as leaves that require grad, with log-variances from ``low`` to ``high``."""
     draw = torch.Generator().manual_seed(batch * 1000 + dims)
     mu = torch.randn(batch, dims, generator=draw)
     logvar = torch.rand(batch, dims, generator=draw) * (high - low) + low
@@ -37,7 +37,7 @@ def make(batch: int, dims: int, low: float = -2.0, high: float = 1.0, dtype: tor
 def call(
     fn: Any, latents: list[Tensor], size: int | None, stratified: bool, cut: tuple[int, int] | None = None
 ) -> list[Tensor]:
-    """The result, and the gradients for a fixed gradient from above; of the rows of a cut alone."""
+    """Return the result and the gradients for a fixed incoming gradient, for all rows or those of a cut."""
     z, mu, logvar = latents
     out = fn(*latents, size, stratified) if cut is None else fn(z[slice(*cut)], mu, logvar, size, stratified, cut[0])
     pull = torch.linspace(0.5, 2.0, len(out), device=out.device, dtype=out.dtype)
@@ -57,13 +57,13 @@ def compare(
     return mine
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, where an infinity is meant
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns about intended infinities
 class TestKernels:
     __test__ = INTERPRET or DEVICE == "cuda"
 
     @pytest.fixture(autouse=True)
     def poison(self) -> Iterator[None]:
-        """Fresh buffers hold NaN, so that what a kernel leaves unwritten shows."""
+        """Fill fresh buffers with NaN, so that elements that a kernel leaves unwritten are detected."""
         torch.use_deterministic_algorithms(True)
         yield
         torch.use_deterministic_algorithms(False)
@@ -78,7 +78,7 @@ class TestKernels:
     @pytest.mark.parametrize(("size", "stratified"), [(None, False), (300, False), (300, True)])
     @pytest.mark.parametrize("cut", [(0, 1), (0, 40), (129, 130), (90, 130)])
     def test_some_rows(self, cut: tuple[int, int], size: int | None, stratified: bool) -> None:
-        """Rows padded to 128, components to 256: no stride stands in for another."""
+        """Rows are padded to 128 and components to 256, so a wrong stride is detected."""
         compare(make(130, 5), size, stratified, cut)
 
     def test_some_rows_one_dimension(self) -> None:
@@ -97,14 +97,14 @@ class TestKernels:
         monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)  # 128 rows, then the rest
         monkeypatch.setattr(kernels, "LEAST", 2)  # four splits of each
         parts = compare(latents, 1000, stratified, cut)
-        monkeypatch.setattr(kernels, "PROGRAMS", 1)  # no splits, of the joint neither
+        monkeypatch.setattr(kernels, "PROGRAMS", 1)  # no splits, also not of the joint
         for one, two, three in zip(whole, parts, compare(latents, 1000, stratified, cut), strict=True):
             torch.testing.assert_close(one, two)
             torch.testing.assert_close(one, three)
 
     @pytest.mark.parametrize("stratified", [False, True])
     def test_far_from_everything(self, stratified: bool) -> None:
-        """Where sums of exponentials underflow, and where log-variances are far apart."""
+        """Sums of exponentials underflow for some samples, and log-variances are far apart for others."""
         latents = make(40, 3)
         with torch.no_grad():
             latents[0][5] += 60
@@ -130,7 +130,7 @@ class TestKernels:
         latents = make(70, 3)
         with torch.no_grad():
             latents[which][3, 1] = torch.nan
-            latents[0][6] += 60  # a sum that underflows, in the same program
+            latents[0][6] += 60  # a sum in the same program that underflows
         out, *grads = call(triton_ops.total_correlation, latents, 100, True)
         rows = torch.ones(70, dtype=torch.bool) if which else torch.arange(70) == 3
         assert torch.equal(out.isnan().cpu(), rows)
@@ -152,7 +152,7 @@ class TestKernels:
             torch.testing.assert_close(latents[k].grad, every[k])
 
     def test_opcheck(self) -> None:
-        torch.use_deterministic_algorithms(False)  # opcheck compares what no one asked for, too
+        torch.use_deterministic_algorithms(False)  # opcheck also compares unrequested outputs
         mixed = [x.detach().to(t) for x, t in zip(make(5, 3), (HALF, BF16, FLOAT), strict=True)]
         z, *posteriors = make(5, 3)
         some = [z.detach()[1:3].requires_grad_(), *posteriors]
@@ -189,7 +189,7 @@ def test_compiles_for_sm_90_without_spills() -> None:
     check_no_spills(__name__, 50)
 
 
-# What follows runs as a script, see tests/ops/test_min_goal_triton.py.
+# The code below runs as a script, see tests/ops/test_min_goal_triton.py.
 
 
 def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -222,7 +222,7 @@ def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     both(*empty(200, 10, HALF, BF16, FLOAT), None, False, [True, False, False])
     both(*empty(200, 10, BF16, HALF, DOUBLE), None, False, [False, True, False])
     both(*empty(200, 10, FLOAT), None, False, [False, False, True])
-    for rows, first in ((1, 7), (50, 100), (64, 64)):  # one row, and a number of them that is a multiple of 16 or not
+    for rows, first in ((1, 7), (50, 100), (64, 64)):  # one row, and row counts that are and are not a multiple of 16
         z, *posteriors = empty(200, 10, FLOAT)
         both(z[:rows], *posteriors, 60000, True, every, first)
         both(z[:rows], *posteriors, None, False, every, first)

@@ -1,4 +1,4 @@
-"""What tests share: helpers, constants and plugins. No test file imports another one."""
+"""Helpers, constants and plugins that tests share. No test file imports another one."""
 
 from pkgutil import iter_modules
 

@@ -1,4 +1,4 @@
-"""Results of benches as a run would leave them."""
+"""Bench results as a run leaves them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def row(case: str, peer: str, seconds: float, direction: str = "forward+backward
 
 
 def results(machine: dict[str, Any] = MACHINE, **times: float) -> Results:
-    """Every case at three sizes, with a step and a loss section; ``times`` changes a peer's."""
+    """Return every case at three sizes, with a step and a loss section; ``times`` changes a peer's time."""
     rows = [
         row(case, peer, times.get(peer, usual) * batch, B=batch, **({} if "goal" in case else {"D": 128}))
         for case in page.CASES
@@ -45,7 +45,7 @@ def results(machine: dict[str, Any] = MACHINE, **times: float) -> Results:
 
 
 def made(path: Path, found: Results, machine: dict[str, Any] = MACHINE) -> Path:
-    """The same as pytest-benchmark writes it."""
+    """Write the results to ``path`` as pytest-benchmark does."""
     benches = []
     for one in found.rows:
         if "wrong" in one:

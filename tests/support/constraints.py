@@ -1,4 +1,4 @@
-"""A constraint of every kind that bomkern has, with arguments found by the names of its parameters."""
+"""Constraints of every kind in bomkern, with arguments chosen by parameter name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 
 from bomkern.constraints import Constraint
 
-# What a parameter of this name is, of a width, a place and a tail; one that is not named here keeps its default.
+# A parameter's value by its name, from a width, a position and a tail. Other parameters keep their defaults.
 NUMBERS = {
     "scale": lambda width, at, tail: width,
     "margin": lambda width, at, tail: width,
@@ -20,7 +20,7 @@ NUMBERS = {
 
 
 def kinds() -> dict[str, type[Constraint]]:
-    """Return the constraints that bomkern defines, by name; not those that a test defines."""
+    """Return the constraints that bomkern defines, by name, without those that a test defines."""
     own = [kind for kind in Constraint.__subclasses__() if kind.__module__.partition(".")[0] == "bomkern"]
     return {kind.__name__: kind for kind in own}
 

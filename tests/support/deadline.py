@@ -1,12 +1,12 @@
-"""A pytest plugin for a run that has so much time and no more, and keeps what it found however it ends.
+"""A pytest plugin that ends a run on time, and keeps its failures however it ends.
 
     python -m pytest tests -p tests.support.deadline --stop-at 1767225600 --failures failed.txt --at-most 40
 
-- ``--stop-at``: seconds since 1970 after which no test is begun; the others are skipped, and counted at the end.
-- ``--failures``: a file that gets each failure as it comes, its traceback shortened; `failed_in` reads the names.
-- ``--at-most``: how many tests are kept, as many of each file as there are, evenly through it.
+- ``--stop-at``: seconds since 1970 after which no test begins; the others are skipped, and counted at the end.
+- ``--failures``: a file that gets each failure as it occurs, with a shortened traceback; `failed_in` reads the names.
+- ``--at-most``: the number of tests to keep, spread evenly over the files and within each file.
 
-SIGTERM ends the run as Ctrl-C does: with its summary, and with the file of a benchmark.
+SIGTERM ends the run as Ctrl-C does: it still prints its summary and writes the benchmark's file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 REASON = "not begun: the time was over"
-LINES = 60  # of a failure's text at most
+LINES = 60  # at most so many lines of a failure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,17 +32,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A process of xdist ends with the one that started it, which has the summary to write.
+    # An xdist worker ends with its parent, which still has to write the summary.
     signal.signal(signal.SIGTERM, signal.SIG_IGN if hasattr(config, "workerinput") else _interrupt)
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the summary short
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM would interrupt the summary
     raise KeyboardInterrupt("SIGTERM")
 
 
 def chosen(files: list[str], most: int) -> list[int]:
-    """Which of the tests in ``files``, a file's name for each test, are kept: every file in turn, evenly through it."""
+    """Return the indices of the tests to keep, evenly over the files and within each file.
+
+    ``files`` holds the file of each test.
+    """
     places: dict[str, list[int]] = defaultdict(list)
     for place, file in enumerate(files):
         places[file].append(place)
@@ -71,11 +74,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 class _Reports:
-    """What the process that hears of every test does; one of xdist's would write each failure a second time."""
+    """Write the failures and the count of skipped tests.
+
+    Only the main process registers it; an xdist worker would write each failure twice.
+    """
 
     def __init__(self, failures: Path | None) -> None:
         self.failures = failures
-        self.late = 0  # tests that were not begun
+        self.late = 0  # tests that did not begin
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.late += report.skipped and REASON in str(report.longrepr)
@@ -97,5 +103,5 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def failed_in(text: str) -> list[str]:
-    """The names of the tests in a file of ``--failures``, each once."""
+    """Return the names of the failed tests in the text of a ``--failures`` file, without duplicates."""
     return list(dict.fromkeys(re.findall(r"^FAILED (.+)$", text, re.MULTILINE)))

@@ -1,4 +1,4 @@
-"""Every op with its options as a loss of tiny inputs, and the definition that its derivatives are held against."""
+"""Every op with its options as a loss of tiny inputs, and the definition of that loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Call = Callable[..., Values]
 Loss = Callable[..., Tensor]
 
 RULES: dict[str, dict[str, float]] = {"hard": {}, "soft": {"temperature": 0.3}, "spill": {"spill": 0.5}}
-SOFT = float(torch.tensor(RULES["soft"]["temperature"]))  # as a float32 buffer holds it
+SOFT = float(torch.tensor(RULES["soft"]["temperature"]))  # rounded as in a float32 buffer
 MULTIPLIERS = (0.5, 0.25, 0.125, 0.0625)
 GROUPS = [0, 0, 1, 2, 2, 3]
 DOUBLE = torch.float64
@@ -42,14 +42,14 @@ DOUBLE = torch.float64
 
 @dataclass(frozen=True)
 class Problem:
-    """``made(impl, device)`` is a function of the inputs, and ``exact`` its definition, by plain autograd alone."""
+    """``made(impl, device)`` returns a loss of the inputs; ``exact`` is its definition in plain autograd."""
 
     op: str
     inputs: Inputs
     made: Callable[[str, str], Call]
     exact: Call
-    route: str = ""  # of lazy goals
-    trains: bool = False  # a GoalSet that keeps a record of its steps
+    route: str = ""  # the route of lazy goals
+    trains: bool = False  # whether a GoalSet records its steps
 
     def leaves(self, device: str = "cpu") -> Inputs:
         return tuple(x.to(device, DOUBLE, copy=True).requires_grad_() for x in self.inputs)
@@ -63,7 +63,7 @@ class Problem:
 
 
 def weighed(values: Values) -> Tensor:
-    """One number of all values, each squared and of its own weight."""
+    """Return the sum of all squared values, each with its own weight."""
     parts = []
     for k, value in enumerate((values,) if isinstance(values, Tensor) else values):
         weights = torch.linspace(0.5, 1.5 + k, value.numel(), dtype=value.dtype, device=value.device)
@@ -75,14 +75,14 @@ def weighed(values: Values) -> Tensor:
 
 
 def raw_values(batch: int, count: int) -> Inputs:
-    """Raw values far from ties; the last is of the batch."""
+    """Return raw values far from ties; the last one is batch-level."""
     source = torch.Generator().manual_seed(batch + count)
     x = torch.rand(batch, count, generator=source, dtype=DOUBLE) * 0.8 + 0.1
     return (*x[:, :-1].unbind(1), x[0, -1])
 
 
 def matrix_of(goals: Sequence[Tensor]) -> Tensor:
-    """[B, K]."""
+    """Return the goals as one [B, K] tensor."""
     if goals[0].dim() == 2:
         return goals[0]
     batch = max(x.numel() for x in goals)
@@ -90,18 +90,21 @@ def matrix_of(goals: Sequence[Tensor]) -> Tensor:
 
 
 def deficits_of(goals: Sequence[Tensor], constraints: Sequence[Any], groups: Sequence[int]) -> Tensor:
-    """[B, G], each the mean of its members', of parameters as a float32 buffer holds them."""
+    """Return the goals' deficits, [B, G], each the mean of its members'.
+
+    Parameters are rounded as in a float32 buffer.
+    """
     table = ConstraintTable(constraints)
     each = reference.deficit(matrix_of(goals), table.params.double(), torch.tensor(table.curves))
     members = [[k for k, owner in enumerate(groups) if owner == g] for g in range(groups[-1] + 1)]
     return torch.stack([each[:, of].mean(1) for of in members], 1)
 
 
-def rule(deficits: Tensor, reduction: str, rank: str, multipliers: Sequence[float] = MULTIPLIERS) -> Tensor:
-    """The definition of a goal set's loss, of the deficits [B, G] of its goals."""
-    if rank == "spill":
+def rule(deficits: Tensor, reduction: str, weighting: str, multipliers: Sequence[float] = MULTIPLIERS) -> Tensor:
+    """Evaluate the definition of a goal set's loss on the deficits, [B, G]."""
+    if weighting == "spill":
         each = deficits @ deficits.new_tensor(multipliers[: deficits.shape[1]])
-    elif rank == "soft":
+    elif weighting == "soft":
         each = SOFT * torch.logsumexp(deficits / SOFT, 1)
     else:
         each = deficits.amax(1)
@@ -121,14 +124,14 @@ def min_goals(reduction: str, constraints: Any, matrix: bool) -> Problem:
     return Problem("min_goal", (matrix_of(raw),) if matrix else raw, made, made("reference", "cpu"))
 
 
-def goal_set_ops(reduction: str, rank: str, matrix: bool) -> Problem:
+def goal_set_ops(reduction: str, weighting: str, matrix: bool) -> Problem:
     raw = raw_values(5, 6)
 
     def made(impl: str, device: str) -> Call:
         def call(*goals: Tensor) -> Tensor:
             table = ConstraintTable(SIX, device)
-            mu = torch.tensor(SOFT if rank == "soft" else 0.0, dtype=DOUBLE, device=device)
-            multipliers = torch.tensor(MULTIPLIERS, dtype=DOUBLE, device=device) if rank == "spill" else None
+            mu = torch.tensor(SOFT if weighting == "soft" else 0.0, dtype=DOUBLE, device=device)
+            multipliers = torch.tensor(MULTIPLIERS, dtype=DOUBLE, device=device) if weighting == "spill" else None
             serve = select.resolve("goal_set", device, impl)
             settings = table.params.double(), table.curves, GROUPS, mu, REDUCTIONS[reduction], multipliers
             return serve(list(goals), *settings)[0]
@@ -136,13 +139,16 @@ def goal_set_ops(reduction: str, rank: str, matrix: bool) -> Problem:
         return call
 
     def exact(*goals: Tensor) -> Tensor:
-        return rule(deficits_of(goals, SIX, GROUPS), reduction, rank)
+        return rule(deficits_of(goals, SIX, GROUPS), reduction, weighting)
 
     return Problem("goal_set", (matrix_of(raw),) if matrix else raw, made, exact)
 
 
-def goal_sets(reduction: str, rank: str, trains: bool, steps: int = 1) -> Problem:
-    """A module; in training mode a step changes its multipliers in place, right after the loss is made."""
+def goal_sets(reduction: str, weighting: str, trains: bool, steps: int = 1) -> Problem:
+    """Return the problem of a GoalSet.
+
+    In training mode, a step changes its multipliers in place right after the loss is made.
+    """
     constraints = [Anchored(0.1, 0.9).constraint, MinimizeHard(0.3), Lower(0.5, 0.1), Box(-0.1, 1.2)]
     raw, order = raw_values(5, 4), [1, 0, 2]
     first = [MULTIPLIERS[k] for k in order]
@@ -150,16 +156,16 @@ def goal_sets(reduction: str, rank: str, trains: bool, steps: int = 1) -> Proble
     def module(impl: str, device: str) -> GoalSet:
         b, c, d = constraints[1:]
         named = {"a": Anchored(0.1, 0.9), "b": Group(b=b, c=c), "d": d}
-        goals = GoalSet(named, reduction=reduction, impl=impl, **RULES[rank]).to(device).double().train(trains)
+        goals = GoalSet(named, reduction=reduction, impl=impl, **RULES[weighting]).to(device).double().train(trains)
         goals.multipliers.copy_(torch.tensor(first))
         return goals
 
     def made(impl: str, device: str) -> Call:
-        ready = [module(impl, device)]  # made before a transform of torch.func looks
+        ready = [module(impl, device)]  # made before a transform of torch.func is active
 
         def call(*x: Tensor) -> Values:
             goals = ready.pop() if ready else module(impl, device)
-            if not trains:  # what a step of training has changed would count in the next
+            if not trains:  # a training step's changes would affect the next call
                 ready.append(goals)
             a, b, c, d = x
             found = []
@@ -174,7 +180,7 @@ def goal_sets(reduction: str, rank: str, trains: bool, steps: int = 1) -> Proble
         weights, found = first, []
         for k in range(1, 1 + steps):
             deficits = deficits_of((a * k, b, c, d * k), constraints, [0, 1, 1, 2])
-            found.append(rule(deficits, reduction, rank, weights))
+            found.append(rule(deficits, reduction, weighting, weights))
             ranks = deficits.mean(0).argsort(descending=True).argsort().tolist()
             weights = Spill(0.5).weights(3)[ranks].tolist()
         return found[0] if steps == 1 else tuple(found)
@@ -183,7 +189,7 @@ def goal_sets(reduction: str, rank: str, trains: bool, steps: int = 1) -> Proble
 
 
 def lazies(module: bool, route: str) -> Problem:
-    """Two goals of which one is lazy, and owns some of the rows."""
+    """Return the problem of two goals, one of which is lazy and owns some of the rows."""
     source = torch.Generator().manual_seed(1)
     x, y = torch.rand(6, 3, generator=source, dtype=DOUBLE), torch.linspace(0.2, 1.1, 6, dtype=DOUBLE)
     constraints = {"a": MinimizeHard(0.5), "b": Minimize(0.5)}
@@ -266,7 +272,7 @@ def problems() -> dict[str, Problem]:
             found[f"covariance_penalty {reduction}{' normalized' * normalize}"] = statistics(
                 (z,), bomkern.covariance_penalty, normalize=normalize, reduction=reduction
             )
-    for name in OPS.keys() - {problem.op for problem in found.values()}:  # those without options of their own above
+    for name in OPS.keys() - {problem.op for problem in found.values()}:  # ops without options of their own above
         inputs = tuple(x.double() for x in OPS[name].make(6, 4))
         found[name] = replace(statistics(inputs, OPS[name].call), op=name)
     for reduction in REDUCTIONS:
@@ -274,11 +280,13 @@ def problems() -> dict[str, Problem]:
             lay = " matrix" * matrix
             for name, constraints in (("scores", None), ("six", SIX)):
                 found[f"min_goal_loss {reduction} {name}{lay}"] = min_goals(reduction, constraints, matrix)
-            for rank in RULES:
-                found[f"goal_set {reduction} {rank}{lay}"] = goal_set_ops(reduction, rank, matrix)
-        for rank in RULES if reduction != "sum" else ():
+            for weighting in RULES:
+                found[f"goal_set {reduction} {weighting}{lay}"] = goal_set_ops(reduction, weighting, matrix)
+        for weighting in RULES if reduction != "sum" else ():
             for trains in (False, True):
-                found[f"GoalSet {reduction} {rank}{' training' * trains}"] = goal_sets(reduction, rank, trains)
+                found[f"GoalSet {reduction} {weighting}{' training' * trains}"] = goal_sets(
+                    reduction, weighting, trains
+                )
     found["GoalSet mean spill training twice"] = goal_sets("mean", "spill", True, 2)
     for route in ("always", "auto", "never"):
         found[f"lazy min_goal_loss {route}"] = lazies(False, route)

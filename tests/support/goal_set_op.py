@@ -1,4 +1,4 @@
-"""Calls of the op goal_set, and how one is held against the reference."""
+"""Calls of the op goal_set, and their comparison with the reference."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def call(
     reduction: str = "mean",
     multipliers: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, bottleneck, record) of the goals, each its own group where ``groups`` is None."""
+    """Return (loss, bottleneck, record) of the goals; each goal is its own group if ``groups`` is None."""
     device = goals[0].device
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in goals) else torch.float32
-    # Through float32: a parameter is the same number to all.
+    # Round parameters to float32, so that every implementation gets the same numbers.
     table = ConstraintTable(constraints, device)
     temperature = torch.tensor(mu, device=device).to(dtype)
     serve = select.resolve("goal_set", device.type, impl)
@@ -53,7 +53,7 @@ def call(
 
 
 def ramp(loss: Tensor) -> Tensor:
-    """A gradient from above, another for each sample."""
+    """Return an incoming gradient that differs for each sample."""
     return torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
 
 
@@ -67,7 +67,7 @@ def run(
     pull: Callable[[Tensor], Tensor] = ramp,
     **how: Any,
 ) -> Results:
-    """Results, and the gradients of the raw values."""
+    """Return the results, and the gradients of the raw values."""
     leaves = [x.detach().to(device, dtype or x.dtype).clone().requires_grad_() for x in raw]
     laid = lay(leaves)
     out = call([laid] if isinstance(laid, Tensor) else laid, impl, **how)
@@ -76,7 +76,11 @@ def run(
 
 
 def check(raw: Sequence[Tensor], server: tuple[str, str], *, lay: Any = list, slack: float = 1e-6, **how: Any) -> None:
-    """Everything ``server`` returns, as near to float64 as twice eager float32; what can be exact is."""
+    """Check all results of ``server``.
+
+    Errors against float64 may be twice those of eager float32. The bottleneck and the discrete parts of the record must
+    be exact.
+    """
     impl, device = server
     (loss, bottleneck, record), grads = run(raw, impl, device=device, lay=lay, **how)
     eager, eager_grads = run(raw, "reference", dtype=torch.float32, **how)
@@ -88,7 +92,7 @@ def check(raw: Sequence[Tensor], server: tuple[str, str], *, lay: Any = list, sl
     assert_as_good_as_eager(loss, eager[0], exact[0], slack)
     count = len(raw)
     parts = [record_parts(x, (len(x) - 2 - 4 * count) // 3, count) for x in (record, eager[2], exact[2])]
-    # A GPU adds up in a tree; Triton's interpreter does it one by one.
+    # A GPU adds up in a tree; Triton's interpreter adds one by one.
     one_by_one = impl == "triton" and device == "cpu"
     for name, part in parts[0].items():
         if name in ("highest", "ideal", "slope", "finite"):
@@ -100,10 +104,10 @@ def check(raw: Sequence[Tensor], server: tuple[str, str], *, lay: Any = list, sl
     largest = max(g.abs().max().item() for g in exact_grads)
     for x, got, some, want in zip(raw, grads, eager_grads, exact_grads, strict=True):
         assert got.dtype == x.dtype and got.shape == x.shape
-        # A half gradient is the float32 one, rounded once.
+        # A half gradient is the float32 gradient, rounded once.
         rounding = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(x.dtype, slack)
-        # Half gradients below the least normal number, sums that cancel, and weights below 1e-30, which the CPU makes
-        # zero, have no size of their own.
+        # Subnormal half gradients, sums that cancel, and weights below 1e-30, which the CPU makes zero, have no
+        # magnitude of their own.
         unit = largest if x.dim() == 0 else max(torch.finfo(x.dtype).tiny, 1e-23 * largest)
         assert_as_good_as_eager(got, some, want, rounding, unit)
 
@@ -114,13 +118,13 @@ BAD: list[Places] = [
     {(3, 1): INF, (7, 2): NAN, (7, 4): NAN, (20, 5): NAN},
     {(5, 0): -INF, (9, 1): INF, (9, 3): INF},
     {(5, 0): INF, (5, 1): NAN, (31, 2): INF, (31, 5): -INF},
-    {(0, 2): -INF, (32, 3): INF},  # on the side that satisfies
-    {(4, 0): 1e30, (6, 1): 1e30, (8, 4): -1e30},  # finite, and far
+    {(0, 2): -INF, (32, 3): INF},  # infinite on the satisfied side
+    {(4, 0): 1e30, (6, 1): 1e30, (8, 4): -1e30},  # finite, but far away
 ]
 
 
 def check_places(raw: Sequence[Tensor], server: tuple[str, str], places: Places, **how: Any) -> None:
-    """With these numbers put at (sample, goal): the loss of such a sample says so, and the others have a gradient."""
+    """Put numbers at (sample, goal), and check the losses of these samples and the gradients of the others."""
     impl, device = server
     raw = [x.clone() for x in raw]
     for (b, k), value in places.items():

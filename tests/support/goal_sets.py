@@ -1,4 +1,4 @@
-"""A `GoalSet` of every policy, and the rules that one can have."""
+"""A `GoalSet` of every policy, and the rules that a set can have."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EACH_RULE = pytest.mark.parametrize("rule", RULES)
 
 
 def every_policy(**rule: Any) -> GoalSet:
-    """Every policy and a group, of which each process of many would have its own values."""
+    """Return a GoalSet with every policy and a group, whose values would differ between processes."""
     goals: dict[str, Policy | Group] = {
         "max": Calibrated(4),
         "quantile": Calibrated(4, statistic=0.9),

@@ -43,5 +43,5 @@ LAYOUTS = {
 
 
 def grad_of(x: Tensor) -> Tensor:
-    """The gradient of a leaf; zeros where it is undefined, as that of a goal without a share is."""
+    """Return the gradient of a leaf, or zeros if it is undefined, as for a goal without a share."""
     return torch.zeros_like(x) if x.grad is None else x.grad

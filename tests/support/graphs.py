@@ -1,4 +1,4 @@
-"""A backend of torch.compile that keeps its graphs, and what they copy from the host."""
+"""A torch.compile backend that keeps its graphs, and lists their copies from the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def values_of(node: Any) -> Any:
 
 
 class Graphs:
-    """A backend that keeps the graphs it is given, as Dynamo or as AOTAutograd made them, and runs them as they are."""
+    """A backend that keeps the graphs of Dynamo or AOTAutograd, and runs them unchanged."""
 
     def __init__(self, aot: bool) -> None:
         self.seen: list[Any] = []
@@ -34,7 +34,7 @@ class Graphs:
         return graph.forward
 
     def from_the_host(self, device: str) -> set[str]:
-        """What makes tensors of numbers, or has a tensor that is not on this device."""
+        """Return the nodes that make tensors of numbers, or have a tensor on another device."""
         assert self.seen
         return {
             str(node)

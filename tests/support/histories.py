@@ -39,7 +39,10 @@ def written(
     highest: dict[str, Tensor] | None = None,
     most: float = 1.0,
 ) -> History:
-    """A history of these raw values and shares. A goal is anchored at (0, 1), and "goal.member" belongs to its goal."""
+    """Return a history of these raw values and shares.
+
+    A goal is anchored at (0, 1), and "goal.member" belongs to "goal".
+    """
     columns = list(raw)
     goals = list(dict.fromkeys(column.split(".")[0] for column in columns))
     owner = [goals.index(column.split(".")[0]) for column in columns]
@@ -71,7 +74,7 @@ def written(
 
 
 def only(history: History, kind: str, **options: object) -> Finding:
-    """The one finding of a kind, which must be there."""
+    """Return the only finding of a kind, which must exist."""
     found = [f for f in diagnose(history, **options) if f.kind == kind]  # type: ignore[arg-type]
     assert len(found) == 1, diagnose(history, **options)  # type: ignore[arg-type]
     return found[0]
@@ -89,14 +92,14 @@ def locked(rows: int = T) -> History:
 
 
 def turns(period: int = 80) -> tuple[Tensor, Tensor]:
-    """Who has the gradient, and raw of the first of two goals that undo each other."""
+    """Return when the first of two goals that undo each other has the gradient, and its raw values."""
     first = (torch.arange(T) // (period // 2) % 2).float()
     wave = torch.cumsum(torch.where(first > 0, -0.01, 0.01), 0)
     return first, wave - wave.mean()
 
 
 def clean(seed: int) -> History:
-    """Four goals come down together and trade the gradient, in noise that remembers itself."""
+    """Return a history of four goals that improve together and trade the gradient, in correlated noise."""
     random_numbers = torch.Generator().manual_seed(seed)
     weather, noises = torch.zeros(4), []
     for _ in range(T):

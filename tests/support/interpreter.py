@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter a third faster: it patches triton.language once for each launch."""
+"""A patch that makes Triton's interpreter a third faster: it patches triton.language once per launch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 
 def patch_once_a_launch() -> None:
-    """Keep device functions from patching what their launch has patched already.
+    """Keep device functions from repeating their launch's patches.
 
-    A launch patches what its kernel sees of triton.language and undoes that at its end. The interpreter patches the
-    same again at every call of a device function, which goes through every member of the language.
+    A launch patches the parts of triton.language that its kernel uses, and restores them at its end. The interpreter
+    repeats this at every call of a device function, over every member of the language.
     """
     from triton.runtime import interpreter
 
     if not hasattr(interpreter, "_LangPatchScope"):
-        return  # another Triton than 3.6 to 3.9: as slow as it is
+        return  # a Triton other than 3.6 to 3.9 keeps its speed
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()  # the modules whose functions this launch has called
+    patched: set[int] = set()  # modules whose functions this launch has called
 
     def patch_once(fn: Any) -> Any:
         if id(fn.__globals__) in patched:

@@ -1,4 +1,4 @@
-"""A small network with lazy goals, and how its lazy step is held against the plain one."""
+"""A small network with lazy goals, and the comparison of its lazy step with the plain one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def size(a: Tensor) -> Tensor:
 
 
 class Problem(nn.Module):
-    """An encoder, a decoder that several goals read, and a judge of what it decodes."""
+    """An encoder, a decoder that several goals read, and a judge of the decoder's output."""
 
     def __init__(self, middle: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()

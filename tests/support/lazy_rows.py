@@ -1,4 +1,4 @@
-"""Rows, a rival that owns some of them, and how lazy goals of them are held against plain ones."""
+"""Rows, a rival that owns some of them, and the comparison of lazy goals with plain ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rows(batch: int = 16, width: int = 4) -> Tensor:
 
 
 def rivals(batch: int = 16, high: float = 3.0) -> Tensor:
-    """A goal that owns some of the rows, not the first of them."""
+    """Return a goal that owns some of the rows, but not the first of them."""
     return torch.linspace(high, 0, batch, dtype=DOUBLE)
 
 
@@ -30,7 +30,7 @@ def linear(width: int = 4) -> Net:
 
 
 def check(goals: Any, leaves: Any, steps: int = 3, route: str = "always") -> None:
-    """``goals(wrap)`` have the same gradient lazily, and leave the generator where they leave it plainly."""
+    """Check that ``goals(wrap)`` have the same gradient and generator state, lazily and plainly."""
     leaves = list(leaves)
     for step in range(steps):
         found = []
@@ -45,5 +45,5 @@ def check(goals: Any, leaves: Any, steps: int = 3, route: str = "always") -> Non
 
 
 def step_alone(fn: Any, *args: Any, route: str = "always") -> Tensor:
-    """The loss of one lazy goal, of some of whose rows another goal is the bottleneck."""
+    """Return the loss of one lazy goal and a rival that owns some of its rows."""
     return min_goal_loss([lazy(fn, *args), rivals(len(args[0]))], ONE, route=route)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Sizes, seeds and inputs of the laws that hold whatever the input."""
+"""Sizes, seeds and inputs of the property tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def small(server: Server, *sizes: int) -> tuple[int, ...]:
-    """Sizes that Triton's interpreter gets through."""
+    """Limit sizes to those that Triton's interpreter can run."""
     return tuple(min(n, 6) for n in sizes) if server == ("triton", "cpu") else sizes
 
 

@@ -1,4 +1,4 @@
-"""A toy example for each recipe of CONTRIBUTING.md: what is put into which file."""
+"""A toy example for each recipe of CONTRIBUTING.md: the edits of each file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def new(text: str) -> Edit:
 
 
 def put(*pairs: tuple[str, str]) -> Edit:
-    """Put each text before the first place of its anchor; at the end where the anchor is empty."""
+    """Put each text before the first occurrence of its anchor, or at the end if the anchor is empty."""
 
     def edit(before: str) -> str:
         for anchor, text in pairs:
@@ -34,7 +34,7 @@ def put(*pairs: tuple[str, str]) -> Edit:
 
 
 def copy_of_the_tree(to: Path) -> None:
-    """Copy what a recipe may touch and what its checks read."""
+    """Copy the files that recipes edit and that their checks read."""
     for name in FOLDERS:
         kept = shutil.ignore_patterns("__pycache__", "*.png", "*.so")
         shutil.copytree(ROOT / name, to / name, ignore=kept)
@@ -53,7 +53,7 @@ def apply(edits: Mapping[str, Edit], tree: Path) -> None:
         path.write_text(edit(path.read_text() if path.exists() else ""))
 
 
-# The op mean_square: the mean of the squares of each row. Its C++ and CUDA are left out, for nothing is compiled here.
+# The op mean_square: the mean of the squares of each row. Without C++ and CUDA, because nothing is compiled here.
 
 KERNELS = {
     "kernels/mean_square/__init__.py": new('"""Kernels of mean_square."""\n'),

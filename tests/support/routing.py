@@ -1,4 +1,4 @@
-"""A network of four branches, losses of their goals, and how routed gradients are compared with plain ones."""
+"""A network of four branches, losses of their goals, and the comparison of routed gradients with plain ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Goals = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Branches(nn.Module):
-    """A trunk that four heads read; goal k is large where ``level[k]`` is. The last goal is 0-dim."""
+    """A trunk with four heads.
+
+    Goal k is large if ``level[k]`` is. The last goal is 0-dim.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ def named_goals(server: tuple[str, str], reduction: str = "mean", **how: Any) ->
 
 
 def grouped_goals(server: tuple[str, str], reduction: str = "mean", **how: Any) -> Goals:
-    """a and b in one group, c and the 0-dim d in another."""
+    """Return a GoalSet with a and b in one group, c and the 0-dim d in another."""
     goals = GoalSet(
         p=Group(a=Minimize(1.0), b=Minimize(1.0)),
         q=Group(c=Minimize(1.0), d=Minimize(1.0)),
@@ -68,7 +71,7 @@ EACH_WAY = pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in A
 
 
 def gradients(goals: Goals, net: Branches, x: Tensor, bend: Any = None, **how: Any) -> list[Tensor | None]:
-    """Of every parameter."""
+    """Return the gradient of every parameter."""
     net.zero_grad()
     raw = net(x, **how)
     loss = goals(raw if bend is None else bend(raw))
@@ -77,7 +80,10 @@ def gradients(goals: Goals, net: Branches, x: Tensor, bend: Any = None, **how: A
 
 
 def check_same(routed: Sequence[Tensor | None], plain: Sequence[Tensor | None], undefined: int) -> None:
-    """To the bit; so many of the routed ones are None, and zeros otherwise."""
+    """Check that the gradients are bitwise equal.
+
+    ``undefined`` of the routed ones are None, where the plain ones are zero.
+    """
     assert all(g is not None for g in plain)
     assert sum(g is None for g in routed) == undefined
     for ours, theirs in zip(routed, plain, strict=True):

@@ -1,4 +1,4 @@
-"""Ways to ask for a second derivative, and what each should give."""
+"""Ways to ask for a second derivative, and their expected results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.utils import _pytree as pytree
 
 from tests.support.derivatives import Inputs, Loss
 
-NAMES = {"min_goal": "min_goal_loss"}  # as an error calls an op
+NAMES = {"min_goal": "min_goal_loss"}  # an op's name in error messages
 
 
 def flat(parts: Any) -> Tensor:
-    """Tensors, nested as they come, in one vector."""
+    """Return nested tensors as one vector."""
     return torch.cat([x.detach().reshape(-1) for x in pytree.tree_leaves(parts)])
 
 
 def matrix_of(rows: Any, inputs: Inputs) -> Tensor:
-    """[N, N] of the blocks of a Hessian."""
+    """Return a Hessian's blocks as one [N, N] matrix."""
     sizes = [x.numel() for x in inputs]
     found = []
     for n, row in zip(sizes, rows, strict=True):
@@ -49,12 +49,12 @@ def first(loss: Loss, inputs: Inputs) -> Inputs:
 
 
 def slope(loss: Loss, inputs: Inputs, by: slice = slice(None)) -> Inputs:
-    """The gradient of the size of the gradient, which is by some inputs or by all."""
+    """Differentiate the size of the gradient, which is by some inputs or by all."""
     return grads_of(size_of(grads_of(loss(*inputs), inputs[by], create_graph=True)), inputs)
 
 
 def rows(loss: Loss, inputs: Inputs) -> Tensor:
-    """The Hessian, [N, N], one row after another."""
+    """Return the Hessian, [N, N], row by row."""
     grads = torch.cat([g.reshape(-1) for g in grads_of(loss(*inputs), inputs, create_graph=True)])
     return torch.stack([flat(grads_of(g, inputs, retain_graph=True)) for g in grads])
 
@@ -107,7 +107,7 @@ def dual(loss: Loss, inputs: Inputs, of_gradient: bool) -> Any:
 
 def differs(got: Tensor, want: Tensor) -> str | None:
     got, error = got.cpu(), (got.cpu() - want).abs()
-    if (error <= 1e-9 * want.abs() + 1e-11 * (1 + want.abs().max())).all():  # NaN is not
+    if (error <= 1e-9 * want.abs() + 1e-11 * (1 + want.abs().max())).all():  # the comparison is false for NaN
         return None
     k = int(error.argmax())
     return f"number {k} is {got[k].item():.9g}, should be {want[k].item():.9g}"

@@ -1,4 +1,4 @@
-"""Which implementations serve which op here: what tests are parametrised by."""
+"""The implementations that serve each op on this machine, for parametrising tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def why_skipped(op: str, impl: str, device: str) -> str | None:
 
 
 def servers(op: str) -> list[object]:
-    """The (impl, device) pairs that can serve here, for parametrize. tests/dispatch/test_info.py reports the others."""
+    """Return the (impl, device) pairs that can serve here, for parametrize.
+
+    tests/dispatch/test_info.py reports the others.
+    """
     return [pytest.param(pair, id="-".join(pair)) for pair in PAIRS if why_skipped(op, *pair) is None]
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the five statistics share: their inputs, and how a call is held against the reference."""
+"""Inputs of the five statistics, and the comparison of their calls with the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Lay = Callable[[Tensor], Tensor]
 Call = Callable[..., "Tensor | tuple[Tensor, ...]"]  # (*inputs, impl=)
 
 SHAPES = [(2, 1), (2, 3), (3, 70), (7, 1), (17, 33), (64, 16), (65, 17), (130, 300), (1030, 9)]  # B >= 2
-LARGE = [(3001, 70), (600, 300), (5, 2050)]  # beyond every tile
+LARGE = [(3001, 70), (600, 300), (5, 2050)]  # larger than every tile
 MATRIX_LAYOUTS: dict[str, Lay] = {
     "transposed": lambda x: x.t().contiguous().t(),
     "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
@@ -39,7 +39,7 @@ LAYOUTS: dict[str, Lay] = {
 
 
 def codes(batch: int, dims: int, dtype: torch.dtype = torch.float32) -> Inputs:
-    """z, mu and logvar of a code some of whose dimensions have collapsed: variances of mu from 0.001 to 4."""
+    """Return z, mu and logvar of a partly collapsed code: the variances of mu go from 0.001 to 4."""
     generator = torch.Generator().manual_seed(batch * 1000 + dims)
     mu, wide, noise = torch.randn(3, batch, dims, generator=generator, dtype=torch.float64)
     mu = mu * torch.logspace(-1.5, 0.3, dims, dtype=torch.float64)
@@ -48,7 +48,7 @@ def codes(batch: int, dims: int, dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def views(batch: int, dims: int, count: int = 3, dtype: torch.dtype = torch.float32) -> Inputs:
-    """One code per sample, seen so many times with noise."""
+    """Return ``count`` noisy views of one code per sample."""
     generator = torch.Generator().manual_seed(batch * 1000 + dims + count)
     code, *noise = torch.randn(count + 1, batch, dims, generator=generator, dtype=torch.float64)
     return tuple((code + 0.3 * x).to(dtype) for x in noise)
@@ -56,10 +56,10 @@ def views(batch: int, dims: int, count: int = 3, dtype: torch.dtype = torch.floa
 
 @dataclass(frozen=True)
 class Op:
-    """One op as the shared tests call it: ``call(*inputs, impl=)`` on the inputs that ``make(B, D)`` gives.
+    """One op as the shared tests call it: ``call(*inputs, impl=)`` on the inputs that ``make(B, D)`` returns.
 
     Attributes:
-        arguments: names of the inputs. numbers: what torch.ops.bomkern.NAME takes after them.
+        arguments: names of the inputs. numbers: the arguments of torch.ops.bomkern.NAME after them.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Op:
     numbers: tuple[float, ...] = ()
 
     def on_a_code(self, z: Tensor, mu: Tensor, logvar: Tensor, impl: str) -> Inputs:
-        """Return the results on those of the three that it takes, z where it takes something else."""
+        """Return the results on those of z, mu and logvar that the op takes, or on z for other inputs."""
         given = {"z": z, "mu": mu, "logvar": logvar}
         return values_of(self.call(*(given.get(name, z) for name in self.arguments), impl=impl))
 
     def backward(self, op: Any, inputs: Inputs, out: Inputs) -> list[tuple[Any, ...]]:
-        """Return arguments of the op's backward, where it takes what the forward took and saved."""
+        """Return the arguments of the op's backward, if they are the forward's arguments and saved tensors."""
         wants = any(argument.name == "want" for argument in op.default._schema.arguments)
         return [(ramp(out[0]), *inputs, *out[1:], *self.numbers, *([[True] * len(inputs)] if wants else []))]
 
@@ -105,7 +105,7 @@ def values_of(result: Tensor | tuple[Tensor, ...]) -> Inputs:
 
 
 def ramp(value: Tensor) -> Tensor:
-    """A weight for each element, of either sign."""
+    """Return a weight of either sign for each element."""
     return torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
 
 
@@ -118,7 +118,7 @@ PULLS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda value: value.new_ones(()).expand(value.shape),
     "mean": lambda value: (value.new_ones(()) / value.numel()).expand(value.shape),
     "strided": _strided,
-    "a lazy minus": lambda value: torch._neg_view(-ramp(value)),  # as conjugates make it: memory holds the opposite
+    "a lazy minus": lambda value: torch._neg_view(-ramp(value)),  # as for a conjugate: memory holds the negated values
     "offset": lambda value: torch.cat([value.new_full((5,), 1e3), ramp(value).reshape(-1)])[5:].reshape(value.shape),
 }
 
@@ -132,7 +132,7 @@ def run(
     fields: Sequence[int] | None = None,
     lay: Lay = lambda x: x,
 ) -> tuple[Inputs, Inputs]:
-    """Values, and the gradients of the inputs for ``pull`` of each value, or of the values named by ``fields``."""
+    """Return values and gradients for ``pull`` of each value, or of the values that ``fields`` names."""
     values = values_of(call(*(lay(x) for x in inputs), impl=impl))
     used = [v for k, v in enumerate(values) if v.requires_grad and (fields is None or k in fields)]
     wanted = [x for x in inputs if x.requires_grad]
@@ -151,7 +151,10 @@ def check(
     fields: Sequence[int] | None = None,
     lay: Lay = lambda x: x,
 ) -> None:
-    """Values and gradients of ``server``, as near to float64 as twice eager float32; float64 itself within slack."""
+    """Check values and gradients of ``server``.
+
+    Errors against float64 may be twice those of eager float32; float64 itself must be within slack.
+    """
     impl, device = server
     wide = any(x.dtype == torch.float64 for x in inputs)
     how = {"pull": pull, "fields": fields, "lay": lay}
@@ -163,7 +166,7 @@ def check(
     assert [g.shape for g in grads] == [x.shape for x in inputs]
     for kind, ours, theirs, truth in zip(("value", "gradient"), (values, grads), eager, exact, strict=True):
         for k, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
-            # A half gradient is the float32 one, rounded once.
+            # A half gradient is the float32 gradient, rounded once.
             rounding = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: max(slack, 1e-6)}.get(a.dtype, slack)
             try:
                 assert_as_good_as_eager(a, b, c, rounding, unit)
@@ -172,7 +175,7 @@ def check(
 
 
 def check_far(call: Call, inputs: Inputs, server: tuple[str, str]) -> None:
-    """Means of 1e4, deviations of 1: each largest error is below 1e-4 of the largest value."""
+    """Check means of 1e4 with deviations of 1: the largest error is below 1e-4 of the largest value."""
     impl, device = server
     ours = run(call, leaves(inputs, device=device), impl)
     exact = run(call, leaves(inputs, torch.float64), "reference")
@@ -185,9 +188,9 @@ def check_far(call: Call, inputs: Inputs, server: tuple[str, str]) -> None:
 def check_places(
     call: Call, inputs: Inputs, server: tuple[str, str], where: dict[tuple[int, ...], float], **how: Sequence[int]
 ) -> list[Tensor]:
-    """With numbers put at [input, row, column], what is not finite is so where the reference's is, and nowhere else.
+    """Put numbers at [input, row, column], and check that exactly the reference's elements are not finite.
 
-    Returns the masks of what is not finite: those of the values, then those of the gradients.
+    Returns the masks of non-finite elements, of the values and then of the gradients.
     """
     impl, device = server
     inputs = tuple(x.clone() for x in inputs)
@@ -206,7 +209,7 @@ def check_places(
 
 
 def check_only_the_gradients_wanted(call: Call, inputs: Inputs, server: tuple[str, str]) -> None:
-    """For each choice of inputs that require grad, the same bits as with all of them, and none for the others."""
+    """Check each choice of inputs that require grad: the same bits as for all inputs, and None for the others."""
     impl, device = server
     every = leaves(inputs, device=device)
     values, grads = run(call, every, impl)
@@ -220,7 +223,7 @@ def check_only_the_gradients_wanted(call: Call, inputs: Inputs, server: tuple[st
 
 
 def check_same_bits(call: Call, inputs: Inputs) -> None:
-    """impl="cpu" gives the same bits at any number of threads, forward and backward."""
+    """Check that impl="cpu" gives the same bits for any number of threads, forward and backward."""
     inputs, before, results = leaves(inputs), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
@@ -238,7 +241,7 @@ def shuffled(size: int, seed: int, device: str) -> Tensor:
 
 
 def check_second_derivative(call: Call, inputs: Inputs, impl: str) -> None:
-    """First derivatives with and without ``create_graph``, and second ones, are the reference's; in float64."""
+    """Check first derivatives, with and without ``create_graph``, and second ones in float64."""
 
     def once(which: str, again: bool) -> Inputs:
         value = sum(x.square().sum() for x in values_of(call(*inputs, impl=which)))
@@ -259,11 +262,11 @@ EVERY = pytest.mark.parametrize(
 
 
 def ragged(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tensor:
-    """A block prior whose last block is shorter: 4 dimensions are 3 and 1."""
+    """Evaluate a block prior whose last block is shorter: 4 dimensions make blocks of 3 and 1."""
     return gaussian_kl(mu, logvar, 3 if mu.shape[1] > 3 else 2, 0.5, impl=impl)
 
 
-# Beside each op's plain call, its other ways through the kernels.
+# Variants of each op's plain call that take other paths through the kernels.
 VARIANTS: dict[str, list[Call]] = {
     "gaussian_kl": [functools.partial(gaussian_kl, block_size=2, rho=0.5), ragged],
     "consistency_variance": [lambda *given, impl=None: consistency_variance(torch.stack(given), impl=impl)],

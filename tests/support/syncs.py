@@ -1,4 +1,4 @@
-"""Counts the ops for which the host waits for the device."""
+"""A count of the ops for which the host waits for the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bomkern.common.torch_internals import TorchDispatchMode
 
 
 class CountSyncs(TorchDispatchMode):
-    """Counts the calls that would make the host wait for a device."""
+    """Count the calls that would make the host wait for a device."""
 
     syncs = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "equal")
 

@@ -1,4 +1,4 @@
-"""How close to float64 a result has to be."""
+"""The allowed difference from float64."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def assert_as_good_as_eager(ours: Tensor, eager: Tensor, exact: Tensor, slack: float = 1e-6, unit: float = 0.0) -> None:
-    """Our largest error against float64 is at most twice eager float32's, or ``slack`` of the largest value.
+    """Check that our largest error against float64 is at most twice eager float32's, or ``slack`` of the largest value.
 
-    ``unit``: the size of what was added up, where the result may cancel to nothing and has no size of its own.
+    ``unit`` is the magnitude of the summed terms, for results that may cancel and have no magnitude of their own.
     """
     ours, eager, exact = (t.detach().double().cpu() for t in (ours, eager, exact))
     assert ours.shape == exact.shape

@@ -12,7 +12,7 @@ Latents = tuple[Tensor, Tensor, Tensor]
 
 
 def latents(batch: int, dims: int, dtype: torch.dtype = torch.float32, spread: float = 0.5) -> Latents:
-    """A batch of codes as a trained VAE has them: z drawn from its own posterior."""
+    """Return a batch of codes as a trained VAE gives them: z is drawn from its own posterior."""
     generator = torch.Generator().manual_seed(batch * 1000 + dims)
     mu, wide, noise = torch.randn(3, batch, dims, generator=generator, dtype=torch.float64)
     logvar = wide * spread - 1
@@ -20,7 +20,7 @@ def latents(batch: int, dims: int, dtype: torch.dtype = torch.float32, spread: f
 
 
 def run(inputs: Latents, impl: str | None, which: tuple[int | None, str]) -> tuple[Tensor, ...]:
-    """Values and gradients under a fixed weighting of the samples."""
+    """Return values and gradients under fixed weights of the samples."""
     value = total_correlation(*inputs, *which, impl=impl)
     weight = torch.linspace(-1, 2, len(value), dtype=value.dtype, device=value.device)
     return value.detach(), *torch.autograd.grad((value * weight).sum(), inputs)

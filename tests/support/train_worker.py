@@ -1,4 +1,4 @@
-"""`bomkern train` with something changed, for torchrun: ``-m tests.support.train_worker CHANGE --out ...``."""
+"""Run `bomkern train` with a change, for torchrun: ``-m tests.support.train_worker CHANGE --out ...``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bomkern.train.nine_goals import GOALS
 
 
 def bad() -> None:
-    """On rank 1 alone a goal is not finite."""
+    """Make a goal not finite on rank 1 only."""
     true = trainer.raw_values
 
     def raw_values(*arguments: Any) -> Any:
@@ -27,12 +27,12 @@ def bad() -> None:
 
 
 def impatient() -> None:
-    """Waits seconds, not minutes."""
+    """Wait seconds instead of minutes for other processes."""
     processes.TIMEOUT = timedelta(seconds=20)
 
 
 def nothing() -> None:
-    """But for the pictures."""
+    """Change nothing; pictures are disabled in any case."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small training run, and how to compare two states of one."""
+"""A small training run, and the comparison of two states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bomkern.train import data, trainer
 from bomkern.train.config import Config
 
 TINY: dict[str, Any] = {"width": 8, "structure": 6, "appearance": 4, "batch_size": 4, "device": "cpu", "log_every": 2}
-SMALL = ["--batch-size", "4", "--structure", "4", "--appearance", "4"]  # of a command line
+SMALL = ["--batch-size", "4", "--structure", "4", "--appearance", "4"]  # command line arguments of a small run
 
 
 def config(out: Path, **changes: Any) -> Config:
@@ -30,7 +30,7 @@ def make_trainer(**changes: Any) -> trainer.Trainer:
 
 
 def leaves(state: Any, name: str = "") -> dict[str, Any]:
-    """Every tensor and number of a nested state, by its path."""
+    """Return every tensor and number of a nested state, by path."""
     if isinstance(state, dict):
         return {k: v for key, value in state.items() for k, v in leaves(value, f"{name}/{key}").items()}
     if isinstance(state, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Where Triton's kernels run: on a GPU, or in Triton's interpreter on the CPU."""
+"""The device of Triton's kernels: a GPU, or the CPU under Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Goals and constraints as Triton's launches of min_goal tell them apart."""
+"""Goals and constraints that lead to the different launches of min_goal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ LAYOUTS = ("rows", "slice", "transposed", "columns", "strided", "batch-level")
 
 
 def make(layout: str, batch: int, dtypes: list[torch.dtype], low: float = 0.01, high: float = 1.6) -> list[Tensor]:
-    """Six goals, leaves that require grad, in one of LAYOUTS; the first dtype where they are one tensor."""
+    """Return six goals as leaves that require grad, in one of LAYOUTS.
+
+    A single tensor has the first dtype.
+    """
     x = torch.rand(batch, 6, generator=torch.Generator().manual_seed(batch)) * (high - low) + low
     if layout in ("rows", "slice", "transposed"):
         x = x.to(dtypes[0])
@@ -49,7 +52,7 @@ def make(layout: str, batch: int, dtypes: list[torch.dtype], low: float = 0.01, 
 
 
 def on_device(x: Tensor) -> Tensor:
-    """x there with its strides kept."""
+    """Return x on the device, with its strides."""
     return (
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x).requires_grad_()
         if x.dim() and 0 not in x.stride()

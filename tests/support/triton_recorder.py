@@ -1,4 +1,4 @@
-"""Records the launches of Triton's kernels, and compiles them for a device that is not here."""
+"""A recorder of Triton's launches, and their compilation for a device that is absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from tests.support.triton_device import BF16, DOUBLE, FLOAT, HALF
 
 
 def check_no_spills(module: str, least: int) -> None:
-    """A test module, run as a script that compiles kernels, prints at least so many lines and spills no register."""
+    """Run a test module as a script that compiles kernels, and check its output.
+
+    It must print at least ``least`` lines, and spill no register.
+    """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -30,7 +33,7 @@ def check_no_spills(module: str, least: int) -> None:
 
 
 class Recorder:
-    """Stands in for a kernel: keeps what it is launched with."""
+    """A stand-in for a kernel that keeps the arguments of its launches."""
 
     def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -69,7 +72,7 @@ def source(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def compile_all(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], shown: tuple[str, ...]) -> None:
-    """Prints the registers of each distinct launch, what it keeps in local memory, and the arguments ``shown``."""
+    """Print each distinct launch's registers, local memory and ``shown`` arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -1,4 +1,4 @@
-"""What `make audit` makes of pip-audit's answers."""
+"""Test how `make audit` reads pip-audit's answers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_its_absence_is_told(
 
 
 def test_the_lock_has_a_hash_for_every_version_and_names_no_index() -> None:
-    """`pip install --require-hashes` takes it on any machine."""
+    """`pip install --require-hashes` accepts the lock on any machine."""
     text = audit.LOCK.read_text()
     blocks = [b for b in text.replace("\\\n", " ").splitlines() if b and not b.startswith("#")]
     assert len(blocks) > 50 and all("==" in b and "--hash=sha256:" in b for b in blocks)

@@ -1,4 +1,4 @@
-"""The build ladder: what the backend asks for, and what setup.py says where a rung is missing."""
+"""Test the build ladder: the backend's requirements, and setup.py's message for a missing rung."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ask_ladder(**env: str) -> subprocess.CompletedProcess[str]:
-    """What would be built, as the real build asks: by tiny files."""
+    """Ask what would be built, as the real build does, by compiling tiny files."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("BOMKERN_")}
     return subprocess.run(
         [sys.executable, "tools/build_extension.py"], cwd=ROOT, env={**clean, **env}, capture_output=True, text=True
@@ -192,7 +192,7 @@ def test_a_wish_for_debug_lines_that_is_neither_is_refused() -> None:
     ("env", "lines"), [({}, False), ({"BOMKERN_DEBUG": "1"}, True), ({"BOMKERN_SANITIZE": "thread"}, True)]
 )
 def test_debug_lines_are_in_the_library_only_where_asked_for(env: dict[str, str], lines: bool, tmp_path: Path) -> None:
-    """By a compiler that is given the flags of setup.py behind Python's own, which ask for them."""
+    """Compile with the flags of setup.py after Python's own flags, which ask for debug lines."""
     code = (
         "import json, sys; sys.path.insert(0, 'tools'); import build_extension\n"
         "print(json.dumps(build_extension.make(['one.cpp'], False, True, []).extra_compile_args['cxx']))"
@@ -214,7 +214,7 @@ def test_debug_lines_are_in_the_library_only_where_asked_for(env: dict[str, str]
 
 
 def environment_with(folder: Path, *options: str) -> tuple[Path, Path]:
-    """The Python of a new virtual environment, and where it keeps packages."""
+    """Return the Python of a new virtual environment and its folder of packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", *options, str(folder)], check=True)
     python = folder / "bin" / "python"
     ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -228,7 +228,10 @@ def put_torch(folder: Path, version: str = "2.12.0+cpu") -> None:
 
 
 def ask_backend(python: Path, isolated: Path, kind: str = "editable", **env: str) -> subprocess.CompletedProcess[str]:
-    """What the backend requires when pip isolates it: setuptools alone, and neither site-packages nor the user's."""
+    """Ask for the backend's requirements as under pip's isolation.
+
+    The process sees setuptools only, neither site-packages nor the user's folder.
+    """
     packages = Path(setuptools.__file__).parent.parent
     isolated.mkdir(exist_ok=True)
     for name in ("setuptools", "_distutils_hack"):
@@ -243,7 +246,7 @@ def ask_backend(python: Path, isolated: Path, kind: str = "editable", **env: str
 
 @pytest.mark.parametrize("where", ["nowhere", "own", "user", "path"])
 def test_backend_asks_for_torch_only_where_there_is_none(where: str, tmp_path: Path) -> None:
-    """A torch in the environment, in the user's folder, or in a folder that a .pth file names."""
+    """torch may be in the environment, in the user's folder, or in a folder that a .pth file names."""
     python, own = environment_with(tmp_path / "venv", *["--system-site-packages"] * (where == "user"))
     user = tmp_path / "user" / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     folder = {"own": own, "user": user, "path": tmp_path / "elsewhere", "nowhere": tmp_path / "unseen"}[where]
@@ -268,14 +271,14 @@ def test_backend_asks_for_no_torch_where_nothing_is_compiled(tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     isolated, bare = tmp_path / "isolated", {"PATH": str(tmp_path / "empty")}
     assert ask_backend(python, isolated, **bare).stdout.strip() == "[]"
-    some = {**bare, "CXX": sys.executable}  # anything that can be run
+    some = {**bare, "CXX": sys.executable}  # any executable file
     assert ask_backend(python, isolated, **some).stdout.strip() == "['torch>=2.11']"
     assert ask_backend(python, isolated, "sdist", **some).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("command", ["setup.py build", "tools/build_backend.py"])
 def test_what_an_open_build_lacks_is_told_in_one_line(command: str, tmp_path: Path) -> None:
-    """Without setuptools the backend says so; with it, and a compiler, but no torch, setup.py does."""
+    """Without setuptools, the backend prints the line. With setuptools and a compiler but no torch, setup.py does."""
     packages = Path(setuptools.__file__).parent.parent
     if command.startswith("setup.py"):
         for name in ("setuptools", "_distutils_hack"):
@@ -292,7 +295,7 @@ def test_what_an_open_build_lacks_is_told_in_one_line(command: str, tmp_path: Pa
 
 
 def test_archives_hold_what_they_should_and_are_the_same_when_built_again() -> None:
-    """As without a compiler, in seconds; `make dist-check` does it with one."""
+    """Build without a compiler, in seconds; `make dist-check` builds with one."""
     command = [sys.executable, "tools/check_dist.py", "--no-compiler"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -315,7 +318,7 @@ def test_why_nothing_is_compiled_is_told_by_what_is_installed(tmp_path: Path) ->
         check=True,
         capture_output=True,
     )
-    # Without the finder of an editable install, which would find the extension of the sources.
+    # Remove the finder of an editable install, which would find the extension of the sources.
     code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f.__module__]; import bomkern"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "no C++ compiler was found; install g++" in done.stderr and "--force-reinstall" in done.stderr

@@ -1,4 +1,4 @@
-"""The pages of docs/: names, links and markers. `make docs` builds them; nothing here needs mkdocs."""
+"""Test the names, links and markers of docs/ without mkdocs; `make docs` builds the pages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert "://" not in target, target
         path = (page.parent / target).resolve()
-        if DOCS / "results" in path.parents:  # where the hook puts them
+        if DOCS / "results" in path.parents:  # the hook puts them there
             path = DOCS.parent / "tests" / "README.md" if path.name == "tests.md" else RESULTS / path.name
         assert path.is_file(), target
 

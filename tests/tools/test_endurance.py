@@ -1,4 +1,4 @@
-"""A short run of tests/endurance.py: handles and memory stay, planted batches are rejected, implementations agree."""
+"""Test a short run of tests/endurance.py: no leaks, planted batches are rejected, implementations agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_run_of_every_op_leaks_nothing_and_drifts_nowhere() -> None:
         torch.set_num_threads(threads)
     assert found["rejected"] == found["planted"] == 8
     assert found["slope_a_step"]["handles"] == found["slope_a_step"]["threads"] == 0
-    assert found["slope_a_step"]["resident"] < 20_000  # the graph of a step that stayed would be more
+    assert found["slope_a_step"]["resident"] < 20_000  # a leaked graph of one step would be larger
     for impl, apart in found["learnt_apart"].items():
         assert apart < 1e-5, impl
         for name, errors in found["errors"][impl].items():

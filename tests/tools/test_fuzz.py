@@ -1,4 +1,4 @@
-"""The fuzzer itself: it finds bugs that are planted and shows them again, and finds none in cases drawn here."""
+"""Test that the fuzzer finds and reproduces planted bugs, and passes the cases drawn here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def a_gradient_a_little_wrong(serve: Serve) -> Serve:
 
 
 def an_edge_forgotten(serve: Serve) -> Serve:
-    """The last row of a batch that does not fill its tile."""
+    """Plant a bug: forget the last row of a batch if a tile holds only that row."""
 
     def wrong(mu: Tensor, *given: Any) -> Tensor:
         keep = torch.ones(len(mu))
@@ -72,7 +72,7 @@ def an_error_of_its_own(serve: Serve) -> Serve:
 
 
 class Constant(torch.autograd.Function):
-    """Has a gradient that has none itself."""
+    """A function whose gradient has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ PLANTS = (a_little_more, a_gradient_a_little_wrong, an_edge_forgotten, a_written
 def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Serve], Serve]], None]:
     def plant(key: str, bug: Callable[[Serve], Serve]) -> None:
         op, impl = key.split()
-        select.choose(op, "cpu", impl)  # so that it is there to be replaced
+        select.choose(op, "cpu", impl)  # loads the implementation, so that it can be replaced
         monkeypatch.setitem(select._servers, key, bug(select._servers[key]))
 
     return plant
@@ -116,7 +116,7 @@ def test_finds_a_planted_bug_and_shows_it_again(
     lines = [line.strip() for line in out.splitlines() if line.strip().startswith("python -m tests.fuzz --")]
     again = [shlex.split(line)[3:] for line in lines if "--case " in line or "--spec " in line]
     assert any("--case" in line for line in again)
-    assert [main(line) for line in again] == [1] * len(again)  # alone they fail too
+    assert [main(line) for line in again] == [1] * len(again)  # each case fails alone, too
     monkeypatch.undo()
     assert [main(line) for line in again] == [0] * len(again)
 

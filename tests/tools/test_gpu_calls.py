@@ -1,4 +1,4 @@
-"""What a call of `make gpu` promises without a GPU: it ends in time, keeps what it found, and every stage can run."""
+"""Test `make gpu` without a GPU: a call ends on time and keeps its results, and every stage can run."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ PLUGIN = [
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """tools/gpu.py, which is no part of a package."""
+    """Import tools/gpu.py, which is not part of a package."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     for name in ("gpu", "gpu_stages"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import gpu as module  # type: ignore[import-not-found]
 
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keeps pytest's own handlers
     return module
 
 
@@ -94,7 +94,7 @@ def test_a_stage_has_its_seconds_and_what_others_left(gpu: ModuleType, tmp_path:
 def test_a_stage_that_hangs_takes_nothing_from_the_next(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What does not end by itself is asked to, and then killed, within the seconds of its stage."""
+    """A stage that does not end is interrupted and then killed, within its own seconds."""
     call = gpu.Call(1, tmp_path, dry=False)
     stage = gpu.Stage("hangs", 16, lambda call: python("import time; time.sleep(60)"))
     monkeypatch.setattr(gpu, "KILL", 12.0)
@@ -227,7 +227,7 @@ def test_a_build_has_the_kernels_that_are_only_tuned(gpu: ModuleType) -> None:
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="needs pytest-benchmark")
 def test_every_stage_runs_dry(number: int, tmp_path: Path) -> None:
-    """No stage is run for the first time on the day that a GPU is there."""
+    """A dry run covers every stage, so that none runs for the first time on a GPU."""
     archive = tmp_path / f"call{number}.tar.xz"
     given = ["--call", str(number), "--dry", "--archive", str(archive), "--work", str(tmp_path / "work")]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The table of the install matrix, without installing anything."""
+"""Test the table of the install matrix, without installing anything."""
 
 from __future__ import annotations
 

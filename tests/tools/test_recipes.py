@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md: a toy example of each, on a copy of the tree, is seen everywhere."""
+"""Test that the recipes of CONTRIBUTING.md work: each toy example, on a copy of the tree, appears everywhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.recipes import (
     copy_of_the_tree,
 )
 
-# By heading: the toy, what NAME is in it, and how many files there may be.
+# By heading: the toy, the value of NAME, and the largest number of files.
 RECIPES: dict[str, tuple[Mapping[str, Edit], str, int]] = {
     "To add an op": (OP, "mean_square", 20),
     "To add a policy": (POLICY, "", 2),
@@ -48,7 +48,7 @@ def test_the_toy_touches_the_files_that_the_recipe_names(heading: str) -> None:
 
 
 def test_an_op_has_the_files_of_the_recipe() -> None:
-    """Those of gaussian_kl, which a newcomer reads first, are where the recipe says."""
+    """The files of gaussian_kl, which newcomers read first, are where the recipe says."""
     for path in files_of("To add an op", "gaussian_kl"):
         text = (ROOT / path).read_text()
         assert "gaussian_kl" in text or path == "CHANGELOG.md", path

@@ -1,4 +1,4 @@
-"""tests/README.md: its table is what tests/results gives, and the tests that it names are there."""
+"""Test that the table of tests/README.md matches tests/results, and that the tests it names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rooms of bomkern/ and tests/: imports go down, in no circle; no test imports a test."""
+"""Test the rooms of bomkern/ and tests/: imports go down without a circle, and no test imports a test."""
 
 from __future__ import annotations
 

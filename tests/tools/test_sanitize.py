@@ -1,4 +1,4 @@
-"""tools/sanitize.py and tools/tidy.sh: that they can fail, and say so where a tool is missing."""
+"""Test that tools/sanitize.py and tools/tidy.sh can fail, and name a missing tool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files from strangers run no code, and nothing is written where nobody asked for it."""
+"""Test that files from strangers run no code, and that nothing is written to unexpected places."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ BESIDE = [
 ]
 
 
-# Pickles with code in them.
+# Pickles that contain code.
 
 
 class Harm:
-    """Unpickled, it creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -57,7 +57,7 @@ def _bare(harm: Harm, path: Path) -> None:
 
 
 def _swapped(harm: Harm, path: Path) -> None:
-    """A good file of `torch.save` whose pickle was replaced."""
+    """Write a valid `torch.save` file with a replaced pickle."""
     whole = io.BytesIO()
     torch.save({"format": 3}, whole)
     with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
@@ -87,11 +87,11 @@ def test_code_in_a_file_is_not_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if forced:  # torch's switch for old scripts must not reach us
+    if forced:  # torch's switch for old scripts must not affect bomkern
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     marker, path = tmp_path / "marker", tmp_path / "file.pt"
     write(Harm(marker), path)
-    with contextlib.suppress(Exception):  # the legacy reader stumbles over what it has just run
+    with contextlib.suppress(Exception):  # the legacy reader fails on the result of the code that it has run
         torch.load(path, weights_only=False)
     assert marker.exists(), "the file is harmless, and proves nothing"
     marker.unlink()
@@ -121,7 +121,7 @@ def test_what_is_no_such_file_is_told_in_one_line(content: bytes, tmp_path: Path
     assert "\n" not in str(refused.value)
 
 
-# What the sources may say.
+# Calls that the sources may make.
 
 
 def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
@@ -135,7 +135,7 @@ def _is(call: ast.Call, name: str, value: object) -> bool:
 
 
 def _wrong(tree: ast.AST) -> list[str]:
-    """Calls that run text or a shell, or a pickle."""
+    """Return the calls that run text, a shell or a pickle."""
     found = []
     for name, call in _calls(tree):
         bare = name.removeprefix("builtins.")
@@ -185,9 +185,9 @@ def test_the_look_at_the_sources_sees(text: str) -> None:
     assert _wrong(ast.parse(text)) and not _wrong(ast.parse("model.eval(); torch.load(f, weights_only=True)"))
 
 
-# What a run writes.
+# Files that a run writes.
 
-# Told by Python itself, wherever it is: what is opened to be written, made, renamed or removed.
+# Python's audit events report every file that is opened for writing, made, renamed or removed.
 AUDITED = """
 import os, sys
 log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT)
@@ -225,7 +225,7 @@ def test_a_run_writes_into_its_folder_alone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "report.html").is_file()
     assert not list((tmp_path / "cwd").iterdir())
-    # The README tells of both: torch's own folder, empty, and matplotlib's list of the fonts.
+    # The README names both: torch's own folder, which is empty, and matplotlib's list of fonts.
     assert all(path.name.startswith("torchinductor_") and path.is_dir() for path in (tmp_path / "tmp").rglob("*"))
     left = {str(path.relative_to(tmp_path / "home")) for path in (tmp_path / "home").rglob("*") if path.is_file()}
     assert all(re.fullmatch(r"\.cache/matplotlib/fontlist-v[\d.]+\.json", name) for name in left), left

@@ -1,4 +1,4 @@
-"""What a type checker says of a program that uses bomkern as it is installed."""
+"""Test the type checker's output for a program that uses an installed bomkern."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def confused(z: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_a_program_type_checks(tmp_path: Path) -> None:
-    """By mypy --strict, where bomkern lies beside torch as an installed package does: mistakes are found, no others."""
+    """mypy --strict finds the mistakes and nothing else.
+
+    bomkern lies beside torch, as an installed package does.
+    """
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
     (packages / "bomkern").symlink_to(ROOT / "bomkern")

@@ -1,4 +1,4 @@
-"""The `bomkern` command: what it sets for OpenMP before torch is loaded, and a reader that stops early."""
+"""Test the `bomkern` command: its OpenMP settings before the import of torch, and a reader that stops early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bomkern train --compile`: the networks in their other form, the step against the eager one, what is refused."""
+"""Test `bomkern train --compile`: the networks' compiled form, the step against the eager one, and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile, by one backend."""
+    """Use one backend for torch.compile."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=request.param))
 
 
@@ -44,10 +44,10 @@ def make_compiled(**changes: Any) -> compiled_trainer.CompiledTrainer:
     return compiled_trainer.CompiledTrainer(run, Fabric(accelerator="cpu", devices=1), images)
 
 
-# The other form, in float64.
+# The compiled form, in float64.
 
 
-@pytest.mark.parametrize(("batch", "size"), [(2, 32), (9, 32), (3, 64)])  # structure 6: 4, 18 and 6 rows of it
+@pytest.mark.parametrize(("batch", "size"), [(2, 32), (9, 32), (3, 64)])  # 4, 18 and 6 codes of 6 structure dimensions
 def test_the_networks_are_the_same(batch: int, size: int) -> None:
     torch.manual_seed(0)
     vae = VAE(size, 6, 4, 8).double()
@@ -86,7 +86,7 @@ MORE = (("aot_eager", "hard"), ("aot_eager", "auto"), ("inductor", "spill"))
 
 
 def gradient_of_step(run: trainer.Trainer, poisoned: bool, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Takes a step and returns its gradient, flat; of a poisoned step one image has a NaN."""
+    """Take a step and return its gradient as a vector; ``poisoned`` puts a NaN into one image."""
     found: list[Tensor] = []
     images, apply = run.images, run._apply
 
@@ -114,9 +114,10 @@ def gradient_of_step(run: trainer.Trainer, poisoned: bool, monkeypatch: pytest.M
     indirect=["by"],
 )
 def test_a_compiled_step_is_the_eager_one(by: None, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients, and then goals, history and counters; a step that is not finite changes nothing; compiled once.
+    """Gradients, goals, history and counters match the eager step.
 
-    Each step starts at the same weights: Adam makes much of what rounding made of a gradient near 0.
+    A step that is not finite changes nothing. The step compiles once. Each step starts at the same weights, because
+    Adam amplifies rounding in gradients near 0.
     """
     ours, theirs = make_compiled(**RULES[rule]), make_trainer(**RULES[rule])
     for k in range(4):
@@ -157,7 +158,7 @@ def test_a_compiled_run_resumes_to_the_bit(tmp_path: Path) -> None:
     assert_same(a, b)
 
 
-# What is refused.
+# Refusals.
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,13 +179,13 @@ def test_what_cannot_be_compiled_is_one_line() -> None:
     assert (
         str(why.value) == "--compile: this step cannot be compiled here (RuntimeError: No working C++ compiler found)"
     )
-    run.first_seconds = 1.0  # an error of a later step is not the compiler's
+    run.first_seconds = 1.0  # an error in a later step does not come from the compiler
     with pytest.raises(RuntimeError):
         run.advance()
 
 
 class Started(Exception):
-    """A run got as far as to be launched."""
+    """Raised when a run is launched."""
 
 
 @pytest.mark.parametrize("asked", [["--compile"], ["--no-compile"], []])

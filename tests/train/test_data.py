@@ -1,4 +1,4 @@
-"""Crops: nothing held out is trained on, and a user's folder is read with care."""
+"""Test the crops: no training on held-out pixels, and careful reading of a user's folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_regions_are_disjoint_pixel_by_pixel(size: tuple[int, int]) -> None:
 def test_no_held_out_pixel_reaches_a_training_crop(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], image_size: int
 ) -> None:
-    """Paint the held-out region white and the gap grey: training crops stay black to the bit, through all resizing."""
+    """Paint the held-out region white and the gap grey. Training crops stay exactly black through all resizing."""
     train, held_out = data.split_boxes(*size)
     picture = Image.new("RGB", size, (128, 128, 128))
     picture.paste((0, 0, 0), train)
@@ -107,7 +107,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _huge_headers(folder: Path) -> None:
-    """Small files that claim sides which would take gigabytes and more."""
+    """Write small files whose headers claim gigabytes of pixels and more."""
 
     def saved(kind: str, **options: object) -> bytearray:
         file = io.BytesIO()
@@ -141,7 +141,7 @@ def _huge_headers(folder: Path) -> None:
 
 
 def test_huge_headers_cost_no_memory(tmp_path: Path) -> None:
-    """Each is refused by name, in a process that could not hold a tenth of the smallest."""
+    """Each file is refused by name, in a process that could not hold a tenth of the smallest."""
     _huge_headers(tmp_path)
     code = (
         "import resource, sys; from pathlib import Path; from bomkern.train import data\n"
@@ -163,7 +163,7 @@ def test_huge_headers_cost_no_memory(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_refused_whatever_pillow_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other libraries lift Pillow's limit for all, and its warning is one for the log."""
+    """Other libraries lift Pillow's limit for the whole process. Pillow's warning goes to the log."""
     Image.new("1", (20_000, 12_000)).save(tmp_path / "error.png")
     Image.new("1", (10_000, 9_500)).save(tmp_path / "warning.png")
     noise(64, 64).save(tmp_path / "good.png")
@@ -183,11 +183,12 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     noise(64, 64).save(outside / "private.png")
     noise(64, 64, 1).save(folder / "good.png")
     (folder / "linked.png").symlink_to(outside / "private.png")
-    (folder / "twice.png").symlink_to(folder / "good.png")  # in training and held out at once, were it read
+    # if it were read, the image would be in training and held out at once
+    (folder / "twice.png").symlink_to(folder / "good.png")
     (folder / "deep").symlink_to(outside)
     (folder / "self").symlink_to(folder)
     (folder / "dangling.png").symlink_to(outside / "absent.png")
-    (tmp_path / "photos").symlink_to(folder)  # the folder that was named may be one
+    (tmp_path / "photos").symlink_to(folder)  # the named folder may be a link
     for named in (folder, tmp_path / "photos"):
         photographs, skipped = data.read_folder(named, 32)
         assert [p.name for p in photographs] == ["good.png"]
@@ -199,7 +200,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 
 
 def test_no_program_is_started_for_an_image(tmp_path: Path) -> None:
-    """PostScript under another name: Pillow would hand it to Ghostscript."""
+    """Pillow would pass PostScript under another name to Ghostscript."""
     noise(64, 64).save(tmp_path / "page.eps")
     (tmp_path / "page.eps").rename(tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as opened:
@@ -210,7 +211,7 @@ def test_no_program_is_started_for_an_image(tmp_path: Path) -> None:
 
 def test_what_is_no_file_or_too_large_a_one_is_not_opened(tmp_path: Path) -> None:
     noise(64, 64).save(tmp_path / "good.png")
-    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait forever
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would block forever
     with (tmp_path / "sparse.webp").open("wb") as file:
         file.truncate(data.MAX_BYTES + 1)
     photographs, skipped = data.read_folder(tmp_path, 32)

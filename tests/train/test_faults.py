@@ -1,4 +1,4 @@
-"""What a run survives, and what it says where it cannot go on; tests/faults.py does the same more often."""
+"""Test the faults that a run survives, and its messages otherwise; tests/faults.py repeats them more often."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_goal_that_raises_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_wrong_shape_after_a_thousand_steps() -> None:
-    """It is named, and the step before it is what the next one goes on from."""
+    """The error names the wrong shape, and the next step continues from the step before."""
     made = [GoalSet(a=Anchored(0.0, 1.0), b=Minimize(2.0), spill=0.5) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):

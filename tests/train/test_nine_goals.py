@@ -1,4 +1,4 @@
-"""The nine goals and the statistics under them: shapes, ideals, nadirs, gradients."""
+"""Test the nine goals and their statistics: shapes, ideals, nadirs and gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pictures(count: int = B, seed: int = 0) -> Tensor:
-    """Smooth coloured images with contours, in [0, 1]."""
+    """Return smooth coloured images with contours, in [0, 1]."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, size=(S, S), mode="bicubic").clamp(0, 1)
 
@@ -94,7 +94,7 @@ def test_capacity_stays_within_0_and_1() -> None:
         value = goal.capacity(code_of(mu))
         assert value.shape == (B,) and (value >= 0).all() and (value <= 1).all()
     signs = torch.tensor([[1.0], [-1.0]]).repeat(B // 2, D)
-    assert goal.capacity(code_of(signs)).max() < 1e-3  # all in use, all alike: the ideal
+    assert goal.capacity(code_of(signs)).max() < 1e-3  # all dimensions are used alike, which is the ideal
     one = torch.zeros(B, D)
     one[:, 0] = signs[:, 0]
     assert goal.capacity(code_of(one)).min() > (1 - 0.35 + 1 - 1.001 / D) / 2
@@ -130,7 +130,7 @@ def test_latent_stats_at_its_floor_and_at_its_nadir() -> None:
 
 
 def correlation_alone(z: Tensor) -> Tensor:
-    """The correlation's part alone: deviations all 1, log-variances 0."""
+    """Return the correlation's part only: deviations are 1, log-variances 0."""
     z = (z - z.mean(0)) / z.std(0)
     return goal.latent_stats(z, code_of(z)).mean()
 
@@ -174,7 +174,7 @@ def test_consistency_is_0_for_equal_views_1_for_unrelated_and_blind_to_scale() -
     torch.testing.assert_close(value_of(unrelated * 1e-2), value_of(unrelated))
     leaf = unrelated.clone().requires_grad_()
     value_of(leaf).sum().backward()
-    assert (leaf.grad * leaf).sum() > 0  # shrinking still helps the variance, the denominator gives nothing back
+    assert (leaf.grad * leaf).sum() > 0  # shrinking reduces the variance, and the denominator does not compensate
 
 
 def test_features_of_constant_and_shifted_images() -> None:

@@ -1,4 +1,4 @@
-"""The probe before a run: its table, what it leaves behind, and what it does where it says nothing."""
+"""Test the probe before a run: its table, its traces, and goals without a result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_goal_of_which_a_probe_says_nothing_keeps_its_anchors(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     table = 2 - torch.eye(9)
-    table[GOALS.index("realism"), GOALS.index("realism")] = 2.5  # better whenever another goal is trained
+    table[GOALS.index("realism"), GOALS.index("realism")] = 2.5  # realism gets better whenever another goal is trained
     fake(monkeypatch, table)
     run = make_trainer(scales="probed", probe=7)
     loop._probe(run)

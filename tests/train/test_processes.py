@@ -1,4 +1,4 @@
-"""Several processes that train one model: who starts them, what they agree on, and how a run goes on in others."""
+"""Test several processes that train one model: launch, agreement, failures, and resuming with another number."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start(out: Path, *arguments: str, change: str = "nothing", several: bool = T
     command = [*(TORCHRUN if several else [sys.executable]), "-m", "tests.support.train_worker", change]
     says = [Path(f"{out}.{stream}").open("w") for stream in ("out", "err")]  # noqa: SIM115
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    small = [] if "--resume" in arguments else SMALL  # a run that goes on knows
+    small = [] if "--resume" in arguments else SMALL  # a resumed run has these settings in its checkpoint
     command += ["--out", str(out), *small, *LOG, *arguments]
     STARTED.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=says[0], stderr=says[1]))
     return STARTED[-1]
@@ -50,13 +50,13 @@ def said(out: Path) -> str:
 
 
 def finish(out: Path, *arguments: str, change: str = "nothing", several: bool = True) -> list[dict[str, float]]:
-    """Such a run to its end; returns its lines."""
+    """Run the worker to its end, and return its lines of metrics."""
     assert start(out, *arguments, change=change, several=several).wait(timeout=300) == 0, said(out)[-3000:]
     return recorder.read_lines(out / recorder.METRICS)
 
 
 def until(out: Path, lines: int, run: subprocess.Popen[str]) -> None:
-    """Waits until a run has logged so many lines."""
+    """Wait until a run has logged ``lines`` lines."""
     deadline = time.monotonic() + 120
     while len(recorder.read_lines(out / recorder.METRICS)) < lines:
         assert run.poll() is None and time.monotonic() < deadline, said(out)[-3000:]
@@ -64,7 +64,7 @@ def until(out: Path, lines: int, run: subprocess.Popen[str]) -> None:
 
 
 def workers(run: subprocess.Popen[str]) -> list[int]:
-    """The processes that a torchrun has started, by rank; the process itself where it is none."""
+    """Return the process ids that a torchrun has started, by rank, or the process itself without torchrun."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -90,7 +90,7 @@ def nothing_is_left_running() -> Iterator[None]:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As torchrun starts the one process of a run."""
+    """Set the variables that torchrun sets for the only process of a run."""
     for name, value in zip(processes.GIVEN, ("0", "1", "0", "localhost", "29400"), strict=True):
         monkeypatch.setenv(name, value)
     yield
@@ -98,13 +98,13 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """A process group of one."""
+    """Start a process group with one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-# What is asked for.
+# Arguments.
 
 
 @pytest.mark.usefixtures("plain", "alone")
@@ -146,7 +146,7 @@ def test_what_cannot_start_is_said_once(tmp_path: Path) -> None:
         assert len(errors) == 1 and message in errors[0], errors
 
 
-# What a run of several is.
+# Runs of several processes.
 
 
 def test_the_readmes_command(tmp_path: Path) -> None:
@@ -163,14 +163,15 @@ def test_the_readmes_command(tmp_path: Path) -> None:
     assert summary["ranks"] == 2 and summary["rejected_steps"] == 0
     steps = int(arguments[arguments.index("--steps") + 1])
     assert [line["step"] for line in recorder.read_lines(out / recorder.METRICS)] == list(range(10, steps + 1, 10))
-    own = {*recorder.OWN} - {recorder.PAYOFF, checkpoint.before(Path(recorder.CHECKPOINT)).name}  # the run saved once
+    # the run saved once, so it has no previous checkpoint
+    own = {*recorder.OWN} - {recorder.PAYOFF, checkpoint.before(Path(recorder.CHECKPOINT)).name}
     assert own <= {path.name for path in out.iterdir()}
     assert "Warning" not in done.stderr and "deprecated" not in done.stderr
 
 
 @pytest.fixture
 def in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process does with its own samples, swap and permute them, one process does with each half of them."""
+    """Make one process swap and permute each half of its samples, as two processes do with their own samples."""
     roll, argsort = torch.Tensor.roll, torch.Tensor.argsort
 
     def roll_halves(x: torch.Tensor, shift: int, dim: int) -> torch.Tensor:
@@ -186,7 +187,7 @@ def in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain", "in_halves")
 def test_any_strategy_and_number_of_processes_computes_the_same(tmp_path: Path) -> None:
-    """Eight samples by one process or four by each of two, and whichever goes on with the checkpoint of which."""
+    """One process with eight samples and two with four compute the same, and resume each other's checkpoints."""
     states, losses = {}, {}
     for chain in ("single", "auto", "fsdp", "fsdp ddp single", "single fsdp"):
         out, parts = tmp_path / chain, chain.split()
@@ -219,7 +220,7 @@ def test_who_is_at_fault_is_agreed_on(tmp_path: Path) -> None:
     assert len(errors) == 1 and "consistency is not finite" in errors[0] and "50 steps in a row" in errors[0]
 
 
-# When processes are killed.
+# Killed processes.
 
 
 @pytest.mark.slow
@@ -255,14 +256,14 @@ def test_one_process_that_is_lost_stops_the_others(tmp_path: Path, number: signa
     until(out, 3, run)
     lost = workers(run)[1]
     os.kill(lost, number)
-    deadline = time.monotonic() + 120  # of which 20 s are the timeout of a silent one
+    deadline = time.monotonic() + 120  # includes the 20 s timeout of a silent process
     while number == signal.SIGSTOP and "rank 0 stops: another process is gone" not in said(out):
         assert time.monotonic() < deadline, said(out)[-3000:]
         time.sleep(0.1)
     if number == signal.SIGSTOP:
-        os.kill(lost, signal.SIGKILL)  # torchrun would, half a minute later
+        os.kill(lost, signal.SIGKILL)  # torchrun would kill it half a minute later
     assert run.wait(timeout=60) != 0
-    assert "bomkern train: error: " in said(out) or number == signal.SIGKILL  # torchrun may be faster
+    assert "bomkern train: error: " in said(out) or number == signal.SIGKILL  # torchrun may stop the process first
     assert "RuntimeError" not in said(out)
 
 
@@ -277,7 +278,7 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load(out / recorder.CHECKPOINT)["step"] >= 2
 
 
-# What is kept, and what is put together.
+# Saved and merged state.
 
 
 def test_how_many_samples_a_step_takes_is_kept() -> None:
@@ -314,7 +315,7 @@ def test_what_is_sharded_is_saved_whole_and_loaded_in_parts() -> None:
     plain, sharded, again = make(0, False), make(1, True), make(2, False)
     step(*plain)
     processes.load_module(sharded[0], plain[0].state_dict())
-    processes.load_optimizer(sharded[1], copy.deepcopy(plain[1].state_dict()))  # which torch would share
+    processes.load_optimizer(sharded[1], copy.deepcopy(plain[1].state_dict()))  # torch would share the state's tensors
     assert all(isinstance(p, DTensor) for p in sharded[0].parameters())
     state = [processes.whole(part.state_dict()) for part in sharded]
     assert_same(leaves(state), leaves([part.state_dict() for part in plain]))
@@ -337,5 +338,5 @@ def test_what_fails_on_one_rank_is_raised() -> None:
     with pytest.raises(TrainError, match="no space left"):
         processes.together(full)
     assert processes.together(lambda: 3) == 3
-    with pytest.raises(RuntimeError, match="gloo"), processes.watch():  # one process has nobody to lose
+    with pytest.raises(RuntimeError, match="gloo"), processes.watch():  # a single process has no process to watch
         raise RuntimeError("gloo")

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: stopped by a signal, and two that train one model."""
+"""Test runs in separate processes: stopped by a signal, and two that train one model."""
 
 from __future__ import annotations
 
@@ -58,4 +58,4 @@ def test_two_processes_train_one_model(tmp_path: Path, strategy: str) -> None:
     assert json.loads((tmp_path / recorder.SUMMARY).read_text())["steps"] == 4
     assert {recorder.PAYOFF, recorder.HISTORY, recorder.REPORT} <= {path.name for path in tmp_path.iterdir()}
     assert len(History.load(tmp_path / recorder.HISTORY)) == 4
-    assert done.stderr.count("--probe 1 is short") <= 1  # one of the two says it
+    assert done.stderr.count("--probe 1 is short") <= 1  # one of the two processes prints it

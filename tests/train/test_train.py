@@ -1,4 +1,4 @@
-"""The trainer end to end: run folder, resuming to the bit, command line, diagnosis."""
+"""Test the trainer end to end: run folder, bitwise resuming, command line and diagnosis."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_every_preset_runs_and_leaves_its_folder(tmp_path: Path, scales: str, re
     summary = loop.train(config(out, scales=scales, reduction=reduction, **how))
     names = {path.name for path in out.iterdir()}
     own = set(recorder.OWN) - ({recorder.PAYOFF} if scales != "probed" else set())
-    own.remove(checkpoint.before(Path(recorder.CHECKPOINT)).name)  # the run saved once
+    # the run saved once, so it has no previous checkpoint
+    own.remove(checkpoint.before(Path(recorder.CHECKPOINT)).name)
     assert own <= names and any(name.startswith("events.out.tfevents") for name in names)
     assert not [name for name in names if name.endswith(".tmp")]
 
@@ -131,7 +132,7 @@ def test_resuming_is_bit_for_bit(tmp_path: Path, scales: str) -> None:
     settings = {"scales": scales, "calibration_steps": 5, "eval_every": 2, "probe": 2 * (scales == "probed")}
     loop.train(config(straight, steps=6, **settings))
     loop.train(config(parts, steps=3, **settings))
-    torch.manual_seed(1234)  # nothing hangs on the global generator
+    torch.manual_seed(1234)  # no result depends on the global generator
     loop.train(Config(out=str(parts), steps=6, resume=True), {"out", "steps", "resume"})
 
     a, b = (leaves(checkpoint.load(out / recorder.CHECKPOINT)) for out in (straight, parts))
@@ -140,7 +141,7 @@ def test_resuming_is_bit_for_bit(tmp_path: Path, scales: str) -> None:
     assert_same(a, b)
     lines = [recorder.read_lines(out / recorder.METRICS) for out in (straight, parts)]
     for line in lines[0] + lines[1]:
-        walked = line.pop("walked", 1.0)  # weighed by measured times
+        walked = line.pop("walked", 1.0)  # weighted by measured times
         assert 0 < walked < 1 if scales == "auto" else walked == 1
     assert lines[0] == lines[1]
     if scales == "probed":
@@ -222,7 +223,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
-    # torch itself imports tqdm where it can.
+    # torch itself imports tqdm if it is installed.
     code = "import sys, bomkern.cli; print(*[m for m in bomkern.cli.EXTRA if m in sys.modules and m != 'tqdm'])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
@@ -265,13 +266,13 @@ def test_the_top_finding_is_printed_and_the_rest_can_be_asked_for(
     assert "realism: perhaps locked (30% sure)" in unsure
     calm = loop.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "kind": "idle"}]}}, "")
     assert "no bucket has a hole" in calm
-    assert "backward saved" not in calm and summary["walked"] == 1  # the default gives every goal a share
+    assert "backward saved" not in calm and summary["walked"] == 1  # by default every goal has a share
     assert "75% of the images' backward saved" in loop.report({**summary, "walked": 0.25}, "")
 
 
 @pytest.mark.usefixtures("plain")
 def test_a_run_that_is_still_going_can_be_diagnosed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_finish", lambda *_: {})  # as if it had been killed after its last checkpoint
+    monkeypatch.setattr(loop, "_finish", lambda *_: {})  # as if the process had been killed after its last checkpoint
     loop.train(config(tmp_path, steps=5, checkpoint_every=2))
     assert cli.main(["diagnose", str(tmp_path), "--no-report"]) == 0
     assert len(History.load(tmp_path / recorder.HISTORY)) == 5
@@ -291,7 +292,7 @@ def test_a_run_is_not_lost_over_its_report(
     assert "diagnosis" not in loop.report(summary, str(tmp_path))
 
 
-# What it comes to.
+# Quality of the result.
 
 
 @pytest.mark.usefixtures("plain")

@@ -1,4 +1,4 @@
-"""One training step: what is rejected, and what it may not do."""
+"""Test a training step: rejected steps, and actions that a step must not take."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
         before.pop(name)
     assert after.pop("/tally/blame").sum() >= 1
     before.pop("/tally/blame")
-    for part in ("rows", "fresh"):  # the history has the step, as one without a finite loss
+    for part in ("rows", "fresh"):  # the history holds the step, with a loss that is not finite
         name = f"/goals/monitor._extra_state/{part}"
         rows = after.pop(name)
         assert len(rows) == 3 and rows[2, -1] == 0 and torch.equal(rows[:2], before.pop(name))
     assert_same(before, after)
-    if poison is not poison_gradient:  # its hook stays
+    if poison is not poison_gradient:  # the hook stays
         run.advance()
         assert run.guard.state_dict() == {"rejected": 1, "rejected_in_a_row": 0}
         assert not torch.equal(next(run.vae.parameters()), before["/vae/encoder.trunk.0.weight"])
@@ -96,11 +96,11 @@ def test_training_stops_after_50_rejected_steps_and_names_the_goal(
         loop.train(config(tmp_path, steps=200))
 
 
-# What a step may not do.
+# Actions that a step must not take.
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators that make the host wait for the device."""
+    """Count the operators that make the host wait for the device."""
 
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "equal", "unique", "index.Tensor")
 
@@ -121,11 +121,11 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("scales", ["anchored", "auto"])
 def test_no_host_sync_in_a_step(scales: str) -> None:
     run = make_trainer(scales=scales)
-    run.goals.route = "never"  # as on a GPU: rows are chosen on the host
+    run.goals.route = "never"  # as on a GPU, since routing chooses rows on the host
     run.advance()
     with Watch() as watch:
         float(torch.ones(1))
-        assert watch.found == ["_local_scalar_dense.default"]  # the watch works
+        assert watch.found == ["_local_scalar_dense.default"]  # the watch detects a wait
         watch.found.clear()
         run.advance()
     assert not watch.found
@@ -138,7 +138,7 @@ def test_nothing_is_decoded_twice() -> None:
     run.vae.decoder.register_forward_pre_hook(lambda _, x: sizes["decoder"].append(len(x[0])))
     run.discriminator.register_forward_pre_hook(lambda _, x: sizes["discriminator"].append(len(x[0])))
     run.advance()
-    # Image and view; reconstruction, swap and two perturbed; the judge on the reconstruction, then on both.
+    # Encoder: image and view. Decoder: reconstruction, swap and two perturbed. Judge: reconstruction, then both.
     assert sizes == {"encoder": [8], "decoder": [16], "discriminator": [4, 8]}
 
 

@@ -1,7 +1,7 @@
-"""A GPU that runs nothing: Triton's own JIT, compiler and launcher work as on sm_90, and every launch is written down.
+"""A GPU that runs nothing: Triton's JIT, compiler and launcher work as on sm_90, and every launch is recorded.
 
-`build` compiles libcuda.c against the cuda.h in Triton's package; a process with what `environment` says can `install`
-it. Ops then take CPU tensors, whose memory no one touches, and their results hold whatever was there.
+`build` compiles libcuda.c against the cuda.h in Triton's package. A process with the variables of `environment` can
+`install` it. Ops then take CPU tensors without touching their memory, and their results are uninitialised.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = "BOMKERN_STUB_CUDA"  # set in a process that runs on the stub
-RING = 256  # of libcuda.c
+RING = 256  # as in libcuda.c
 SOURCE = Path(__file__).parent / "libcuda.c"
 
 
@@ -44,7 +44,7 @@ def triton_folder() -> Path | None:
 
 
 def compiler() -> str | None:
-    """The C compiler, which Triton needs too."""
+    """Return the C compiler, which Triton needs too."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
@@ -59,21 +59,21 @@ def build(folder: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The environment of a process that is to run on the stub built in ``folder``, where Triton keeps its cache too."""
+    """Return the environment of a process that runs on the stub in ``folder``, which also holds Triton's cache."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {
         **inherited,
         FOLDER: str(folder),
-        "LD_PRELOAD": f"{folder}/libcuda.so.1",  # before a real one, whatever looks for that name finds it
+        "LD_PRELOAD": f"{folder}/libcuda.so.1",  # any search for that name finds the stub before a real library
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": f"{folder}/cache",
-        "CUDA_VISIBLE_DEVICES": "",  # tensors are the CPU's
+        "CUDA_VISIBLE_DEVICES": "",  # tensors are on the CPU
         "OMP_NUM_THREADS": "1",
     }
 
 
 def install() -> Stub:
-    """Makes this process see one device of compute capability 9.0, and bomkern serve CPU tensors on it."""
+    """Make this process see one device of compute capability 9.0, and bomkern serve CPU tensors on it."""
     import torch
 
     from bomkern.dispatch import triton
@@ -93,7 +93,7 @@ def install() -> Stub:
 
 
 class Stub:
-    """What the stub has written down."""
+    """The launches and loads that the stub has recorded."""
 
     def __init__(self) -> None:
         library = ctypes.CDLL("libcuda.so.1")
@@ -103,7 +103,7 @@ class Stub:
         self._seen = self._launched.value
 
     def forget(self) -> None:
-        """What was launched, and every kernel that is in memory; Triton has them on disk still."""
+        """Forget the recorded launches and all kernels in memory; Triton's cache on disk stays."""
         from triton.runtime.jit import JITFunction
 
         for name, module in list(sys.modules.items()):
@@ -113,7 +113,7 @@ class Stub:
         self._seen = self._launched.value
 
     def launches(self) -> list[Launch]:
-        """Those since this was last asked."""
+        """Return the launches since the last call."""
         first, self._seen = self._seen, self._launched.value
         assert self._seen - first <= RING, "some were overwritten"
         return [
@@ -123,5 +123,5 @@ class Stub:
 
     @property
     def loaded(self) -> int:
-        """How many compiled kernels were ever loaded: each variant of a kernel once."""
+        """Return the number of compiled kernels loaded so far; each variant of a kernel counts once."""
         return self._loaded.value

@@ -1,4 +1,4 @@
-"""Calls of every op that Triton serves, in every way that makes another launch of it."""
+"""Calls of every op that Triton serves, in every way that leads to another launch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ Prepare = Callable[[int], tuple[Call, Sequence[Tensor]]]
 
 
 class Case(NamedTuple):
-    """An op's call: ``prepare(B)`` gives what calls it and the leaves to differentiate by, none for forward alone."""
+    """One call of an op.
+
+    ``prepare(B)`` returns the call and the leaves to differentiate by, none for forward alone.
+    """
 
     op: str
-    kind: str  # a row of the table of launches
+    kind: str  # a row of the launches' table
     name: str
     batch: int
     prepare: Prepare
-    expanded: bool = False  # the gradient from above is one number, as `.sum()` gives it
+    expanded: bool = False  # the incoming gradient is one number, as from `.sum()`
 
 
 def both_ways(case: Case, batch: int | None = None) -> tuple[Call, Call]:
-    """Forward, and the backward of the forward called last."""
+    """Return the forward call, and the backward of the last forward call."""
     call, leaves = case.prepare(case.batch if batch is None else batch)
     made: list[Tensor] = []
     pulls: list[Tensor] = []
@@ -49,16 +52,16 @@ def both_ways(case: Case, batch: int | None = None) -> tuple[Call, Call]:
     return forward, backward
 
 
-# Goals: what makes them of B.
+# Goals: functions that make them for a batch of B.
 
 
 def laid(name: str, *dtypes: torch.dtype) -> Callable[[int], list[Tensor]]:
-    """Six of them, in one of the layouts of tests/support/triton_goals.py."""
+    """Return a function that makes six goals in one of the layouts of tests/support/triton_goals.py."""
     return lambda batch: make(name, batch, list(dtypes) or [FLOAT])
 
 
 def columns(count: int, wanted: int | None = None) -> Callable[[int], list[Tensor]]:
-    """``count`` tensors [B], of which the first does not require grad unless all are ``wanted``."""
+    """Return a function that makes ``count`` tensors [B], the last ``wanted`` of which require grad."""
     least = count - (count if wanted is None else wanted)
     return lambda batch: [torch.rand(batch).requires_grad_(k >= least) for k in range(count)]
 
@@ -182,7 +185,7 @@ def on_matrices(
     lay: Callable[[Tensor], Tensor] = lambda x: x,
     want: int = -1,
 ) -> Prepare:
-    """For ``op(*matrices, *rest)``; ``want`` has a bit to each gradient that is wanted."""
+    """Prepare ``op(*matrices, *rest)``; each bit of ``want`` requests a gradient."""
 
     def prepare(batch: int) -> tuple[Call, Sequence[Tensor]]:
         given = [lay(torch.rand(batch, dims, dtype=dtypes[k % len(dtypes)])) for k in range(count)]
@@ -194,7 +197,7 @@ def on_matrices(
 
 
 def hows(op: str, kind: str, batch: int, call: Callable[..., Any], dims: int, count: int, *rest: Any) -> list[Case]:
-    """One call in every dtype and layout."""
+    """Return one call in every dtype and layout."""
     return [Case(op, kind, name, batch, on_matrices(call, dims, count, *rest, **how)) for name, how in HOWS.items()]
 
 
@@ -258,7 +261,7 @@ def covariance_penalty_cases() -> list[Case]:
     cases = []
     for per_sample, dual, expanded, normalize in itertools.product((True, False), repeat=4):
         if expanded and not per_sample:
-            continue  # of one number there is no other gradient
+            continue  # a single number has no other gradient
         words = ["sample" if per_sample else "batch"]
         words += [
             word for word, said in {"D > B": dual, "one gradient": expanded, "raw": not normalize}.items() if said
@@ -311,7 +314,7 @@ CASES: dict[str, list[Case]] = {
     "covariance_penalty": covariance_penalty_cases(),
 }
 
-# Kernels by Triton of a call and of its backward; then those of PyTorch beside them, in either.
+# Kernels by Triton of a call and of its backward, then PyTorch's kernels beside each.
 LAUNCHES = {
     "min_goal": {
         "one program": (1, 1, 0, 0),
@@ -320,13 +323,13 @@ LAUNCHES = {
         "0-dim goals": (2, 2, 0, 0),
         "no gradient": (2, 0, 0, 0),
     },
-    "goal_set": {  # with a gradient, PyTorch copies the settings for a second one
+    "goal_set": {  # if a gradient is needed, PyTorch copies the settings for a second one
         "one program": (1, 1, 1, 0),
         "many programs": (2, 1, 1, 0),
         "0-dim goals": (2, 2, 1, 0),
         "no gradient": (2, 0, 0, 0),
     },
-    "total_correlation": {  # PyTorch's: the range and the sum of logvar, parts of grad_z, gradients to half precision
+    "total_correlation": {  # PyTorch makes the range and the sum of logvar, parts of grad_z, and half gradients
         "one chunk": (4, 4, 2, 2),
         "halves": (4, 4, 2, 4),
         "one gradient": (4, 3, 2, 2),
@@ -337,7 +340,7 @@ LAUNCHES = {
     "consistency_variance": {"always": (1, 1, 0, 0)},
     "active_units": {"one program": (1, 1, 0, 0), "many programs": (2, 1, 0, 0)},
     "latent_statistics": {"one program": (1, 1, 0, 0), "many programs": (2, 1, 0, 0)},
-    "covariance_penalty": {  # PyTorch makes the matrix products, and fills diagonals
+    "covariance_penalty": {  # PyTorch makes the matrix products and fills diagonals
         "sample": (3, 2, 3, 3),
         "sample, raw": (3, 2, 3, 3),
         "sample, one gradient": (3, 2, 3, 0),
