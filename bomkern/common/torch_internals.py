@@ -226,6 +226,21 @@ def outside_modes() -> Iterator[None]:
         yield
 
 
+_need(
+    "torch.compiler.assume_constant_result._dynamo_marked_constant",
+    since="2.0",
+    serves="an import of bomkern that does not import torch._dynamo",
+    instead="torch.compiler.assume_constant_result, which imports it",
+    without="compiled graphs trace the choice of an implementation, and may fail to compile",
+    owner=lambda: torch.compiler.assume_constant_result(lambda: None),
+)
+
+
+def mark_constant(fn: Any) -> None:
+    """Mark ``fn`` as `torch.compiler.assume_constant_result` does, without its import of torch._dynamo."""
+    fn._dynamo_marked_constant = True
+
+
 _mark_static_address = _need(
     "torch._dynamo.mark_static_address",
     since="2.1",

@@ -192,6 +192,20 @@ def test_the_list_holds_what_the_file_reaches() -> None:
     assert len({needed.name for needed in internals.NEEDED}) == len(internals.NEEDED)
 
 
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    ours, theirs = (lambda: None), (lambda: None)
+    internals.mark_constant(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_the_import_leaves_the_compiler_of_torch_alone() -> None:
+    """The import of torch._dynamo takes longer than all of bomkern."""
+    code = "import sys, bomkern; bomkern.GoalSet(a=bomkern.Minimize(1.0)); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 # C++.
 
 PUBLIC_HEADERS = re.compile(
