@@ -82,7 +82,8 @@ def test_layouts(
         if impl == "cpu":
             assert torch.equal(a, b)
         else:
-            torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype != torch.float32 else 1e-4, atol=1e-4)
+            # All correlations of two samples are 1 or -1, and their gradient, 0, is a sum of terms that cancel: 1.2e-4.
+            torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype != torch.float32 else 1e-4, atol=3e-4)
 
 
 @EVERY
