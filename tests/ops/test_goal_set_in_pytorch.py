@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import bomkern
 from bomkern import ConstraintTable
 from bomkern.dispatch import select
 from bomkern.reference import RecordAt
 from tests.support.goal_set_op import GROUPINGS, KERNELS, call, goals_of, raw_values, run
 from tests.support.goals import REDUCTIONS, SIX
-from tests.support.processes import run_tests
+from tests.support.processes import run_on_instruction_set, run_tests
 from tests.support.servers import COMPILED, servers
 from tests.support.syncs import CountSyncs
 
@@ -303,9 +302,7 @@ def test_cuda_graph_replay_sees_a_changed_temperature() -> None:
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
     """Run the oracle tests on the narrower vectors of other CPUs."""
-    if simd not in bomkern.info()["build"]["simd"].split():
-        pytest.skip(f"{simd} is not built for this processor")
-    run_tests("tests/ops/test_goal_set.py", "cpu-cpu and not properties and not gradcheck", BOMKERN_SIMD=simd)
+    run_on_instruction_set(simd, "tests/ops/test_goal_set.py", "cpu-cpu and not properties and not gradcheck")
 
 
 @pytest.mark.slow

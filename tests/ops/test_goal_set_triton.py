@@ -6,12 +6,6 @@ otherwise in Triton's interpreter. `TRITON_INTERPRET=1 pytest tests/ops/test_goa
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,9 +14,8 @@ from bomkern import ConstraintTable
 from bomkern.dispatch import triton as triton_ops
 from tests.support.goal_set_op import GROUPINGS, check, check_places, raw_values, run
 from tests.support.goals import REDUCTIONS, SIX
-from tests.support.processes import ROOT
-from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton
-from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
+from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton, run_interpreted
+from tests.support.triton_recorder import Launches, check_no_spills, compile_all, record
 
 SERVER = ("triton", DEVICE)
 
@@ -98,11 +91,7 @@ class TestKernels:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is that process")
 def test_under_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"{__file__}::TestKernels"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"\d\d passed", done.stdout), done.stdout[-2000:]
+    run_interpreted(__file__, r"\d\d passed", 900)
 
 
 @needs_triton
@@ -114,14 +103,13 @@ def test_compiles_for_sm_90_without_spills() -> None:
 # The code below runs as a script, see tests/ops/test_min_goal_triton.py.
 
 
-def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def record_launches() -> Launches:
     import bomkern.kernels.goal_set.triton as kernels
 
     from bomkern.dispatch import fakes
 
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    for name in ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"):
-        setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+    launches: Launches = []
+    record(kernels, ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"), launches)
 
     def both(goals: list[Tensor], groups: list[int], reduction: int, save: bool = True, weighed: bool = False) -> None:
         dtype = DOUBLE if any(g.dtype == DOUBLE for g in goals) else FLOAT

@@ -13,7 +13,7 @@ from torch import Tensor
 import bomkern
 from bomkern import ConstraintTable, Minimize, min_goal_loss
 from tests.support.goals import REDUCTIONS, SIX, grad_of, leaf
-from tests.support.processes import run_tests
+from tests.support.processes import run_on_instruction_set, run_tests
 from tests.support.servers import COMPILED, servers
 from tests.support.syncs import CountSyncs
 
@@ -187,12 +187,8 @@ def test_same_bits_at_any_number_of_threads() -> None:
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
     """Run the oracle tests on the narrower vectors of other CPUs."""
-    if simd not in bomkern.info()["build"]["simd"].split():
-        pytest.skip(f"{simd} is not built for this processor")
-    run_tests(
-        "tests/ops/test_min_goal.py",
-        "cpu-cpu and (oracle or layouts or nan or infeasible or dtypes)",
-        BOMKERN_SIMD=simd,
+    run_on_instruction_set(
+        simd, "tests/ops/test_min_goal.py", "cpu-cpu and (oracle or layouts or nan or infeasible or dtypes)"
     )
 
 

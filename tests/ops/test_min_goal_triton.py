@@ -7,10 +7,6 @@ be chosen before triton is imported. `TRITON_INTERPRET=1 pytest FILE` shows each
 from __future__ import annotations
 
 import importlib.util
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +16,10 @@ from torch import Tensor
 
 from bomkern import Box, Constraint, Minimize, MinimizeHard, Upper, reference
 from bomkern.dispatch import triton as triton_ops
-from tests.support.processes import ROOT
 from tests.support.tolerances import assert_as_good_as_eager
-from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton
+from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton, run_interpreted
 from tests.support.triton_goals import CONSTRAINTS, LAYOUTS, MEAN, MIN, MIXED, NONE, SUM, make, on_device, table
-from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
+from tests.support.triton_recorder import Launches, check_no_spills, compile_all, record
 
 
 def call(fn: Any, goals: list[Tensor], constraints: list[Constraint] | None, reduction: int) -> tuple[Any, Any]:
@@ -221,11 +216,7 @@ class TestKernels:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is that process")
 def test_under_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"{__file__}::TestKernels"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"\d{3} passed", done.stdout), done.stdout[-2000:]
+    run_interpreted(__file__, r"\d{3} passed", 600)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter serves the CPU")
@@ -249,14 +240,13 @@ def test_compiles_for_sm_90_without_spills() -> None:
 # The code below runs as a script: it records every launch, and compiles it for a device that is not here.
 
 
-def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def record_launches() -> Launches:
     import bomkern.kernels.min_goal.triton as kernels
 
     from bomkern.dispatch.triton.min_goal import _allocate as allocate
 
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    for name in ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"):
-        setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+    launches: Launches = []
+    record(kernels, ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"), launches)
 
     def both(goals: list[Tensor], constraints: list[Constraint] | None, reduction: int) -> None:
         outputs, batch, count, dtype = allocate(goals, reduction, True, True)

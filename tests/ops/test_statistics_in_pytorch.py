@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bomkern
 from bomkern import active_units, consistency_variance, covariance_penalty, gaussian_kl, latent_statistics
 from bomkern.dispatch import schemas
-from tests.support.processes import run_tests
+from tests.support.processes import run_on_instruction_set, run_tests
 from tests.support.statistics import (
     EVERY,
     OPS,
@@ -371,10 +371,7 @@ def test_cuda_graph_replay(name: str) -> None:
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
     """Run the oracle tests on the narrower vectors of other CPUs."""
-    build = bomkern.info()["build"]
-    if simd not in build.get("simd", "").split():
-        pytest.skip(f"{simd} is not built for this processor")
-    run_tests(FILES, "cpu-cpu and not properties and not gradcheck", BOMKERN_SIMD=simd)
+    run_on_instruction_set(simd, FILES, "cpu-cpu and not properties and not gradcheck")
 
 
 @pytest.mark.slow

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,10 +18,9 @@ from torch import Tensor
 
 import bomkern
 from bomkern.dispatch import triton as triton_ops
-from tests.support.processes import ROOT
 from tests.support.statistics import OPS, Inputs, check, check_far, check_second_derivative, codes, leaves, run, views
-from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton
-from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
+from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton, run_interpreted
+from tests.support.triton_recorder import Launches, check_no_spills, compile_all, record
 
 SERVER = ("triton", DEVICE)
 EVERY = pytest.mark.parametrize("name", OPS)
@@ -287,11 +283,7 @@ def backward_arguments(name: str, given: list[Any], out: list[Tensor]) -> list[t
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is that process")
 def test_under_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"{__file__}::TestKernels"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"\d\d passed", done.stdout), done.stdout[-2000:]
+    run_interpreted(__file__, r"\d\d passed", 900)
 
 
 @needs_triton
@@ -321,14 +313,13 @@ KERNELS = {
 }
 
 
-def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def record_launches() -> Launches:
     import importlib
 
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launches: Launches = []
     for module, names in KERNELS.items():
         kernels = importlib.import_module(f"bomkern.kernels.{module}")
-        for name in names:
-            setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+        record(kernels, names, launches)
     load = functools.cache(lambda op, _: importlib.import_module(f"bomkern.kernels.{op}.triton"))
     for name in OPS:
         sys.modules[f"bomkern.dispatch.triton.{name}"].load = load  # type: ignore[attr-defined]

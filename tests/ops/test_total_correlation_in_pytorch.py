@@ -9,7 +9,7 @@ import torch
 
 import bomkern
 from bomkern import total_correlation
-from tests.support.processes import run_tests
+from tests.support.processes import run_on_instruction_set, run_tests
 from tests.support.servers import servers
 from tests.support.syncs import CountSyncs
 from tests.support.total_correlation import ESTIMATORS, latents, leaves, run
@@ -103,12 +103,8 @@ def test_same_bits_at_any_number_of_threads(batch: int, dims: int) -> None:
 @pytest.mark.parametrize("simd", ["avx2", "baseline"])
 def test_other_instruction_sets(simd: str) -> None:
     """Run the oracle tests on the narrower vectors of other CPUs."""
-    if simd not in bomkern.info()["build"]["simd"].split():
-        pytest.skip(f"{simd} is not built for this processor")
-    run_tests(
-        "tests/ops/test_total_correlation.py",
-        "cpu-cpu and (oracle or layouts or nan or extremes or dtypes)",
-        BOMKERN_SIMD=simd,
+    run_on_instruction_set(
+        simd, "tests/ops/test_total_correlation.py", "cpu-cpu and (oracle or layouts or nan or extremes or dtypes)"
     )
 
 

@@ -6,10 +6,6 @@ otherwise in Triton's interpreter. `TRITON_INTERPRET=1 pytest FILE` shows each t
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,10 +15,9 @@ from torch import Tensor
 
 from bomkern import reference
 from bomkern.dispatch import triton as triton_ops
-from tests.support.processes import ROOT
 from tests.support.tolerances import assert_as_good_as_eager
-from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton
-from tests.support.triton_recorder import Recorder, check_no_spills, compile_all
+from tests.support.triton_device import BF16, DEVICE, DOUBLE, FLOAT, HALF, INTERPRET, needs_triton, run_interpreted
+from tests.support.triton_recorder import Launches, check_no_spills, compile_all, record
 
 
 def make(batch: int, dims: int, low: float = -2.0, high: float = 1.0, dtype: torch.dtype = FLOAT) -> list[Tensor]:
@@ -168,11 +163,7 @@ class TestKernels:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is that process")
 def test_under_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"{__file__}::TestKernels"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"\d\d passed", done.stdout), done.stdout[-2000:]
+    run_interpreted(__file__, r"\d\d passed", 600)
 
 
 @needs_triton
@@ -192,16 +183,15 @@ def test_compiles_for_sm_90_without_spills() -> None:
 # The code below runs as a script, see tests/ops/test_min_goal_triton.py.
 
 
-def record_launches() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def record_launches() -> Launches:
     import bomkern.kernels.total_correlation.triton as kernels
     import bomkern.kernels.total_correlation.triton_tiles as tiles
 
     from bomkern.dispatch.triton.total_correlation import _allocate as allocate
 
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    tiles.prepare = Recorder(tiles.prepare, launches)
-    for name in ("marginals", "joint_parts", "finish", "joint_weights", "pull_rows", "pull_components"):
-        setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+    launches: Launches = []
+    record(tiles, ("prepare",), launches)
+    record(kernels, ("marginals", "joint_parts", "finish", "joint_weights", "pull_rows", "pull_components"), launches)
 
     def both(
         z: Tensor, mu: Tensor, logvar: Tensor, size: int | None, stratified: bool, want: list[bool], first: int = 0

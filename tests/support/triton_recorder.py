@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from tests.support.processes import ROOT
 from tests.support.triton_device import BF16, DOUBLE, FLOAT, HALF
+
+Launches = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]  # kernel, arguments and keywords of each
 
 
 def check_no_spills(module: str, least: int) -> None:
@@ -35,11 +38,17 @@ def check_no_spills(module: str, least: int) -> None:
 class Recorder:
     """A stand-in for a kernel that keeps the arguments of its launches."""
 
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
+    def __init__(self, kernel: Any, launches: Launches) -> None:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def record(module: Any, names: Iterable[str], launches: Launches) -> None:
+    """Replace kernels of a module by recorders that add to ``launches``."""
+    for name in names:
+        setattr(module, name, Recorder(getattr(module, name), launches))
 
 
 def source(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,7 +80,7 @@ def source(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return ASTSource(kernel, signature, constants, hints)
 
 
-def compile_all(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], shown: tuple[str, ...]) -> None:
+def compile_all(launches: Launches, shown: tuple[str, ...]) -> None:
     """Print each distinct launch's registers, local memory and ``shown`` arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
