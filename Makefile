@@ -64,10 +64,10 @@ bench: $(VENV)/.built $(VENV)/.extra-bench
 	$(RUN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
 	$(RUN)/python -m bench.report build/bench.json
 
-# Runs three minutes of the benches and compares them with the report: fails where bomkern became slower against eager
+# Runs three minutes of the benches and compares them with recorded runs: fails where bomkern became slower than eager
 # PyTorch on its worst kind of data, or where one kind of data takes much longer than another.
 guard: $(VENV)/.built $(VENV)/.extra-bench
-	$(RUN)/python -m bench.compare bench/results/cpu.json --run 3
+	$(RUN)/python -m bench.compare bench/results/guard.json --run 3
 
 # Runs the C++ and the emulated CUDA kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, built
 # in .sanitize. PART= selects some of: planted kernels emulator memory threads. A full run writes the results for

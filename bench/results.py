@@ -12,6 +12,7 @@ from bench.cases import OPS
 
 HERE = Path(__file__).resolve().parent / "results"
 KIND = "bench"  # the "kind" of these files, which distinguishes them from others in the folder
+GUARD = "guard"  # the "kind" of bench/results/guard.json, see bench.compare
 KEPT = "kept benches"  # the "kind" of files of --keep, see bench.keep
 PREDICTED, PREDICTIONS = "predictions", HERE / "predictions.json"  # kind and path of the file of bench.predictions
 USUAL = {op: benches.usual for op, benches in OPS.items()}  # the usual regime of each op, see bench/cases.py
@@ -87,15 +88,19 @@ class Results:
         by_group: dict[str, dict[str, Row]] = {}
         for row in self.rows:
             if "wrong" not in row:
-                where = "" if usual(row) else f" in {row['regime']}"
-                group = f"{row['case']} {row['direction']} {named(row['size'])}{where}"
-                by_group.setdefault(group, {})[row["peer"]] = row
+                by_group.setdefault(self.group(row), {})[row["peer"]] = row
         return by_group
 
-    def save(self, path: Path) -> None:
+    @staticmethod
+    def group(row: Row) -> str:
+        """Return the name of what a row's peer was timed on, which its peers share."""
+        where = "" if usual(row) else f" in {row['regime']}"
+        return f"{row['case']} {row['direction']} {named(row['size'])}{where}"
+
+    def save(self, path: Path, kind: str = KIND) -> None:
         """Write the results, one row per line so that a diff is readable."""
         rows = ",\n  ".join(json.dumps(row) for row in self.rows)
-        head = {"kind": KIND, "machine": self.machine, "date": self.date, "command": self.command}
+        head = {"kind": kind, "machine": self.machine, "date": self.date, "command": self.command}
         path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
 
 
@@ -161,7 +166,7 @@ def _from_file(path: Path) -> Results:
     if f'"kind": "{KEPT}"' in first and first.endswith("\n"):
         return _from_lines(*kept_lines(path)[0])
     raw = json.loads(path.read_text())
-    if raw.get("kind") == KIND:
+    if raw.get("kind") in (KIND, GUARD):
         return Results(raw["machine"], raw["date"], raw["command"], raw["rows"])
     machine = raw["machine_info"]
     machine["ceilings"] = {unit: rounded(most) for unit, most in machine["ceilings"].items()}

@@ -76,6 +76,29 @@ def test_pairs_count_as_they_were_paired() -> None:
     assert list(compare.ratios(Results(MACHINE, "", "", [paired])).values()) == [7.5]
 
 
+def runs(*pairs: float) -> Results:
+    one = row("gaussian_kl", "bomkern", 1.0, "forward+backward in pairs", B=64, D=2)
+    return Results(MACHINE, "", "", [{**one, "pair": pair} for pair in pairs])
+
+
+def test_a_base_of_several_runs_allows_their_spread() -> None:
+    assert list(compare.ratios(runs(4.0, 5.0)).values()) == [4.0]
+    assert not compare.compare(runs(4.0), [runs(3.3)])[1]
+    assert compare.compare(runs(4.0, 5.0), [runs(2.8)])[1]  # 4 times 0.85 times 4 / 5 is 2.72
+    lines, fine = compare.compare(runs(4.0, 5.0), [runs(2.7)])
+    assert not fine and "FELL by more than 32%" in lines[1]
+    assert compare.compare(runs(4.0), [runs(3.0), runs(3.5)])[1]
+
+
+def test_recorded_runs_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = iter([5.0, 4.0, 4.5])
+    monkeypatch.setattr(compare, "run", lambda to: runs(next(pairs)).save(to))
+    assert compare.main([str(tmp_path / "guard.json"), "--record", "3"]) == 0
+    again = read([tmp_path / "guard.json"])
+    assert [row["pair"] for row in again.rows] == [5.0, 4.0, 4.5] and "--record 3" in again.command
+    assert committed(tmp_path) == []  # not a machine's report
+
+
 def test_compare_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, new = (made(tmp_path / f"{n}.json", results(bomkern=t)) for n, t in (("base", 1e-6), ("new", 2e-6)))
     assert compare.main([str(base), str(base)]) == 0
