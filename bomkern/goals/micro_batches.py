@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common.host_copy import capturing
 from ..common.reductions import REDUCTIONS
-from ..common.torch_internals import FullPrecisionBuffers, buffers_of, children_of
+from ..common.torch_internals import FullPrecisionBuffers, buffers_of, children_of, under_transform
 from .anchors import Buffers
 from .monitor import Monitor
 from .policies import Policy
@@ -76,6 +76,8 @@ class MicroBatches:
                 "a step of micro-batches is open, and this call belongs to none: make the step's last call inside of "
                 "GoalSet.accumulate(last=True), or call GoalSet.discard() before the next step"
             )
+        if under_transform() and not torch.compiler.is_compiling():
+            raise RuntimeError("a step of several calls cannot be taken inside torch.func: make the step one call")
         captured = capturing(buffers["params"].device)
         if self.open and self._captured is not captured:
             raise RuntimeError(
@@ -204,9 +206,9 @@ class TakesMicroBatches(FullPrecisionBuffers):
         The loss of a micro-batch is its own. Anchors, weights of a spill and nudges of a guard are the same for all
         micro-batches, so with equal sizes the gradients of ``loss / n`` add up to that of one batch. Spill, guard,
         history and `steps` take the step once, after the last micro-batch, from means over all of its samples; with
-        ``reduction="min"`` they take the worst micro-batch. Policies that learn use all raw values of the step so far, so
-        the scales under an early micro-batch are those of its samples and the ones before. `accept` and
-        `StepGuard` take the whole step back; they also end a step that is still open.
+        ``reduction="min"`` they take the worst micro-batch. Policies that learn use all raw values of the step so far,
+        so the scales under an early micro-batch are those of its samples and the ones before. `accept` and `StepGuard`
+        take the whole step back; they also end a step that is still open.
 
         A goal of the whole batch (0-dim) is judged within each micro-batch, by the value that it has there. Its record
         is the mean of these values.

@@ -325,6 +325,29 @@ def test_an_accumulated_step_that_the_scaler_rejects_is_taken_back_whole() -> No
     assert goals.history["finite"].tolist() == [1, 0, 1] * 2
 
 
+def test_manual_optimization_is_left_alone() -> None:
+    class Manual(Whole):
+        """A model that accumulates two batches by itself, and steps another optimizer between them."""
+
+        def __init__(self, goals: GoalSet) -> None:
+            super().__init__(goals)
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.parameters(), lr=0.01), torch.optim.SGD(self.parameters(), lr=0.0)]
+
+        def training_step(self, batch: list[Tensor], index: int) -> None:
+            main, other = self.optimizers()  # type: ignore[misc]
+            with self.goals.accumulate(last=index % 2 == 1):
+                self.manual_backward(self.loss(batch[0]).loss)
+            other.step()
+            if index % 2:
+                main.step()
+
+    goals = accumulated(Manual(goal_set()), data(8))
+    assert goals.steps == len(goals.history) == 10
+
+
 @pytest.mark.parametrize("batches", [1, 2])
 def test_the_evaluations_of_l_bfgs_are_one_step(batches: int) -> None:
     model = Whole(goal_set(), lbfgs=True)

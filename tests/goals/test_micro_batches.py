@@ -263,6 +263,25 @@ def test_an_open_step_is_not_forgotten_in_silence() -> None:
         goals.begin_micro_batch(1)  # type: ignore[arg-type]
 
 
+def test_a_transform_is_refused() -> None:
+    goals = GoalSet(b=Minimize(1.0))
+    refused = pytest.raises(RuntimeError, match=r"a step of several calls cannot be taken inside torch\.func")
+    with refused, goals.accumulate(last=False):
+        torch.func.grad(lambda x: goals({"b": x}).loss)(torch.ones(4))
+    assert goals.part is None and goals.steps == 0
+
+
+def test_a_goal_set_inside_of_another_takes_the_same_steps() -> None:
+    goals = two()
+    goals.inner = two()
+    for last in (False, True):
+        with goals.accumulate(last=last):
+            call(goals), call(goals.inner)
+    with goals.one_step():
+        call(goals), call(goals.inner), call(goals), call(goals.inner)
+    assert goals.steps == goals.inner.steps == 2 and goals.inner.part is None
+
+
 @pytest.mark.parametrize("rest", ["last", "end", "discard"])
 def test_a_checkpoint_in_the_middle_is_of_before_the_step(rest: str) -> None:
     """Saving changes nothing in the run; a loaded checkpoint begins with a new step."""
