@@ -142,7 +142,7 @@ def _batch_of(labels: Sequence[str], goals: Sequence[Tensor]) -> int:
             fix = goal_fix(goal.shape, batch if rows else None)
             raise ValueError(f"{label} must have shape [B] or [], got {list(goal.shape)}: {fix}")
     if any(goals[k].shape[0] != batch for k in rows):
-        lengths = [goals[k].shape[0] for k in rows]
+        lengths = [int(goals[k].shape[0]) for k in rows]  # a graph that is traced may hold symbols
         odd, right, most = odd_length(lengths)
         what = samples(lengths[odd]) if lengths[odd] != 1 else "shape [1]"
         others = f"others have {lengths[right]}" if most else f"{labels[rows[right]]} has {lengths[right]}"
