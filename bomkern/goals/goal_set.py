@@ -172,7 +172,7 @@ class GoalSet(GoalBuffers):
         if self.anchoring.waiting and self.alone is None:
             self.anchoring.refuse()
         rules, buffers, evaluation = self.rules, buffers_of(self), None
-        learns = self.training and learning_is_enabled() and not buffers["params"].is_meta
+        learns = self.training and learning_is_enabled()
         if learns:
             rules.changed.clear()  # the previous step can no longer be taken back
         if any(type(value) is Lazy for value in tensors):

@@ -109,10 +109,8 @@ class Monitor(FullPrecisionBuffers):
         """Keep the record of a step, [size]. The other arguments are for `Spill`, see `reference.goal_set_keep`."""
         buffers = buffers_of(self)
         ring, place = buffers["ring"], buffers["place"]
-        if ring.is_meta:
-            raise RuntimeError(
-                "a part of this GoalSet is still on the meta device: call its to_empty(device=...) first"
-            )
+        if ring.is_meta and not record.is_meta:
+            raise RuntimeError("a part of this GoalSet is on the meta device: call its to_empty(device=...) first")
         keep = keeper(ring.device.type, self.impl)
         if torch.compiler.is_compiling():
             torch.ops.bomkern.goal_set_notice(place, self._handle)  # calls `notice` each time the graph runs
@@ -144,6 +142,9 @@ class Monitor(FullPrecisionBuffers):
     def _send(self) -> None:
         """Start to copy the ring to the host, and take in the copy that was started before."""
         count = self._count
+        if self.ring.is_meta:
+            count.sent = count.known
+            return
         arrived, self._copy = self._copy, (HostCopy(self.ring), HostCopy(self.place), count.known)
         count.sent = count.known
         if arrived is not None:

@@ -65,5 +65,6 @@ class RawValues:
             if not t.is_floating_point():
                 raise TypeError(f"the raw value of {name} must be a floating-point tensor, got {t.dtype}")
             if t.device != device:
-                raise ValueError(f"the raw value of {name} is on {t.device}, the GoalSet on {device}: move it")
+                fix = "call its to_empty(device=...)" if device.type == "meta" else "move it"
+                raise ValueError(f"the raw value of {name} is on {t.device}, the GoalSet on {device}: {fix}")
         check_goals(tensors)

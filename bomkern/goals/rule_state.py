@@ -29,7 +29,8 @@ def ends_of(policies: Mapping[str, Policy], begun: Sequence[int] = ()) -> list[i
 
 def learning_is_enabled() -> bool:
     """Return whether gradient is enabled, without which no call is a step of training."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    # Dynamo cannot trace the second question, which matters only if gradient is enabled inside inference mode.
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
 class RuleState:
