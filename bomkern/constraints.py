@@ -298,6 +298,21 @@ def write_ramp(row: Tensor, constraint: Constraint) -> None:
         entry.fill_(value)
 
 
+def text_of(constraint: Constraint, ramp: Sequence[float]) -> str:
+    """Return the text that a constraint prints, or that of the constraint with this ramp, if it is another one."""
+    if all(math.isclose(x, own, rel_tol=1e-5, abs_tol=1e-30) for x, own in zip(ramp, constraint.ramp, strict=True)):
+        return repr(constraint)
+    center, right, left, tail = ramp
+    up, down = (1 / slope if slope else math.inf for slope in (right, left))
+    if constraint.curve == HARD:
+        return f"MinimizeHard(scale={up:g})"
+    if constraint.curve == BARRIER:
+        return f"BoxAsymmetric(lower={center + down:g}, healthy={center:g}, upper={center + up:g}, tail={tail:g})"
+    if left == 0 or right == 0:
+        return f"Upper(limit={center:g}, margin={up:g})" if right else f"Lower(limit={center:g}, margin={-down:g})"
+    return f"Minimize(scale={up:g}, ideal={center:g})"
+
+
 def pack(constraints: Sequence[Constraint], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
     """Return ``params`` and ``curves`` of a table of these constraints; the tensor is shared, see `on_device`."""
     if torch.compiler.is_dynamo_compiling():

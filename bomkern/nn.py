@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from .common.process_group import ranks_of
 from .common.torch_internals import FullPrecisionBuffers
-from .constraints import Constraint, ConstraintTable
+from .constraints import Constraint, ConstraintTable, text_of
 from .goals.goal_set import GoalSet
 from .lazy_goals.lazy import Lazy
 from .ops.active_units import active_units
@@ -96,6 +96,11 @@ class MinGoalLoss(FullPrecisionBuffers):
         self._table = None if self.constraints is None else ConstraintTable(self.constraints)
         self.register_buffer("params", None if self._table is None else self._table.params)
 
+    def reset_parameters(self) -> None:
+        """Write the parameters of the constraints into ``params``, for example after ``to_empty``."""
+        if self.constraints is not None and self.params is not None:
+            self.params.copy_(ConstraintTable(self.constraints, "cpu").params)
+
     def forward(self, goals: Tensor | Sequence[Tensor | Lazy]) -> Tensor | tuple[Tensor, MinGoalStats]:
         """See `bomkern.min_goal_loss`."""
         table = self._table
@@ -108,7 +113,10 @@ class MinGoalLoss(FullPrecisionBuffers):
 
     def extra_repr(self) -> str:
         options = [f"{name}={value!r}" for name, value in self.options.items() if value not in (None, ())]
-        return ", ".join([*map(repr, self.constraints or ()), *options])
+        ramps = [] if self.params is None or self.params.is_meta else self.params.tolist()
+        own = self.constraints or ()
+        shown = [text_of(*pair) for pair in zip(own, ramps, strict=True)] if ramps else list(map(repr, own))
+        return ", ".join([*shown, *options])
 
 
 class TotalCorrelation(_Bound):

@@ -317,15 +317,24 @@ def children_of(module: nn.Module) -> dict[str, Any]:
 
 
 class FullPrecisionBuffers(nn.Module):
-    """A module whose buffers keep their precision under ``half()`` and ``bfloat16()`` of a model that contains it."""
+    """A module whose buffers keep their precision under ``half()`` and ``bfloat16()`` of a model that contains it.
+
+    Buffers that leave the meta device, by ``to_empty`` of a model, get their first values: see `reset_parameters`.
+    """
+
+    def reset_parameters(self) -> None:
+        """Give all buffers, which may hold anything, the values that they had when the module was made."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FullPrecisionBuffers:
-        before = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
-            if new.dtype not in (torch.float32, torch.float64):
+            if old.is_floating_point() and new.dtype not in (torch.float32, torch.float64):
                 setattr(self, name, old.to(new.device))
+        if any(b.is_meta for b in before.values()) and not any(b.is_meta for b in self.buffers(recurse=False)):
+            self.reset_parameters()
         return self
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common.checks import check_number
 from ..common.process_group import Ranks
-from ..constraints import Constraint, write_ramp
+from ..constraints import Constraint, ConstraintTable, write_ramp
 from .policies import SMALLEST, Anchored, Policy
 
 log = logging.getLogger("bomkern")
@@ -90,25 +90,53 @@ class Anchors:
 
     def _complete(self, buffers: Buffers, column: str) -> None:
         """Write the anchors of a column once both are known."""
-        policy, k = self.policies[column], self.index(column)
+        policy = self.policies[column]
         assert isinstance(policy, Anchored)
-        both = {**policy.known, **self._known[column]}
-        ideal, nadir = both["ideal"], both["nadir"]
+        ideal, nadir = self._write(buffers, column)
         away = ideal - nadir if policy.maximize else nadir - ideal
         if not away > 0:
             side, other = ("below", False) if policy.maximize else ("above", True)
             fix = f"; if it is on purpose, write Anchored(..., maximize={other})" if away < 0 else ""
             text = "the nadir of %s, %g, is not %s its ideal, %g: it will hold the gradient%s"
             log.warning(text, column, nadir, side, ideal, fix)
-        write_anchor(buffers, k, ideal, max(away, SMALLEST))
+        k = self.index(column)
         buffers["start"][k] = buffers["params"][k]
         self.waiting.remove(column)
+
+    def _write(self, buffers: Buffers, column: str) -> tuple[float, float]:
+        """Write the known anchors of a column, and return them."""
+        policy = self.policies[column]
+        assert isinstance(policy, Anchored)
+        both = {**policy.known, **self._known[column]}
+        ideal, nadir = both["ideal"], both["nadir"]
+        away = ideal - nadir if policy.maximize else nadir - ideal
+        write_anchor(buffers, self.index(column), ideal, max(away, SMALLEST))
+        return ideal, nadir
+
+    def first_params(self) -> Tensor:
+        """Return the parameters before the first step, [K, 4] float32 on the host, with the anchors known so far."""
+        params = ConstraintTable([policy.constraint for policy in self.policies.values()], "cpu").params
+        buffers = {"params": params, "log_nudge": params.new_zeros(len(params))}
+        for column in self._known:
+            if column not in self.waiting:
+                self._write(buffers, column)
+        return params
+
+    def restart(self) -> None:
+        """Return to the state before the first step. Anchors that `GoalSet.anchor` supplied stay known."""
+        self._alarmed.clear()
+        self.waiting = [c for c, p in self.policies.items() if p.waits and len(self._known[c]) < len(p.waits)]
 
     def _agreed(self, value: Any, device: torch.device) -> float:
         """Return the mean over the ranks of a number, or of the mean of a tensor."""
         number = float(value.detach().float().mean() if isinstance(value, Tensor) else value)
-        own = torch.tensor(number, dtype=torch.float64, device=device)
-        return float(self.ranks.gather(own).mean()) if self.ranks.size > 1 else number
+        if self.ranks.size == 1:
+            return number
+        # Two float32 hold 48 bits: not every device has float64.
+        high = torch.tensor(number, dtype=torch.float32, device="cpu")
+        low = torch.tensor(number - float(high) if high.isfinite() else 0.0, dtype=torch.float32, device="cpu")
+        gathered = self.ranks.gather(torch.stack([high, low]).to(device)).tolist()
+        return sum(float(part) for pair in gathered for part in pair) / self.ranks.size
 
     def move(self, buffers: Buffers, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
         """Move anchors towards measured values; see `GoalSet.remeasure`."""
@@ -160,9 +188,12 @@ class Anchors:
 
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint holds beside the buffers."""
-        return {"waits": list(self.waiting), "given": {column: dict(self._known[column]) for column in self.waiting}}
+        return {"waits": list(self.waiting), "given": {column: dict(known) for column, known in self._known.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Load a state that `state` returned."""
-        self.waiting = [column for column, policy in self.policies.items() if policy.waits and column in state["waits"]]
-        self._known = {column: dict(state.get("given", {}).get(column, {})) for column in self.waiting}
+        """Load a state that `state` returned, of the columns in ``state["from"]``; others stay as they are."""
+        waits = {*state["waits"], *(column for column in self.waiting if column not in state["from"])}
+        self.waiting = [column for column, policy in self.policies.items() if policy.waits and column in waits]
+        for column in state["from"]:
+            if column in self._known:
+                self._known[column] = dict(state["given"].get(column, {}))

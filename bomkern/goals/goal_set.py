@@ -15,25 +15,27 @@ from ..common.checks import MAX_GOALS, as_number
 from ..common.process_group import Ranks, ranks_of
 from ..common.reductions import REDUCTIONS
 from ..common.torch_internals import buffers_of, children_of
-from ..constraints import Constraint, ConstraintTable
+from ..constraints import Constraint
 from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
 from .anchors import Anchors
+from .buffers import GoalBuffers
 from .constraint_info import describe
 from .history import GoalOutput, History
 from .micro_batches import MicroBatches, TakesMicroBatches
 from .monitor import Monitor
-from .policies import STATE, Policy, policy_of
+from .policies import Policy, policy_of
 from .raw_values import Raw, RawValues
 from .record import Layout, share_record
-from .rule_state import RuleState, ends_of
+from .resume import Resume
+from .rule_state import RuleState, learning_is_enabled
 from .rules import Group, ShareGuard, Spill
 from .table import table
 
 
-class GoalSet(TakesMicroBatches):
+class GoalSet(GoalBuffers, TakesMicroBatches):
     """Named goals, each with a constraint or a scale policy, trained by the bottleneck rule in one fused call.
 
     The loss of a sample is ``max_g D_g``, where ``D_g`` is the deficit of goal g; that of a `Group` is the mean of its
@@ -57,6 +59,9 @@ class GoalSet(TakesMicroBatches):
             those of a rank's own samples. Each step gathers the record, and the raw values while a policy learns
             (compiled or captured: in every step). The group is neither copied with the module nor saved.
         impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the goals' device.
+        resume: the constraint that holds if that of the code is not the one in a state that is loaded, "code" or
+            "checkpoint". A warning names both.
+        renamed: maps names of goals to the ones that they have in a state that is loaded.
 
     Attributes:
         names: names of the goals, in order.
@@ -66,10 +71,12 @@ class GoalSet(TakesMicroBatches):
         anchoring, rules, monitor, layout: the parts, see their classes; ``anchoring.waiting`` names the columns whose
             anchors are not known yet.
 
-    All state is in buffers: it moves with ``to``, is saved by ``state_dict``, and changes without a host sync. The
-    device counts the steps, so a replayed CUDA graph continues as eager calls would. Policies and the monitor work in
-    training mode only; in ``eval()`` mode a call changes no state. Parameters stay float32 under ``half()`` and
-    ``bfloat16()``; for float64 goals call ``double()``.
+    All state is in buffers: it moves with ``to``, and changes without a host sync. A ``state_dict`` holds tensors only
+    and is loaded by the names of the goals. New goals start fresh, and a warning names them and those that are gone.
+    The device counts the steps, so a replayed CUDA graph continues as eager calls would. Policies and the monitor work
+    in training mode only, and only where gradient is enabled. In ``eval()`` mode, and under ``torch.no_grad()`` or
+    ``torch.inference_mode()``, a call changes no state. Parameters stay float32 under ``half()`` and ``bfloat16()``;
+    for float64 goals call ``double()``.
 
     Raises:
         ValueError: a name, count or value is invalid; the message names it.
@@ -81,15 +88,6 @@ class GoalSet(TakesMicroBatches):
         >>> out.loss.backward()
         >>> print(goals)  # each goal's share of the gradient, and its level
     """
-
-    params: Tensor
-    start: Tensor
-    temperature: Tensor
-    policy_state: Tensor
-    log_nudge: Tensor
-    guard_share: Tensor
-    average: Tensor
-    multipliers: Tensor
 
     def __init__(
         self,
@@ -104,6 +102,8 @@ class GoalSet(TakesMicroBatches):
         route: str = "auto",
         materialize: Sequence[str] = (),
         process_group: dist.ProcessGroup | None = None,
+        resume: str = "code",
+        renamed: Mapping[str, str] | None = None,
         **named: Constraint | Policy | Group,
     ) -> None:
         super().__init__()
@@ -114,7 +114,9 @@ class GoalSet(TakesMicroBatches):
         if self.spill and temperature:
             raise ValueError(f"temperature must be 0 with spill, got temperature={temperature} and spill={spill}")
         self._lay_out({**(goals or {}), **named}, materialize)
-        self._register(temperature)
+        rule = {"temperature": float(temperature), "spill": self.spill.ratio if self.spill else 0.0}
+        self._resume = Resume(resume, renamed, self.layout, self.policies, rule)
+        self._register()
 
     def _lay_out(self, goals: Mapping[str, Constraint | Policy | Group], materialize: str | Sequence[str]) -> None:
         """Collect the columns of the goals and their policies, and make the parts of this object."""
@@ -150,33 +152,6 @@ class GoalSet(TakesMicroBatches):
         self.micro = MicroBatches(self.rules, self.layout, self.reduction)
         self.alone: int | None = None
 
-    def _register(self, temperature: float) -> None:
-        """Register the buffers, in float32 whatever the default dtype is."""
-        goals, columns = len(self.names), len(self.policies)
-        params = ConstraintTable([policy.constraint for policy in self.policies.values()]).params
-        new = params.new_full
-        saved = {
-            "params": params,
-            "start": params.clone(),
-            "temperature": new((), float(temperature)),
-            "policy_state": new((columns, STATE), 0.0),
-            "log_nudge": new((columns,), 0.0),
-            "guard_share": new((goals,), -1.0),
-            "average": new((goals,), 0.0),
-            "multipliers": new((goals,), 1 / goals),
-        }
-        unsaved: dict[str, Tensor | None] = {
-            "_belongs": torch.tensor(self.owner),
-            "_ends": torch.tensor(ends_of(self.policies)),
-            "_weights_by_order": self.spill.weights(goals) if self.spill else None,
-            "_average_before": saved["average"].clone(),
-            "_multipliers_before": saved["multipliers"].clone(),
-        }
-        for name, buffer in saved.items():
-            self.register_buffer(name, buffer)
-        for name, extra in unsaved.items():
-            self.register_buffer(name, extra, persistent=False)
-
     # One step.
 
     if TYPE_CHECKING:  # what nn.Module calls Any
@@ -203,12 +178,14 @@ class GoalSet(TakesMicroBatches):
             self.anchoring.refuse()
         rules: RuleState | MicroBatches = self.rules if self.part is None else self.part
         buffers, evaluation = buffers_of(self), None
-        rules.changed.clear()  # the previous step can no longer be taken back
+        learns = self.training and learning_is_enabled()
+        if learns:
+            rules.changed.clear()  # the previous step can no longer be taken back
         if any(type(value) is Lazy for value in tensors):
             evaluation = Evaluation(tensors)
             tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
         try:
-            if self.training:
+            if learns:
                 rules.learn(buffers, tensors, children_of(self)["monitor"])
             loss, bottleneck, record = self._serve(tensors, buffers)
             ranks = self._ranks
@@ -224,10 +201,11 @@ class GoalSet(TakesMicroBatches):
             if evaluation is not None:
                 loss = evaluation.attach(loss)
         except Exception:
-            rules.restore()
+            if learns:
+                rules.restore()
             self._raw.explain(tensors, self.params.device)
             raise
-        if self.training:
+        if learns:
             record = rules.keep(buffers, children_of(self)["monitor"], record)
         return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
 
@@ -321,12 +299,6 @@ class GoalSet(TakesMicroBatches):
     def __setitem__(self, column: str, constraint: Constraint) -> None:
         """Replace the constraint of a goal by another one of the same curve; no host sync."""
         self.anchoring.replace(buffers_of(self), column, constraint)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return self.anchoring.state()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.anchoring.load_state(state)
 
     def __repr__(self) -> str:
         return table(self)

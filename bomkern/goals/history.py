@@ -48,8 +48,9 @@ class History:
 
     def __init__(self, layout: Layout, first: int = 0, stride: int = 1) -> None:
         self.layout, self.first, self.stride = layout, first, stride
-        self._rows = torch.empty(0, layout.size, dtype=torch.float32)
-        self._open = torch.empty(0, layout.size, dtype=torch.float32)  # steps that do not fill a row yet
+        # On the host, whatever torch's default device is.
+        self._rows = torch.empty(0, layout.size, dtype=torch.float32, device="cpu")
+        self._open = self._rows.clone()  # steps that do not fill a row yet
 
     @property
     def _rows(self) -> Tensor:
@@ -114,7 +115,7 @@ class History:
     @property
     def steps(self) -> Tensor:
         """The number of steps done at the end of each row, [T] int64."""
-        return self.first + self.stride * torch.arange(1, len(self._rows) + 1)
+        return self.first + self.stride * torch.arange(1, len(self._rows) + 1, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": self.first, "stride": self.stride, "rows": self._rows, "open": self._open}

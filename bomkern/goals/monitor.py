@@ -17,6 +17,7 @@ from ..dispatch.schemas import library
 from ..dispatch.select import keeper
 from .history import CAPACITY, History, Rows
 from .record import Layout
+from .saved import pack_history, unpack_history
 
 ROWS = 128  # records kept on the device before they are copied to the host
 
@@ -71,10 +72,17 @@ class Monitor(FullPrecisionBuffers):
         self._finite = layout.at.finite
         self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and the steps known then
         # Rows on the host that `take` has not returned yet.
-        self._fresh = Rows(torch.empty(0, layout.size, dtype=torch.float32))
+        self._fresh = Rows(torch.empty(0, layout.size, dtype=torch.float32, device="cpu"))
         self.register_buffer("ring", torch.zeros(ROWS, layout.size, dtype=torch.float32), persistent=False)
         self.register_buffer("place", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._register()
+
+    def reset_parameters(self) -> None:
+        """Forget all steps. FSDP calls this after it has moved a module from the meta device."""
+        self._count, self._copy, self._history = _Count(), None, History(self.layout)
+        self._fresh = Rows(self._fresh.rows()[:0])
+        self.ring.zero_()
+        self.place.zero_()
 
     def _register(self) -> None:
         """Take a handle, by which an op finds this monitor when a compiled graph runs."""
@@ -101,6 +109,8 @@ class Monitor(FullPrecisionBuffers):
         """Keep the record of a step, [size]. The other arguments are for `Spill`, see `reference.goal_set_keep`."""
         buffers = buffers_of(self)
         ring, place = buffers["ring"], buffers["place"]
+        if ring.is_meta and not record.is_meta:
+            raise RuntimeError("a part of this GoalSet is on the meta device: call its to_empty(device=...) first")
         keep = keeper(ring.device.type, self.impl)
         if torch.compiler.is_compiling():
             torch.ops.bomkern.goal_set_notice(place, self._handle)  # calls `notice` each time the graph runs
@@ -132,6 +142,9 @@ class Monitor(FullPrecisionBuffers):
     def _send(self) -> None:
         """Start to copy the ring to the host, and take in the copy that was started before."""
         count = self._count
+        if self.ring.is_meta:
+            count.sent = count.known
+            return
         arrived, self._copy = self._copy, (HostCopy(self.ring), HostCopy(self.place), count.known)
         count.sent = count.known
         if arrived is not None:
@@ -171,6 +184,8 @@ class Monitor(FullPrecisionBuffers):
     @property
     def history(self) -> History:
         """All steps so far. Reading it waits for the device."""
+        if self.place.is_meta:
+            return self._history
         while self._copy is not None or int(HostCopy(self.place).wait()) != self._count.taken:
             if self._copy is None:
                 self._send()
@@ -183,10 +198,15 @@ class Monitor(FullPrecisionBuffers):
         _ = self.history  # a copy under way holds an event, which cannot be copied or pickled
         return self.__dict__.copy()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, **self.history.state_dict(), "fresh": self._fresh.rows()[-CAPACITY:]}
+    def get_extra_state(self) -> Tensor:
+        history = self.history.state_dict()  # first, as it counts the steps of replayed graphs
+        return pack_history(self.layout, {"steps": self.steps, **history, "fresh": self._fresh.rows()[-CAPACITY:]})
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        if isinstance(state, Tensor):  # else of an older bomkern, or of other goals
+            state = unpack_history(state)
+        if state["rows"].shape[1:] != (self.layout.size,):
+            raise ValueError(f"the history has rows {list(state['rows'].shape)}, not of {self.layout.size} numbers")
         self._count, self._copy = _Count(state["steps"]), None
         self.place.fill_(state["steps"])
         self._history.load_state_dict(state)

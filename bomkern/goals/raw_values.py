@@ -57,4 +57,5 @@ class RawValues:
         check_goals(tensors, [f"the raw value of {label}" for label in self.labels])
         given = tensors[0].device  # that of all
         if given != device:
-            raise ValueError(f"the raw values are on {given}, the GoalSet on {device}: call goals.to({str(given)!r})")
+            fix = "call its to_empty(device=...)" if device.type == "meta" else f"call goals.to({str(given)!r})"
+            raise ValueError(f"the raw values are on {given}, the GoalSet on {device}: {fix}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,17 @@ LEARNT = ("params", "policy_state")  # the buffers that policies change
 NO_END = 2**63 - 1  # the last step of a policy that never ends
 
 
-def ends_of(policies: Mapping[str, Policy]) -> list[int]:
-    """Return the step after which each policy changes nothing."""
-    return [NO_END if policy.until is None else policy.until for policy in policies.values()]
+def ends_of(policies: Mapping[str, Policy], begun: Sequence[int] = ()) -> list[int]:
+    """Return the step after which each policy changes nothing. ``begun``: the step at which each began, 0 if empty."""
+    first = begun or [0] * len(policies)
+    ends = [NO_END if policy.until is None else policy.until for policy in policies.values()]
+    return [end + step if 0 < end < NO_END else end for end, step in zip(ends, first, strict=True)]
+
+
+def learning_is_enabled() -> bool:
+    """Return whether gradient is enabled, without which no call is a step of training."""
+    # Dynamo cannot trace the second question, which matters only if gradient is enabled inside inference mode.
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
 class RuleState:
@@ -39,6 +47,7 @@ class RuleState:
 
     Attributes:
         changed: each buffer that the step changes, with a copy of its value before; cleared when a step begins.
+        begun: the step at which the policy of each column began; above 0 for a goal that was added on resuming.
     """
 
     def __init__(
@@ -46,9 +55,15 @@ class RuleState:
     ) -> None:
         self.policies, self.guard, self.spill, self.ranks = policies, guard, spill, ranks
         self._share, self._deficit, self._goals = at.share, at.deficit, at.level - at.share
-        self._until = max(ends_of(policies))
+        self.begin([0] * len(policies))
         self.guarded = ("params", "log_nudge", "guard_share") if guard else ()
         self.changed: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, begun: Sequence[int]) -> list[int]:
+        """Set the step at which each policy began, and return their ends."""
+        self.begun, self._ends = list(begun), ends_of(self.policies, begun)
+        self._until = max(self._ends)
+        return self._ends
 
     def learn(self, buffers: Buffers, tensors: list[Tensor], monitor: Monitor) -> None:
         """Copy the buffers that this step changes, and update the policies from its raw values."""
@@ -72,7 +87,7 @@ class RuleState:
             step = 0 if fixed else monitor.steps
             if step < self._until:
                 policies = enumerate(self.policies.values())
-                learning = {k: p for k, p in policies if p.until is None or step < p.until}
+                learning = {k: p for k, p in policies if step < self._ends[k]}
         if (learning or self.guard) and under_transform() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "a GoalSet with a ShareGuard, or policies that follow raw values, cannot learn inside torch.func: "
@@ -93,7 +108,8 @@ class RuleState:
         copies = [(buffers[name], buffers[name].clone()) for name in LEARNT]
         self.changed += copies
         for (k, policy), raw in zip(learning.items(), raws, strict=True):
-            ideal_and_scale = policy.update(raw, buffers["policy_state"][k], step[0])
+            own = step[0] - self.begun[k] if self.begun[k] else step[0]
+            ideal_and_scale = policy.update(raw, buffers["policy_state"][k], own)
             if ideal_and_scale is not None:
                 write_anchor(buffers, k, *ideal_and_scale)
         if any(policy.until is not None for policy in learning.values()):

@@ -72,7 +72,7 @@ class Spill:
 
     def weights(self, goals: int) -> Tensor:
         """Return the weights by order, the worst goal's first, [goals]; they sum to 1."""
-        weights = self.ratio ** torch.arange(goals, dtype=torch.float64)
+        weights = self.ratio ** torch.arange(goals, dtype=torch.float64, device="cpu")
         return (weights / weights.sum()).float()
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, MinimizeHard
 from bomkern.goals.history import CAPACITY, History
 from bomkern.goals.monitor import ROWS
 from bomkern.goals.record import Layout
+from bomkern.goals.saved import unpack_history
 
 NAN, INF = math.nan, math.inf
 
@@ -126,7 +127,7 @@ def test_a_rejection_leaves_what_was_saved_or_taken_before_it_alone() -> None:
     goals(raw_of(goals))
     saved, rows = goals.state_dict(), goals.monitor.take()
     goals.accept(torch.tensor(False))
-    kept = saved["monitor._extra_state"]
+    kept = unpack_history(saved["monitor._extra_state"])
     assert kept["rows"][-1, -1] == kept["fresh"][-1, -1] == rows[-1, -1] == 1 and goals.history["finite"][-1] == 0
 
 

@@ -13,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from bomkern.goals.saved import unpack, unpack_history
 from bomkern.train import data, trainer
 from bomkern.train.config import Config
 
@@ -30,7 +31,11 @@ def make_trainer(**changes: Any) -> trainer.Trainer:
 
 
 def leaves(state: Any, name: str = "") -> dict[str, Any]:
-    """Return every tensor and number of a nested state, by path."""
+    """Return every tensor and number of a nested state, by path; also those packed into a GoalSet's extra states."""
+    if name.endswith("monitor._extra_state"):
+        return leaves(unpack_history(state), name + "/")
+    if name.endswith("_extra_state"):
+        return leaves(unpack(state)[0], name + "/")
     if isinstance(state, dict):
         return {k: v for key, value in state.items() for k, v in leaves(value, f"{name}/{key}").items()}
     if isinstance(state, (list, tuple)):

@@ -121,9 +121,6 @@ def test_the_plain_loop_of_the_readme_is_the_example() -> None:
 
 def test_a_star_import_brings_the_documented_names_and_no_module() -> None:
     """In the user's code ``nn`` stays torch's, whatever was imported before."""
-    import bomkern.integrations
-    import bomkern.nn
-    import bomkern.report
 
     names: dict[str, Any] = {"nn": torch.nn}
     exec("from bomkern import *", names)
