@@ -44,7 +44,7 @@ def names() -> dict[str, str]:
     import bomkern.nn
     import bomkern.report
 
-    signatures = {f"bomkern.{name}": signature(getattr(bomkern, name)) for name in bomkern.__all__}
+    signatures = {f"bomkern.{name}": signature(getattr(bomkern, name)) for name in (*bomkern.__all__, "nn")}
     for name in bomkern.nn.__all__:
         signatures[f"bomkern.nn.{name}"] = signature(getattr(bomkern.nn, name))
     for name in bomkern.integrations.__all__:

@@ -162,7 +162,9 @@ def check_params(params: Tensor | None, curves: Sequence[int], count: int, dtype
     if params.dim() != 2 or params.shape[0] != count or params.shape[1] != 4:
         raise ValueError(f"params must have shape [{count}, 4], got {list(params.shape)}")
     if params.dtype != dtype:
-        raise TypeError(f"params must be {dtype} for these goals, got {params.dtype}")
+        other = "" if dtype == torch.float32 else ", or write .float() for the goals that are float64"
+        fix = f"make the ConstraintTable with dtype={dtype}{other}"
+        raise TypeError(f"params must be {dtype} for these goals, got {params.dtype}: {fix}")
     if params.device != device:
         raise ValueError(f"params is on {params.device}, the goals on {device}: move it")
 

@@ -139,6 +139,7 @@ class Ranks:
             raise ValueError(
                 f"{name} must have the same shape on all ranks of process_group, got "
                 + ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
+                + ": drop_last=True leaves out a smaller last batch"
             )
         self._seen.add(tuple(x.shape))
 

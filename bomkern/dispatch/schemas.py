@@ -12,13 +12,27 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.checks import check_estimator, check_goals, check_latents, check_matrices, check_rows, check_views
+from ..common.checks import (
+    check_estimator,
+    check_goals,
+    check_latents,
+    check_matrices,
+    check_params,
+    check_rows,
+    check_views,
+)
 from ..reference import statistics
 from . import fakes
 from .registry import Op, Schema
 from .routing import routed_goal_set, routed_min_goal
 
 library = torch.library.Library("bomkern", "DEF")
+
+
+def check_columns(goals: Any, params: Any, curves: Any, *more: Any) -> None:
+    """Check the goals and their constraints."""
+    _, count, dtype = check_goals(goals)
+    check_params(params, curves, count, dtype, goals[0].device)
 
 
 def compiled_min_goal() -> Callable[..., Any]:
@@ -29,7 +43,7 @@ def compiled_min_goal() -> Callable[..., Any]:
         try:
             return (with_stats if stats else plain)(goals, params, curves, reduction, route)
         except (RuntimeError, TypeError, ValueError):
-            check_goals(goals)  # names the goal that the dispatcher refused, and says what to write instead
+            check_columns(goals, params, curves)  # names what was refused, and says what to write instead
             raise
 
     return serve
@@ -66,7 +80,7 @@ MIN_GOAL = Op(
         fakes.min_goal_backward,
     ),
     reference=reference.min_goal,
-    check=lambda goals, *_: check_goals(goals),
+    check=check_columns,
     definition=(
         "min_goal_reference(Tensor[] goals, Tensor? params, int[] curves, int reduction) -> Tensor",
         min_goal_loss,
@@ -103,7 +117,7 @@ GOAL_SET = Op(
         ),
     ),
     reference=reference.goal_set,
-    check=lambda goals, *_: check_goals(goals),
+    check=check_columns,
     definition=(
         "goal_set_reference(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, "
         "int reduction, Tensor? multipliers) -> Tensor",

@@ -185,6 +185,25 @@ def test_a_tensor_of_goals_of_another_shape() -> None:
         min_goal_loss([torch.rand(B, 1)])
 
 
+@pytest.mark.parametrize("server", servers("min_goal"))
+def test_a_table_of_another_dtype(server: tuple[str, str]) -> None:
+    impl, device = server
+    for goal, table in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        given = ConstraintTable([Minimize(1.0)], device, table)
+        other = ", or write .float" if goal is torch.float64 else "$"
+        text = f"params must be {goal} for these goals, got {table}: make the ConstraintTable with dtype={goal}{other}"
+        with pytest.raises(TypeError, match=text):
+            min_goal_loss([torch.rand(4, dtype=goal, device=device)], given, impl=impl)
+
+
+@pytest.mark.parametrize("server", servers("goal_set"))
+def test_a_goal_that_is_alone(server: tuple[str, str]) -> None:
+    impl, device = server
+    goals = GoalSet(a=Minimize(1.0), impl=impl).to(device)
+    with pytest.raises(ValueError, match=r"^the raw value of a must have shape .*, got \[8, 5\]: write \.mean\(1\)"):
+        goals({"a": torch.rand(B, TOKENS, device=device)})
+
+
 @pytest.mark.parametrize("impl", ["reference", None])
 def test_more_than_64_goals(impl: str | None) -> None:
     fix = "pass the mean of similar goals as one goal, or make two losses and add them"
