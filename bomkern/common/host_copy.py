@@ -12,7 +12,11 @@ def capturing(device: torch.device) -> bool:
 
 
 class HostCopy:
-    """A copy of the current values of a tensor: from a GPU into pinned memory behind an event, else a plain copy."""
+    """A copy of the current values of a tensor.
+
+    From a CUDA device it goes into pinned memory behind an event, and only `wait` waits. From any other device it is a
+    plain copy, for which the constructor waits.
+    """
 
     def __init__(self, source: Tensor) -> None:
         self._event: torch.cuda.Event | None = None

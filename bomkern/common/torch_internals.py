@@ -377,7 +377,7 @@ def flag_non_finite(grads: list[Tensor], found_inf: Tensor, one: Tensor) -> None
     Args:
         one: the number 1.0, 0-dim float32 on the same device.
     """
-    if _unscale is not None:
+    if _unscale is not None and grads[0].device.type in ("cpu", "cuda"):  # other devices may lack it
         _unscale(grads, found_inf, one)  # times 1, which changes no bit
         return
     for grad in grads:

@@ -49,7 +49,7 @@ def smooth(series: Tensor, width: int) -> Tensor:
 
 def blocks(series: Tensor, count: int) -> Tensor:
     """Return the means of ``count`` nearly equal runs of rows of a series [T, ...]; NaN rows are left out."""
-    edges = torch.linspace(0, len(series), count + 1).round().long().tolist()
+    edges = torch.linspace(0, len(series), count + 1, device="cpu").round().long().tolist()
     return torch.stack([series[a:b].nanmean(0) for a, b in pairwise(edges)])
 
 
@@ -67,7 +67,7 @@ def trend(series: Tensor) -> Trend:
     kept = y.isfinite()
     if int(kept.sum()) < LEAST_BLOCKS:
         return Trend(0.0, 0.0)
-    x, y = torch.arange(count, dtype=torch.float64)[kept], y[kept]
+    x, y = torch.arange(count, dtype=torch.float64, device="cpu")[kept], y[kept]
     change = _slope(x, y)[0] * (count - 1)
     slope, left = _slope(x, _positions(y))
     squares, n = float((left * left).sum()), len(x)
@@ -99,7 +99,7 @@ def _slope(x: Tensor, y: Tensor) -> tuple[float, Tensor]:
 def stretches(mask: Tensor, gap: int = 0) -> list[tuple[int, int]]:
     """Return the runs ``[a, b)`` of True in a mask [T]. Runs at most ``gap`` False rows apart are joined."""
     runs: list[tuple[int, int]] = []
-    edge = torch.zeros(1, dtype=torch.int8)
+    edge = torch.zeros(1, dtype=torch.int8, device="cpu")
     edges = torch.diff(mask.to(torch.int8), prepend=edge, append=edge)
     starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
     for a, b in zip(starts, ends, strict=True):

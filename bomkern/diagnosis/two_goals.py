@@ -99,7 +99,7 @@ def _payoff_says(run: RunView, i: int, j: int) -> bool | None:
 
 
 def _distance(run: RunView, k: int, raw: float) -> Tensor:
-    return run.columns[k].distance(torch.tensor(raw, dtype=torch.float64), *run.anchor(k))
+    return run.columns[k].distance(torch.tensor(raw, dtype=torch.float64, device="cpu"), *run.anchor(k))
 
 
 def _coupling(run: RunView, i: int, j: int, a: int, b: int) -> float:
@@ -113,7 +113,7 @@ def _coupling(run: RunView, i: int, j: int, a: int, b: int) -> float:
         return 0.0
     share = blocks((run.share[:, i] - run.share[:, j])[a : a + count * size], count)
     raw = run.worse[a : a + count * size, j].view(count, size)
-    place = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    place = torch.arange(size, dtype=torch.float64, device="cpu") - (size - 1) / 2
     return correlation(share, (raw * place).sum(1))[1]
 
 

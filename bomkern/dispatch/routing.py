@@ -28,10 +28,10 @@ def routes(route: str, device: torch.device) -> bool:
         return False  # the branches of a compiled graph are fixed
     if under_transform():
         return False  # inside torch.func the host cannot read the shares
-    if device.type == "cuda":
-        # The cost of waiting for a GPU has not been measured yet, so "auto" does not route there.
-        return route == "always" and not capturing(device)
-    return route == "always" or not several_ranks()
+    if device.type == "cpu":
+        return route == "always" or not several_ranks()
+    # The cost of waiting for a GPU has not been measured yet, so "auto" does not route there.
+    return route == "always" and not capturing(device)
 
 
 def rows_too(route: str) -> bool:
@@ -80,7 +80,7 @@ class Owners:
 
     def watch(self, share: Tensor) -> None:
         """Start to copy the shares [G] of the forward to the host, without waiting for a GPU."""
-        if share.device.type == "cuda" or (share.device.type == "cpu" and type(share) is Tensor):
+        if share.device.type == "cuda" or (type(share) is Tensor and not share.is_meta):
             self.copy = HostCopy(share)
 
     def needed(self) -> list[bool]:

@@ -102,7 +102,8 @@ class GoalBuffers(FullPrecisionBuffers):
         self._ends.copy_(torch.tensor(self.rules.begin(state["begun"]), device="cpu"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        self._resume.fit(self, state_dict, prefix, errors=arguments[-1])
+        if not self._resume.fit(self, state_dict, prefix, errors=arguments[-1]):
+            return
         was_meta = self.params.is_meta
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if was_meta and not self.params.is_meta:

@@ -153,7 +153,7 @@ class Monitor(FullPrecisionBuffers):
     def _arrive(self, ring: HostCopy, place: HostCopy, known: int) -> None:
         """Append the new records of a copy to the history. ``known``: the steps that the host knew of at that time."""
         rows, until, count = ring.wait(), int(place.wait()), self._count
-        last = torch.arange(max(count.taken, until - len(rows)), until) % len(rows)
+        last = torch.arange(max(count.taken, until - len(rows)), until, device="cpu") % len(rows)
         records = rows.index_select(0, last)  # rows[last] would wake all threads
         count.taken, replayed = until, max(0, until - known)
         count.known, count.sent = count.known + replayed, count.sent + replayed

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.blame import number_fix
 from ..common.checks import as_whole
+from ..common.devices import accelerators, rng_state, set_rng_state
 from .goal_set import GoalSet
 
 MEASURED = 5  # the last 1/5 of each run is averaged
@@ -115,7 +116,9 @@ def probe(
 def _measure(goals: GoalSet, column: str, steps: int) -> Tensor:
     """Return the mean raw values [K] over the last part of a run on ``column`` of so many steps."""
     values = (
-        goals.monitor.last_mean("raw", steps // MEASURED) if steps else torch.full((len(goals.policies),), torch.nan)
+        goals.monitor.last_mean("raw", steps // MEASURED)
+        if steps
+        else torch.full((len(goals.policies),), torch.nan, device="cpu")
     )
     if not values.isfinite().all():
         bad = [
@@ -132,7 +135,7 @@ class _Snapshot:
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = [(part, copy.deepcopy(part.state_dict())) for part in parts]
         self.torch, self.python = torch.get_rng_state(), random.getstate()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self.devices = {device: rng_state(device) for device in accelerators()}
         numpy = sys.modules.get("numpy")
         self.numpy = numpy.random.get_state() if numpy else None
 
@@ -143,8 +146,8 @@ class _Snapshot:
                 parameter.grad = None
         torch.set_rng_state(self.torch)
         random.setstate(self.python)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+        for device, state in self.devices.items():
+            set_rng_state(device, state)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
 

@@ -77,13 +77,16 @@ class Resume:
         spare = 256 + sum(3 * len(name) + 192 for name in self.layout.columns)
         return pack(fixed, changing, spare)
 
-    def fit(self, goals: GoalBuffers, state: MutableMapping[str, Any], prefix: str, errors: list[str]) -> None:
+    def fit(self, goals: GoalBuffers, state: MutableMapping[str, Any], prefix: str, errors: list[str]) -> bool:
         """Bring a state, in place, into the order of the goals, and log what the checkpoint and the code do not share.
 
         Args:
             goals: the GoalSet that is about to load the state.
             state: tensors by name, with ``prefix``.
             errors: receives a message if the state cannot be loaded.
+
+        Returns:
+            Whether the state can be loaded. If not, it no longer holds anything that the GoalSet's parts would load.
         """
         mine = [name for name in (*OF_COLUMNS, *OF_GOALS, "temperature", EXTRA, MONITOR) if prefix + name in state]
         try:
@@ -91,10 +94,11 @@ class Resume:
         except ValueError as why:
             for name in mine:
                 state.pop(prefix + name)
-            errors.append(f"{prefix or 'GoalSet'}: {why}")
-            return
+            state[prefix + MONITOR] = goals.monitor.get_extra_state()
+            errors.append(f"{prefix.rstrip('.') or 'GoalSet'}: {why}")
+            return False
         if saved is None:
-            return
+            return True
         at_goals, at_columns = self._match(saved.layout)
         same_goals = at_goals == list(range(len(saved.layout.goals))) and self.layout.owner == saved.layout.owner
         same_columns = at_columns == list(range(len(saved.layout.columns)))
@@ -110,7 +114,8 @@ class Resume:
                 state[prefix + name] = picked(value, kept, first[name])
         if not (same_goals and same_columns):
             self._fit_goals(state, prefix, at_goals, saved)
-        if saved.values.get("rule", self.rule)["spill"] != self.rule["spill"] or not same_goals:
+        same_set = {*at_goals} == {*range(len(saved.layout.goals))}
+        if saved.values.get("rule", self.rule)["spill"] != self.rule["spill"] or not same_set:
             self._weigh(goals, state, prefix, saved)
         self._fit_temperature(state, prefix, saved)
         if prefix + MONITOR in state and not (same_goals and same_columns):
@@ -120,6 +125,7 @@ class Resume:
             state[prefix + MONITOR] = history
         if prefix + EXTRA in state:
             state[prefix + EXTRA] = self._extra(saved, kept)
+        return True
 
     def _read(self, state: Mapping[str, Any], prefix: str) -> Saved | None:
         """Read the names of a checkpoint; None if it holds nothing of a GoalSet, ValueError if it cannot be loaded."""

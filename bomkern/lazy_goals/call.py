@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..common.devices import rng_state, set_rng_state, synchronize, widest_float
 from ..common.torch_internals import write_count
 from . import random_draws
 from .cost import statistics_of
@@ -46,14 +47,14 @@ class Call:
     def without_graph(self, args: Sequence[Any]) -> Tensor:
         """Evaluate all rows without a graph; on first use, check on a few rows that rows are independent."""
         statistics, device = self.statistics, _device(args)
-        state, begin = random_draws.state(device), time.perf_counter()
+        state, begin = rng_state(device), time.perf_counter()
         recording = statistics.draws or not statistics.checked
         counts = _write_counts(args)
         out = self._forward(args, random_draws.Record() if recording else None)
         if _write_counts(args) != counts:
             raise ValueError(f"lazy: {name_of(self.fn)} changes its arguments in place: it must leave them as they are")
-        if not recording and not torch.equal(state, random_draws.state(device)):  # it first drew after its check
-            random_draws.restore(device, state)
+        if not recording and not torch.equal(state, rng_state(device)):  # it first drew after its check
+            set_rng_state(device, state)
             statistics.draws = True
             out = self._forward(args, random_draws.Record())
         elif device.type == "cpu" and statistics.checked:
@@ -75,19 +76,19 @@ class Call:
             return self._check_result(self.fn(*args), len(picks))
         device = _device(args)
         picks = picks.to(device, non_blocking=True)
-        state = random_draws.state(device)
-        random_draws.restore(device, self._generator_state)
+        state = rng_state(device)
+        set_rng_state(device, self._generator_state)
         try:
             with random_draws.Replay(self._draws, self.rows, picks):
                 return self._check_result(self.fn(*args), len(picks))
         finally:
-            random_draws.restore(device, state)
+            set_rng_state(device, state)
 
     def _forward(self, args: Sequence[Any], record: random_draws.Record | None) -> Tensor:
         """Evaluate all rows, and keep the layouts of their draws."""
         recording: AbstractContextManager[Any] = record or nullcontext()
         statistics, device = self.statistics, _device(args)
-        state = random_draws.state(device)
+        state = rng_state(device)
         if not statistics.needs_graph:
             try:
                 with torch.no_grad(), recording:
@@ -96,7 +97,7 @@ class Call:
                 if NEEDS_GRAPH not in str(error):
                     raise
                 statistics.needs_graph = True
-                random_draws.restore(device, state)
+                set_rng_state(device, state)
                 if record is not None:
                     record.draws.clear()
         if statistics.needs_graph:
@@ -133,8 +134,8 @@ class Call:
                 unmeasured = bool(inputs) and alone.requires_grad and not _can_run_backward(alone, inputs)
                 # A backward that cannot be measured counts as two forwards, as in most networks.
                 seconds.append((middle - begin, 2 * (middle - begin) if unmeasured else _clock(device) - middle))
-        # TF32, which convolutions on a GPU use by default, has no more digits than a half.
-        half = out.dtype in HALF or torch.is_autocast_enabled(device.type) or device.type == "cuda"
+        # TF32, which convolutions on a GPU use by default, has no more digits than a half. Others may do likewise.
+        half = out.dtype in HALF or torch.is_autocast_enabled(device.type) or device.type != "cpu"
         check_rows(self.fn, alone, out[: len(picks)], few, half)
         statistics.checked = True
         forward, backward = (min(part) for part in zip(*seconds, strict=True))
@@ -152,14 +153,15 @@ def check_rows(fn: Callable[..., Any], alone: Tensor, among: Tensor, args: Seque
         half: whether half precision is involved.
     """
     alone, among = (torch.view_as_real(x) if x.is_complex() else x for x in (alone.detach(), among.detach()))
-    alone, among = alone.double(), among.double()
+    wide = widest_float(alone.device)
+    alone, among = alone.to(wide), among.to(wide)
     finite = alone.isfinite() & among.isfinite()
     difference = _largest(torch.where(finite, alone - among, 0))
     size = _largest(torch.where(finite, among, 0))
     of_value, of_argument = (OF_VALUE_HALF, OF_ARGUMENT_HALF) if half else (OF_VALUE, OF_ARGUMENT)
     if difference <= of_value * size:
         return
-    argument = max(_largest(a.detach().abs().double()) for a in args if is_rows(a))
+    argument = max(_largest(a.detach().abs().to(wide)) for a in args if is_rows(a))
     if difference > of_value * size + of_argument * argument:
         raise ValueError(
             f"lazy: rows of {name_of(fn)} depend on one another (a row alone differs by {difference:.3g}, values are "
@@ -199,8 +201,7 @@ def _leaves(args: Sequence[Any]) -> list[Any]:
 
 
 def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

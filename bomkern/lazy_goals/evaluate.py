@@ -105,7 +105,7 @@ class Evaluation:
         """Evaluate all rows with a graph, and keep the graphs."""
         if any(node.whole is not None and node.graph is None for node in self.nodes):
             self.look()  # values that exist must stay as they are, so the others are evaluated in the same two passes
-        everything = {i: torch.arange(node.rows) for i, node in enumerate(self.nodes)}
+        everything = {i: torch.arange(node.rows, device="cpu") for i, node in enumerate(self.nodes)}
         for i, graph in self.rebuild(everything).items():
             value = self.nodes[i].whole
             self._keep(i, graph.detach() if value is None else value, graph)
@@ -150,7 +150,7 @@ class Evaluation:
         Returns:
             By index, [n] int64 on the host, ascending; a node that is not needed is left out.
         """
-        masks = [torch.zeros(node.rows, dtype=torch.bool) for node in self.nodes]
+        masks = [torch.zeros(node.rows, dtype=torch.bool, device="cpu") for node in self.nodes]
         for i, mask in owned.items():
             masks[i] |= mask
         for i in reversed(range(len(self.nodes))):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.devices import rng_state
 from ..common.torch_internals import TorchDispatchMode, pack_hook
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
@@ -15,19 +16,6 @@ BY_SIZE = ("rand", "randn", "randint", "randperm")  # a randperm of the rows mix
 IN_PLACE = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_")
 LIKE = ("rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout")
 INSTEAD = ": draw before and pass it in"
-
-
-def state(device: torch.device) -> Tensor:
-    """Return the state of the device's generator, without a sync."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def restore(device: torch.device, saved: Tensor) -> None:
-    """Set the state of the device's generator."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(saved, device)
-    else:
-        torch.set_rng_state(saved)
 
 
 def _is_draw(func: Any) -> bool:
@@ -83,9 +71,9 @@ class Record(TorchDispatchMode):
     def _refuse_draw(func: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator that may draw; raise if it did."""
         device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
-        before = state(device)
+        before = rng_state(device)
         result = func(*args, **kwargs)
-        if kwargs.get("generator") is not None or not torch.equal(before, state(device)):
+        if kwargs.get("generator") is not None or not torch.equal(before, rng_state(device)):
             raise RuntimeError(
                 f"a lazy function draws by {_name(func)}, which cannot be repeated for some rows{INSTEAD}"
             )

@@ -20,6 +20,7 @@ from ..common.checks import (
     check_units,
     check_views,
 )
+from ..common.devices import widest_float
 from ..common.process_group import ALONE, Ranks
 from ..common.products import matmul
 from ..common.torch_internals import under_transform
@@ -31,10 +32,11 @@ def log_weights(rows: Tensor, batch: int, dataset_size: int | None, stratified: 
     Plain: 1/B. MWS: 1 / (N B). MSS, with M = B - 1: 1/N for the row's own component, (N - M) / (N M) for the next one,
     1/M for the rest, so that a row sums to 1.
     """
+    dtype = widest_float(rows.device)
     if dataset_size is None or not stratified:
-        return rows.new_full((len(rows), batch), -math.log(batch * (dataset_size or 1)), dtype=torch.float64)
+        return rows.new_full((len(rows), batch), -math.log(batch * (dataset_size or 1)), dtype=dtype)
     m, n = batch - 1, dataset_size
-    weights = rows.new_full((len(rows), batch), 1 / m, dtype=torch.float64)
+    weights = rows.new_full((len(rows), batch), 1 / m, dtype=dtype)
     weights.scatter_(1, ((rows + 1) % batch)[:, None], (n - m) / (n * m))
     return weights.scatter_(1, rows[:, None], 1 / n).log()
 

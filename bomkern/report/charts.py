@@ -30,7 +30,7 @@ def thin(series: Tensor) -> Tensor:
 def thin_extremes(series: Tensor) -> tuple[list[float], list[float]]:
     """Return the smallest and the largest value behind each point of `thin` for a series [T]; NaN if all are NaN."""
     count = min(POINTS, len(series))
-    edges = torch.linspace(0, len(series), count + 1).round().long().tolist()
+    edges = torch.linspace(0, len(series), count + 1, device="cpu").round().long().tolist()
     runs = [series[a:b][series[a:b].isfinite()] for a, b in pairwise(edges)]
     least = [run.min().item() if len(run) else math.nan for run in runs]
     return least, [run.max().item() if len(run) else math.nan for run in runs]

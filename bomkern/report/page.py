@@ -241,7 +241,7 @@ def _panel(history: History, diagnosis: Diagnosis, k: int, column: Column) -> st
     low, high = extent(raw)
     guides, room = _guides(history, k, column), high - low
     near = [(n, v) for n, v in guides if low - room <= _end(v) <= high + room]
-    low, high = extent(raw, *(torch.tensor([_end(values)]) for _, values in near))
+    low, high = extent(raw, *(torch.tensor([_end(values)], device="cpu") for _, values in near))
     end = short(_end(calm)) if calm.isfinite().any() else "none"
     summary = ", ".join(f"{n} {short(_end(v))}" + " (off the scale)" * (n not in dict(near)) for n, v in guides)
     chart = Chart(f"Raw value of {column.name}, at the end {end}; {summary}", _x(history), (low, high), 110)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.devices import widest_float
 from .nine_goals import GOALS
 
 PER_GOAL = ("share", "starving", "longest", "blame")
 
 
 class Tally:
-    """Counters over steps, float64 on the device: `PER_GOAL` are [K], ``steps`` is 0-dim.
+    """Counters over steps, float64 on a device that has it: `PER_GOAL` are [K], ``steps`` is 0-dim.
 
     ``share`` and ``steps`` are sums over all accepted steps. ``starving`` and ``longest`` are the current and the
     longest run of accepted steps in which a goal owned no sample. ``blame`` counts how often each goal was at fault in
@@ -21,8 +22,9 @@ class Tally:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.values = {name: torch.zeros(len(GOALS), device=device, dtype=torch.float64) for name in PER_GOAL}
-        self.values["steps"] = torch.zeros((), device=device, dtype=torch.float64)
+        dtype = widest_float(device)
+        self.values = {name: torch.zeros(len(GOALS), device=device, dtype=dtype) for name in PER_GOAL}
+        self.values["steps"] = torch.zeros((), device=device, dtype=dtype)
 
     def add(self, ok: Tensor, share: Tensor, blame: Tensor) -> None:
         """Count one step.
@@ -33,7 +35,7 @@ class Tally:
             blame: [K] bool, read only if the step was rejected.
         """
         v, zero = self.values, self.values["steps"].new_zeros(())
-        v["share"].add_(torch.where(ok, share.double(), zero))
+        v["share"].add_(torch.where(ok, share.to(zero.dtype), zero))
         v["steps"].add_(ok)
         v["starving"].copy_(torch.where(ok, torch.where(share > 0, zero, v["starving"] + 1), v["starving"]))
         torch.maximum(v["longest"], v["starving"], out=v["longest"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, ShareGuard, Tracking, Upper
 from bomkern.goals.monitor import ROWS
@@ -204,3 +205,33 @@ def test_other_goals_are_assigned_by_name() -> None:
     for _ in range(5):
         two({name: torch.full((2,), 8.0) for name in "abc"})
     assert two.anchors() == {"c": (0.0, 8.0), "b": (0.0, 8.0), "a": (0.0, 8.0)} and len(two.history) == 6
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """Start a process group with one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@EACH
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_sharded_model_on_meta_loads_a_whole_state(how: dict[str, Any]) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model: Model) -> Model:
+        fully_shard(model.net, mesh=init_device_mesh("cpu", (1,)))
+        return model
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    model, again, want = shard(trained(how)), shard(on_meta(how)), trained(how)
+    want.net.load_state_dict({name: x.full_tensor() for name, x in model.net.state_dict().items()})
+    again.to_empty(device="cpu")
+    set_model_state_dict(again, get_model_state_dict(model, options=whole), options=whole)
+    again.net, plain = nn.Linear(2, 4), {name: x.full_tensor() for name, x in again.net.state_dict().items()}
+    again.net.load_state_dict(plain)
+    assert_goes_on(want, again)
