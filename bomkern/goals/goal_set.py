@@ -20,6 +20,7 @@ from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
 from .anchors import Anchors
+from .branches import Branches
 from .constraint_info import describe
 from .history import GoalOutput, History
 from .monitor import Monitor
@@ -145,6 +146,7 @@ class GoalSet(FullPrecisionBuffers):
         self.rules = RuleState(self.policies, self.guard, self.spill, self.layout.at, self._ranks)
         self.monitor = Monitor(self.layout, self.impl)
         self.alone: int | None = None
+        self.branches: list[Branches] | None = None  # of the steps in which `StepGuard` searches for a goal
 
     def _register(self, temperature: float) -> None:
         """Register the buffers, in float32 whatever the default dtype is."""
@@ -203,6 +205,8 @@ class GoalSet(FullPrecisionBuffers):
             tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
         try:
             if self.training:
+                if self.alone is None:
+                    children_of(self)["monitor"].check_graphs(evaluation.goals if evaluation else tensors)
                 rules.learn(buffers, tensors, children_of(self)["monitor"])
             loss, bottleneck, record = self._serve(tensors, buffers)
             ranks = self._ranks
@@ -220,6 +224,8 @@ class GoalSet(FullPrecisionBuffers):
             self._raw.explain(tensors, self.params.device)
             raise
         if self.training:
+            if not torch.compiler.is_compiling() and self.branches is not None:
+                self._watch_backward(tensors if evaluation is None else evaluation.graphs())
             rules.keep(buffers, children_of(self)["monitor"], record)
         return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
 
@@ -240,12 +246,31 @@ class GoalSet(FullPrecisionBuffers):
         code = REDUCTIONS[self.reduction]
         return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
 
-    def accept(self, ok: Tensor) -> None:
-        """Take back the last step if ``ok``, a 0-dim bool on the device, is False; no host sync.
+    def _watch_backward(self, tensors: list[Any]) -> None:
+        """Let a `StepGuard` see the backward of this step."""
+        assert self.branches is not None
+        if torch.is_grad_enabled():
+            self.branches.append(Branches([self.names[g] for g in self.owner], tensors))
 
-        Call it in loops that reject steps, as `torch.amp.GradScaler` does. The policies forget what they learnt in a
-        rejected step, and the history counts it as not finite.
+    def accept(self, ok: Tensor | bool) -> None:
+        """Take back the last step if ``ok`` is False; no host sync.
+
+        Call it in loops that reject steps. The policies forget what they learnt in a rejected step, and the history
+        counts it as not finite. `StepGuard` calls it, and knows what a `torch.amp.GradScaler` has rejected
+        (``scaler=``). Without a guard, compare ``scaler.get_scale()`` before and after ``scaler.update()``, which
+        waits for the device: the scale shrinks if a step was rejected.
+
+        Args:
+            ok: whether the step was taken, a 0-dim bool tensor on the device or a bool.
+
+        Raises:
+            TypeError: ``ok`` is anything else.
         """
+        if not isinstance(ok, Tensor) and isinstance(ok, bool):
+            ok = self.params.new_full((), ok, dtype=torch.bool)
+        if not isinstance(ok, Tensor) or ok.dtype is not torch.bool or ok.dim():
+            got = f"{ok.dtype} of shape {list(ok.shape)}" if isinstance(ok, Tensor) else type(ok).__name__
+            raise TypeError(f"ok must be a bool or a 0-dim bool tensor, got {got}")
         self.rules.accept(ok)
         children_of(self)["monitor"].reject(ok)
 
