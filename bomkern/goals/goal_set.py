@@ -30,6 +30,8 @@ from .record import Layout, share_record
 from .rule_state import RuleState, ends_of
 from .rules import Group, ShareGuard, Spill
 from .table import table
+from .watched import check_watched, fit_state
+from .watched import step as watch
 
 
 class GoalSet(FullPrecisionBuffers):
@@ -56,8 +58,12 @@ class GoalSet(FullPrecisionBuffers):
             those of a rank's own samples. Each step gathers the record, and the raw values while a policy learns
             (compiled or captured: in every step). The group is neither copied with the module nor saved.
         impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the goals' device.
+        monitor: goals that are only watched, such as an accuracy: constraints, policies or `Group` by name. Their raw
+            values stand beside the others', with or without a graph. They have levels and deficits in tables and logs,
+            and in ``goals.watched.history`` and ``out.watched``; they are no bottleneck and get no share.
 
     Attributes:
+        watched: the goals of ``monitor``, a GoalSet that no loss is taken of, or None.
         names: names of the goals, in order.
         temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
         params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
@@ -103,6 +109,7 @@ class GoalSet(FullPrecisionBuffers):
         route: str = "auto",
         materialize: Sequence[str] = (),
         process_group: dist.ProcessGroup | None = None,
+        monitor: Mapping[str, Constraint | Policy | Group] | None = None,
         **named: Constraint | Policy | Group,
     ) -> None:
         super().__init__()
@@ -114,6 +121,13 @@ class GoalSet(FullPrecisionBuffers):
             raise ValueError(f"temperature must be 0 with spill, got temperature={temperature} and spill={spill}")
         self._lay_out({**(goals or {}), **named}, materialize)
         self._register(temperature)
+        self._watching = False  # whether this is the ``watched`` of another GoalSet
+        self.watched: GoalSet | None = None
+        if monitor is not None:
+            check_watched(monitor, self.names)
+            self.watched = GoalSet(monitor, impl=impl, route="never", process_group=process_group)
+            self.watched._watching = True
+        self.register_load_state_dict_pre_hook(fit_state)
 
     def _lay_out(self, goals: Mapping[str, Constraint | Policy | Group], materialize: str | Sequence[str]) -> None:
         """Collect the columns of the goals and their policies, and make the parts of this object."""
@@ -195,7 +209,12 @@ class GoalSet(FullPrecisionBuffers):
             KeyError: a goal is missing or unknown; the message names it.
             ValueError: a raw value has an invalid shape or device; the message names the goal.
         """
+        watched = None
+        if self.watched is not None and self.alone is None:
+            raw, watched = watch(self.watched, raw)
         tensors: list[Any] = self._raw.columns(raw)
+        if self.training and self.alone is None:
+            children_of(self)["monitor"].check_graphs(tensors)
         if self.anchoring.waiting and self.alone is None:
             self.anchoring.refuse()
         rules, buffers, evaluation = self.rules, buffers_of(self), None
@@ -205,8 +224,6 @@ class GoalSet(FullPrecisionBuffers):
             tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
         try:
             if self.training:
-                if self.alone is None:
-                    children_of(self)["monitor"].check_graphs(evaluation.goals if evaluation else tensors)
                 rules.learn(buffers, tensors, children_of(self)["monitor"])
             loss, bottleneck, record = self._serve(tensors, buffers)
             ranks = self._ranks
@@ -223,11 +240,14 @@ class GoalSet(FullPrecisionBuffers):
             rules.restore()
             self._raw.explain(tensors, self.params.device)
             raise
+        if self._watching:
+            record.narrow(0, self.layout.at.share, len(self.names)).zero_()
         if self.training:
             if not torch.compiler.is_compiling() and self.branches is not None:
                 self._watch_backward(tensors if evaluation is None else evaluation.graphs())
             rules.keep(buffers, children_of(self)["monitor"], record)
-        return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
+        walked = None if evaluation is None else evaluation.walked
+        return GoalOutput(loss, bottleneck, record, self.layout, walked, watched)
 
     def _serve(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Call the op, in float64 if any raw value is float64."""
@@ -273,6 +293,8 @@ class GoalSet(FullPrecisionBuffers):
             raise TypeError(f"ok must be a bool or a 0-dim bool tensor, got {got}")
         self.rules.accept(ok)
         children_of(self)["monitor"].reject(ok)
+        if self.watched is not None:
+            self.watched.accept(ok)
 
     @property
     def history(self) -> History:
@@ -304,6 +326,8 @@ class GoalSet(FullPrecisionBuffers):
                 group) to numbers or 0-dim tensors; for ``probe`` also the result of `bomkern.probe`.
         """
         self.anchoring.supply(buffers_of(self), batch, sources)
+        if self.watched is not None:
+            self.watched.anchor(batch, **sources)
 
     @torch.no_grad()
     def remeasure(self, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:

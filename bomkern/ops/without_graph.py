@@ -19,16 +19,18 @@ SITES = 64  # places in the code, told apart by their constraints, whose calls a
 
 
 def columns_without(tensors: Sequence[Any]) -> int:
-    """Return a bit mask of the tensors that need no gradient, or 0 if all of them or none of them do.
+    """Return a bit mask of the tensors that need no gradient, or 0 if no goal needs any.
 
-    If none of them needs it, everything is frozen on purpose, or torch's own error says so. Anything but a tensor, such
-    as a `Lazy`, counts as a goal with a graph.
+    In that case everything is frozen on purpose, or torch's own error says so. Goals that are None are absent; any
+    other value that is no tensor, such as a `Lazy`, counts as one with a graph.
     """
-    without = 0
+    without, moves = 0, False
     for k, x in enumerate(tensors):
         if isinstance(x, Tensor) and not x.requires_grad:
             without |= 1 << k
-    return without if without + 1 != 1 << len(tensors) else 0
+        elif x is not None:
+            moves = True
+    return without if moves else 0
 
 
 def warn(goals: Sequence[str], shares: Sequence[float] | None, watch: str = "") -> None:
