@@ -210,8 +210,8 @@ class GoalSet(FullPrecisionBuffers):
             ValueError: a raw value has an invalid shape or device; the message names the goal.
         """
         watched = None
-        if self.watched is not None and self.alone is None:
-            raw, watched = watch(self.watched, raw)
+        if self.watched is not None:
+            raw, watched = watch(self.watched, raw, self.alone is None)
         tensors: list[Any] = self._raw.columns(raw)
         if self.training and self.alone is None:
             children_of(self)["monitor"].check_graphs(tensors)
@@ -271,6 +271,7 @@ class GoalSet(FullPrecisionBuffers):
         assert self.branches is not None
         if torch.is_grad_enabled():
             self.branches.append(Branches([self.names[g] for g in self.owner], tensors))
+            del self.branches[:-32]  # a loop that seldom steps, or never
 
     def accept(self, ok: Tensor | bool) -> None:
         """Take back the last step if ``ok`` is False; no host sync.

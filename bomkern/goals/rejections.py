@@ -11,25 +11,35 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..common.host_copy import HostCopy, capturing
+from ..common.process_group import several_ranks
 from .branches import Branches
 from .goal_set import GoalSet
 
 log = logging.getLogger("bomkern")
 
 EVERY = 16  # steps between two copies of the counts from a GPU
+SELDOM = 500  # steps between two rejections for which a scale that has grown too large is to blame
 FIRST, MOST = 16, 1024  # steps that are searched after a rejection; twice as many after each that found nothing
 REMEDY = (
     "mask the input of an operation, not its result: torch.where(known, y, x) before (y - x) ** 2, and not "
     "torch.where(known, (y - x) ** 2, 0)"
 )
+SEARCHED = (
+    "its loss is finite, a gradient is not. The next steps are searched for the goal that such a gradient comes from"
+)
+
+
+def at_once(device: torch.device) -> bool:
+    """Return whether the host can read a tensor without waiting."""
+    return device.type == "cpu"
 
 
 class Rejections:
     """The host's part of a `bomkern.StepGuard`.
 
     The host learns of a rejection at once on a CPU. From a GPU the counts are copied every `EVERY` steps, and read when
-    the next copy starts, so that it never waits. If the loss of a rejected step was not finite, its record names the
-    goals. Otherwise `Branches` watches the next steps, which then cost a hook on each node of their graphs.
+    the next copy starts. So it waits only after a rejection. If the loss of a rejected step was not finite, its record
+    names the goals. Otherwise `Branches` watches the next steps, which then cost a hook on each node of their graphs.
 
     Args:
         goals: the GoalSets of the guard.
@@ -45,7 +55,7 @@ class Rejections:
         self.goals, self.limit, self.group, self.scaled = goals, limit, group, scaled
         self.reason: str | None = None
         self._every = EVERY if limit is None else min(EVERY, limit)
-        self._steps, self._known = 0, 0
+        self._steps, self._known, self._last = 0, 0, -SELDOM
         self._copy: HostCopy | None = None
         self._left, self._window = 0, FIRST
         self._told: set[str] = set()
@@ -63,9 +73,8 @@ class Rejections:
         if capturing(counts.device):
             return
         self._steps += 1
-        at_once = counts.device.type == "cpu"
         known: list[int] | None = None
-        if at_once:
+        if at_once(counts.device):
             known = counts.tolist()
         elif self._steps % self._every == 0:
             arrived, self._copy = self._copy, HostCopy(counts)
@@ -74,22 +83,21 @@ class Rejections:
             self._search(counts.tolist()[0])
         elif known is not None and known[0] > self._known:
             self._notice(*known)
-        if known is not None and self.limit is not None and known[1] >= self.limit:
+        # What is read late is waited for until the search has begun too, at the same step on every rank.
+        extra = 0 if at_once(counts.device) else self._every
+        if known is not None and self.limit is not None and known[1] >= self.limit + extra:
             self._give_up(known[1])
 
     def _notice(self, rejected: int, in_a_row: int) -> None:
         """Name the goals of a rejected step from its record, or search the next steps for them."""
         self._known = rejected
+        often, self._last = in_a_row > 1 or self._steps - self._last < SELDOM, self._steps
         reasons = [reason for goals in self.goals if (reason := _loss_not_finite(goals))]
         if reasons:
             self._tell("; ".join(reasons))
-        elif self.goals and (self.reason is None or in_a_row > 1):
-            if not (self.scaled or self._told):
-                log.warning(
-                    "StepGuard rejected step %d: its loss is finite, a gradient is not. The next steps are searched "
-                    "for the goal that it comes from",
-                    self._steps,
-                )
+        elif self.goals and (in_a_row > 1 if self.reason else often or not self.scaled):
+            if not self.scaled:
+                self._warn(SEARCHED)
             self._left = self._window
             for goals in self.goals:
                 goals.branches = []
@@ -123,20 +131,24 @@ class Rejections:
                 if len(goals_there) > 1:
                     where = f"the graph that {', '.join(goals_there[:-1])} and {goals_there[-1]} share"
                 return f"in {where}, {node} made a gradient not finite: {REMEDY}"
-        if self.scaled:
-            return None  # the scale was too large
-        if any(branches.seen for branches in every):
-            return (
-                "every gradient in the graphs of the goals is finite, so it comes from another loss, or from "
-                "a change of the gradients after backward"
-            )
-        return "no graph of a goal could be searched: run a step without torch.compile to learn which"
+        if not any(branches.seen for branches in every):
+            return "no graph of a goal could be searched: run a step without torch.compile to learn which"
+        if self.scaled or several_ranks():
+            return None  # the scale was too large, or another rank has the goal
+        return (
+            "every gradient in the graphs of the goals is finite, so it comes from another loss, or from a change of "
+            "the gradients after backward"
+        )
 
     def _tell(self, reason: str) -> None:
         self.reason = reason
-        if reason not in self._told:
-            self._told.add(reason)
-            log.warning("StepGuard rejected step %d: %s", self._steps, reason)
+        self._warn(reason)
+
+    def _warn(self, what: str) -> None:
+        """Log a sentence once."""
+        if what not in self._told:
+            self._told.add(what)
+            log.warning("StepGuard rejected step %d: %s", self._steps, what)
 
     def _give_up(self, in_a_row: int) -> None:
         reason = self.reason
@@ -146,7 +158,7 @@ class Rejections:
             reason = next((known for known in reasons if known), None)
         raise RuntimeError(
             f"StepGuard rejected {in_a_row} steps in a row (limit={self.limit}): "
-            + (reason or "no gradient or loss was finite in any of them")
+            + (reason or "in each of them the loss or a gradient was not finite")
         )
 
 

@@ -48,7 +48,7 @@ class StepGuard(SteppedByScaler):
             None decides on each rank alone. That is right under DistributedDataParallel, whose gradients are the same
             on all ranks, if ``finite`` is the same too.
         limit: number of rejected steps in a row after which `step` raises an error, on all ranks of the group in the
-            same step; None never gives up. A GPU's host gives up at most 32 steps later.
+            same step; None never gives up. A GPU's host gives up at most 48 steps later.
         scaler: the `torch.amp.GradScaler` that scales the loss. ``scaler.step(guard, out.finite)`` then steps all
             optimizers or none, and so does `step`. Call ``scaler.unscale_(guard)`` before you clip gradients, and
             ``scaler.update()`` after the step.

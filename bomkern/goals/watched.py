@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..common.checks import MAX_GOALS
 from ..lazy_goals.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -27,20 +28,25 @@ def check_watched(watched: object, trained: Collection[str]) -> None:
             f"monitor must be a mapping of names to constraints, got {type(watched).__name__}; a goal that is called "
             "monitor must be in a mapping, GoalSet({'monitor': ...})"
         )
+    if not 1 <= len(watched) <= MAX_GOALS:
+        raise ValueError(f"monitor must have 1 to {MAX_GOALS} goals, got {len(watched)}")
     for name in watched:
         if name in trained:
             raise ValueError(f"monitor: {name} is trained too: give one of the two another name")
 
 
-def step(watched: GoalSet, raw: Any) -> tuple[Any, GoalOutput]:
+def step(watched: GoalSet, raw: Any, look: bool) -> tuple[Any, GoalOutput | None]:
     """Take the watched goals out of the raw values of a step; return the others, and the output for the watched ones.
 
-    A value may have any graph and, other than a trained one, be a bool or whole number, as a hit is.
+    If ``look`` is False, the latter is None. A value may have any graph. Other than a trained one it may be a bool or a
+    whole number, as a hit is.
     """
     if not isinstance(raw, Mapping):
         return raw, watched(raw)  # raises
     names = watched.names
     trained = {name: value for name, value in raw.items() if name not in names}
+    if not look:
+        return trained, None
     return trained, watched({name: _detached(raw[name]) for name in names if name in raw})
 
 
