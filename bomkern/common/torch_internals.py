@@ -390,19 +390,22 @@ class SteppedByScaler:
 
     _step_supports_amp_scaling = True
 
-    def inside_scaler(self) -> bool:
-        """Return whether a GradScaler is calling ``step``."""
-        return "found_inf" in self.__dict__
 
-    def from_scaler(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return (found_inf, grad_scale); None for what was not given."""
-        found_inf, scale = (self.__dict__.get(name) for name in ("found_inf", "grad_scale"))
-        return found_inf if isinstance(found_inf, Tensor) else None, scale
+def inside_scaler(stepped: SteppedByScaler) -> bool:
+    """Return whether a GradScaler is calling ``step``."""
+    return "found_inf" in stepped.__dict__
 
-    def forget_scaler(self) -> None:
-        """Remove the attributes, as a GradScaler does after a step that raised no error."""
-        for name in ("found_inf", "grad_scale"):
-            self.__dict__.pop(name, None)
+
+def from_scaler(stepped: SteppedByScaler) -> tuple[Tensor | None, Tensor | None]:
+    """Return (found_inf, grad_scale); None for what was not given."""
+    found_inf, scale = (stepped.__dict__.get(name) for name in ("found_inf", "grad_scale"))
+    return found_inf if isinstance(found_inf, Tensor) else None, scale
+
+
+def forget_scaler(stepped: SteppedByScaler) -> None:
+    """Remove the attributes, as a GradScaler does after a step that raised no error."""
+    for name in ("found_inf", "grad_scale"):
+        stepped.__dict__.pop(name, None)
 
 
 def already_unscaled(scaler: torch.amp.GradScaler, optimizer: object) -> bool:

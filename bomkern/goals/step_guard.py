@@ -14,7 +14,10 @@ from ..common.torch_internals import (
     SteppedByScaler,
     already_unscaled,
     flag_non_finite,
+    forget_scaler,
+    from_scaler,
     innermost,
+    inside_scaler,
     sparse_values,
     step_unless,
     takes_found_inf,
@@ -135,13 +138,13 @@ class StepGuard(SteppedByScaler):
                 gradients of one optimizer are not scaled any more, and those of others are.
             TypeError: a GradScaler that the guard does not know called this method.
         """
-        if self.scaler is not None and not self.inside_scaler():
+        if self.scaler is not None and not inside_scaler(self):
             taken: Tensor = self.scaler.step(self, finite)  # type: ignore[arg-type, assignment]
             return taken
         try:
             return self._step(finite)
         except Exception:
-            self.forget_scaler()
+            forget_scaler(self)
             raise
 
     def _step(self, finite: Tensor | None) -> Tensor:
@@ -191,13 +194,13 @@ class StepGuard(SteppedByScaler):
     def _unscaling(self, found_inf: Tensor) -> tuple[Tensor, bool]:
         """Return the factor that takes the scale out of the gradients, and whether one must; merge what the scaler
         found."""
-        if not self.inside_scaler():
+        if not inside_scaler(self):
             return self._one, False
         if self.scaler is None:
             raise TypeError("StepGuard: name the scaler that steps it: StepGuard(..., scaler=scaler)")
         if any(already_unscaled(self.scaler, x) for each in self.optimizers for x in (each, innermost(each))):
             raise RuntimeError("StepGuard: call scaler.unscale_(guard) instead of unscale_ for one of its optimizers")
-        found, scale = self.from_scaler()
+        found, scale = from_scaler(self)
         if found is not None:
             torch.maximum(found_inf, found.to(found_inf), out=found_inf)
         return (self._one, False) if scale is None else (scale.to(found_inf).reciprocal(), True)
