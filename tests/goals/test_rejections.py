@@ -147,6 +147,7 @@ def test_a_gradient_from_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_compiled_step_says_that_it_cannot_be_searched(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
     loop = Loop()
 
     def raw_and_loss(y: Tensor) -> Any:

@@ -18,7 +18,8 @@ IMPLS = pytest.mark.parametrize("impl", ["reference", None])
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`min_goal_loss` warns once per process."""
+    """`min_goal_loss` warns once per process; torch compiles a function for eight objects at most."""
+    torch._dynamo.reset()
     monkeypatch.setattr(without_graph, "_looks", {})
     monkeypatch.setattr(without_graph, "_waiting", [])
     monkeypatch.setattr(without_graph, "_told", [False])
