@@ -310,6 +310,8 @@ def text_of(constraint: Constraint, ramp: Sequence[float]) -> str:
         return f"BoxAsymmetric(lower={center + down:g}, healthy={center:g}, upper={center + up:g}, tail={tail:g})"
     if left == 0 or right == 0:
         return f"Upper(limit={center:g}, margin={up:g})" if right else f"Lower(limit={center:g}, margin={-down:g})"
+    if right < 0:
+        return f"Maximize(scale={-up:g}, ideal={center:g})"
     return f"Minimize(scale={up:g}, ideal={center:g})"
 
 

@@ -29,6 +29,10 @@ class HostCopy:
         self._event = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(source.device))  # the stream of the copy, whichever GPU is current
 
+    def ready(self) -> bool:
+        """Return whether `wait` would return at once."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> Tensor:
         """Wait for the copy and return it."""
         if self._event is not None:

@@ -21,6 +21,7 @@ from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
 from .anchors import Anchors
+from .branches import Branches
 from .buffers import GoalBuffers
 from .constraint_info import describe
 from .history import GoalOutput, History
@@ -33,6 +34,8 @@ from .resume import Resume
 from .rule_state import RuleState, learning_is_enabled
 from .rules import Group, ShareGuard, Spill
 from .table import table
+from .watched import check_watched, fit_state
+from .watched import step as watch
 
 
 class GoalSet(GoalBuffers, TakesMicroBatches):
@@ -62,8 +65,12 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         resume: the constraint that holds if that of the code is not the one in a state that is loaded, "code" or
             "checkpoint". A warning names both.
         renamed: maps names of goals to the ones that they have in a state that is loaded.
+        monitor: goals that are only watched, such as an accuracy: constraints, policies or `Group` by name. Their raw
+            values stand beside the others', with or without a graph. They have levels and deficits in tables and logs,
+            and in ``goals.watched.history`` and ``out.watched``; they are no bottleneck and get no share.
 
     Attributes:
+        watched: the goals of ``monitor``, a GoalSet that no loss is taken of, or None.
         names: names of the goals, in order.
         temperature: 0-dim buffer; write into it to anneal, ``goals.temperature.fill_(0.1)``.
         params: [K, 4] buffer, the constraints' parameters (`ConstraintTable`).
@@ -104,6 +111,7 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         process_group: dist.ProcessGroup | None = None,
         resume: str = "code",
         renamed: Mapping[str, str] | None = None,
+        monitor: Mapping[str, Constraint | Policy | Group] | None = None,
         **named: Constraint | Policy | Group,
     ) -> None:
         super().__init__()
@@ -114,9 +122,20 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         if self.spill and temperature:
             raise ValueError(f"temperature must be 0 with spill, got temperature={temperature} and spill={spill}")
         self._lay_out({**(goals or {}), **named}, materialize)
+        if monitor is not None:
+            check_watched(monitor, self.names)
         rule = {"temperature": float(temperature), "spill": self.spill.ratio if self.spill else 0.0}
-        self._resume = Resume(resume, renamed, self.layout, self.policies, rule)
+        of_watched = {new: old for new, old in (renamed or {}).items() if new.partition(".")[0] in (monitor or {})}
+        own = {new: old for new, old in (renamed or {}).items() if new not in of_watched}
+        self._resume = Resume(resume, own, self.layout, self.policies, rule)
         self._register()
+        self._watching = False  # whether this is the ``watched`` of another GoalSet
+        self.watched: GoalSet | None = None
+        if monitor is not None:
+            shared: dict[str, Any] = {"impl": impl, "process_group": process_group, "resume": resume}
+            self.watched = GoalSet(monitor, route="never", renamed=of_watched, **shared)
+            self.watched._watching = True
+        self.register_load_state_dict_pre_hook(fit_state)
 
     def _lay_out(self, goals: Mapping[str, Constraint | Policy | Group], materialize: str | Sequence[str]) -> None:
         """Collect the columns of the goals and their policies, and make the parts of this object."""
@@ -151,6 +170,7 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         self.monitor = Monitor(self.layout, self.impl)
         self.micro = MicroBatches(self.rules, self.layout, self.reduction)
         self.alone: int | None = None
+        self.branches: list[Branches] | None = None  # of the steps in which `StepGuard` searches for a goal
 
     # One step.
 
@@ -173,7 +193,12 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
             KeyError: a goal is missing or unknown; the message names it.
             ValueError: a raw value has an invalid shape or device; the message names the goal.
         """
+        watched = None
+        if self.watched is not None:
+            raw, watched = watch(self.watched, raw, self.alone is None)
         tensors: list[Any] = self._raw.columns(raw)
+        if self.training and self.alone is None:
+            children_of(self)["monitor"].check_graphs(tensors)
         if self.anchoring.waiting and self.alone is None:
             self.anchoring.refuse()
         rules: RuleState | MicroBatches = self.rules if self.part is None else self.part
@@ -205,9 +230,14 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
                 rules.restore()
             self._raw.explain(tensors, self.params.device)
             raise
+        if self._watching:
+            record.narrow(0, self.layout.at.share, len(self.names)).zero_()
+        if self.training and not torch.compiler.is_compiling() and self.branches is not None:
+            self._watch_backward(tensors if evaluation is None else evaluation.graphs())
         if learns:
             record = rules.keep(buffers, children_of(self)["monitor"], record)
-        return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
+        walked = None if evaluation is None else evaluation.walked
+        return GoalOutput(loss, bottleneck, record, self.layout, walked, watched)
 
     def _serve(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Call the op, in float64 if any raw value is float64."""
@@ -226,17 +256,39 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         code = REDUCTIONS[self.reduction]
         return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
 
-    def accept(self, ok: Tensor) -> None:
-        """Take back the last step if ``ok``, a 0-dim bool on the device, is False; no host sync.
+    def _watch_backward(self, tensors: list[Any]) -> None:
+        """Let a `StepGuard` see the backward of this step."""
+        assert self.branches is not None
+        if torch.is_grad_enabled():
+            self.branches.append(Branches([self.names[g] for g in self.owner], tensors))
+            del self.branches[:-32]  # a loop that seldom steps, or never
 
-        Call it in loops that reject steps, as `torch.amp.GradScaler` does. The policies forget what they learnt in a
-        rejected step, and the history counts it as not finite. A step of several micro-batches is taken back whole; if
-        it is still open (`accumulate`), it ends here.
+    def accept(self, ok: Tensor | bool) -> None:
+        """Take back the last step if ``ok`` is False; no host sync.
+
+        Call it in loops that reject steps. The policies forget what they learnt in a rejected step, and the history
+        counts it as not finite. A step of several micro-batches is taken back whole; if it is still open
+        (`accumulate`), it ends here. `StepGuard` calls it, and knows what a `torch.amp.GradScaler` has rejected
+        (``scaler=``). Without a guard, compare ``scaler.get_scale()`` before and after ``scaler.update()``, which
+        waits for the device: the scale shrinks if a step was rejected.
+
+        Args:
+            ok: whether the step was taken, a 0-dim bool tensor on the device or a bool.
+
+        Raises:
+            TypeError: ``ok`` is anything else.
         """
+        if not isinstance(ok, Tensor) and isinstance(ok, bool):
+            ok = self.params.new_full((), ok, dtype=torch.bool)
+        if not isinstance(ok, Tensor) or ok.dtype is not torch.bool or ok.dim():
+            got = f"{ok.dtype} of shape {list(ok.shape)}" if isinstance(ok, Tensor) else type(ok).__name__
+            raise TypeError(f"ok must be a bool or a 0-dim bool tensor, got {got}")
         if self.part is not None:
             self.end_step()
         self.rules.accept(ok)
         children_of(self)["monitor"].reject(ok)
+        if self.watched is not None:
+            self.watched.accept(ok)
 
     @property
     def history(self) -> History:
@@ -271,6 +323,8 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
                 group) to numbers or 0-dim tensors; for ``probe`` also the result of `bomkern.probe`.
         """
         self.anchoring.supply(buffers_of(self), batch, sources)
+        if self.watched is not None:
+            self.watched.anchor(batch, **sources)
 
     @torch.no_grad()
     def remeasure(self, measured: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:

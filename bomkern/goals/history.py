@@ -157,14 +157,22 @@ class GoalOutput:
         record: the step's numbers in one tensor; ``out["share"]`` and the other parts of `History` are views of it.
         walked: the fraction of the backward of `bomkern.lazy` goals that runs in this step, weighted by measured times;
             None without lazy goals.
+        watched: the output for the goals of ``GoalSet(monitor=)``, whose loss has no meaning; None if there are none.
     """
 
-    __slots__ = ("_layout", "bottleneck", "loss", "record", "walked")
+    __slots__ = ("_layout", "bottleneck", "loss", "record", "walked", "watched")
 
     def __init__(
-        self, loss: Tensor, bottleneck: Tensor, record: Tensor, layout: Layout, walked: float | None = None
+        self,
+        loss: Tensor,
+        bottleneck: Tensor,
+        record: Tensor,
+        layout: Layout,
+        walked: float | None = None,
+        watched: GoalOutput | None = None,
     ) -> None:
         self.loss, self.bottleneck, self.record, self._layout, self.walked = loss, bottleneck, record, layout, walked
+        self.watched = watched
 
     def __getitem__(self, part: str) -> Tensor:
         return self._layout.parts(self.record)[part]

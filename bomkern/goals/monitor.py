@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..common.decorators import fake
 from ..common.host_copy import HostCopy, capturing
-from ..common.torch_internals import FullPrecisionBuffers, buffers_of
+from ..common.torch_internals import FullPrecisionBuffers, buffers_of, mark_constant
 from ..dispatch.schemas import library
 from ..dispatch.select import keeper
+from ..ops.without_graph import columns_without
 from .history import CAPACITY, History, Rows
 from .record import Layout
 from .saved import pack_history, unpack_history
+from .without_graph import WithoutGraph
 
 ROWS = 128  # records kept on the device before they are copied to the host
 
@@ -70,6 +72,7 @@ class Monitor(FullPrecisionBuffers):
         super().__init__()
         self.layout, self.impl, self._count, self._history = layout, impl, _Count(), History(layout)
         self._finite = layout.at.finite
+        self.without_graph = WithoutGraph(layout.goals, layout.owner)
         self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and the steps known then
         # Rows on the host that `take` has not returned yet.
         self._fresh = Rows(torch.empty(0, layout.size, dtype=torch.float32, device="cpu"))
@@ -123,7 +126,21 @@ class Monitor(FullPrecisionBuffers):
         count = self._count
         if count.known - count.sent == ROWS:
             self._send()
+        if self.without_graph.found and count.known:
+            self._tell()
         count.known += 1
+
+    def check_graphs(self, goals: Sequence[Any]) -> None:
+        """Look for goals without a graph among the raw values of a step, by column: in the first steps only."""
+        if torch.compiler.is_compiling():
+            _trace(self._handle, columns_without(goals) if torch.is_grad_enabled() else 0)
+        elif self.without_graph.left:
+            self.without_graph.look(goals)
+
+    def _tell(self) -> None:
+        """Warn of goals without a graph, with their share of the steps in the ring."""
+        at, done = self.layout.at, min(self._count.known, len(self.ring))
+        self.without_graph.tell(self.ring[:done, at.share : at.level])
 
     def reject(self, ok: Tensor) -> None:
         """Count the last step as one without a finite loss if ``ok``, 0-dim bool, is False."""
@@ -158,6 +175,9 @@ class Monitor(FullPrecisionBuffers):
         count.taken, replayed = until, max(0, until - known)
         count.known, count.sent = count.known + replayed, count.sent + replayed
         self._history.append(records)
+        self.without_graph.look_again()
+        if self.without_graph.found and until:
+            self._tell()
         self._fresh.add(records.float())
         if self._fresh.count > 2 * CAPACITY:
             self._fresh = Rows(self._fresh.rows()[-CAPACITY:])
@@ -220,4 +240,11 @@ def _notice(place: Tensor, handle: int) -> None:
         monitor.notice()
 
 
+def _trace(handle: int, without: int) -> None:
+    """Note the columns without a graph in a monitor; torch.compile runs this function once, instead of tracing it."""
+    if without and (monitor := _handled.get(handle)) is not None:
+        monitor.without_graph.note(without)
+
+
+mark_constant(_trace)
 fake("goal_set_notice", library)(lambda place, handle: None)

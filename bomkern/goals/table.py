@@ -19,10 +19,25 @@ def table(goals: GoalSet) -> str:
 
     All numbers are those in force. On the meta device there are none.
     """
-    history, on_meta = goals.history, goals.params.is_meta
+    rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", "share", "level"), *_rows(goals)]
+    if goals.watched is not None:
+        rows += [(*cells[:4], "watched", *cells[5:]) for cells in _rows(goals.watched)]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    mu = "on meta" if goals.params.is_meta else f"{float(goals.temperature):g}"
+    rule = f"spill={goals.spill.ratio:g}" if goals.spill else f"temperature={mu}"
+    options = f"reduction={goals.reduction}, {rule}"
+    lines = [f"GoalSet({options}{f', {goals.guard}' * bool(goals.guard)}), {goals.steps} steps"]
+    for row in rows:
+        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join(lines)
+
+
+def _rows(goals: GoalSet) -> list[tuple[str, ...]]:
+    """Return the cells of each column."""
+    history, on_meta, rows = goals.history, goals.params.is_meta, []
     anchors = {} if on_meta else goals.anchors()
     params = [] if on_meta else goals.params.tolist()
-    rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", "share", "level")]
     seen = {part: goals.monitor.last_mean(part, WINDOW).tolist() if len(history) else [] for part in ("share", "level")}
     described = zip(goals.policies.items(), goals.owner, goals.layout.constraints, strict=True)
     for k, ((column, policy), owner, info) in enumerate(described):
@@ -34,21 +49,13 @@ def table(goals: GoalSet) -> str:
             text, both = _in_force(policy, text, params[k], ideal, scale), [f"{ideal:.4g}", f"{scale:.4g}"]
         numbers = [f"{seen[part][owner]:.3f}" if seen[part] else "" for part in ("share", "level")]
         rows.append((column, text, *both, *numbers))
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    mu = "on meta" if on_meta else f"{float(goals.temperature):g}"
-    rule = f"spill={goals.spill.ratio:g}" if goals.spill else f"temperature={mu}"
-    options = f"reduction={goals.reduction}, {rule}"
-    lines = [f"GoalSet({options}{f', {goals.guard}' * bool(goals.guard)}), {goals.steps} steps"]
-    for row in rows:
-        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append(f"  {'  '.join(cells)}".rstrip())
-    return "\n".join(lines)
+    return rows
 
 
 def _in_force(policy: Policy, text: str, ramp: Sequence[float], ideal: float, scale: float) -> str:
     """Return the text of a constraint or policy with the numbers in force in place of those that the code gave."""
     if isinstance(policy, Anchored) and ramp[1] == ramp[2]:
-        now = {"ideal": ideal, "nadir": ideal + scale}
+        now = {"ideal": ideal, "nadir": ideal + (scale if ramp[1] > 0 else -scale)}
         shown = {name: now.get(name, x) if isinstance(x, float) else x for name, x in policy._arguments.items()}
         return f"{type(policy).__name__}({', '.join(f'{name}={_shown(x)}' for name, x in shown.items())})"
     return text_of(policy.constraint, ramp) if isinstance(policy, (Anchored, Fixed)) else text

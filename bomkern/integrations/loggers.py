@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 from ..goals.goal_set import GoalSet
+from ..goals.monitor import Window
 
 PER_GOAL = ("share", "level", "deficit")  # parts of a record with one number per goal; raw has one per column
 
@@ -96,6 +97,7 @@ def log_goals(goals: GoalSet, logger: Any, step: int, prefix: str = "goals/") ->
     The names are ``share/GOAL``, ``level/GOAL``, ``deficit/GOAL`` and ``raw/GOAL`` (``raw/GROUP.MEMBER`` for the
     members of a group), ``loss``, and ``rejected``. The latter is the fraction of steps whose loss was not finite or
     that `GoalSet.accept` took back. It is the only name if all steps were rejected. Without a step nothing is logged.
+    Goals that are only watched (``GoalSet(monitor=)``) have no ``share``.
 
     A call does not wait on a CPU. On a GPU it waits once until the steps so far are done, so call it every 50 steps,
     not every step. The call consumes the records: with two loggers, pass the returned values to the second.
@@ -124,12 +126,21 @@ def log_goals(goals: GoalSet, logger: Any, step: int, prefix: str = "goals/") ->
         return {}
     values: dict[str, float] = {}
     if window.mean:
-        for part in (*PER_GOAL, "raw"):
-            names = goals.layout.columns if part == "raw" else goals.layout.goals
-            values |= {f"{prefix}{part}/{name}": x for name, x in zip(names, window.mean[part].tolist(), strict=True)}
+        values |= _by_name(goals, window, (*PER_GOAL, "raw"), prefix)
         values[f"{prefix}loss"] = float(window.mean["loss"])
+    if goals.watched is not None and (seen := goals.watched.monitor.take_mean()).mean:
+        values |= _by_name(goals.watched, seen, ("level", "deficit", "raw"), prefix)
     values[f"{prefix}rejected"] = window.rejected / window.steps
     target.log(values, step=step)
+    return values
+
+
+def _by_name(goals: GoalSet, window: Window, parts: Sequence[str], prefix: str) -> dict[str, float]:
+    """Return the means of some parts by the names under which they are logged."""
+    values: dict[str, float] = {}
+    for part in parts:
+        names = goals.layout.columns if part == "raw" else goals.layout.goals
+        values |= {f"{prefix}{part}/{name}": x for name, x in zip(names, window.mean[part].tolist(), strict=True)}
     return values
 
 

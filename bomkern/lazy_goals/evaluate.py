@@ -46,6 +46,7 @@ class Evaluation:
         self._sources = [[self._index.get(a) if isinstance(a, Node) else None for a in n.args] for n in self.nodes]
         self._calls, self._starts = self._plan()
         self._partial = False
+        self._parts: dict[int, Tensor] = {}  # the rows with a graph of each node, after `attach`
         self._watched: dict[int, Tensor] = {}  # the values of the goals whose owned rows `attach` asks for
 
     def _plan(self) -> tuple[dict[int, Call], dict[int, int]]:
@@ -134,12 +135,19 @@ class Evaluation:
         places = {i: rows[i].to(self.nodes[i].device, non_blocking=True) for i in owned}
         for i in owned:
             self._check(i, parts[i], self._watched[i][places[i]])
+        self._parts = parts
         return attach_rows(
             loss,
             [places[i] for i in owned],
             [weights[i][places[i]] for i in owned],
             [parts[i].to(weights[i].dtype) for i in owned],
         )
+
+    def graphs(self) -> list[Any]:
+        """Return, for each goal, the tensor through whose graph its gradient flows; None if none does."""
+        return [
+            self._parts.get(self._index[goal], goal.graph) if isinstance(goal, Node) else goal for goal in self.goals
+        ]
 
     def choose(self, owned: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Return the rows for which each node is needed.

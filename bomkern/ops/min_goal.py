@@ -17,6 +17,7 @@ from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
+from .without_graph import check_call
 
 
 class MinGoalStats(NamedTuple):
@@ -179,8 +180,25 @@ def min_goal_loss(
     else:
         params, curves = _packed(constraints, count, tensors, device)
         out = serve(tensors, params, curves, code, return_stats, may)
+    if count > 1 and len(tensors) == count and out[0].requires_grad:
+        check_call(
+            evaluation.goals if evaluation else tensors, constraints, lambda: _share(tensors, constraints, code, impl)
+        )
     loss = out[0] if evaluation is None else evaluation.attach(out[0])
     return (loss, MinGoalStats(*out[-4:])) if return_stats else loss
+
+
+def _share(
+    tensors: list[Tensor],
+    constraints: Constraint | Sequence[Constraint] | ConstraintTable | None,
+    code: int,
+    impl: str | None,
+) -> Tensor:
+    """Return the share of each goal, [K], for a warning."""
+    device, values = tensors[0].device, [t.detach() for t in tensors]
+    packed = (None, []) if constraints is None else _packed(constraints, len(values), values, device)
+    share: Tensor = select.resolve("min_goal", device.type, impl)(values, *packed, code, True, 0)[-3]
+    return share
 
 
 # Parameters and curves of recent tuples, by identity: a tuple of immutable constraints cannot change, and hashing its

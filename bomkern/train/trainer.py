@@ -122,7 +122,8 @@ class Trainer:
             process_group=group,
         )
         self.goals.to(self.device)
-        self.guard = StepGuard(*self.optimizers, goals=self.goals, process_group=group)
+        # `stuck` gives up instead, with the goal that the tally blames.
+        self.guard = StepGuard(*self.optimizers, goals=self.goals, process_group=group, limit=None)
         self.tally = Tally(self.device)
         sample = crops.batch(TRIVIAL_CROPS, self._host_rng(TRIVIAL, 0))
         self.trivial = goal.trivial_answers(to_float(sample, self.device))
