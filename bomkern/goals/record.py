@@ -58,13 +58,21 @@ class Layout:
 
 
 def share_record(
-    loss: Tensor, record: Tensor, goals: int, columns: int, reduction: int, ranks: Ranks
+    loss: Tensor,
+    record: Tensor,
+    goals: int,
+    columns: int,
+    reduction: int,
+    ranks: Ranks,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the losses and records of all ranks into those of the whole batch, by one gather.
 
     Args:
         loss: this rank's loss, 0-dim, or [B] if ``reduction`` is NONE: then it is returned unchanged.
         record: this rank's record, [size].
+        samples: with masks the number of each rank's samples that have a goal, [W]. The means in the loss and in the
+            record are then this rank's part of those of the whole batch, and are added.
 
     Returns:
         The loss, equal on all ranks, and the record. The mean over the ranks of the gradients of the loss is the
@@ -78,13 +86,18 @@ def share_record(
     merged = record_parts(together, goals, columns)
     merged["highest"].copy_(parts["highest"].amax(0))
     merged["finite"].copy_(parts["finite"].amin(0))
+    if samples is not None:
+        for name in ("share", "level", "deficit", "raw"):
+            merged[name].copy_(parts[name].sum(0))
+        if reduction == Reduction.NONE:
+            merged["loss"].copy_(parts["loss"].sum(0))
     if reduction == Reduction.NONE:
         return loss, together
     known, weight = losses.mean(), torch.ones_like(own)
-    if reduction == Reduction.SUM:
+    if reduction == Reduction.SUM or (reduction == Reduction.MEAN and samples is not None):
         known, weight = losses.sum(), weight * ranks.size
     elif reduction == Reduction.MIN:
-        worst = worst_of(losses, 0).reshape(1)
+        worst = worst_of(losses if samples is None else torch.where(samples > 0, losses, -torch.inf), 0).reshape(1)
         known, weight = losses.index_select(0, worst)[0], (worst[0] == ranks.rank) * weight * ranks.size
         merged["share"].copy_(parts["share"].index_select(0, worst)[0])
     merged["loss"].copy_(known)
