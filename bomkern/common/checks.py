@@ -120,6 +120,28 @@ def check_multipliers(multipliers: Tensor | None, groups: Sequence[int], params:
         raise ValueError(f"multipliers is on {multipliers.device}, params on {params.device}: move it")
 
 
+def check_present(
+    present: Tensor | None, counts: Tensor | None, groups: Sequence[int], batch: int, params: Tensor
+) -> None:
+    """That both are given or neither: ``present`` is bool [K, B], ``counts`` [1 + G + K] in the dtype of the params."""
+    if present is None or counts is None:
+        if present is not counts:
+            raise ValueError("present and counts must be given together: see bomkern.reference.counts_of")
+        return
+    size = 1 + groups[-1] + 1 + len(groups)
+    if present.dtype != torch.bool:
+        raise TypeError(f"present must be torch.bool, got {present.dtype}")
+    if present.dim() != 2 or present.shape[0] != len(groups) or present.shape[1] != batch:
+        raise ValueError(f"present must have shape [{len(groups)}, {batch}], got {list(present.shape)}")
+    if counts.dim() != 1 or counts.shape[0] != size:
+        raise ValueError(f"counts must have shape [{size}], got {list(counts.shape)}")
+    if counts.dtype != params.dtype:
+        raise TypeError(f"counts must be {params.dtype} as params, got {counts.dtype}")
+    for name, x in (("present", present), ("counts", counts)):
+        if x.device != params.device:
+            raise ValueError(f"{name} is on {x.device}, params on {params.device}: move it")
+
+
 def check_matrices(least: int = 1, /, **given: Tensor) -> tuple[int, int, torch.dtype]:
     """(B, D, compute dtype) of tensors that must all be [B, D], B >= ``least``, on one device."""
     first, model = next(iter(given.items()))

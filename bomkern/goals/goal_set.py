@@ -25,6 +25,7 @@ from .history import GoalOutput, History
 from .micro_batches import MicroBatches, TakesMicroBatches
 from .monitor import Monitor
 from .policies import STATE, Policy, policy_of
+from .presence import Masks, Presence, Present, averages, with_graph
 from .raw_values import Raw, RawValues
 from .record import Layout, share_record
 from .rule_state import RuleState, ends_of
@@ -50,6 +51,8 @@ class GoalSet(TakesMicroBatches):
         route, materialize: whether backward skips the graphs of goals without a share in the batch, and the names of
             goals that always get a gradient, of zeros if they have no share; see `min_goal_loss`. With ``spill`` or a
             temperature every goal has a share of every sample.
+        optional: names of goals, or "group.member", that may be missing from the raw values of a step. With a
+            ``process_group`` only these may be absent or masked; each step then gathers counts too.
         process_group: the ranks that share the batch. Each has the same number B of samples and its own GoalSet. Loss,
             record, policies, spill and guard are then those of one process with the whole batch, and so are the
             gradients that DistributedDataParallel averages. Bottlenecks, and the loss of ``reduction="none"``, are
@@ -102,6 +105,7 @@ class GoalSet(TakesMicroBatches):
         impl: str | None = None,
         route: str = "auto",
         materialize: Sequence[str] = (),
+        optional: Sequence[str] = (),
         process_group: dist.ProcessGroup | None = None,
         **named: Constraint | Policy | Group,
     ) -> None:
@@ -112,10 +116,15 @@ class GoalSet(TakesMicroBatches):
         self.spill = spill if isinstance(spill, Spill) else None if spill == 0 else Spill(spill)
         if self.spill and temperature:
             raise ValueError(f"temperature must be 0 with spill, got temperature={temperature} and spill={spill}")
-        self._lay_out({**(goals or {}), **named}, materialize)
+        self._lay_out({**(goals or {}), **named}, materialize, optional)
         self._register(temperature)
 
-    def _lay_out(self, goals: Mapping[str, Constraint | Policy | Group], materialize: str | Sequence[str]) -> None:
+    def _lay_out(
+        self,
+        goals: Mapping[str, Constraint | Policy | Group],
+        materialize: str | Sequence[str],
+        optional: str | Sequence[str],
+    ) -> None:
         """Collect the columns of the goals and their policies, and make the parts of this object."""
         self.names = list(goals)
         self.policies: dict[str, Policy] = {}  # by column
@@ -141,7 +150,9 @@ class GoalSet(TakesMicroBatches):
         self.curves = [info.curve for info in described]
         most = float(self.spill.weights(len(self.names))[0]) if self.spill else 1.0
         self.layout = Layout(self.names, columns, self.owner, described, most)
-        self._raw = RawValues(self.names, members, columns)
+        averaged = averages(self.reduction, self.spill)
+        self.presence = Presence(self.names, members, columns, self.owner, optional, self._ranks, averaged)
+        self._raw = RawValues(self.names, members, columns, self.presence.optional)
         self.anchoring = Anchors(self.policies, self.curves, self._ranks)
         self.rules = RuleState(self.policies, self.guard, self.spill, self.layout.at, self._ranks)
         self.monitor = Monitor(self.layout, self.impl)
@@ -179,24 +190,33 @@ class GoalSet(TakesMicroBatches):
 
     if TYPE_CHECKING:  # what nn.Module calls Any
 
-        def __call__(self, raw: Raw) -> GoalOutput: ...
+        def __call__(self, raw: Raw, mask: Masks | None = None) -> GoalOutput: ...
 
-    def forward(self, raw: Raw) -> GoalOutput:
+    def forward(self, raw: Raw, mask: Masks | None = None) -> GoalOutput:
         """Compute the loss of a step and its record.
 
         Args:
             raw: a raw value for every goal, [B] or 0-dim, of any float dtype, or `lazy`; for a `Group` a mapping of its
-                members' raw values.
+                members' raw values. None, or an `optional` goal that is missing: no sample of this step has that goal.
+            mask: for some goals, by name, a bool tensor [B] or 0-dim: which samples have the goal. For a `Group` one
+                for all members or a mapping; "group.member" is a name too. Raw values under a False are not read.
+
+        What is absent in a sample is never its bottleneck, gets no gradient, and counts in no share, level, mean or
+        scale. A group's deficit is the mean of the members that are there. A sample without a goal has loss 0 and
+        bottleneck -1, and counts in no mean. With ``spill`` each goal's deficit is its mean over the samples that have
+        it, and the weights of goals that no sample has go to the others; goals may then have different lengths.
 
         Returns:
-            The output of the step. Of a micro-batch (`accumulate`), the loss is its own, and the record covers the
-            step so far.
+            The output of the step. The level, deficit and raw value of a goal that no sample has are NaN, its share 0.
+            Of a micro-batch (`accumulate`), the loss is its own, and the record covers the step so far.
 
         Raises:
             KeyError: a goal is missing or unknown; the message names it.
-            ValueError: a raw value has an invalid shape or device; the message names the goal.
+            TypeError: a raw value is no float tensor, or a mask no bool tensor; the message names the goal.
+            ValueError: a raw value or mask has an invalid shape or device, or is absent on one of several ranks without
+                being `optional`; the message names the goal.
         """
-        tensors: list[Any] = self._raw.columns(raw)
+        tensors, absent = self._raw.columns(raw)
         if self.anchoring.waiting and self.alone is None:
             self.anchoring.refuse()
         rules: RuleState | MicroBatches = self.rules if self.part is None else self.part
@@ -205,18 +225,26 @@ class GoalSet(TakesMicroBatches):
         if any(type(value) is Lazy for value in tensors):
             evaluation = Evaluation(tensors)
             tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
+        present: Present | None = None
+        if absent or mask is not None or self.presence.needed(tensors):
+            tensors, present = self.presence.of(tensors, mask, buffers["params"].device)
         try:
             if self.training:
-                rules.learn(buffers, tensors, children_of(self)["monitor"])
-            loss, bottleneck, record = self._serve(tensors, buffers)
+                rules.learn(buffers, tensors, children_of(self)["monitor"], present)
+            loss, bottleneck, record = self._serve(tensors, buffers, present)
             ranks = self._ranks
             if ranks.size > 1:
                 ranks.check_shape("raw", bottleneck)
                 code, sizes = REDUCTIONS[self.reduction], (len(self.names), len(self.policies))
-                loss, record = share_record(loss, record, *sizes, code, ranks)
+                samples = None if present is None else present.samples
+                loss, record = share_record(loss, record, *sizes, code, ranks, samples)
             if self.alone is not None:
-                own = tensors[self.alone].to(record.dtype).mean()
-                loss = ranks.shared(own, ranks.gather(own.detach()).mean(), 1.0) if ranks.size > 1 else own
+                own = tensors[self.alone].to(record.dtype)
+                own = own.mean() if present is None else present.mean(self.alone, own)
+                part = 1.0 if present is None else float(ranks.size)  # masked, it is a part of the whole batch's mean
+                loss = ranks.shared(own, ranks.gather(own.detach()).mean() * part, part) if ranks.size > 1 else own
+            if present is not None and present.nothing and torch.is_grad_enabled() and not loss.requires_grad:
+                loss = with_graph(loss)
             if evaluation is not None:
                 loss = evaluation.attach(loss)
         except Exception:
@@ -224,10 +252,12 @@ class GoalSet(TakesMicroBatches):
             self._raw.explain(tensors, self.params.device)
             raise
         if self.training:
-            record = rules.keep(buffers, children_of(self)["monitor"], record)
+            record = rules.keep(buffers, children_of(self)["monitor"], record, present)
         return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
 
-    def _serve(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _serve(
+        self, tensors: list[Tensor], buffers: dict[str, Tensor], present: Present | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Call the op, in float64 if any raw value is float64."""
         params, temperature = buffers["params"], buffers["temperature"]
         multipliers = buffers["multipliers"] if self.spill else None
@@ -242,7 +272,12 @@ class GoalSet(TakesMicroBatches):
         serve: Callable[..., tuple[Tensor, Tensor, Tensor]] = select.resolve("goal_set", device.type, self.impl)
         route = self._may if routes(self.route, device) else 0
         code = REDUCTIONS[self.reduction]
-        return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
+        if present is None:
+            return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
+        if multipliers is not None:
+            multipliers = present.weights(multipliers)
+        masks = {"present": present.mask, "counts": present.counts.to(dtype)}
+        return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route, **masks)
 
     def accept(self, ok: Tensor) -> None:
         """Take back the last step if ``ok``, a 0-dim bool on the device, is False; no host sync.
