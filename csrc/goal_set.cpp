@@ -54,6 +54,25 @@ void check_multipliers(const Tensor& multipliers, int64_t goals, const Tensor& p
                     params.device(), ": move it");
 }
 
+void check_present(const std::optional<Tensor>& present, const std::optional<Tensor>& counts, int64_t goals, const Problem& p,
+                   const Tensor& params) {
+  TORCH_CHECK_VALUE(present.has_value() == counts.has_value(), "present and counts must be given together: see "
+                    "bomkern.reference.counts_of");
+  if (!present) return;
+  TORCH_CHECK_TYPE(present->scalar_type() == at::kBool, "present must be torch.bool, got ", present->scalar_type());
+  TORCH_CHECK_VALUE(present->dim() == 2 && present->size(0) == p.count && present->size(1) == p.batch,
+                    "present must have shape [", p.count, ", ", p.batch, "], got ", present->sizes());
+  const int64_t size = 1 + goals + p.count;
+  TORCH_CHECK_VALUE(counts->dim() == 1 && counts->size(0) == size, "counts must have shape [", size, "], got ",
+                    counts->sizes());
+  TORCH_CHECK_TYPE(counts->scalar_type() == params.scalar_type(), "counts must be ", params.scalar_type(),
+                   " as params, got ", counts->scalar_type());
+  TORCH_CHECK_VALUE(present->device() == params.device(), "present is on ", present->device(), ", params on ",
+                    params.device(), ": move it");
+  TORCH_CHECK_VALUE(counts->device() == params.device(), "counts is on ", counts->device(), ", params on ", params.device(),
+                    ": move it");
+}
+
 Groups describe(IntArrayRef groups) {
   Groups out{};
   for (size_t k = 0; k < groups.size(); ++k) out.first[groups[k] + 1] = static_cast<uint8_t>(k + 1);
@@ -63,7 +82,8 @@ Groups describe(IntArrayRef groups) {
 
 template <bool Cuda>
 Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups, const Tensor& temperature,
-                int64_t reduction, const std::optional<Tensor>& multipliers, bool save, int64_t /* route */) {
+                int64_t reduction, const std::optional<Tensor>& multipliers, bool save, int64_t /* route */,
+                const std::optional<Tensor>& present, const std::optional<Tensor>& counts) {
   const Problem p = bomkern::check_goals(goals);
   bomkern::check_params(params, curves, p, goals[0].device());
   check_groups(groups, p);
@@ -72,17 +92,21 @@ Result goal_set(TensorList goals, const Tensor& params, IntArrayRef curves, IntA
   const auto number = params.options();
   const Groups owners = describe(groups);
   if (multipliers) check_multipliers(*multipliers, owners.count, params);
+  check_present(present, counts, owners.count, p, params);
   const auto mode = static_cast<Reduction>(reduction);
   const Tensor loss = mode == Reduction::none ? fresh<Cuda>({p.batch}, number) : fresh<Cuda>({}, number);
   const Tensor bottleneck = fresh<Cuda>({p.batch}, number.dtype(at::kLong));
   const Tensor record = fresh<Cuda>({RecordAt(owners.count, static_cast<int>(p.count)).finite + 1}, number);
   const Tensor weight = save ? fresh<Cuda>({p.count, p.batch}, number) : fresh<Cuda>({0}, number);
   const auto table = params.expect_contiguous();
-  const Tensor given = multipliers ? multipliers->contiguous() : Tensor();  // keeps the memory alive for the kernel
+  // These keep the memory alive for the kernel.
+  const Tensor given = multipliers ? multipliers->contiguous() : Tensor();
+  const Tensor mask = present ? present->contiguous() : Tensor(), number_of = present ? counts->contiguous() : Tensor();
   bomkern::with_number(p.wide, [&](auto zero) {
     using S = decltype(zero);
     const Forward<S> a{bomkern::describe(goals, p, curves), owners, table->const_data_ptr<S>(), temperature.const_data_ptr<S>(),
-                       multipliers ? given.const_data_ptr<S>() : nullptr, mode, loss.mutable_data_ptr<S>(),
+                       multipliers ? given.const_data_ptr<S>() : nullptr, present ? mask.const_data_ptr<bool>() : nullptr,
+                       present ? number_of.const_data_ptr<S>() : nullptr, mode, loss.mutable_data_ptr<S>(),
                        bottleneck.mutable_data_ptr<int64_t>(), record.mutable_data_ptr<S>(),
                        save ? weight.mutable_data_ptr<S>() : nullptr};
     bomkern::launch<Cuda>("goal_set", cpu_kernels(), a, goals[0]);
@@ -122,18 +146,21 @@ std::vector<Tensor> goal_set_backward(const Tensor& grad, const Tensor& weight, 
 }
 
 using ForwardOp = Result(TensorList, const Tensor&, IntArrayRef, IntArrayRef, const Tensor&, int64_t,
-                        const std::optional<Tensor>&, bool, int64_t);
+                        const std::optional<Tensor>&, bool, int64_t, const std::optional<Tensor>&,
+                        const std::optional<Tensor>&);
 using BackwardOp = std::vector<Tensor>(const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef);
 
 using ReferenceOp = Tensor(TensorList, const Tensor&, IntArrayRef, IntArrayRef, const Tensor&, int64_t,
-                           const std::optional<Tensor>&);
+                           const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&);
 
-// Copies params, temperature and multipliers into one vector: a GoalSet changes them in place after its forward, before a
+// Copies params, temperature, multipliers and counts into one vector: a GoalSet changes them in place after its forward, before a
 // second derivative reads them.
-Tensor copy_of(const Tensor& params, const Tensor& temperature, const std::optional<Tensor>& multipliers) {
+Tensor copy_of(const Tensor& params, const Tensor& temperature, const std::optional<Tensor>& multipliers,
+               const std::optional<Tensor>& counts) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  c10::SmallVector<Tensor, 3> parts{params, temperature};
+  c10::SmallVector<Tensor, 4> parts{params, temperature};
   if (multipliers) parts.push_back(*multipliers);
+  if (counts) parts.push_back(*counts);
   bool plain = true;
   for (const Tensor& x : parts) plain = plain && x.is_cpu() && bomkern::has_plain_values(x) && x.is_contiguous();
   if (!plain) {
@@ -153,12 +180,14 @@ Tensor copy_of(const Tensor& params, const Tensor& temperature, const std::optio
 
 Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef curves, IntArrayRef groups,
                          const Tensor& temperature, int64_t reduction,
-                         const std::optional<Tensor>& multipliers, bool save, int64_t route) {
+                         const std::optional<Tensor>& multipliers, bool save, int64_t route,
+                         const std::optional<Tensor>& present, const std::optional<Tensor>& counts) {
   static const auto op = bomkern::operator_named<ForwardOp>("bomkern::goal_set", "");
   static const auto back = bomkern::operator_named<BackwardOp>("bomkern::goal_set_backward", "");
   const bomkern::Differentiable autograd("goal_set", goals);
   const Result out = autograd.run(
-      [&] { return op.call(goals, params, curves, groups, temperature, reduction, multipliers, save || autograd.wanted(), 0); });
+      [&] { return op.call(goals, params, curves, groups, temperature, reduction, multipliers, save || autograd.wanted(), 0,
+                           present, counts); });
   if (!autograd.wanted()) return out;
   using Numbers = c10::SmallVector<int64_t, 16>;
   Numbers dims, dtypes;
@@ -187,9 +216,11 @@ Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef cur
     return gradients;
   };
   std::vector<Tensor> given(goals.begin(), goals.end());
-  given.push_back(copy_of(params, temperature, multipliers));
+  given.push_back(copy_of(params, temperature, multipliers, counts));
+  if (present) given.push_back(*present);
   const std::vector<int64_t> shapes(curves.begin(), curves.end()), members(groups.begin(), groups.end());
-  const auto again = [shapes, members, reduction, owners, given_weights = multipliers.has_value(), n = goals.size()](
+  const auto again = [shapes, members, reduction, owners, given_weights = multipliers.has_value(), masked = present.has_value(),
+                      n = goals.size()](
                          const auto& grads, const auto& inputs, auto want) {
     static const auto reference = bomkern::operator_named<ReferenceOp>("bomkern::goal_set_reference", "");
     for (size_t k = 0; k < n; ++k) want[k] = want[k] && (!owners || owners->holds(k));
@@ -197,8 +228,11 @@ Result goal_set_autograd(TensorList goals, const Tensor& params, IntArrayRef cur
     const auto columns = static_cast<int64_t>(shapes.size()), count = members.back() + 1;
     const auto table = settings.narrow(0, 0, 4 * columns).view({columns, 4}), mu = settings.select(0, 4 * columns);
     const auto weights = given_weights ? std::optional(settings.narrow(0, 4 * columns + 1, count)) : std::nullopt;
+    const int64_t after = 4 * columns + 1 + (given_weights ? count : 0);
+    const auto mask = masked ? std::optional(inputs[n + 1]) : std::nullopt;
+    const auto numbers = masked ? std::optional(settings.narrow(0, after, 1 + count + columns)) : std::nullopt;
     const TensorList columns_of(inputs.data(), n);
-    const Tensor loss = reference.call(columns_of, table, shapes, members, mu, reduction, weights);
+    const Tensor loss = reference.call(columns_of, table, shapes, members, mu, reduction, weights, mask, numbers);
     return bomkern::differentiable_gradients({loss}, grads, inputs, want);
   };
   autograd.finish({std::get<0>(out)}, {std::get<3>(out)}, pull, given, again);

@@ -133,6 +133,16 @@ def check_goals(goals: Sequence[Tensor], names: Sequence[str] = ()) -> tuple[int
     return batch, count, dtype
 
 
+def as_flag(name: str, value: object, device: torch.device) -> Tensor:
+    """Return a bool, or a 0-dim bool tensor, as the latter; a TypeError names anything else. No host sync."""
+    if isinstance(value, bool):
+        return torch.full((), value, dtype=torch.bool, device=device)
+    if not isinstance(value, Tensor) or value.dtype is not torch.bool or value.dim():
+        got = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a bool or a 0-dim bool tensor, got {got}")
+    return value
+
+
 def _batch_of(labels: Sequence[str], goals: Sequence[Tensor]) -> int:
     """Return the number of samples of goals that are each [B] or 0-dim; 1 if all are 0-dim."""
     rows = [k for k, goal in enumerate(goals) if goal.dim() == 1]
@@ -200,6 +210,28 @@ def check_multipliers(multipliers: Tensor | None, groups: Sequence[int], params:
         raise TypeError(f"multipliers must be {params.dtype} as params, got {multipliers.dtype}")
     if multipliers.device != params.device:
         raise ValueError(f"multipliers is on {multipliers.device}, params on {params.device}: move it")
+
+
+def check_present(
+    present: Tensor | None, counts: Tensor | None, groups: Sequence[int], batch: int, params: Tensor
+) -> None:
+    """That both are given or neither: ``present`` is bool [K, B], ``counts`` [1 + G + K] in the dtype of the params."""
+    if present is None or counts is None:
+        if present is not counts:
+            raise ValueError("present and counts must be given together: see bomkern.reference.counts_of")
+        return
+    size = 1 + groups[-1] + 1 + len(groups)
+    if present.dtype != torch.bool:
+        raise TypeError(f"present must be torch.bool, got {present.dtype}")
+    if present.dim() != 2 or present.shape[0] != len(groups) or present.shape[1] != batch:
+        raise ValueError(f"present must have shape [{len(groups)}, {batch}], got {list(present.shape)}")
+    if counts.dim() != 1 or counts.shape[0] != size:
+        raise ValueError(f"counts must have shape [{size}], got {list(counts.shape)}")
+    if counts.dtype != params.dtype:
+        raise TypeError(f"counts must be {params.dtype} as params, got {counts.dtype}")
+    for name, x in (("present", present), ("counts", counts)):
+        if x.device != params.device:
+            raise ValueError(f"{name} is on {x.device}, params on {params.device}: move it")
 
 
 def check_matrices(least: int = 1, /, **given: Tensor) -> tuple[int, int, torch.dtype]:

@@ -60,7 +60,7 @@ def _holding(run: RunView, g: int, share: float) -> Iterator[tuple[int, int]]:
 @detects(STARVED, each="goal")
 def starved(run: RunView, g: int) -> Iterator[Finding]:
     """Find a goal without a share while raw gets worse, that ends badly off: it was not just waiting for its turn."""
-    for a, b in stretches(run.smooth_share[:, g] < thresholds.STARVED, run.width // 2):
+    for a, b in stretches(run.own_share[:, g] < thresholds.STARVED, run.width // 2):
         if b - a < run.least_window:
             continue
         # From its best value to the end: a loss that it recovers without gradient is noise between batches.

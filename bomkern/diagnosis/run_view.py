@@ -94,6 +94,7 @@ class RunView:
         columns: their `Column`s.
         share, level, deficit: [T, G].
         smooth_share: moving mean of the shares over ``width`` rows, [T, G].
+        own_share: the same over the rows in which a sample had the goal; NaN without one.
         largest_share: the largest share that one goal can hold, `Layout.most`.
         least_window: smallest number of rows of a window.
         raw, ideal, scale, highest: [T, K].
@@ -118,13 +119,14 @@ class RunView:
         self.width = max(LEAST_WIDTH, self.rows // WINDOWS)
         self.least_window = max(2 * self.width, LEAST_WINDOW)
         self.smooth_share = smooth(self.share, self.width)
+        self.own_share = smooth(torch.where(self.level.isnan(), torch.nan, self.share), self.width)
         self._anchors = [_last(self.ideal[:, k], self.scale[:, k]) for k in range(len(self.columns))]
         self.distance = (
             torch.stack([c.distance(self.raw[:, k], *self.anchor(k)) for k, c in enumerate(self.columns)], dim=1)
             if self.rows
             else self.raw
         )
-        self.worse = torch.stack([self.distance[:, self.members(g)].mean(1) for g in range(len(self.goals))], dim=1)
+        self.worse = torch.stack([self.distance[:, self.members(g)].nanmean(1) for g in range(len(self.goals))], dim=1)
         self.payoff = payoff_of(payoff)
 
     share: Tensor

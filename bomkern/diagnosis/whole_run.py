@@ -50,7 +50,10 @@ def not_finite(run: RunView) -> Iterator[Finding]:
     if not bad.any():
         return
     count = float((1 - run.finite).sum()) * run.history.stride
-    lost = run.history["raw"].isfinite().logical_not()
+    raw, owner = run.history["raw"], torch.tensor([column.goal for column in run.columns])
+    # No sample has a column whose raw value is NaN, although it saw no number and its goal owns no sample.
+    absent = raw.isnan() & (run.highest == -torch.inf) & (run.history["share"][:, owner] == 0)
+    lost = raw.isfinite().logical_not() & ~absent
     # A row with NaN in all columns was joined from several steps, and does not tell which goal was at fault.
     named = lost & ~lost.all(1, keepdim=True) & bad[:, None]
     guilty = [g for g in range(len(run.goals)) if named[:, run.members(g)].any()]

@@ -19,6 +19,7 @@ from ..common.checks import (
     check_matrices,
     check_multipliers,
     check_params,
+    check_present,
     check_prior,
     check_rows,
     check_temperature,
@@ -82,12 +83,15 @@ def goal_set(
     multipliers: Tensor | None = None,
     save: bool = False,
     route: int = 0,
+    present: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
     check_groups(groups, count)
     check_temperature(temperature, params)
     check_multipliers(multipliers, groups, params)
+    check_present(present, counts, groups, batch, params)
     return (
         params.new_empty([batch] if reduction == Reduction.NONE else []),
         params.new_empty([batch], dtype=torch.int64),

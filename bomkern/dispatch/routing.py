@@ -119,9 +119,9 @@ def routed_min_goal(serve: Callable[..., Any]) -> Callable[..., Any]:
 def routed_goal_set(serve: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an implementation of goal_set in Python, so that branches can be skipped."""
 
-    def routed(goals: Any, params: Any, curves: Any, groups: Any, *arguments: Any, route: int = 0) -> Any:
+    def routed(goals: Any, params: Any, curves: Any, groups: Any, *rest: Any, route: int = 0, **masks: Any) -> Any:
         if not route:
-            return serve(goals, params, curves, groups, *arguments)
-        return gated(lambda inputs: serve(inputs, params, curves, groups, *arguments), goals, route, groups, 2)
+            return serve(goals, params, curves, groups, *rest, **masks)
+        return gated(lambda inputs: serve(inputs, params, curves, groups, *rest, **masks), goals, route, groups, 2)
 
     return routed

@@ -92,11 +92,12 @@ MIN_GOAL = Op(
 )
 
 # groups: the goal of each column, ascending. multipliers [G]: fixed weights instead of the rule. record: see
-# reference/record.py. weight [K, B]: d loss / d column with save, else no elements.
+# reference/record.py. weight [K, B]: d loss / d column with save, else no elements. present bool [K, B], counts
+# [1 + G + K]: which columns count in which samples, see reference/goal_set.py.
 GOAL_SET = Op(
     forward=Schema(
         "goal_set(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction, "
-        "Tensor? multipliers=None, bool save=False, int route=0) -> "
+        "Tensor? multipliers=None, bool save=False, int route=0, Tensor? present=None, Tensor? counts=None) -> "
         "(Tensor loss, Tensor bottleneck, Tensor record, Tensor weight)",
         fakes.goal_set,
     ),
@@ -120,7 +121,7 @@ GOAL_SET = Op(
     check=check_columns,
     definition=(
         "goal_set_reference(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, "
-        "int reduction, Tensor? multipliers) -> Tensor",
+        "int reduction, Tensor? multipliers, Tensor? present, Tensor? counts) -> Tensor",
         goal_set_loss,
     ),
     results=slice(3),

@@ -93,3 +93,10 @@ def _reached(roots: dict[Any, int]) -> dict[Any, int]:
             if child is not None:
                 masks[child] |= masks[node]
     return masks
+
+
+def watch_backward(steps: list[Branches], goals: Sequence[str], tensors: Sequence[Any]) -> None:
+    """Add the branches of a step whose backward is to be watched."""
+    if torch.is_grad_enabled():
+        steps.append(Branches(goals, tensors))
+        del steps[:-32]  # a loop that seldom steps, or never

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..common.blame import TOO_MANY, number_fix
-from ..common.checks import MAX_GOALS, as_number
+from ..common.checks import MAX_GOALS, as_flag, as_number
 from ..common.process_group import Ranks, ranks_of
 from ..common.reductions import REDUCTIONS
 from ..common.torch_internals import buffers_of, children_of
@@ -21,20 +21,21 @@ from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
 from .anchors import Anchors
-from .branches import Branches
+from .branches import Branches, watch_backward
 from .buffers import GoalBuffers
 from .constraint_info import describe
 from .history import GoalOutput, History
 from .micro_batches import MicroBatches, TakesMicroBatches
 from .monitor import Monitor
 from .policies import Policy, policy_of
+from .presence import Masks, Presence, Present, averages, with_graph
 from .raw_values import Raw, RawValues
 from .record import Layout, share_record
 from .resume import Resume
 from .rule_state import RuleState, learning_is_enabled
 from .rules import Group, ShareGuard, Spill
 from .table import table
-from .watched import check_watched, fit_state
+from .watched import check_watched, fit_state, split_options
 from .watched import step as watch
 
 
@@ -56,6 +57,8 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         route, materialize: whether backward skips the graphs of goals without a share in the batch, and the names of
             goals that always get a gradient, of zeros if they have no share; see `min_goal_loss`. With ``spill`` or a
             temperature every goal has a share of every sample.
+        optional: names of goals, or "group.member", that may be missing from the raw values of a step. With a
+            ``process_group`` only these may be absent or masked; each step then gathers counts too.
         process_group: the ranks that share the batch. Each has the same number B of samples and its own GoalSet. Loss,
             record, policies, spill and guard are then those of one process with the whole batch, and so are the
             gradients that DistributedDataParallel averages. Bottlenecks, and the loss of ``reduction="none"``, are
@@ -108,6 +111,7 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         impl: str | None = None,
         route: str = "auto",
         materialize: Sequence[str] = (),
+        optional: Sequence[str] = (),
         process_group: dist.ProcessGroup | None = None,
         resume: str = "code",
         renamed: Mapping[str, str] | None = None,
@@ -121,23 +125,26 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         self.spill = spill if isinstance(spill, Spill) else None if spill == 0 else Spill(spill)
         if self.spill and temperature:
             raise ValueError(f"temperature must be 0 with spill, got temperature={temperature} and spill={spill}")
-        self._lay_out({**(goals or {}), **named}, materialize)
-        if monitor is not None:
-            check_watched(monitor, self.names)
+        own, theirs = split_options(monitor, optional, renamed, several=ranks.size > 1)
+        self._lay_out({**(goals or {}), **named}, materialize, own[0])
         rule = {"temperature": float(temperature), "spill": self.spill.ratio if self.spill else 0.0}
-        of_watched = {new: old for new, old in (renamed or {}).items() if new.partition(".")[0] in (monitor or {})}
-        own = {new: old for new, old in (renamed or {}).items() if new not in of_watched}
-        self._resume = Resume(resume, own, self.layout, self.policies, rule)
+        self._resume = Resume(resume, own[1], self.layout, self.policies, rule)
         self._register()
         self._watching = False  # whether this is the ``watched`` of another GoalSet
         self.watched: GoalSet | None = None
         if monitor is not None:
+            check_watched(monitor, self.names)
             shared: dict[str, Any] = {"impl": impl, "process_group": process_group, "resume": resume}
-            self.watched = GoalSet(monitor, route="never", renamed=of_watched, **shared)
+            self.watched = GoalSet(monitor, route="never", optional=theirs[0], renamed=theirs[1], **shared)
             self.watched._watching = True
         self.register_load_state_dict_pre_hook(fit_state)
 
-    def _lay_out(self, goals: Mapping[str, Constraint | Policy | Group], materialize: str | Sequence[str]) -> None:
+    def _lay_out(
+        self,
+        goals: Mapping[str, Constraint | Policy | Group],
+        materialize: str | Sequence[str],
+        optional: str | Sequence[str],
+    ) -> None:
         """Collect the columns of the goals and their policies, and make the parts of this object."""
         self.names = list(goals)
         self.policies: dict[str, Policy] = {}  # by column
@@ -164,7 +171,9 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         self.curves = [info.curve for info in described]
         most = float(self.spill.weights(len(self.names))[0]) if self.spill else 1.0
         self.layout = Layout(self.names, columns, self.owner, described, most)
-        self._raw = RawValues(self.names, members, columns)
+        averaged = averages(self.reduction, self.spill)
+        self.presence = Presence(self.names, members, columns, self.owner, optional, self._ranks, averaged)
+        self._raw = RawValues(self.names, members, columns, self.presence.optional)
         self.anchoring = Anchors(self.policies, self.curves, self._ranks)
         self.rules = RuleState(self.policies, self.guard, self.spill, self.layout.at, self._ranks)
         self.monitor = Monitor(self.layout, self.impl)
@@ -176,27 +185,36 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
 
     if TYPE_CHECKING:  # what nn.Module calls Any
 
-        def __call__(self, raw: Raw) -> GoalOutput: ...
+        def __call__(self, raw: Raw, mask: Masks | None = None) -> GoalOutput: ...
 
-    def forward(self, raw: Raw) -> GoalOutput:
+    def forward(self, raw: Raw, mask: Masks | None = None) -> GoalOutput:
         """Compute the loss of a step and its record.
 
         Args:
             raw: a raw value for every goal, [B] or 0-dim, of any float dtype, or `lazy`; for a `Group` a mapping of its
-                members' raw values.
+                members' raw values. None, or an `optional` goal that is missing: no sample of this step has that goal.
+            mask: for some goals, by name, a bool tensor [B] or 0-dim: which samples have the goal. For a `Group` one
+                for all members or a mapping; "group.member" is a name too. Raw values under a False are not read.
+
+        What is absent in a sample is never its bottleneck, gets no gradient, and counts in no share, level, mean or
+        scale. A group's deficit is the mean of the members that are there. A sample without a goal has loss 0 and
+        bottleneck -1, and counts in no mean. With ``spill`` each goal's deficit is its mean over the samples that have
+        it, and the weights of goals that no sample has go to the others; goals may then have different lengths.
 
         Returns:
-            The output of the step. Of a micro-batch (`accumulate`), the loss is its own, and the record covers the
-            step so far.
+            The output of the step. The level, deficit and raw value of a goal that no sample has are NaN, its share 0.
+            Of a micro-batch (`accumulate`), the loss is its own, and the record covers the step so far.
 
         Raises:
             KeyError: a goal is missing or unknown; the message names it.
-            ValueError: a raw value has an invalid shape or device; the message names the goal.
+            TypeError: a raw value is no float tensor, or a mask no bool tensor; the message names the goal.
+            ValueError: a raw value or mask has an invalid shape or device, or is absent on one of several ranks without
+                being `optional`; the message names the goal.
         """
         watched = None
         if self.watched is not None:
-            raw, watched = watch(self.watched, raw, self.alone is None)
-        tensors: list[Any] = self._raw.columns(raw)
+            raw, mask, watched = watch(self.watched, raw, mask, self.alone is None)
+        tensors, absent = self._raw.columns(raw)
         if self.training and self.alone is None:
             children_of(self)["monitor"].check_graphs(tensors)
         if self.anchoring.waiting and self.alone is None:
@@ -209,20 +227,28 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         if any(type(value) is Lazy for value in tensors):
             evaluation = Evaluation(tensors)
             tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
+        present: Present | None = None
+        if absent or mask is not None or self.presence.needed(tensors):
+            tensors, present = self.presence.of(tensors, mask, buffers["params"].device)
         try:
             if learns:
-                rules.learn(buffers, tensors, children_of(self)["monitor"])
-            loss, bottleneck, record = self._serve(tensors, buffers)
+                rules.learn(buffers, tensors, children_of(self)["monitor"], present)
+            loss, bottleneck, record = self._serve(tensors, buffers, present)
             ranks = self._ranks
             if ranks.size > 1:
                 ranks.check_shape("raw", bottleneck)
                 code, sizes = REDUCTIONS[self.reduction], (len(self.names), len(self.policies))
-                loss, record = share_record(loss, record, *sizes, code, ranks)
+                samples = None if present is None else present.samples
+                loss, record = share_record(loss, record, *sizes, code, ranks, samples)
             if self.alone is not None:
-                own = tensors[self.alone].to(record.dtype).mean()
+                own = tensors[self.alone].to(record.dtype)
+                own = own.mean() if present is None else present.mean(self.alone, own)
                 if self.layout.constraints[self.alone].direction < 0:
                     own = -own
-                loss = ranks.shared(own, ranks.gather(own.detach()).mean(), 1.0) if ranks.size > 1 else own
+                part = 1.0 if present is None else float(ranks.size)  # masked, it is a part of the whole batch's mean
+                loss = ranks.shared(own, ranks.gather(own.detach()).mean() * part, part) if ranks.size > 1 else own
+            if present is not None and present.nothing and torch.is_grad_enabled() and not loss.requires_grad:
+                loss = with_graph(loss)
             if evaluation is not None:
                 loss = evaluation.attach(loss)
         except Exception:
@@ -233,13 +259,16 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         if self._watching:
             record.narrow(0, self.layout.at.share, len(self.names)).zero_()
         if self.training and not torch.compiler.is_compiling() and self.branches is not None:
-            self._watch_backward(tensors if evaluation is None else evaluation.graphs())
+            graphs = tensors if evaluation is None else evaluation.graphs()
+            watch_backward(self.branches, [self.names[g] for g in self.owner], graphs)
         if learns:
-            record = rules.keep(buffers, children_of(self)["monitor"], record)
+            record = rules.keep(buffers, children_of(self)["monitor"], record, present)
         walked = None if evaluation is None else evaluation.walked
         return GoalOutput(loss, bottleneck, record, self.layout, walked, watched)
 
-    def _serve(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _serve(
+        self, tensors: list[Tensor], buffers: dict[str, Tensor], present: Present | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Call the op, in float64 if any raw value is float64."""
         params, temperature = buffers["params"], buffers["temperature"]
         multipliers = buffers["multipliers"] if self.spill else None
@@ -254,14 +283,12 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         serve: Callable[..., tuple[Tensor, Tensor, Tensor]] = select.resolve("goal_set", device.type, self.impl)
         route = self._may if routes(self.route, device) else 0
         code = REDUCTIONS[self.reduction]
-        return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
-
-    def _watch_backward(self, tensors: list[Any]) -> None:
-        """Let a `StepGuard` see the backward of this step."""
-        assert self.branches is not None
-        if torch.is_grad_enabled():
-            self.branches.append(Branches([self.names[g] for g in self.owner], tensors))
-            del self.branches[:-32]  # a loop that seldom steps, or never
+        if present is None:
+            return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
+        if multipliers is not None:
+            multipliers = present.weights(multipliers)
+        masks = {"present": present.mask, "counts": present.counts.to(dtype)}
+        return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route, **masks)
 
     def accept(self, ok: Tensor | bool) -> None:
         """Take back the last step if ``ok`` is False; no host sync.
@@ -278,17 +305,13 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         Raises:
             TypeError: ``ok`` is anything else.
         """
-        if not isinstance(ok, Tensor) and isinstance(ok, bool):
-            ok = self.params.new_full((), ok, dtype=torch.bool)
-        if not isinstance(ok, Tensor) or ok.dtype is not torch.bool or ok.dim():
-            got = f"{ok.dtype} of shape {list(ok.shape)}" if isinstance(ok, Tensor) else type(ok).__name__
-            raise TypeError(f"ok must be a bool or a 0-dim bool tensor, got {got}")
+        taken = as_flag("ok", ok, self.params.device)
         if self.part is not None:
             self.end_step()
-        self.rules.accept(ok)
-        children_of(self)["monitor"].reject(ok)
+        self.rules.accept(taken)
+        children_of(self)["monitor"].reject(taken)
         if self.watched is not None:
-            self.watched.accept(ok)
+            self.watched.accept(taken)
 
     @property
     def history(self) -> History:

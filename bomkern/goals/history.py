@@ -38,7 +38,8 @@ class History:
     ``"level"`` and ``"deficit"`` are [T, G]; ``"raw"``, ``"highest"``, ``"ideal"`` and ``"scale"`` are [T, K];
     ``"loss"`` and ``"finite"`` are [T]. The scale is positive, whichever side of the ideal is worse. A row of several
     steps holds the means over the steps with a finite loss. Two parts differ: ``highest`` is the largest of them, and
-    ``finite`` is the fraction of the steps with a finite loss.
+    ``finite`` is the fraction of the steps with a finite loss. The level, deficit and raw value of a goal that no
+    sample of a step had are NaN; such steps are in no mean of them.
 
     Attributes:
         layout: names of the goals and columns, see `Layout`.
@@ -99,9 +100,11 @@ class History:
             return rows
         blocks = rows.unflatten(0, (-1, every))
         finite = blocks[..., self.layout.at.finite]
-        weight = (finite / finite.sum(1, keepdim=True).clamp(min=1e-9))[..., None]
+        weight = torch.where(blocks.isnan(), 0, finite[..., None])  # NaN: no sample had the goal
+        total = weight.sum(1, keepdim=True)
+        weight = weight / total.clamp(min=1e-9)
         joined = torch.where(weight > 0, blocks * weight, 0).sum(1)
-        joined = torch.where(finite.sum(1)[:, None] > 0, joined, torch.nan)
+        joined = torch.where(total[:, 0] > 0, joined, torch.nan)
         self.layout.parts(joined)["highest"].copy_(self.layout.parts(blocks)["highest"].amax(1))
         joined[:, self.layout.at.finite] = finite.mean(1)
         return joined
@@ -184,7 +187,7 @@ class GoalOutput:
 
     @property
     def level(self) -> Tensor:
-        """The mean score of each goal, its water level, [G]."""
+        """The mean score of each goal, its water level in [0, 1], [G]; NaN for a goal that no sample has."""
         return self["level"]
 
     @property

@@ -16,7 +16,8 @@ from ..common.torch_internals import FullPrecisionBuffers, buffers_of, children_
 from .anchors import Buffers
 from .monitor import Monitor
 from .policies import Policy
-from .record import Layout, merge_records
+from .presence import Present
+from .record import Layout, merge_records, weights_of
 from .rule_state import LEARNT, RuleState
 
 
@@ -57,6 +58,7 @@ class MicroBatches:
         self._rewound = self._captured = False
         self._new: dict[int, Tensor] = {}  # raw values with those of the current call
         self._samples = 0  # of the current call
+        self._present: Present | None = None  # what was present in the step so far, if a call had a mask
 
     @property
     def active(self) -> bool:
@@ -65,7 +67,7 @@ class MicroBatches:
 
     # The methods that `GoalSet.forward` calls, as those of `RuleState`.
 
-    def learn(self, buffers: Buffers, tensors: list[Tensor], monitor: Monitor) -> None:
+    def learn(self, buffers: Buffers, tensors: list[Tensor], monitor: Monitor, present: Present | None = None) -> None:
         """Update the policies from the raw values of the step so far and of this call."""
         if self.complete:
             if self._rewound:
@@ -96,9 +98,9 @@ class MicroBatches:
             self.changed += [(buffers[name], buffers[name].clone()) for name in LEARNT]
             raws = {
                 k: torch.cat([self._raws[k], raw.reshape(-1)]) if k in self._raws else raw
-                for k, raw in zip(learning, rules.raws(learning, tensors), strict=True)
+                for k, raw in zip(learning, rules.raws(learning, tensors, present), strict=True)
             }
-            self._update(learning, buffers, raws, monitor)
+            self._update(learning, buffers, raws, monitor, self._so_far(present))
             self._new = {k: raw if k in self._raws else raw.reshape(-1).clone() for k, raw in raws.items()}
 
     def restore(self) -> None:
@@ -108,7 +110,7 @@ class MicroBatches:
         self.changed.clear()
         self._new = {}
 
-    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor) -> Tensor:
+    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor, present: Present | None = None) -> Tensor:
         """Merge the record of the call into that of the step, and end the step after its last micro-batch.
 
         Returns the record of the step so far, or ``record`` if the call repeats a complete step.
@@ -118,6 +120,9 @@ class MicroBatches:
             return record
         records = record.detach()[None]
         weights = torch.full_like(records, self._samples)
+        if present is not None:
+            weights[0] = weights_of(present.counts, *self._sizes)
+        self._present = self._so_far(present)
         if self._record is not None and self._weights is not None:
             records = torch.stack([self._record, records[0].to(self._record)])
             weights = torch.stack([self._weights, weights[0].to(self._weights)])
@@ -130,6 +135,20 @@ class MicroBatches:
             self.finish(buffers, monitor)
         return merged
 
+    def _so_far(self, present: Present | None) -> Present | None:
+        """Return what is present in the step so far and in the current call; None if no call had a mask."""
+        before = self._present
+        latest = before if present is None else present
+        if latest is None:
+            return None
+        counts = torch.full_like(latest.counts, self._samples) if present is None else present.counts
+        if before is not None:
+            counts = counts + before.counts
+        elif self._weights is not None:  # calls without a mask
+            counts = counts + self._weights[-1].to(counts.dtype)
+        masked = latest.masked if before is None else latest.masked | before.masked
+        return latest._replace(counts=counts, masked=masked)
+
     # The end of a step.
 
     def finish(self, buffers: Buffers, monitor: Monitor) -> None:
@@ -141,8 +160,9 @@ class MicroBatches:
             self._relearn(buffers, monitor)
         rules = self.rules
         rules.changed += [(buffers[name], before) for name, before in self._before.items()]
+        present = self._present
         self.forget()
-        rules.keep(buffers, monitor, record)
+        rules.keep(buffers, monitor, record, present)
 
     def discard(self, buffers: Buffers) -> None:
         """Take back what the policies learnt in the open step, and forget it."""
@@ -161,11 +181,13 @@ class MicroBatches:
         self._record, self._weights = self._record.clone(), self._weights.clone()
         self._before = {name: before.clone() for name, before in self._before.items()}
         self._raws = {k: raw.clone() for k, raw in self._raws.items()}
+        if self._present is not None:
+            self._present = self._present._replace(counts=self._present.counts.clone())
 
     def _relearn(self, buffers: Buffers, monitor: Monitor) -> None:
         """Update the policies from the raw values of the step so far, after `rewind`."""
         policies = list(self.rules.policies.values())
-        self._update({k: policies[k] for k in self._raws}, buffers, self._raws, monitor)
+        self._update({k: policies[k] for k in self._raws}, buffers, self._raws, monitor, self._present)
         self._rewound = False
 
     def _unlearn(self, buffers: Buffers, columns: Iterable[int]) -> None:
@@ -174,12 +196,19 @@ class MicroBatches:
             for name in LEARNT:
                 buffers[name][k].copy_(self._before[name][k])
 
-    def _update(self, learning: dict[int, Policy], buffers: Buffers, raws: dict[int, Tensor], monitor: Monitor) -> None:
+    def _update(
+        self,
+        learning: dict[int, Policy],
+        buffers: Buffers,
+        raws: dict[int, Tensor],
+        monitor: Monitor,
+        present: Present | None,
+    ) -> None:
         """Update policies, from their state before the step, by all raw values of the step."""
         if self.open:
             self._unlearn(buffers, learning)
         if learning:
-            self.rules.update(learning, buffers, list(raws.values()), buffers_of(monitor)["place"])
+            self.rules.update(learning, buffers, list(raws.values()), buffers_of(monitor)["place"], present)
         self.rules.changed.clear()  # what takes the step back is in ``_before``
 
 

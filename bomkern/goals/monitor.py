@@ -42,7 +42,8 @@ class Window(NamedTuple):
     Attributes:
         steps: number of steps.
         rejected: number of steps that had no finite loss, or were taken back.
-        mean: float64 means over the other steps by part of a record; empty if there are none.
+        mean: float64 means over the other steps by part of a record; empty if there are none. A goal's level, deficit
+            and raw value are means over the steps in which a sample had it, NaN if there are none.
     """
 
     steps: int
@@ -193,7 +194,7 @@ class Monitor(FullPrecisionBuffers):
         """Take the records since the last call, and return the means of their parts. Waits for the device."""
         records = self.take().double()
         finite = self.layout.parts(records)["finite"] > 0
-        mean = self.layout.parts(records[finite].mean(0)) if finite.any() else {}
+        mean = self.layout.parts(records[finite].nanmean(0)) if finite.any() else {}
         return Window(len(records), len(records) - int(finite.sum()), mean)
 
     def last_mean(self, part: str, steps: int) -> Tensor:

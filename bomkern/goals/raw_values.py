@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.checks import check_goals
 from ..lazy_goals.lazy import Lazy
 
-Raw = Mapping[str, "Tensor | Lazy | Mapping[str, Tensor | Lazy]"]
+Raw = Mapping[str, "Tensor | Lazy | Mapping[str, Tensor | Lazy | None] | None"]
 
 
 class RawValues:
@@ -21,29 +21,51 @@ class RawValues:
         names: the goals.
         members: the members of each group.
         columns: the name of each tensor in errors.
+        optional: the indices of the columns that may be missing.
     """
 
-    def __init__(self, names: list[str], members: dict[str, list[str]], columns: list[str]) -> None:
+    def __init__(
+        self, names: list[str], members: dict[str, list[str]], columns: list[str], optional: Collection[int] = ()
+    ) -> None:
         self.names, self.known, self.members, self.labels = names, set(names), members, columns
+        self._optional = {columns[k] for k in optional}
+        self._optional |= {name for name in members if all(f"{name}.{m}" in self._optional for m in members[name])}
 
-    def columns(self, raw: Raw) -> list[Tensor]:
-        """Return the tensors of the columns. Raises KeyError or TypeError for a missing, unknown or invalid goal."""
+    def columns(self, raw: Raw) -> tuple[list[Any], bool]:
+        """Return the tensors of the columns, None for one that is absent; and whether any is.
+
+        Raises KeyError or TypeError for a missing, unknown or invalid goal.
+        """
         if not isinstance(raw, Mapping):
             raise TypeError(f"raw must be a mapping of goals' names to tensors, got {type(raw).__name__}")
         if raw.keys() != self.known:
-            self._refuse("goal", raw, self.names)
+            raw = self._completed("goal", "", raw, self.names)
         tensors: list[Any] = []
+        absent = False
         for name in self.names:
-            value = raw[name]
+            value: Any = raw[name]
             if name not in self.members:
                 tensors.append(value)
+                if value is None:
+                    absent = True
                 continue
+            if value is None:
+                value = dict.fromkeys(self.members[name])
             if not isinstance(value, Mapping):
                 raise TypeError(f"{name} is a Group: its raw value must be a mapping, got {type(value).__name__}")
             if value.keys() != set(self.members[name]):
-                self._refuse(f"member of {name}", value, self.members[name])
+                value = self._completed(f"member of {name}", f"{name}.", value, self.members[name])
             tensors += [value[member] for member in self.members[name]]
-        return tensors
+            absent = absent or any(value[member] is None for member in self.members[name])
+        return tensors, absent
+
+    def _completed(self, what: str, prefix: str, given: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
+        """Return the values with None for the optional ones that are missing; raise for any other that is."""
+        missing = [name for name in known if name not in given and prefix + name in self._optional]
+        completed = {**given, **dict.fromkeys(missing)}
+        if completed.keys() != set(known):
+            self._refuse(what, completed, known)
+        return completed
 
     @staticmethod
     def _refuse(what: str, given: Mapping[str, Any], known: list[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.process_group import Ranks
 from ..common.reductions import Reduction
-from ..reference import RecordAt, record_parts, worst_of
+from ..reference import RecordAt, record_of, record_parts, worst_of
 from .constraint_info import ConstraintInfo, from_text
 
 
@@ -61,7 +61,8 @@ def merge_records(records: Tensor, weights: Tensor, goals: int, columns: int, re
     """Merge the records of parts of a batch into that of the whole batch.
 
     Means are weighted, ``highest`` is the largest and ``finite`` the least. Ideals and slopes are those of the last
-    part. The loss is the sum for ``SUM``. For ``MIN`` loss and shares are those of the part with the worst loss.
+    part. The loss is the sum for ``SUM``. For ``MIN`` loss and shares are those of the part with the worst loss. A
+    batch without samples has loss 0 and no shares.
 
     Args:
         records: [n, size], one row for each part.
@@ -84,20 +85,57 @@ def merge_records(records: Tensor, weights: Tensor, goals: int, columns: int, re
     if reduction == Reduction.SUM:
         merged["loss"].copy_(parts["loss"].sum(0))
     elif reduction == Reduction.MIN:
-        worst = worst_of(parts["loss"], 0).reshape(1)
+        worst = _worst(parts["loss"], record_parts(weights, goals, columns)["loss"])
         merged["loss"].copy_(parts["loss"].index_select(0, worst)[0])
         merged["share"].copy_(parts["share"].index_select(0, worst)[0])
+    of_loss = record_parts(total, goals, columns)["loss"]
+    for name in ("share", "loss"):
+        merged[name].copy_(torch.where(of_loss > 0, merged[name], 0))
     return together, total
 
 
+def _worst(losses: Tensor, samples: Tensor) -> Tensor:
+    """Return the index [1] of the worst loss of the parts that have samples."""
+    return worst_of(torch.where(samples > 0, losses, -torch.inf), 0).reshape(1)
+
+
+def weights_of(counts: Tensor, goals: int, columns: int) -> Tensor:
+    """Return the number of samples that each number of a record is a mean of, [size].
+
+    Args:
+        counts: [1 + G + K], `reference.counts_of` a mask.
+    """
+    samples, of_goals, of_columns = counts.split([1, goals, columns])
+    each = samples.expand(columns)
+    return record_of(
+        share=samples.expand(goals),
+        level=of_goals,
+        deficit=of_goals,
+        raw=of_columns,
+        highest=of_columns,
+        ideal=each,
+        slope=each,
+        loss=samples,
+        finite=samples,
+    )
+
+
 def share_record(
-    loss: Tensor, record: Tensor, goals: int, columns: int, reduction: int, ranks: Ranks
+    loss: Tensor,
+    record: Tensor,
+    goals: int,
+    columns: int,
+    reduction: int,
+    ranks: Ranks,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the losses and records of all ranks into those of the whole batch, by one gather.
 
     Args:
         loss: this rank's loss, 0-dim, or [B] if ``reduction`` is NONE: then it is returned unchanged.
         record: this rank's record, [size].
+        samples: with masks the number of each rank's samples that have a goal, [W]. The means in the loss and in the
+            record are then this rank's part of those of the whole batch, and are added.
 
     Returns:
         The loss, equal on all ranks, and the record. The mean over the ranks of the gradients of the loss is the
@@ -106,13 +144,25 @@ def share_record(
     own = loss.detach().mean().to(record.dtype)
     gathered = ranks.gather(torch.cat([record.detach(), own[None]]))  # [W, size + 1]
     records, losses = gathered[:, : len(record)], gathered[:, len(record)]
-    record_parts(records, goals, columns)["loss"].copy_(losses)
-    together, _ = merge_records(records, torch.ones_like(records), goals, columns, reduction)
+    parts, weights = record_parts(records, goals, columns), torch.ones_like(records)
+    parts["loss"].copy_(losses)
+    if samples is None:
+        samples = weights[:, -1]
+        together, _ = merge_records(records, weights, goals, columns, reduction)
+        merged = record_parts(together, goals, columns)
+        added = reduction == Reduction.SUM
+    else:
+        record_parts(weights, goals, columns)["loss"].copy_(samples)
+        together, _ = merge_records(records, weights, goals, columns, reduction)
+        merged = record_parts(together, goals, columns)
+        added = reduction != Reduction.MIN
+        for name in ("level", "deficit", "raw", *(("share", "loss") if added else ())):
+            merged[name].copy_(parts[name].sum(0))
     if reduction == Reduction.NONE:
         return loss, together
-    known, weight = record_parts(together, goals, columns)["loss"], torch.ones_like(own)
-    if reduction == Reduction.SUM:
+    weight = torch.ones_like(own)
+    if added:
         weight = weight * ranks.size
     elif reduction == Reduction.MIN:
-        weight = (worst_of(losses, 0) == ranks.rank) * weight * ranks.size
-    return ranks.shared(loss, known, weight), together
+        weight = (_worst(losses, samples)[0] == ranks.rank) * weight * ranks.size
+    return ranks.shared(loss, merged["loss"], weight), together

@@ -14,6 +14,7 @@ from ..reference import RecordAt
 from .anchors import Buffers, write_anchor
 from .monitor import Monitor
 from .policies import MOST_NUDGE, Policy
+from .presence import Present
 from .rules import ShareGuard, Spill
 
 SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by order
@@ -65,13 +66,14 @@ class RuleState:
         self._until = max(self._ends)
         return self._ends
 
-    def learn(self, buffers: Buffers, tensors: list[Tensor], monitor: Monitor) -> None:
+    def learn(self, buffers: Buffers, tensors: list[Tensor], monitor: Monitor, present: Present | None = None) -> None:
         """Copy the buffers that this step changes, and update the policies from its raw values."""
         learning = self.learning(buffers, monitor)
         for name in self.guarded:
             self.changed.append((buffers[name], buffers[name].clone()))
         if learning:
-            self.update(learning, buffers, self.raws(learning, tensors), buffers_of(monitor)["place"])
+            raws = self.raws(learning, tensors, present)
+            self.update(learning, buffers, raws, buffers_of(monitor)["place"], present)
 
     def learning(self, buffers: Buffers, monitor: Monitor) -> dict[int, Policy]:
         """Return the policies that may change something in this step, by the index of their column.
@@ -95,16 +97,28 @@ class RuleState:
             )
         return learning
 
-    def raws(self, learning: dict[int, Policy], tensors: list[Tensor]) -> list[Tensor]:
-        """Return the raw values of the columns of these policies, [n] or 0-dim each, of all ranks."""
+    def raws(self, learning: dict[int, Policy], tensors: list[Tensor], present: Present | None = None) -> list[Tensor]:
+        """Return the raw values of the columns of these policies, [n] or 0-dim each, of all ranks; NaN is absent."""
         raws = [tensors[k].detach().float() for k in learning]
+        if present is not None:
+            raws = [present.known(k, raw) for k, raw in zip(learning, raws, strict=True)]
         if self.ranks.size > 1:
             gathered = self.ranks.gather(torch.cat([raw.reshape(-1) for raw in raws]))
             raws = [part.flatten() for part in gathered.split([raw.numel() for raw in raws], 1)]
         return raws
 
-    def update(self, learning: dict[int, Policy], buffers: Buffers, raws: list[Tensor], step: Tensor) -> None:
-        """Set ideals and scales by the policies. ``step``, [1], is counted on the device."""
+    def update(
+        self,
+        learning: dict[int, Policy],
+        buffers: Buffers,
+        raws: list[Tensor],
+        step: Tensor,
+        present: Present | None = None,
+    ) -> None:
+        """Set ideals and scales by the policies. ``step``, [1], is counted on the device.
+
+        A policy sees NaN where its goal is absent, and changes nothing in a step in which no sample has it.
+        """
         copies = [(buffers[name], buffers[name].clone()) for name in LEARNT]
         self.changed += copies
         for (k, policy), raw in zip(learning.items(), raws, strict=True):
@@ -112,12 +126,16 @@ class RuleState:
             ideal_and_scale = policy.update(raw, buffers["policy_state"][k], own)
             if ideal_and_scale is not None:
                 write_anchor(buffers, k, *ideal_and_scale)
+            if present is not None and k in present.masked:
+                there = present.column_there(k)
+                for now, before in copies:
+                    now[k] = torch.where(there, now[k], before[k])
         if any(policy.until is not None for policy in learning.values()):
             goes_on = (step < buffers["_ends"])[:, None]
             for now, before in copies:
                 now.copy_(torch.where(goes_on, now, before))
 
-    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor) -> Tensor:
+    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor, present: Present | None = None) -> Tensor:
         """Add the record of the step to the monitor; update the weights of the spill and the nudges of the guard.
 
         Returns the record.
@@ -135,7 +153,14 @@ class RuleState:
         if guard is not None:
             so_far = buffers["log_nudge"]
             share = record.narrow(0, self._share, self._goals).to(so_far.dtype)
-            nudge = guard.update(share, buffers["guard_share"])[buffers["_belongs"]]
+            average = buffers["guard_share"]
+            before = average if present is None else average.clone()
+            change = guard.update(share, average)
+            if present is not None:  # a goal that no sample has stays as it is
+                there = present.goals_there(len(share))
+                average.copy_(torch.where(there, average, before))
+                change = torch.where(there, change, 0)
+            nudge = change[buffers["_belongs"]]
             nudge = (so_far + nudge).clamp(-MOST_NUDGE, MOST_NUDGE) - so_far
             so_far += nudge
             buffers["params"][:, 1:3] *= torch.exp(-nudge)[:, None]

@@ -35,19 +35,45 @@ def check_watched(watched: object, trained: Collection[str]) -> None:
             raise ValueError(f"monitor: {name} is trained too: give one of the two another name")
 
 
-def step(watched: GoalSet, raw: Any, look: bool) -> tuple[Any, GoalOutput | None]:
-    """Take the watched goals out of the raw values of a step; return the others, and the output for the watched ones.
+def split_options(
+    monitor: object, optional: str | Collection[str], renamed: Mapping[str, str] | None, several: bool
+) -> tuple[tuple[list[str], dict[str, str]], tuple[list[str], dict[str, str]]]:
+    """Return ``optional`` and ``renamed`` of the trained goals, and of the watched ones.
 
-    If ``look`` is False, the latter is None. A value may have any graph. Other than a trained one it may be a bool or a
-    whole number, as a hit is.
+    Of one process all watched goals are optional: an accuracy is seldom computed in every step. Several must agree.
+    """
+    watched = list(monitor) if isinstance(monitor, Mapping) else []
+    given, names = [optional] if isinstance(optional, str) else list(optional), dict(renamed or {})
+    theirs = [name for name in given if is_of(watched, name)]
+    renames = {new: old for new, old in names.items() if is_of(watched, new)}
+    own = [name for name in given if name not in theirs], {n: old for n, old in names.items() if n not in renames}
+    return own, (theirs if several else watched, renames)
+
+
+def step(watched: GoalSet, raw: Any, mask: Any, look: bool) -> tuple[Any, Any, GoalOutput | None]:
+    """Take the watched goals out of the raw values and masks of a step.
+
+    Returns the other raw values and masks, and the output for the watched goals; None for it if ``look`` is False. A
+    value may have any graph. Other than a trained one it may be a bool or a whole number, as a hit is.
     """
     if not isinstance(raw, Mapping):
-        return raw, watched(raw)  # raises
-    names = watched.names
-    trained = {name: value for name, value in raw.items() if name not in names}
+        return raw, mask, watched(raw)  # raises
+    seen, trained = _split(watched, raw)
+    masks, others = _split(watched, mask) if isinstance(mask, Mapping) else ({}, mask)
     if not look:
-        return trained, None
-    return trained, watched({name: _detached(raw[name]) for name in names if name in raw})
+        return trained, others, None
+    return trained, others, watched({name: _detached(value) for name, value in seen.items()}, masks or None)
+
+
+def is_of(watched: Collection[str], name: object) -> bool:
+    """Return whether a name of a goal, or "group.member", is that of a watched goal."""
+    return isinstance(name, str) and (name in watched or name.partition(".")[0] in watched)
+
+
+def _split(watched: GoalSet, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the entries of the watched goals, and the others."""
+    own = {name: value for name, value in given.items() if is_of(watched.names, name)}
+    return own, {name: value for name, value in given.items() if name not in own}
 
 
 def _detached(value: Any) -> Any:

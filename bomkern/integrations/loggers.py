@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -97,7 +98,8 @@ def log_goals(goals: GoalSet, logger: Any, step: int, prefix: str = "goals/") ->
     The names are ``share/GOAL``, ``level/GOAL``, ``deficit/GOAL`` and ``raw/GOAL`` (``raw/GROUP.MEMBER`` for the
     members of a group), ``loss``, and ``rejected``. The latter is the fraction of steps whose loss was not finite or
     that `GoalSet.accept` took back. It is the only name if all steps were rejected. Without a step nothing is logged.
-    Goals that are only watched (``GoalSet(monitor=)``) have no ``share``.
+    A goal's means are over the steps in which a sample had it; without such a step only its share, 0, is logged. Goals
+    that are only watched (``GoalSet(monitor=)``) have no ``share``.
 
     A call does not wait on a CPU. On a GPU it waits once until the steps so far are done, so call it every 50 steps,
     not every step. The call consumes the records: with two loggers, pass the returned values to the second.
@@ -140,7 +142,8 @@ def _by_name(goals: GoalSet, window: Window, parts: Sequence[str], prefix: str) 
     values: dict[str, float] = {}
     for part in parts:
         names = goals.layout.columns if part == "raw" else goals.layout.goals
-        values |= {f"{prefix}{part}/{name}": x for name, x in zip(names, window.mean[part].tolist(), strict=True)}
+        means = zip(names, window.mean[part].tolist(), strict=True)
+        values |= {f"{prefix}{part}/{name}": mean for name, mean in means if not math.isnan(mean)}
     return values
 
 

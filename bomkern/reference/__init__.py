@@ -1,5 +1,6 @@
 """The definition of every op in plain PyTorch: the oracle of the tests, and what serves where nothing was compiled."""
 
+from .goal_set import counts_of as counts_of
 from .goal_set import goal_set as goal_set
 from .goal_set import goal_set_keep as goal_set_keep
 from .goal_set import groups_of as groups_of
@@ -8,6 +9,7 @@ from .min_goal import deficit as deficit
 from .min_goal import min_goal as min_goal
 from .min_goal import worst_of as worst_of
 from .record import RecordAt as RecordAt
+from .record import record_of as record_of
 from .record import record_parts as record_parts
 from .statistics import active_units as active_units
 from .statistics import centered as centered

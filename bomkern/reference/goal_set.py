@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from ..common.autocast import exactly
-from ..common.checks import check_goals, check_groups, check_multipliers, check_params, check_temperature
+from ..common.checks import (
+    check_goals,
+    check_groups,
+    check_multipliers,
+    check_params,
+    check_present,
+    check_temperature,
+)
 from ..common.graph_constants import on_device
 from ..common.reductions import Reduction
-from .min_goal import codes_of, deficit, matrix_of, reduced, worst_of
+from .min_goal import codes_of, deficit, level_of, matrix_of, reduced, worst_of
 from .record import record_of
 
 
@@ -20,6 +27,22 @@ def groups_of(groups: Sequence[int], like: Tensor) -> Tensor:
     sizes = [list(groups).count(g) for g in range(groups[-1] + 1)]
     rows = tuple(tuple((owner == g) / size for g, size in enumerate(sizes)) for owner in groups)
     return on_device(rows, like.dtype, like.device)
+
+
+def counts_of(present: Tensor, groups: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Count the samples with a goal, those with each goal, and those with each column, [1 + G + K].
+
+    Args:
+        present: bool [K, B].
+        groups: the goal of each column. A goal is there if any member is.
+    """
+    columns = present.sum(1)
+    if len(groups) == groups[-1] + 1:
+        goals = columns
+    else:
+        sizes = [list(groups).count(g) for g in range(groups[-1] + 1)]
+        goals = torch.stack([members.any(0) for members in present.split(sizes)]).sum(1)
+    return torch.cat([present.any(0).sum()[None], goals, columns]).to(dtype)
 
 
 @exactly
@@ -31,6 +54,8 @@ def goal_set(
     temperature: Tensor,
     reduction: int,
     multipliers: Tensor | None = None,
+    present: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``mu log sum_g exp(D_bg / mu)`` per sample, or ``max_g D_bg`` if mu is 0.
 
@@ -38,65 +63,103 @@ def goal_set(
     ``sum_g lambda_g D_bg`` for any mu, and the shares are ``lambda / sum(lambda)``, or 0 if all multipliers are 0. See
     `bomkern.GoalSet`.
 
+    With ``present``, bool [K, B], a column counts only in the samples where it is True, and a goal only where it has
+    such a member; D is the mean over these. Other values are never read. A sample without a goal has loss 0 and
+    bottleneck -1, and is in no mean. ``counts`` is `counts_of` it, or their sum over the processes whose losses are
+    added. Multipliers' shares are then ``lambda_g n_g / sum(lambda n)``, n the number of samples with each goal.
+
     Returns:
-        ``(loss, bottleneck, record)``; `record_parts` names the numbers of the record.
+        ``(loss, bottleneck, record)``; `record_parts` names the numbers of the record. What no sample has is NaN there,
+        its highest value -inf, its share 0.
     """
     batch, count, dtype = check_goals(goals)
     check_params(params, curves, count, dtype, goals[0].device)
     check_groups(groups, count)
     check_temperature(temperature, params)
     check_multipliers(multipliers, groups, params)
+    check_present(present, counts, groups, batch, params)
     x = matrix_of(goals, batch, dtype)
     codes, member = codes_of(curves, x.device), groups_of(groups, params)  # [K], [K, G]
     owner = on_device(tuple(groups), torch.int64, x.device)
+    here = there = None
+    samples = counts[0].clamp(min=1) if counts is not None else None
+    if present is not None and counts is not None:
+        here = present.t()  # [B, K]
+        x = torch.where(here, x, params[:, 0])
+        inside = here[:, :, None] & (member > 0)
+        member = inside / inside.sum(1, keepdim=True).clamp(min=1).to(dtype)  # [B, K, G]
+        there = inside.any(1)  # [B, G]
 
     single = deficit(x.detach(), params, codes)  # [B, K]
     every = mean_of_members(single, member)  # [B, G]
-    winner = worst_of(every, 1)
+    winner = worst_of(every if there is None else torch.where(there, every, -torch.inf), 1)
     worst = every.gather(1, winner[:, None])[:, 0]
+    if there is not None:
+        winner = torch.where(there.any(1), winner, -1)
+        worst = torch.where(there.any(1), worst, 0)
     finite = worst.isfinite()
-    hard = (winner[:, None] == torch.arange(member.shape[1], device=x.device)).to(dtype)
+    hard = (winner[:, None] == torch.arange(member.shape[-1], device=x.device)).to(dtype)
     mu = torch.where(temperature > 0, temperature, 1)
-    apart = torch.where(finite[:, None], every - worst[:, None], -torch.inf)
+    counted = finite[:, None] if there is None else finite[:, None] & there
+    apart = torch.where(counted, every - worst[:, None], -torch.inf)
     soft = finite & (temperature > 0)
     terms = torch.where(soft[:, None], torch.exp(apart / mu), hard)
-    weight = terms / terms.sum(1, keepdim=True)  # [B, G], each goal's weight in the gradient
-    per_sample = worst + torch.where(soft, mu * terms.sum(1).log(), 0)
+    total = terms.sum(1, keepdim=True)
+    if there is not None:
+        total = torch.where(there.any(1, keepdim=True), total, 1)
+    weight = terms / total  # [B, G], each goal's weight in the gradient
+    per_sample = worst + torch.where(soft, mu * total[:, 0].log(), 0)
     part = weight  # each goal's share in the record
     if multipliers is not None:
         multiplier = multipliers.detach()
+        sum_of_all = multiplier.sum()
+        if there is not None and counts is not None and samples is not None:
+            sum_of_all = (multiplier * counts[1 : 1 + len(multiplier)]).sum() / samples
+            multiplier = torch.where(there, multiplier, 0)
+            if reduction == Reduction.MIN:
+                sum_of_all = multiplier.sum(1, keepdim=True)
         weighted = torch.where(multiplier != 0, multiplier * every, 0).sum(1)  # 0 times an infinite deficit is NaN
         per_sample = torch.where(finite, weighted, worst)
         finite = per_sample.isfinite()
-        weight, total = multiplier.expand_as(every), multiplier.sum()
-        part = torch.where(finite[:, None], multiplier / torch.where(total > 0, total, 1), hard)
+        weight = multiplier.expand_as(every)
+        part = torch.where(finite[:, None], multiplier / torch.where(sum_of_all > 0, sum_of_all, 1), hard)
 
-    row = worst_of(per_sample, 0).reshape(1)  # a tensor, because the host would have to wait for a number
-    loss = reduced(per_sample, row, reduction)
+    # The worst sample, as a tensor, because the host would have to wait for a number.
+    judged = per_sample if there is None else torch.where(there.any(1), per_sample, -torch.inf)
+    row = worst_of(judged, 0).reshape(1)
+    loss = reduced(per_sample, row, reduction, samples)
     taken = part.index_select(0, row) if reduction == Reduction.MIN else part
     seen = x.detach()
-    highest = torch.where(seen.isfinite(), seen, -torch.inf).amax(0)
+    known = seen.isfinite() if here is None else seen.isfinite() & here
+    means = [taken, level_of(every), every, seen]
+    if there is None or here is None or counts is None or samples is None:
+        share, level, mean, raw = (values.mean(0) for values in means)
+    else:
+        share = taken[0] if reduction == Reduction.MIN else taken.sum(0) / samples
+        goals_with, columns_with = counts[1:].split([member.shape[-1], count])
+        level, mean = (torch.where(there, values, 0).sum(0) / goals_with for values in means[1:3])
+        raw = torch.where(here, seen, 0).sum(0) / columns_with
     record = record_of(
-        share=taken.mean(0),
-        level=torch.exp(-every).mean(0),
-        deficit=every.mean(0),
-        raw=seen.mean(0),
-        highest=highest,
+        share=share,
+        level=level,
+        deficit=mean,
+        raw=raw,
+        highest=torch.where(known, seen, -torch.inf).amax(0),
         ideal=params[:, 0],
         slope=params[:, 1],
-        loss=loss.mean(),
+        loss=loss.mean() if samples is None or loss.dim() == 0 else loss.sum() / samples,
         finite=finite.all().to(dtype),
     )
 
     # The gradient is the weighted sum of the deficits' gradients; a sample whose loss is not finite gets none.
-    each = weight.index_select(1, owner) * member.amax(1)  # [B, K], each member's part of its goal's weight
+    each = weight.index_select(1, owner) * member.amax(-1)  # [B, K], each member's part of its goal's weight
     own = torch.where(finite[:, None] & (each > 0), x, params[:, 0])
-    share = torch.where(finite[:, None], each, 0)
+    portion = torch.where(finite[:, None], each, 0)
     live = deficit(own, params, codes)
-    pull = torch.where(share > 0, share * live, 0).sum(1)  # has the gradient of the loss
+    pull = torch.where(portion > 0, portion * live, 0).sum(1)  # has the gradient of the loss
     if multipliers is None:
         pull = pull + _bend(mean_of_members(live, member), worst, soft[:, None] & (weight > 0), mu)
-    return loss + reduced(pull - pull.detach(), row, reduction), winner, record
+    return loss + reduced(pull - pull.detach(), row, reduction, samples), winner, record
 
 
 def _bend(live: Tensor, worst: Tensor, soft: Tensor, mu: Tensor) -> Tensor:
@@ -116,7 +179,8 @@ def _bend(live: Tensor, worst: Tensor, soft: Tensor, mu: Tensor) -> Tensor:
 def mean_of_members(single: Tensor, member: Tensor) -> Tensor:
     """Return the mean deficit of each goal's members, [B, G], from ``single`` [B, K].
 
-    Other columns are masked, since 0 times an infinite deficit would be NaN.
+    ``member``, [K, G] or [B, K, G], is 1 over the number of members for each of them, and 0 for other columns. These
+    are masked, since 0 times an infinite deficit would be NaN.
     """
     inside = member > 0
     return torch.where(inside, single[:, :, None] * member, 0).sum(1)

@@ -48,6 +48,11 @@ def deficit(x: Tensor, params: Tensor | None, curves: Tensor | None) -> Tensor:
     return torch.where(d == -torch.inf, torch.inf, d)
 
 
+def level_of(d: Tensor) -> Tensor:
+    """Return the scores of deficits, at most 1: a value that beats its ideal is no better than the ideal."""
+    return torch.exp(-d.clamp(min=0))
+
+
 def codes_of(curves: Sequence[int], device: torch.device) -> Tensor:
     """Return the curve codes as a tensor, [K] int64."""
     # The codes are looked up, because a code of 2 may be a symbol while a graph is traced.
@@ -67,12 +72,15 @@ def matrix_of(goals: Sequence[Tensor], batch: int, dtype: torch.dtype) -> Tensor
     return torch.stack([g.to(dtype).expand(batch) for g in goals], dim=1)
 
 
-def reduced(per_sample: Tensor, row: Tensor, reduction: int) -> Tensor:
-    """Return the reduced loss: [B] for ``NONE``, else 0-dim; for ``MIN`` the loss of the sample ``row``, [1]."""
+def reduced(per_sample: Tensor, row: Tensor, reduction: int, samples: Tensor | None = None) -> Tensor:
+    """Return the reduced loss: [B] for ``NONE``, else 0-dim; for ``MIN`` the loss of the sample ``row``, [1].
+
+    A mean is over ``samples``, if that is given.
+    """
     if reduction == Reduction.NONE:
         return per_sample
     if reduction == Reduction.MEAN:
-        return per_sample.mean()
+        return per_sample.mean() if samples is None else per_sample.sum() / samples
     return per_sample.sum() if reduction == Reduction.SUM else per_sample.index_select(0, row).reshape(())
 
 
@@ -107,4 +115,4 @@ def min_goal(
         return (loss,)
     takers = winner.index_select(0, row) if reduction == Reduction.MIN else winner
     share = (takers[:, None] == torch.arange(count, device=x.device)).to(dtype).mean(0)
-    return loss, winner, share, torch.exp(-every).mean(0), finite.all()
+    return loss, winner, share, level_of(every).mean(0), finite.all()

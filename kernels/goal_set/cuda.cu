@@ -38,6 +38,15 @@ template <class S> bool valid(const Forward<S>& a) {
   return a.columns.batch >= 1 && a.columns.count >= 1 && a.columns.count <= max_goals && a.groups.count >= 1;
 }
 
+// The kernel for these arguments, and how many of its blocks a device holds at once.
+template <class S> auto kernel_of(const Forward<S>& a) {
+  return a.present ? forward_kernel<S, true> : forward_kernel<S, false>;
+}
+template <class S> int64_t resident_of(const Forward<S>& a) {
+  static std::atomic<int> known[2][most_threads / 32 + 1][16];  // for each number of warps that a bench may set
+  return resident_blocks(kernel_of(a), most_grid_threads, shared_limit, known[a.present != nullptr][most_grid_threads / 32]);
+}
+
 template <class S> struct ForwardPlan {
   ForwardLaunch<S> l{};
   int64_t blocks = 1;
@@ -52,9 +61,7 @@ template <class S> struct ForwardPlan {
     if (batch <= one_block) {
       threads = int(ceil_div(batch, warp_rows)) * 32;
     } else {
-      static std::atomic<int> known[most_threads / 32 + 1][16];  // for each number of warps that a bench may set
-      const int64_t resident =
-          resident_blocks(forward_kernel<S>, most_grid_threads, shared_limit, known[most_grid_threads / 32]);
+      const int64_t resident = resident_of(a);
       // Small blocks reach more multiprocessors, until they would be half of all that can be resident.
       threads = ceil_div(batch, least_grid_threads * rows) * 2 <= resident ? least_grid_threads : most_grid_threads;
       blocks = least(ceil_div(batch, threads * rows), resident);
@@ -76,7 +83,7 @@ template <class S> cudaError_t run(const Forward<S>& a, void* base, cudaStream_t
   if (!valid(a)) return cudaErrorInvalidValue;
   const ForwardPlan<S> plan(a, base);
   if (plan.bytes && base == nullptr) return cudaErrorInvalidValue;
-  return start(forward_kernel<S>, plan.blocks, plan.threads, plan.shared, plan.blocks > 1, stream, plan.l);
+  return start(kernel_of(a), plan.blocks, plan.threads, plan.shared, plan.blocks > 1, stream, plan.l);
 }
 
 template <class S> bool valid(const Backward<S>& a) {

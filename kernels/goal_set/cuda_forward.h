@@ -73,10 +73,11 @@ template <class S> struct Taken {
   long long worst = INT64_MAX;
   bool finite = true;
 
-  BOMKERN_HD void take(S l, bool is_finite, int64_t b) {
+  // `some`: the sample has a goal.
+  BOMKERN_HD void take(S l, bool is_finite, bool some, int64_t b) {
     loss.add(l);
     finite = finite && is_finite;
-    if (worse(l, worst_loss)) worst_loss = l, worst = b;
+    if (some && worse(l, worst_loss)) worst_loss = l, worst = b;
   }
   BOMKERN_HD Total total() const {
     Total t;
@@ -88,7 +89,7 @@ template <class S> struct Taken {
   }
 };
 
-template <class S> struct Kernel {
+template <class S, bool masked> struct Kernel {
   const ForwardLaunch<S>& l;
   const Forward<S>& a;
   Shared<S>& s;
@@ -96,7 +97,7 @@ template <class S> struct Kernel {
   S* highest;    // [warps, K]
   unsigned char* stage;
   const RecordAt at;
-  const Rule<S> rule;
+  const Rule<S, masked> rule;
   const int columns, goals, lane, warp, warps;
 
   BOMKERN_HD Kernel(const ForwardLaunch<S>& l, unsigned char* bytes)
@@ -126,7 +127,7 @@ template <class S> struct Kernel {
   }
 
   // Column by column: the record's sums but the shares, and the bottlenecks. `ready`: prepare() has been called.
-  BOMKERN_HD void look(const Place& p, unsigned char* slot, int column_bytes, bool& ready, Scan<S, rows>& scan) {
+  BOMKERN_HD void look(const Place& p, unsigned char* slot, int column_bytes, bool& ready, Scan<S, rows, masked>& scan) {
     double* const own = sums + warp * at.highest;
     for (int begin = 0; begin < columns; begin += l.group) {
       const int end = min(begin + l.group, columns);
@@ -139,14 +140,23 @@ template <class S> struct Kernel {
       for (int k = begin; k < end; ++k) {
         S x[rows], deficit[rows], slope[rows];
         read_slot(slot + (k - begin) * column_bytes, a.columns.dtype[k], x);
+        if constexpr (masked) {
+          bool here[rows];
+          present_at(a, k, p, here);
+          S seen[rows];
+#pragma unroll
+          for (int r = 0; r < rows; ++r) seen[r] = here[r] ? x[r] : -S(__builtin_inff()), x[r] = here[r] ? x[r] : S(0);
+          raise(highest + warp * columns + k, seen, p);
+        } else {
+          raise(highest + warp * columns + k, x, p);
+        }
         add(own + at.raw + k, x, p);
-        raise(highest + warp * columns + k, x, p);
         evaluate(a.columns.curve[k], s.ramp[k], x, deficit, slope);
-        if (!scan.take(a.groups, k, deficit)) continue;
+        if (!scan.take(a, k, deficit, p)) continue;
         add(own + at.deficit + scan.g, scan.deficit, p);
         S level[rows];
 #pragma unroll
-        for (int r = 0; r < rows; ++r) level[r] = exp_of(-scan.deficit[r]);
+        for (int r = 0; r < rows; ++r) level[r] = scan.there(r) ? level_of(scan.deficit[r]) : S(0);
         add(own + at.level + scan.g, level, p);
         scan.compare(rule);
       }
@@ -167,7 +177,7 @@ template <class S> struct Kernel {
     bool ready = false;
     // Warps without samples come by once too, for the barrier in prepare().
     for (; !ready || first < p.batch; first += step, samples.place.first += step) {
-      Scan<S, rows> scan;
+      Scan<S, rows, masked> scan;
       look(p, slot, column_bytes, ready, scan);
       const bool whole = adjacent && p.inside(rows - 1);
       S loss[rows];
@@ -175,7 +185,7 @@ template <class S> struct Kernel {
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
         loss[r] = scan.loss(r, rule), goal[r] = scan.goal[r];
-        if (p.inside(r)) taken.take(loss[r], scan.finite(r, rule), p.row(r));
+        if (p.inside(r)) taken.take(loss[r], scan.finite(r, rule), scan.some(r), p.row(r));
       }
       if (a.reduction == Reduction::none) store(a.loss, loss, p, whole);
       store(a.bottleneck, goal, p, whole);
@@ -218,29 +228,37 @@ template <class S> struct Kernel {
   // The one sample that is the loss: its goals' weights, by one thread.
   BOMKERN_HD void take_alone(int64_t b) {
     const Samples samples{a.columns, {b, b + 1, 1}, nullptr, 0};
-    Scan<S, 1> scan;
+    Scan<S, 1, masked> scan;
     for (int k = 0; k < columns; ++k) {
       S x[1], deficit[1], slope[1];
       samples.read(k, x);
       evaluate(a.columns.curve[k], s.ramp[k], x, deficit, slope);
-      if (scan.take(a.groups, k, deficit)) scan.compare(rule);
+      if (scan.take(a, k, deficit, samples.place)) scan.compare(rule);
     }
     share_out(
         a, s.ramp, samples, scan, rule, [&](int g, const S(&share)[1]) { a.record[at.share + g] = share[0]; },
         [&](int k, const S(&v)[1]) { a.weight[k * a.columns.batch + b] = v[0]; });
   }
 
+  // What the sum of number i of the record is divided by.
+  BOMKERN_HD double divisor_of(int i) const {
+    if constexpr (masked) {
+      if (i >= at.raw) return a.counts[1 + goals + i - at.raw];
+      if (i >= at.level) return a.counts[1 + (i - at.level) % goals];
+    }
+    return samples_of<masked>(a);
+  }
+
   // After a barrier of the whole grid.
   BOMKERN_HD void finish(const Parts<S>& parts) {
     const int blocks = gridDim.x;
-    const double batch = double(a.columns.batch);
     const bool global = a.reduction == Reduction::min;
     for (int i = blockIdx.x * warps + warp; i < at.ideal; i += blocks * warps) {
       if (i < at.highest) {
         double sum = 0;
         for (int b = lane; b < blocks; b += 32) sum += parts.sums[int64_t(b) * at.highest + i];
         sum = warp_sum(sum);
-        if (lane == 0 && !(global && i < at.level)) a.record[i] = S(sum / batch);
+        if (lane == 0 && !(global && i < at.level)) a.record[i] = S(sum / divisor_of(i));
       } else {
         S most = -S(__builtin_inff());
         for (int b = lane; b < blocks; b += 32) {
@@ -260,7 +278,9 @@ template <class S> struct Kernel {
     for (int b = lane; b < blocks; b += 32) merge(t, parts.total[b]);
     merge_warp(t);
     if (lane > 0) return;
-    const S loss = global ? S(t.worst_loss) : S(a.reduction == Reduction::sum ? t.loss : t.loss / batch);
+    if (masked && global && t.worst == INT64_MAX) t.worst_loss = 0, t.worst = 0;  // no sample has a goal
+    const double samples = samples_of<masked>(a);
+    const S loss = global ? S(t.worst_loss) : S(a.reduction == Reduction::sum ? t.loss : t.loss / samples);
     if (a.reduction != Reduction::none) *a.loss = loss;
     a.record[at.loss] = loss;
     a.record[at.finite] = S(t.finite);
@@ -268,10 +288,10 @@ template <class S> struct Kernel {
   }
 };
 
-template <class S>
+template <class S, bool masked>
 __global__ void __launch_bounds__(most_threads, 2) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
   BOMKERN_SHARED_BYTES(bytes);
-  Kernel<S> kernel(l, bytes);
+  Kernel<S, masked> kernel(l, bytes);
   const Taken<S> taken = kernel.see();
   // One block's sums take the place of its first warp's, each by the thread that reads it.
   const Parts<S> parts = l.parts.total ? l.parts : Parts<S>{&kernel.s.total, kernel.sums, kernel.highest};

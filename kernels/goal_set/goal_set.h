@@ -5,6 +5,9 @@
 // e_bg / Z_b. With multipliers lambda_g >= 0: l_b = sum_g lambda_g D_bg over those that are not 0, weights lambda_g, in
 // the record lambda_g / sum lambda (0 where all are 0). Where M_b is not finite, l_b = M_b, and the bottleneck has all the
 // weight in the record but no gradient; with multipliers likewise where l_b alone is not.
+//
+// Masked: D_bg is the mean over the members that are present in sample b. A goal without one is absent there: max and sums
+// leave it out. A sample without a goal has loss 0 and bottleneck -1, and is in no mean.
 #pragma once
 #include "../common/parallel.h"
 #include "../min_goal/min_goal.h"
@@ -43,6 +46,8 @@ template <class S> struct Forward {
   const S* params;       // [K, 4] center, right, left, tail
   const S* temperature;  // mu, one
   const S* multipliers;  // [G], or null
+  const bool* present;   // [K, B], or null where all columns are
+  const S* counts;       // with `present`: the samples with a goal, those with each goal [G], those with each column [K]
   Reduction reduction;
   S* loss;              // [B] for none, else one
   int64_t* bottleneck;  // [B]

@@ -22,7 +22,8 @@ from ...reference import RecordAt
 from ..common.triton_matrix import exp_of, kind, options
 from ..min_goal.triton import LAST, MEAN, MIN, NONE, SUM, finish_scalars, plan, plan_columns
 from ..min_goal.triton import _groups as loads_of
-from ..min_goal.triton_score import INF, MIXED, cast, div, judge, load_tile, worst
+from ..min_goal.triton_score import INF, MIXED, cast, div, load_tile, worst
+from .triton_goals import judge_tile, means, present_means
 
 
 class PartsAt(NamedTuple):
@@ -47,51 +48,6 @@ def layouts(goals: int, columns: int) -> tuple[RecordAt, PartsAt]:
 
 
 @triton.jit
-def _judge(values, table, used, K: tl.constexpr, CURVES: tl.constexpr, CURVE: tl.constexpr, KP: tl.constexpr):
-    """Deficits and slopes of a [BLOCK, KP] tile."""
-    col = tl.arange(0, KP)
-    at = table + 4 * col
-    center = tl.load(at, mask=used, other=0)[None, :]
-    right = tl.load(at + 1, mask=used, other=0)[None, :]
-    left = tl.load(at + 2, mask=used, other=0)[None, :]
-    tail = tl.load(at + 3, mask=used, other=1)[None, :]
-    code = tl.full((KP,), CURVE, tl.int32)
-    if CURVE == MIXED:
-        for k in tl.static_range(K):
-            code = tl.where(col == k, CURVES[k], code)
-    d, _, num, den = judge(values, center, right, left, tail, code[None, :], False)
-    return d, div(num, den)
-
-
-@triton.jit
-def _means(
-    d, K: tl.constexpr, G: tl.constexpr, OWNERS: tl.constexpr, SIZES: tl.constexpr, CD: tl.constexpr, KP: tl.constexpr
-):
-    """Return the mean deficit of each column's goal [BLOCK, KP], and for each column [KP] that goal, whether it is the
-    goal's first member, and 1 over the number of its members.
-    """
-    col = tl.arange(0, KP)
-    if OWNERS is None:  # each column is a goal
-        return d, col, col < K, tl.full((KP,), 1, CD)
-    else:
-        owner = tl.full((KP,), G, tl.int32)
-        leads = col == 0
-        inverse = tl.full((KP,), 1, CD)
-        for k in tl.static_range(K):
-            owner = tl.where(col == k, OWNERS[k], owner)
-            inverse = tl.where(col == k, div(tl.full((), 1, CD), tl.full((), SIZES[OWNERS[k]], CD)), inverse)
-            if k > 0 and OWNERS[k] != OWNERS[k - 1]:
-                leads = leads | (col == k)
-        mean = d
-        for g in tl.static_range(G):
-            if SIZES[g] > 1:
-                mine = (owner == g)[None, :]
-                total = tl.sum(tl.where(mine, d * inverse[None, :], 0), 1)
-                mean = tl.where(mine, total[:, None], mean)
-        return mean, owner, leads, inverse
-
-
-@triton.jit
 def _put(value, at, record, parts, total, WHOLE: tl.constexpr, mask=None):
     """Value / total to the record where one program has the whole batch, else this program's part, for `finish`."""
     if WHOLE:
@@ -102,7 +58,7 @@ def _put(value, at, record, parts, total, WHOLE: tl.constexpr, mask=None):
 
 @triton.jit
 def forward(
-    goals, strides, stride_k, table, temperature, multipliers, batch,
+    goals, strides, stride_k, table, temperature, multipliers, present, counts, batch,
     loss, bottleneck, record, weight, parts, part_rows,
     K: tl.constexpr, G: tl.constexpr, AT: tl.constexpr, PART: tl.constexpr,
     CURVES: tl.constexpr, CURVE: tl.constexpr, LOADS: tl.constexpr,
@@ -123,17 +79,35 @@ def forward(
     used = col < K
     cells = mask[:, None] & used[None, :]
     values = load_tile(goals, strides, stride_k, b, cells, K, LOADS, CD, KP, BLOCK)
-    d, slope = _judge(values, table, used, K, CURVES, CURVE, KP)
-    mean, owner, leads, inverse = _means(d, K, G, OWNERS, SIZES, CD, KP)
+    if present is None:
+        d, slope = judge_tile(values, table, used, K, CURVES, CURVE, KP)
+        mean, owner, leads, inverse = means(d, K, G, OWNERS, SIZES, CD, KP)
+        inverse = inverse[None, :]
+        here, there, goal_total, column_total = cells, cells, total, total
+        first = leads[None, :]
+    else:
+        here = cells & (tl.load(present + col[None, :] * rows + b[:, None], mask=cells, other=0) != 0)
+        values = tl.where(here, values, 0)
+        d, slope = judge_tile(values, table, used, K, CURVES, CURVE, KP)
+        mean, owner, leads, inverse, there = present_means(d, here, K, G, OWNERS, SIZES, CD, KP)
+        goal_total = tl.load(counts + 1 + owner, mask=used, other=1)
+        column_total = tl.load(counts + 1 + G + col, mask=used, other=1)
+        total = tl.maximum(tl.load(counts), one)
+        first = leads[None, :] & there
 
     # Here, not at the end: whatever is needed no more leaves registers to what follows.
-    _put(tl.sum(tl.where(cells, exp_of(-mean), 0), 0), AT.level + owner, record, parts, total, WHOLE, leads)
-    _put(tl.sum(tl.where(cells, mean, 0), 0), AT.deficit + owner, record, parts, total, WHOLE, leads)
-    _put(tl.sum(tl.where(cells, values, 0), 0), AT.raw + col, record, parts, total, WHOLE, used)
-    seen = tl.where(cells & ((values - values) == 0), values, -INF)
+    level = exp_of(tl.where(mean < 0, 0, -mean))
+    _put(tl.sum(tl.where(there, level, 0), 0), AT.level + owner, record, parts, goal_total, WHOLE, leads)
+    _put(tl.sum(tl.where(there, mean, 0), 0), AT.deficit + owner, record, parts, goal_total, WHOLE, leads)
+    _put(tl.sum(tl.where(here, values, 0), 0), AT.raw + col, record, parts, column_total, WHOLE, used)
+    seen = tl.where(here & ((values - values) == 0), values, -INF)
     _put(tl.max(seen, 0), AT.highest + col, record, parts, one, WHOLE, used)
 
-    win = worst(tl.where(leads[None, :], mean, -INF), owner[None, :], KP, 1)
+    win = worst(tl.where(first, mean, -INF), owner[None, :], KP, 1)
+    some = mask  # samples with a goal
+    if present is not None:
+        some = tl.sum(tl.where(first, 1, 0), 1) > 0
+        win = tl.where(some, win, -1)
     mine = owner[None, :] == win[:, None]
     top = tl.sum(tl.where(mine & leads[None, :], mean, 0), 1)
     finite = (top - top) == 0
@@ -142,21 +116,33 @@ def forward(
     apart = tl.where(soft[:, None], mean - top[:, None], 0)
     term = exp_of(div(apart, tl.where(soft, mu, 1)[:, None] + tl.zeros_like(apart)))
     term = tl.where(soft[:, None], term, mine.to(CD))
+    if present is not None:
+        term = tl.where(there, term, 0)
     sums = tl.sum(tl.where(leads[None, :], term, 0), 1)
+    if present is not None:
+        sums = tl.where(some, sums, 1)
     share = div(term, sums[:, None] + tl.zeros_like(term))
     per_sample = tl.where(soft, top + mu * tl.log(sums), top)
     given = share  # who gets the gradient; share is as the record counts it
     if multipliers is not None:
         given = tl.load(multipliers + owner, mask=used, other=0)[None, :]
+        if present is not None:
+            every = tl.sum(tl.where(leads[None, :], given * goal_total[None, :], 0), 1)
+            given = tl.where(there, given, 0)
         weighed = tl.where(leads[None, :] & (given != 0), mean * given, 0)  # 0 times an infinite deficit is not 0
         per_sample = tl.where(finite, tl.sum(weighed, 1), top)
         finite = (per_sample - per_sample) == 0
-        sums = tl.sum(tl.where(leads[None, :], given, 0), 1)
-        share = div(given, tl.where(sums > 0, sums, 1)[:, None] + tl.zeros_like(given))
+        if present is None or REDUCTION == MIN:
+            sums = tl.sum(tl.where(leads[None, :], given, 0), 1)
+            share = div(given, tl.where(sums > 0, sums, 1)[:, None] + tl.zeros_like(given))
+        else:
+            share = div(given * total, tl.where(every > 0, every, 1)[:, None] + tl.zeros_like(given))
         share = tl.where(finite[:, None], share, mine.to(CD))
 
     part = div(one, total) if REDUCTION == MEAN else one
-    pull = tl.where(finite[:, None], given, 0) * (part * inverse)[None, :]
+    pull = tl.where(finite[:, None], given, 0) * (part * inverse)
+    if present is not None:
+        pull = tl.where(here, pull, 0)
     pull = tl.where(pull == 0, 0, pull * slope)
     counted = leads[None, :] & mask[:, None]
 
@@ -164,13 +150,15 @@ def forward(
     if REDUCTION == NONE:
         tl.store(loss + b, per_sample, mask=mask)
     if REDUCTION == MIN:
-        row = worst(tl.where(mask, per_sample, -INF), b, LAST, 0)
-        here = b == row
-        counted = counted & here[:, None]
-        value = tl.sum(tl.where(here, per_sample, 0), 0)
+        row = worst(tl.where(mask & some, per_sample, -INF), b, LAST, 0)
+        taking = b == row
+        counted = counted & taking[:, None]
+        value = tl.sum(tl.where(taking, per_sample, 0), 0)
+        if present is not None and not WHOLE:  # a tile without a goal is never the worst; `finish` makes its loss 0
+            value = tl.where(tl.sum(tl.where(taking & some, 1, 0), 0) > 0, value, -INF)
         if SAVE:
-            taken = tl.sum(tl.where(here[:, None], pull, 0), 0)
-            pull = tl.where(here[:, None], pull, 0) if WHOLE else tl.zeros_like(pull)  # else `finish` puts it there
+            taken = tl.sum(tl.where(taking[:, None], pull, 0), 0)
+            pull = tl.where(taking[:, None], pull, 0) if WHOLE else tl.zeros_like(pull)  # else `finish` puts it there
         if WHOLE:
             tl.store(loss, value)
         else:
@@ -239,20 +227,30 @@ def _worst_of(row, programs, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["programs", "batch"])
 def finish(
-    parts, part_rows, programs, batch, loss, record, weight,
+    parts, part_rows, programs, batch, counts, loss, record, weight,
     K: tl.constexpr, AT: tl.constexpr, PART: tl.constexpr, REDUCTION: tl.constexpr, SAVE: tl.constexpr,
     CD: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Puts the parts of `forward` together: a program to each number of the record that is not a parameter."""
     pid = tl.program_id(0)
     total = tl.full((), batch, tl.float64)
+    if counts is not None:
+        total = tl.maximum(tl.load(counts).to(tl.float64), 1)
     step = tl.full((), programs, tl.int64)
     row = parts + pid * step
     if pid < AT.highest:
         if REDUCTION == MIN and pid < AT.level:  # a share
             value = tl.load(row + _worst_of(parts + PART.loss * step, programs, BLOCK))
         else:
-            value = _sum_row(row, programs, BLOCK) / total
+            over = total
+            if counts is not None and pid >= AT.level:  # by each goal's samples, and by each column's
+                at = pid - AT.level
+                if pid >= AT.deficit:
+                    at = pid - AT.deficit
+                if pid >= AT.raw:
+                    at = pid - AT.raw + AT.level
+                over = tl.load(counts + 1 + at).to(tl.float64)
+            value = _sum_row(row, programs, BLOCK) / over
         tl.store(record + pid, value.to(CD))
     elif pid < PART.loss:
         tl.store(record + pid, _max_row(row, programs, BLOCK).to(CD))
@@ -260,6 +258,8 @@ def finish(
         if REDUCTION == MIN:
             program = _worst_of(row, programs, BLOCK)
             value = tl.load(row + program)
+            if counts is not None:
+                value = tl.where(value == -INF, 0, value)
             if SAVE:
                 col = tl.arange(0, KP)
                 taken = tl.load(parts + (PART.taken + col) * step + program, mask=col < K)
@@ -336,6 +336,8 @@ def launch_forward(
     temperature: Tensor,
     reduction: int,
     multipliers: Tensor | None,
+    present: Tensor | None,
+    counts: Tensor | None,
     out: Outputs,
 ) -> None:
     """Fills ``out``; its weight may have no elements. ``goals``: one [B, K] tensor, or K tensors [B] or []."""
@@ -354,7 +356,7 @@ def launch_forward(
     shared.update(options(record.dtype))
     forward[(programs,)](
         tuple(goals), tuple(g.stride(0) if g.dim() else 0 for g in goals), goals[0].stride(1) if matrix else 0,
-        params, temperature, multipliers, batch, loss, bottleneck, record, weight, parts, part_rows,
+        params, temperature, multipliers, present, counts, batch, loss, bottleneck, record, weight, parts, part_rows,
         G=made, CURVES=tuple(curves), CURVE=curves[0] if len(set(curves)) == 1 else MIXED.value,
         LOADS=None if matrix else loads_of(goals), OWNERS=owners,
         SIZES=owners and tuple(owners.count(g) for g in range(made)),
@@ -362,7 +364,7 @@ def launch_forward(
     )  # fmt: skip
     if not whole:
         finish[(part.taken,)](
-            parts, part_rows, programs, batch, loss, record, weight, BLOCK=1024, num_warps=4, **shared
+            parts, part_rows, programs, batch, counts, loss, record, weight, BLOCK=1024, num_warps=4, **shared
         )
 
 

@@ -109,7 +109,12 @@ void forward_rows(const Forward<S>& a, int64_t begin, int64_t end, Partial* out)
     inside = lane < n;
     const auto worst = find_worst<S, Scores>(a, ramps, b, n, [&](int k, V d) {
       if constexpr (Stats) {
-        const V score = Scores ? (d == S(__builtin_inff()) ? V{} : -d) : exp_of(-d);
+        V score;
+        if constexpr (Scores) {
+          score = at_most(d == S(__builtin_inff()) ? V{} : -d, S(1));
+        } else {
+          score = exp_of(-at_least(d, S(0)));
+        }
         levels[k].add(inside ? score : V{});
       }
     });

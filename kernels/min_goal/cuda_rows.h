@@ -308,7 +308,12 @@ template <bool Scores, class S> BOMKERN_HD void add_level(double* level, const S
   S score[rows];
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
-    const S value = Scores ? (d[r] == S(__builtin_inff()) ? S(0) : -d[r]) : exp_of(-d[r]);
+    S value;
+    if constexpr (Scores) {
+      value = d[r] == S(__builtin_inff()) ? S(0) : d[r] < -1 ? S(1) : -d[r];
+    } else {
+      value = level_of(d[r]);
+    }
     score[r] = p.inside(r) ? value : S(0);
   }
   const S sum = warp_sum((score[0] + score[1]) + (score[2] + score[3]));

@@ -37,6 +37,9 @@ template <class V> BOMKERN_HD V log1p_of_square(V size) {
 
 template <class V> BOMKERN_HD V quotient_of(V a, V b) { return a / b; }
 
+// The score of a deficit for the record, at most 1: a value that beats its ideal is no better than the ideal.
+template <class S> BOMKERN_HD S level_of(S deficit) { return exp_of(deficit < 0 ? S(0) : -deficit); }
+
 // The ramp, as `deficit`, and its slope.
 template <class V, class S> BOMKERN_HD Entry<V> ramp_at(V x, const Ramp<S>& p) {
   const V zero = splat<V>(S(0));

@@ -85,14 +85,14 @@ def judge(x, center, right, left, tail, code, IS_SCORE: tl.constexpr):
     """(deficit, score, num, den) of raw values, where num / den is the deficit's slope; see `bomkern.constraints`.
 
     ``code`` is an int32 tensor; where it is a constant the compiler drops the other curves. An infeasible entry, one
-    with deficit inf, scores 0.
+    with deficit inf, scores 0; a value that beats its ideal scores 1.
     """
     if IS_SCORE:
         d, score, num, den = _judge_score(x)
     else:
         d, score, num, den = _judge_raw(x, center, right, left, tail, code)
     d = tl.where(d == -INF, INF, d)
-    return d, tl.where(d == INF, 0, score), num, den
+    return d, tl.where(d == INF, 0, tl.where(score > 1, 1, score)), num, den
 
 
 @triton.jit

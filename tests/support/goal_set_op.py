@@ -14,7 +14,7 @@ from torch import Tensor
 from bomkern import Constraint, ConstraintTable
 from bomkern.common.reductions import REDUCTIONS as CODES
 from bomkern.dispatch import select
-from bomkern.reference import record_parts
+from bomkern.reference import counts_of, record_parts
 from tests.support.goals import SIX
 from tests.support.servers import servers
 from tests.support.tolerances import assert_as_good_as_eager
@@ -39,8 +39,13 @@ def call(
     mu: float = 0.0,
     reduction: str = "mean",
     multipliers: Sequence[float] | None = None,
+    present: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, bottleneck, record) of the goals; each goal is its own group if ``groups`` is None."""
+    """Return (loss, bottleneck, record) of the goals; each goal is its own group if ``groups`` is None.
+
+    ``present`` is bool [K, B]; ``counts`` are its own if they are not given.
+    """
     device = goals[0].device
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in goals) else torch.float32
     # Round parameters to float32, so that every implementation gets the same numbers.
@@ -49,7 +54,14 @@ def call(
     serve = select.resolve("goal_set", device.type, impl)
     owners = list(range(len(constraints)) if groups is None else groups)
     given = None if multipliers is None else torch.tensor(multipliers, device=device).to(dtype)
-    return serve(list(goals), table.params.to(dtype), table.curves, owners, temperature, CODES[reduction], given)
+    masks: dict[str, Tensor] = {}
+    if present is not None:
+        present = present.to(device)
+        counts = counts_of(present, owners, dtype) if counts is None else counts.to(device, dtype)
+        masks = {"present": present, "counts": counts}
+    return serve(
+        list(goals), table.params.to(dtype), table.curves, owners, temperature, CODES[reduction], given, **masks
+    )
 
 
 def ramp(loss: Tensor) -> Tensor:

@@ -15,6 +15,23 @@ from .launcher import guard, load
 from .library import Aside, Grads, by_reference, register
 
 
+def _fake(
+    goals: Sequence[Tensor],
+    params: Tensor,
+    curves: Sequence[int],
+    groups: Sequence[int],
+    temperature: Tensor,
+    reduction: int,
+    multipliers: Tensor | None,
+    present: Tensor | None,
+    counts: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    return fakes.goal_set(
+        goals, params, curves, groups, temperature, reduction, multipliers, save, present=present, counts=counts
+    )
+
+
 def _forward(
     goals: Sequence[Tensor],
     params: Tensor,
@@ -23,9 +40,11 @@ def _forward(
     temperature: Tensor,
     reduction: int,
     multipliers: Tensor | None,
+    present: Tensor | None,
+    counts: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    out = fakes.goal_set(goals, params, curves, groups, temperature, reduction, multipliers, save)
+    out = _fake(goals, params, curves, groups, temperature, reduction, multipliers, present, counts, save)
     kernels = load("goal_set", params.device.type)
     with guard(params):
         kernels.launch_forward(
@@ -36,6 +55,8 @@ def _forward(
             temperature,
             reduction,
             None if multipliers is None else multipliers.contiguous(),
+            None if present is None else present.contiguous(),
+            None if counts is None else counts.contiguous(),
             kernels.Outputs(*out),
         )
     return out
@@ -55,15 +76,17 @@ def _backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    goals, params, ctx.curves, ctx.groups, temperature, ctx.reduction, multipliers, ctx.saved = inputs
+    goals, params, ctx.curves, ctx.groups, temperature, ctx.reduction, multipliers, present, counts, ctx.saved = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.dim = [g.dim() for g in goals]
     ctx.dtype = [FLOATS.index(g.dtype) for g in goals]
     ctx.save_for_backward(output[3])
     if ctx.saved:
         # Copies, because a GoalSet changes them in place after its forward, before a second derivative.
-        settings = [params.reshape(-1), temperature.reshape(1), *([] if multipliers is None else [multipliers])]
-        ctx.given = Aside.keep(*goals, torch.cat(settings))
+        settings = [params.reshape(-1), temperature.reshape(1)]
+        settings += [x for x in (multipliers, counts) if x is not None]
+        ctx.weighed = multipliers is not None
+        ctx.given = Aside.keep(*goals, present, torch.cat(settings))
 
 
 def _saved(ctx: Any) -> Tensor:
@@ -84,13 +107,16 @@ def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
 
 def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
     _saved(ctx)
-    *goals, settings = Aside.kept(ctx.given)
+    *goals, present, settings = Aside.kept(ctx.given)
     columns = len(ctx.curves)
-    params, temperature, multipliers = settings.split([4 * columns, 1, len(settings) - 4 * columns - 1])
+    weights = ctx.groups[-1] + 1 if ctx.weighed else 0
+    sizes = [4 * columns, 1, weights]
+    params, temperature, multipliers, counts = settings.split([*sizes, len(settings) - sum(sizes)])
 
     def results(*goals: Tensor) -> Any:
-        rest = [ctx.reduction, multipliers if len(multipliers) else None]
-        return reference.goal_set(goals, params.view(columns, 4), ctx.curves, ctx.groups, temperature[0], *rest)[0]
+        rest = [multipliers if ctx.weighed else None, present, None if present is None else counts]
+        before = [params.view(columns, 4), ctx.curves, ctx.groups, temperature[0], ctx.reduction]
+        return reference.goal_set(goals, *before, *rest)[0]
 
     return by_reference(goals, results, grads[:1], want)
 
@@ -99,10 +125,10 @@ _library = register(
     "goal_set",
     (
         "(Tensor[] goals, Tensor params, int[] curves, int[] groups, Tensor temperature, int reduction,"
-        " Tensor? multipliers, bool save)"
+        " Tensor? multipliers, Tensor? present, Tensor? counts, bool save)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         _forward,
-        fakes.goal_set,
+        _fake,
     ),
     (
         "(Tensor grad, Tensor weight, int[] index, int[] dim, int[] dtype) -> Tensor[]",
@@ -123,10 +149,12 @@ def goal_set(
     temperature: Tensor,
     reduction: int,
     multipliers: Tensor | None = None,
+    present: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `bomkern.reference.goal_set` by Triton kernels; same arguments and results, no stack of the inputs."""
     save = torch.is_grad_enabled() and any(g.requires_grad for g in goals)
     loss, bottleneck, record, _ = torch.ops.bomkern.goal_set_triton(
-        list(goals), params, list(curves), list(groups), temperature, reduction, multipliers, save
+        list(goals), params, list(curves), list(groups), temperature, reduction, multipliers, present, counts, save
     )
     return loss, bottleneck, record

@@ -19,7 +19,7 @@ struct Setting {
   Reduction reduction;
   double mu;
   Lay lay;
-  bool save = true, grouped = true, special = false, given = false;
+  bool save = true, grouped = true, special = false, given = false, masked = false;
 };
 
 bool chance(double p) { return uniform(0, 1) < p; }
@@ -42,13 +42,14 @@ double deficit_of(int curve, const double* p, double x, double* slope) {
 template <class S> struct Case {
   Setting s;
   std::vector<std::unique_ptr<Input>> inputs;  // a column each, [1, B]; the matrix's are one
-  Buffer<S> params, temperature, multipliers;
+  Buffer<S> params, temperature, multipliers, counts;
+  Buffer<bool> present;  // [K, B]
   Forward<S> a{};
   std::vector<double> raw, slopes, means, weights, shares, losses;  // [B, K], [B, K], [B, G] three times, [B]
   std::vector<int> winner;
   std::vector<int> owner;
 
-  explicit Case(const Setting& s) : s(s), params(4 * s.count), temperature(1), multipliers(s.count) {
+  explicit Case(const Setting& s) : s(s), params(4 * s.count), temperature(1), multipliers(s.count), counts(1 + 2 * s.count), present(s.count * s.batch) {
     const int K = s.count;
     a.columns.count = K, a.columns.batch = s.batch;
     for (int k = 0, g = 0; k < K; ++k) {
@@ -64,6 +65,7 @@ template <class S> struct Case {
     a.params = params.data, a.temperature = temperature.data, a.reduction = s.reduction;
     for (int g = 0; g < s.count; ++g) multipliers.data[g] = S(chance(0.2) ? 0 : uniform(0, 1));
     a.multipliers = s.given ? multipliers.data : nullptr;
+    draw_mask();
     define();
   }
 
@@ -97,6 +99,39 @@ template <class S> struct Case {
     p[2] = S(side == 0 ? p[1] : side == 1 || curve ? -uniform(0.2, 2) : 0), p[3] = S(curve == 2 ? 0.3 : 0);
   }
 
+  // Samples without any goal, columns that no sample has, and all between; values under the mask are not numbers.
+  void draw_mask() {
+    const double likely = chance(0.3) ? 1 : uniform(0, 1);
+    std::vector<double> of_column(K());
+    for (double& p : of_column) p = chance(0.2) ? 0 : likely;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      const bool none = chance(0.1);
+      for (int k = 0; k < K(); ++k) present.data[k * s.batch + b] = !s.masked || (!none && chance(of_column[k]));
+    }
+    if (!s.masked) return;
+    for (int i = 0; i < 1 + G() + K(); ++i) counts.data[i] = 0;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      bool some = false;
+      for (int g = 0; g < G(); ++g) counts.data[1 + g] += S(members(g, b) > 0), some = some || members(g, b) > 0;
+      for (int k = 0; k < K(); ++k) {
+        counts.data[1 + G() + k] += S(here(k, b));
+        if (!here(k, b) && inputs[s.lay == Lay::matrix ? 0 : k]->matrix.stride[1] && chance(0.5)) write_raw(b, k, NAN);
+      }
+      counts.data[0] += S(some);
+    }
+    a.present = present.data, a.counts = counts.data;
+  }
+  bool here(int k, int64_t b) const { return present.data[k * s.batch + b]; }
+  int members(int g, int64_t b) const {
+    int n = 0;
+    for (int k = a.groups.first[g]; k < a.groups.first[g + 1]; ++k) n += here(k, b);
+    return n;
+  }
+  // What the record's means are over: samples with any goal, with a goal, with a column.
+  double samples() const { return s.masked ? std::max(1.0, double(counts.data[0])) : double(s.batch); }
+  double with_goal(int g) const { return s.masked ? double(counts.data[1 + g]) : double(s.batch); }
+  double with_column(int k) const { return s.masked ? double(counts.data[1 + G() + k]) : double(s.batch); }
+
   int K() const { return s.count; }
   int G() const { return a.groups.count; }
   double read_raw(int64_t b, int k) const { return s.lay == Lay::matrix ? inputs[0]->at(b, k) : inputs[k]->at(0, b); }
@@ -111,54 +146,74 @@ template <class S> struct Case {
         const double p[4] = {params.data[4 * k], params.data[4 * k + 1], params.data[4 * k + 2], params.data[4 * k + 3]};
         raw[b * K() + k] = read_raw(b, k);
         const int g = owner[k];
-        mean[g] += deficit_of(a.columns.curve[k], p, raw[b * K() + k], &slopes[b * K() + k]) / members(g);
+        const double d = deficit_of(a.columns.curve[k], p, raw[b * K() + k], &slopes[b * K() + k]);
+        if (here(k, b)) mean[g] += d / members(g, b);
       }
       int& w = winner[b];
-      w = 0;
-      for (int g = 1; g < G(); ++g) w = mean[g] > mean[w] || (mean[g] != mean[g] && mean[w] == mean[w]) ? g : w;
+      w = -1;
+      for (int g = 0; g < G(); ++g) {
+        if (members(g, b) == 0) continue;
+        w = w < 0 || mean[g] > mean[w] || (mean[g] != mean[g] && mean[w] == mean[w]) ? g : w;
+      }
+      losses[b] = 0;
+      for (int g = 0; g < G(); ++g) weight[g] = shares[b * G() + g] = 0;
+      if (w < 0) continue;
       const bool soft = s.mu > 0 && std::isfinite(mean[w]);
-      for (int g = 0; g < G(); ++g) total += weight[g] = soft ? exp((mean[g] - mean[w]) / s.mu) : g == w;
+      for (int g = 0; g < G(); ++g) {
+        if (members(g, b)) total += weight[g] = soft ? exp((mean[g] - mean[w]) / s.mu) : g == w;
+      }
       for (int g = 0; g < G(); ++g) weight[g] /= total;
       losses[b] = soft ? mean[w] + s.mu * log(total) : mean[w];
       for (int g = 0; g < G(); ++g) shares[b * G() + g] = weight[g];
-      if (s.given && std::isfinite(mean[w])) give(mean, weight, &shares[b * G()], w, &losses[b]);
+      if (s.given && std::isfinite(mean[w])) give(b, mean, weight, &shares[b * G()], w, &losses[b]);
     }
   }
   // Weights by the multipliers, and shares by their parts of the sum.
-  void give(const double* mean, double* weight, double* share, int w, double* loss) const {
+  void give(int64_t b, const double* mean, double* weight, double* share, int w, double* loss) const {
     double sum = 0;
     *loss = 0;
-    for (int g = 0; g < G(); ++g) sum += multipliers.data[g], *loss += multipliers.data[g] == 0 ? 0 : multipliers.data[g] * mean[g];
+    for (int g = 0; g < G(); ++g) {
+      const bool there = members(g, b) > 0;
+      if (there) *loss += multipliers.data[g] == 0 ? 0 : multipliers.data[g] * mean[g];
+      if (s.reduction == Reduction::min) {
+        sum += there ? multipliers.data[g] : 0;
+      } else {
+        sum += multipliers.data[g] * with_goal(g) / samples();
+      }
+    }
     for (int g = 0; g < G(); ++g) {
       const bool finite = std::isfinite(*loss);
-      weight[g] = finite ? double(multipliers.data[g]) : g == w;
-      share[g] = finite ? multipliers.data[g] / (sum > 0 ? sum : 1) : g == w;
+      const double own = members(g, b) ? double(multipliers.data[g]) : 0;
+      weight[g] = finite ? own : g == w;
+      share[g] = finite ? own / (sum > 0 ? sum : 1) : g == w;
     }
   }
-  int members(int g) const { return a.groups.first[g + 1] - a.groups.first[g]; }
   bool finite(int64_t b) const { return std::isfinite(losses[b]); }
 
   // The sample that reduction "min" takes; where `taken` is as bad but for rounding, that one.
   int64_t taken = -1;
   int64_t worst() const {
     if (taken >= 0) return taken;
-    int64_t at = 0;
-    for (int64_t b = 1; b < s.batch; ++b)
-      at = losses[b] > losses[at] || (losses[b] != losses[b] && losses[at] == losses[at]) ? b : at;
-    return at;
+    int64_t at = -1;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      if (winner[b] < 0) continue;
+      at = at < 0 || losses[b] > losses[at] || (losses[b] != losses[b] && losses[at] == losses[at]) ? b : at;
+    }
+    return at < 0 ? 0 : at;
   }
 
   // How far rounding may move weights: a difference of deficits over mu.
   double slack(int64_t b) const {
-    const double size = fabs(means[b * G() + winner[b]]), epsilon = sizeof(S) == 4 ? 1e-6 : 1e-14;
+    const double size = winner[b] < 0 ? 0 : fabs(means[b * G() + winner[b]]), epsilon = sizeof(S) == 4 ? 1e-6 : 1e-14;
     return std::isfinite(size) ? epsilon * (4 + (s.mu > 0 ? 8 * (1 + size) / s.mu : 0)) : epsilon;
   }
 };
 
-template <class S> double mean_of(const Case<S>& c, int64_t batch, double (*value)(const Case<S>&, int64_t, int), int i) {
+template <class S>
+double mean_of(const Case<S>& c, int64_t batch, double (*value)(const Case<S>&, int64_t, int), int i, double samples) {
   double sum = 0;
   for (int64_t b = 0; b < batch; ++b) sum += value(c, b, i);
-  return sum / double(batch);
+  return sum / samples;
 }
 
 template <class S> void check_record(const Case<S>& c, const S* record, double loss, double slack) {
@@ -170,20 +225,26 @@ template <class S> void check_record(const Case<S>& c, const S* record, double l
   };
   for (int g = 0; g < c.G(); ++g) {
     const auto weight = [](const Case<S>& c, int64_t b, int g) { return c.shares[b * c.G() + g]; };
-    const double share = c.s.reduction == Reduction::min ? weight(c, taken, g) : mean_of<S>(c, batch, weight, g);
+    const double share = c.s.reduction == Reduction::min ? weight(c, taken, g) : mean_of<S>(c, batch, weight, g, c.samples());
     same("share", at.share + g, share, slack);
-    same("level", at.level + g, mean_of<S>(c, batch, [](auto& c, auto b, int g) { return exp(-c.means[b * c.G() + g]); }, g), epsilon);
+    const auto level = [](const Case<S>& c, int64_t b, int g) {
+      const double mean = c.means[b * c.G() + g];
+      return c.members(g, b) ? exp(mean < 0 ? 0 : -mean) : 0;
+    };
+    same("level", at.level + g, mean_of<S>(c, batch, level, g, c.with_goal(g)), epsilon);
     double size = 1;  // what cancels in the mean
     for (int64_t b = 0; b < batch; ++b) size = std::max(size, std::isfinite(c.means[b * c.G() + g]) ? fabs(c.means[b * c.G() + g]) : 0);
-    same("deficit", at.deficit + g, mean_of<S>(c, batch, [](auto& c, auto b, int g) { return c.means[b * c.G() + g]; }, g), epsilon, size);
+    const auto mean = [](const Case<S>& c, int64_t b, int g) { return c.means[b * c.G() + g]; };
+    same("deficit", at.deficit + g, mean_of<S>(c, batch, mean, g, c.with_goal(g)), epsilon, size);
   }
   for (int k = 0; k < c.K(); ++k) {
     double highest = -INFINITY, size = 1;
     for (int64_t b = 0; b < batch; ++b) {
       const double x = c.raw[b * c.K() + k];
-      if (std::isfinite(x)) highest = std::max(highest, x), size = std::max(size, fabs(x));
+      if (c.here(k, b) && std::isfinite(x)) highest = std::max(highest, x), size = std::max(size, fabs(x));
     }
-    same("raw", at.raw + k, mean_of<S>(c, batch, [](auto& c, auto b, int k) { return c.raw[b * c.K() + k]; }, k), epsilon, size);
+    const auto raw = [](const Case<S>& c, int64_t b, int k) { return c.here(k, b) ? c.raw[b * c.K() + k] : 0; };
+    same("raw", at.raw + k, mean_of<S>(c, batch, raw, k, c.with_column(k)), epsilon, size);
     same("highest", at.highest + k, highest, 0);
     same("ideal", at.ideal + k, c.params.data[4 * k], 0);
     same("slope", at.slope + k, c.params.data[4 * k + 1], 0);
@@ -242,8 +303,9 @@ template <class S> void check_backward(const Case<S>& c, const std::vector<doubl
 
 template <class S> void check(const Setting& s) {
   if (emu::left_out()) return;
-  begin("float%d B=%lld K=%d reduction=%d mu=%g layout=%d save=%d grouped=%d special=%d given=%d", int(sizeof(S)) * 8,
-        (long long)s.batch, s.count, int(s.reduction), s.mu, int(s.lay), s.save, s.grouped, s.special, s.given);
+  begin("float%d B=%lld K=%d reduction=%d mu=%g layout=%d save=%d grouped=%d special=%d given=%d masked=%d", int(sizeof(S)) * 8,
+        (long long)s.batch, s.count, int(s.reduction), s.mu, int(s.lay), s.save, s.grouped, s.special, s.given,
+        s.masked);
   emu::machine.multiprocessors = chance(0.5) ? 3 : 16;
   Case<S> c(s);
   const bool each = s.reduction == Reduction::none, global = s.reduction == Reduction::min;
@@ -258,7 +320,9 @@ template <class S> void check(const Setting& s) {
   for (int64_t b = 0; b < s.batch; ++b) {
     const double *mean = &c.means[b * c.G()], got = bottleneck.data[b];
     const int want = c.winner[b];
-    expect(got == want || fabs(mean[int(got)] - mean[want]) <= epsilon * (1 + fabs(mean[want])), "bottleneck", b, got, want);
+    const bool either = got == want || (got >= 0 && want >= 0 && c.members(int(got), b) &&
+                                        fabs(mean[int(got)] - mean[want]) <= epsilon * (1 + fabs(mean[want])));
+    expect(either, "bottleneck", b, got, want);
     if (each) expect(close(loss.data[b], c.losses[b], epsilon, 1), "loss", b, loss.data[b], c.losses[b]);
     sum += c.losses[b];
     slack = std::max(slack, c.slack(b));
@@ -268,15 +332,16 @@ template <class S> void check(const Setting& s) {
     if (weight.data[i] != 0 && fabs(c.losses[b] - c.losses[at]) <= epsilon * (1 + fabs(c.losses[at]))) c.taken = b;
   }
   const int64_t taken = c.worst();
-  const double total = global ? c.losses[taken] : s.reduction == Reduction::sum ? sum : sum / double(s.batch);
+  const double total = global ? c.losses[taken] : s.reduction == Reduction::sum ? sum : sum / c.samples();
   if (!each) expect(close(*loss.data, total, epsilon, 1), "loss", 0, *loss.data, total);
   check_record(c, record.data, total, slack);
   std::vector<double> want(s.batch * s.count);
   for (int k = 0; k < s.count; ++k) {
     for (int64_t b = 0; b < s.batch; ++b) {
       const int g = c.owner[k];
-      const double share = !c.finite(b) || (global && b != taken) ? 0 : c.weights[b * c.G() + g] / c.members(g);
-      const double part = s.reduction == Reduction::mean ? 1 / double(s.batch) : 1, slope = c.slopes[b * s.count + k];
+      const bool none = !c.finite(b) || (global && b != taken) || !c.here(k, b);
+      const double share = none ? 0 : c.weights[b * c.G() + g] / c.members(g, b);
+      const double part = s.reduction == Reduction::mean ? 1 / c.samples() : 1, slope = c.slopes[b * s.count + k];
       const int64_t at = k * s.batch + b;
       want[at] = share == 0 ? 0 : share * slope * part;
       if (!s.save) continue;
@@ -292,7 +357,8 @@ template <class S> void check_modes(int64_t batch, int count) {
   for (int mode = 0; mode < 16; ++mode) {
     const double mu = mode / 4 % 2 ? uniform(0.05, 2) : 0;
     const bool save = !chance(0.2), grouped = mode / 8 == 1, special = chance(0.4), given = chance(0.3);
-    check<S>({batch, count, Reduction(mode % 4), mu, Lay(below(4)), save, grouped, special, given});
+    const bool masked = chance(0.5);
+    check<S>({batch, count, Reduction(mode % 4), mu, Lay(below(4)), save, grouped, special, given, masked});
   }
 }
 
@@ -361,6 +427,8 @@ int main() {
     check<double>({batch, 6, Reduction::none, 0, Lay::mixed});
     check<double>({batch, 3, Reduction::none, 0.3, Lay::matrix});
     check<float>({batch, 2, Reduction::sum, 0, Lay::columns, false, false, true});
+    check<float>({batch, 5, Reduction::mean, 0.2, Lay::mixed, true, true, true, false, true});
+    check<float>({batch, 4, Reduction::min, 0, Lay::columns, true, true, false, true, true});
   }
   // Thresholds that a bench sets: grids of batches that are else one block's.
   expect(bomkern_tune_goal_set("one_block", 300) == 1024, "one_block", 0, 0, 1024);

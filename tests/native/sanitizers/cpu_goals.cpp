@@ -109,14 +109,19 @@ template <class S> void goal_set(int count, int64_t batch, bool matrix, Reductio
   }
   const Exact<S> multipliers(groups.count);
   for (int g = 0; g < groups.count; ++g) multipliers[g] = S(g % 3);
-  const bool by_row = reduction == Reduction::none;
+  const bool by_row = reduction == Reduction::none, masked = below(2);
+  const Exact<bool> present(count * batch);
+  const Exact<S> counts(1 + groups.count + count);
+  for (int i = 0; i < count * batch; ++i) present[i] = below(3) > 0;
+  for (int i = 0; i < 1 + groups.count + count; ++i) counts[i] = S(batch);
   const Grads<S> grad(by_row ? batch : 1, by_row ? below(3) : 0);
   for_sets(sets(), [&](const CpuKernels& kernels, Parallel parallel, Seen& seen) {
     const Exact<S> loss(by_row ? batch : 1), record(3 * groups.count + 4 * count + 2), weight(count * batch);
     const Exact<int64_t> bottleneck(batch);
     call(kernels,
-         Forward<S>{table.goals, groups, params, temperature, rule == 2 ? multipliers.data() : nullptr, reduction, loss,
-                    bottleneck, record, weight},
+         Forward<S>{table.goals, groups, params, temperature, rule == 2 ? multipliers.data() : nullptr,
+                    masked ? present.data() : nullptr, masked ? counts.data() : nullptr, reduction, loss, bottleneck, record,
+                    weight},
          parallel);
     for (const auto* x : {&loss, &record, &weight}) seen.numbers(*x, "goal_set");
     seen.whole(bottleneck, "goal_set's bottleneck");
