@@ -24,7 +24,7 @@ from .constraint_info import describe
 from .history import GoalOutput, History
 from .monitor import Monitor
 from .policies import STATE, Policy, policy_of
-from .presence import Masks, Presence, Present, averages, with_graph
+from .presence import Masks, Presence, Present, averages
 from .raw_values import Raw, RawValues
 from .record import Layout, share_record
 from .rule_state import RuleState, ends_of
@@ -239,8 +239,8 @@ class GoalSet(FullPrecisionBuffers):
                 own = own.mean() if present is None else present.mean(self.alone, own)
                 part = 1.0 if present is None else float(ranks.size)  # masked, it is a part of the whole batch's mean
                 loss = ranks.shared(own, ranks.gather(own.detach()).mean() * part, part) if ranks.size > 1 else own
-            if present is not None and present.nothing and torch.is_grad_enabled() and not loss.requires_grad:
-                loss = with_graph(loss)
+            if present is not None:
+                loss = present.with_graph(loss, self.alone)
             if evaluation is not None:
                 loss = evaluation.attach(loss)
         except Exception:
