@@ -29,8 +29,8 @@ class MinGoalStats(NamedTuple):
         bottleneck: [B] int64, index of each sample's worst goal.
         share: [K], fraction of the samples in the loss whose bottleneck is that goal. With ``reduction="min"`` only the
             worst sample is in the loss, so share is 1 for the goal that gets the gradient.
-        level: [K], mean score over the batch: the water level, in [0, 1]. An infeasible entry counts as score 0, one that
-            beats its ideal as 1.
+        level: [K], mean score over the batch: the water level, in [0, 1]. An infeasible entry counts as score 0, one
+            that beats its ideal as 1.
         finite: 0-dim bool, whether every sample's loss is finite.
 
     With a ``mask`` a sample without any goal has bottleneck -1 and counts in no share. The level of a goal is its mean
@@ -102,7 +102,7 @@ def min_goal_loss(
         constraints: None, one constraint for all goals, K of them, or a `ConstraintTable`.
         mask: which goals each sample has: bool [B, K] ([K] for one sample), or K entries, each a bool tensor [B] or
             0-dim, or None for all samples. Values under a False are not read: they may be NaN, are never the
-            bottleneck, and get no gradient. A sample without any goal has loss 0 and is in no mean. None: all are there.
+            bottleneck, and get no gradient. A sample without any goal has loss 0 and is in no mean.
         reduction: "mean" (over samples), "sum", "none" ([B]), or "min": the single worst entry of the whole batch,
             ``-log(goals.min())``.
         return_stats: also return `MinGoalStats`, from the same launch.
@@ -183,8 +183,8 @@ def min_goal_loss(
     device = tensors[0].device
     may = bits(range(count), materialize) if routes(route, device) else 0
     if mask is not None:
-        packed = (None, []) if constraints is None else _packed(constraints, count, tensors, device)
-        out = masked_min_goal(tensors, mask, *packed, code, impl, may)
+        table = (None, []) if constraints is None else _packed(constraints, count, tensors, device)
+        out = masked_min_goal(tensors, mask, table, code, impl, may)
         loss = out[0] if evaluation is None else evaluation.attach(out[0])
         return (loss, MinGoalStats(*out[1:])) if return_stats else loss
     serve = select.resolve("min_goal", device.type, impl)

@@ -18,13 +18,16 @@ from ..reference import counts_of, record_parts
 def masked_min_goal(
     goals: Sequence[Tensor],
     mask: object,
-    params: Tensor | None,
-    curves: Sequence[int],
+    table: tuple[Tensor | None, Sequence[int]],
     reduction: int,
     impl: str | None,
     route: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (loss, bottleneck, share, level, finite); ``params`` is None for scores. See `bomkern.min_goal_loss`."""
+    """Return (loss, bottleneck, share, level, finite), see `bomkern.min_goal_loss`.
+
+    ``table`` holds the constraints' parameters and curves, None and no curve for scores.
+    """
+    params, curves = table
     batch, count, dtype = check_goals(goals)
     present = _present(mask, batch, count, goals[0].device)
     device = goals[0].device
