@@ -164,6 +164,15 @@ def test_compiled_and_differentiated_twice() -> None:
     in_func = torch.func.grad(lambda x: min_goal_loss(x, constraints, mask=mask))(x.detach())
     torch.testing.assert_close(in_func, grad)
 
+    def penalty(x: Tensor, mask: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: min_goal_loss(x, constraints, mask=mask))(x).square().sum()
+
+    (once,) = torch.autograd.grad(min_goal_loss(x, constraints, mask=mask), x, create_graph=True)
+    (twice,) = torch.autograd.grad(once.square().sum(), x)
+    torch.testing.assert_close(torch.func.grad(penalty)(x.detach(), mask), twice)
+    rows = torch.func.vmap(lambda x, m: min_goal_loss(x[None], constraints, mask=m[None]))(x.detach(), mask)
+    torch.testing.assert_close(rows, min_goal_loss(x, constraints, mask=mask, reduction="none").detach())
+
 
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
