@@ -24,7 +24,7 @@ from .ops.covariance_penalty import covariance_penalty
 from .ops.gaussian_kl import gaussian_kl
 from .ops.latent_statistics import LatentStatistics as Statistics
 from .ops.latent_statistics import latent_statistics
-from .ops.min_goal import MinGoalStats, min_goal_loss
+from .ops.min_goal import Mask, MinGoalStats, min_goal_loss
 from .ops.total_correlation import gaussian_total_correlation, total_correlation
 
 __all__ = [
@@ -101,14 +101,16 @@ class MinGoalLoss(FullPrecisionBuffers):
         if self.constraints is not None and self.params is not None:
             self.params.copy_(ConstraintTable(self.constraints, "cpu").params)
 
-    def forward(self, goals: Tensor | Sequence[Tensor | Lazy]) -> Tensor | tuple[Tensor, MinGoalStats]:
+    def forward(
+        self, goals: Tensor | Sequence[Tensor | Lazy], mask: Mask = None
+    ) -> Tensor | tuple[Tensor, MinGoalStats]:
         """See `bomkern.min_goal_loss`."""
         table = self._table
         if table is not None and self.params is not None:
             columns = [goals] if isinstance(goals, Tensor) else goals
             wide = any(isinstance(goal, Tensor) and goal.dtype is torch.float64 for goal in columns)
             table.params = self.params.to(torch.float64 if wide else torch.float32)
-        out: Tensor | tuple[Tensor, MinGoalStats] = min_goal_loss(goals, table, **self.options)
+        out: Tensor | tuple[Tensor, MinGoalStats] = min_goal_loss(goals, table, mask=mask, **self.options)
         return out
 
     def extra_repr(self) -> str:

@@ -120,9 +120,9 @@ class _Pull:
     def reference(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients by the reference, which transforms can differentiate."""
         inputs, grads = self._split(tensors)
-        out, pull, *_ = torch.func.vjp(lambda *x: self.call.differentiable(self.call.reference, x), *inputs)
+        out, pull = _vjp(lambda *x: self.call.differentiable(self.call.reference, x), inputs)
         computed = pull(tuple(next(grads) if g else torch.zeros_like(x) for x, g in zip(out, self.given, strict=False)))
-        return tuple(grad for grad, want in zip(computed, self.wanted, strict=True) if want)
+        return tuple(grad for grad, want in zip(computed, self.wanted, strict=True) if want and grad is not None)
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
         """Split tensors into the op's tensors and an iterator over the gradients of its results."""
@@ -144,7 +144,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        _, pull, *_ = torch.func.vjp(ctx.pull.reference, *ctx.saved_tensors)
+        _, pull = _vjp(ctx.pull.reference, ctx.saved_tensors)
         return None, *pull(tuple(grads))
 
     @staticmethod
@@ -154,6 +154,25 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
         ctx.pull.call.refuse_forward_mode()
+
+
+def _vjp(fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> tuple[Any, Callable[..., Any]]:
+    """Return `torch.func.vjp` of ``fn``, whose inputs may be masks too; a mask has gradient None."""
+    places = [k for k, x in enumerate(inputs) if x.is_floating_point()]
+
+    def of_numbers(*numbers: Tensor) -> tuple[Tensor, ...]:
+        every = list(inputs)
+        for k, x in zip(places, numbers, strict=True):
+            every[k] = x
+        return fn(*every)
+
+    out, pull, *_ = torch.func.vjp(of_numbers, *[inputs[k] for k in places])
+
+    def pull_back(grads: tuple[Tensor, ...]) -> list[Tensor | None]:
+        computed = dict(zip(places, pull(grads), strict=True))
+        return [computed.get(k) for k in range(len(inputs))]
+
+    return out, pull_back
 
 
 def _each(size: int, in_dims: Any, arguments: Any, fn: Callable[..., Any]) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ from .history import GoalOutput, History
 from .micro_batches import MicroBatches, TakesMicroBatches
 from .monitor import Monitor
 from .policies import Policy, policy_of
-from .presence import Masks, Presence, Present, averages, with_graph
+from .presence import Masks, Presence, Present, averages
 from .raw_values import Raw, RawValues
 from .record import Layout, share_record
 from .resume import Resume
@@ -247,8 +247,8 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
                     own = -own
                 part = 1.0 if present is None else float(ranks.size)  # masked, it is a part of the whole batch's mean
                 loss = ranks.shared(own, ranks.gather(own.detach()).mean() * part, part) if ranks.size > 1 else own
-            if present is not None and present.nothing and torch.is_grad_enabled() and not loss.requires_grad:
-                loss = with_graph(loss)
+            if present is not None:
+                loss = present.with_graph(loss, self.alone)
             if evaluation is not None:
                 loss = evaluation.attach(loss)
         except Exception:

@@ -25,14 +25,26 @@ class Present(NamedTuple):
         counts: [1 + G + K] int64, `reference.counts_of` the mask, summed over the ranks.
         samples: [W] int64, the number of each rank's samples that have a goal; None for one process.
         masked: the columns that may be absent somewhere.
-        nothing: whether no raw value was given at all.
+        absent: the columns without a raw value.
     """
 
     mask: Tensor
     counts: Tensor
     samples: Tensor | None
     masked: frozenset[int]
-    nothing: bool
+    absent: frozenset[int]
+
+    def with_graph(self, loss: Tensor, alone: int | None) -> Tensor:
+        """Return the loss so that its backward runs even if no raw value is in it; a compiled graph leaves it as it is.
+
+        Args:
+            loss: the loss of all columns, or of one.
+            alone: the index of that one, or None.
+        """
+        nothing = len(self.absent) == len(self.mask) if alone is None else alone in self.absent
+        if not nothing or loss.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return loss
+        return loss.detach().requires_grad_()
 
     def known(self, k: int, raw: Tensor) -> Tensor:
         """Return the raw values of column k, [B] with NaN where they are absent."""
@@ -91,6 +103,7 @@ class Presence:
         self._members = members
         for name in members:
             self._index[name] = [self._index[f"{name}.{member}"][0] for member in members[name]]
+        self._batch = 1  # of the last step, for a rank on which nothing has a size
         self.optional: set[int] = set()
         for name in [optional] if isinstance(optional, str) else optional:
             if name not in self._index:
@@ -140,8 +153,7 @@ class Presence:
         if self.ranks.size > 1:
             gathered = self.ranks.gather(counts)
             counts, samples = gathered.sum(0), gathered[:, 0]
-        nothing = len(absent) == len(values)
-        return filled, Present(present, counts, samples, frozenset(masked), nothing)
+        return filled, Present(present, counts, samples, frozenset(masked), frozenset(absent))
 
     def _masks(self, mask: Masks | None, device: torch.device) -> list[Any]:
         """Return the mask of each column: a tensor, None where there is none, or False."""
@@ -205,7 +217,10 @@ class Presence:
                 masks[k] = torch.nn.functional.pad(own, (0, rest), value=False)
                 values[k] = torch.nn.functional.pad(t, (0, rest))
                 masked.add(k)
-        batch = max(lengths) if lengths else max((len(m) for m in masks if m is not None and m.dim() == 1), default=1)
+        lengths = lengths or [len(m) for m in masks if m is not None and m.dim() == 1]
+        batch = max(lengths) if lengths else self._batch
+        if self.ranks.size > 1:
+            self._batch = batch
         for k, one in enumerate(masks):
             if one is not None and one.dim() == 1 and len(one) != batch:
                 self._refuse_length(k, one, batch)
@@ -213,11 +228,6 @@ class Presence:
 
     def _refuse_length(self, k: int, mask: Tensor, batch: int) -> None:
         raise ValueError(f"the mask of {self.columns[k]} has {len(mask)} samples, the goals have {batch}")
-
-
-def with_graph(loss: Tensor) -> Tensor:
-    """Return a loss that depends on nothing as one whose backward runs; a compiled graph leaves it as it is."""
-    return loss if torch.compiler.is_compiling() else loss.detach().requires_grad_()
 
 
 def different_lengths(several_ranks: bool = False) -> str:

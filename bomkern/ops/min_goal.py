@@ -17,7 +17,10 @@ from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
+from .min_goal_masks import masked_min_goal
 from .without_graph import check_call
+
+Mask = Tensor | Sequence[Tensor | bool | None] | None
 
 
 class MinGoalStats(NamedTuple):
@@ -27,8 +30,12 @@ class MinGoalStats(NamedTuple):
         bottleneck: [B] int64, index of each sample's worst goal.
         share: [K], fraction of the samples in the loss whose bottleneck is that goal. With ``reduction="min"`` only the
             worst sample is in the loss, so share is 1 for the goal that gets the gradient.
-        level: [K], mean score over the batch: the water level. An infeasible entry counts as score 0.
+        level: [K], mean score over the batch: the water level, in [0, 1]. An infeasible entry counts as score 0, one
+            that beats its ideal as 1.
         finite: 0-dim bool, whether every sample's loss is finite.
+
+    With a ``mask`` a sample without any goal has bottleneck -1 and counts in no share. The level of a goal is its mean
+    over the samples that have it, NaN if none has.
     """
 
     bottleneck: Tensor
@@ -42,6 +49,7 @@ def min_goal_loss(
     goals: Tensor | Sequence[Tensor | Lazy],
     constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
     *,
+    mask: Mask = None,
     reduction: str = "mean",
     return_stats: Literal[False] = False,
     impl: str | None = None,
@@ -53,6 +61,7 @@ def min_goal_loss(
     goals: Tensor | Sequence[Tensor | Lazy],
     constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
     *,
+    mask: Mask = None,
     reduction: str = "mean",
     return_stats: Literal[True],
     impl: str | None = None,
@@ -64,6 +73,7 @@ def min_goal_loss(
     goals: Tensor | Sequence[Tensor | Lazy],
     constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
     *,
+    mask: Mask = None,
     reduction: str = "mean",
     return_stats: bool,
     impl: str | None = None,
@@ -74,6 +84,7 @@ def min_goal_loss(
     goals: Tensor | Sequence[Tensor | Lazy],
     constraints: Constraint | Sequence[Constraint] | ConstraintTable | None = None,
     *,
+    mask: Mask = None,
     reduction: str = "mean",
     return_stats: bool = False,
     impl: str | None = None,
@@ -90,6 +101,9 @@ def min_goal_loss(
             every sample). float16, bfloat16, float32 or float64, in any mixture, any strides; 1 <= K <= 64.
             They are scores in (0, 1] if ``constraints`` is None, raw values otherwise.
         constraints: None, one constraint for all goals, K of them, or a `ConstraintTable`.
+        mask: which goals each sample has: bool [B, K] ([K] for one sample), or K entries, each a bool tensor [B] or
+            0-dim, or None for all samples. Values under a False are not read: they may be NaN, are never the
+            bottleneck, and get no gradient. A sample without any goal has loss 0 and is in no mean.
         reduction: "mean" (over samples), "sum", "none" ([B]), or "min": the single worst entry of the whole batch,
             ``-log(goals.min())``.
         return_stats: also return `MinGoalStats`, from the same launch.
@@ -174,6 +188,11 @@ def min_goal_loss(
             raise ValueError(f"materialize must hold indices of goals, 0 to {count - 1}, got {k!r}")
     device = tensors[0].device
     may = bits(range(count), materialize) if routes(route, device) else 0
+    if mask is not None:
+        table = (None, []) if constraints is None else _packed(constraints, count, tensors, device)
+        out = masked_min_goal(tensors, mask, table, code, impl, may)
+        loss = out[0] if evaluation is None else evaluation.attach(out[0])
+        return (loss, MinGoalStats(*out[1:])) if return_stats else loss
     serve = select.resolve("min_goal", device.type, impl)
     if constraints is None:
         out = serve(tensors, None, [], code, return_stats, may)

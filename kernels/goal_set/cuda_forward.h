@@ -289,7 +289,7 @@ template <class S, bool masked> struct Kernel {
 };
 
 template <class S, bool masked>
-__global__ void __launch_bounds__(most_threads, 2) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
+__global__ void __launch_bounds__(most_threads, masked && sizeof(S) == 8 ? 1 : 2) forward_kernel(const __grid_constant__ ForwardLaunch<S> l) {
   BOMKERN_SHARED_BYTES(bytes);
   Kernel<S, masked> kernel(l, bytes);
   const Taken<S> taken = kernel.see();

@@ -35,6 +35,7 @@ class Module(GoalSetOp):
         options.pop("multipliers", None)
         options["temperature"] = max(0.0, options["temperature"])
         if source.random() < 0.4:
+            options.pop("masked", None)  # the goals' means, which set their order, would be over other samples
             options |= {"temperature": 0.0, "spill": source.choice([0.5, 1 / 3, 0.9])}
         return sizes, given, {**options, "steps": source.choice([1, 1, 2, 3])}
 
@@ -50,6 +51,13 @@ class Module(GoalSetOp):
             for g, of in members.items()
         }
 
+    def named(self, case: Case, columns: list[Tensor]) -> dict[str, Any]:
+        """Return the columns by goal, and by member where a goal has several."""
+        named: dict[str, list[Tensor]] = {}
+        for group, x in zip(case.options["groups"], columns, strict=True):
+            named.setdefault(f"g{group}", []).append(x)
+        return {g: of[0] if len(of) == 1 else {f"m{k}": x for k, x in enumerate(of)} for g, of in named.items()}
+
     def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
         options = case.options
         device = tensors[0].device
@@ -58,11 +66,11 @@ class Module(GoalSetOp):
         if case.wide and not narrow:
             goals.double()
         found: Outputs = {}
+        present = self.present(case)
         for step in range(options.get("steps", 1)):
-            raw: dict[str, Any] = {}
-            for group, x in zip(options["groups"], tensors, strict=True):
-                raw.setdefault(f"g{group}", []).append(x.roll(step) if step and x.dim() else x)
-            out = goals({g: of[0] if len(of) == 1 else {f"m{k}": x for k, x in enumerate(of)} for g, of in raw.items()})
+            rolled = [x.roll(step) if step and x.dim() else x for x in tensors]
+            masks = None if present is None else self.named(case, list(present.to(device).roll(step, 1)))
+            out = goals(self.named(case, rolled), mask=masks)
             found |= {f"loss {step}": out.loss, f"bottleneck {step}": out.bottleneck, f"record {step}": out.record}
         return found
 

@@ -24,11 +24,8 @@ LEVEL = 1e-8  # scores are at most 1, so a score of 1e-16 may round to 0
 
 
 def level_unit(deficits: Tensor) -> float:
-    """Return the scale of the error in the mean ``exp(-deficit)``.
-
-    Rounding adds ``|deficit|`` times that exponential, which is large for deficits far below 0.
-    """
-    size = torch.exp(-deficits) * deficits.abs()
+    """Return the scale of the error in the mean ``min(exp(-deficit), 1)``: ``|deficit|`` times that exponential."""
+    size = torch.exp(-deficits.clamp(min=0)) * deficits.clamp(min=0)
     return max(LEVEL, torch.where(size.isfinite(), size, 0).max().item() if size.numel() else 0.0)
 
 
@@ -114,6 +111,7 @@ class Goals(Op):
     def sure(self, case: Case, tensors: list[Tensor]) -> Tensor | None:
         deficits = self.grouped(case, self.deficits(case, tensors))
         margin = self.grouped(case, self.margin(case, tensors))
+        deficits = self.judged(case, deficits)
         # Scores of one sample are compared directly, those of several samples by their logarithms.
         near = self.near_ties(deficits, margin * 0 if case.options.get("constraints") is None else margin)
         if not case.wide:  # deficits exceed float32's largest number
@@ -128,6 +126,10 @@ class Goals(Op):
         return ~near
 
     def grouped(self, case: Case, deficits: Tensor) -> Tensor:
+        return deficits
+
+    def judged(self, case: Case, deficits: Tensor) -> Tensor:
+        """Return the goals' deficits [B, G] with -inf where a goal is absent."""
         return deficits
 
     def batch_level(self, case: Case, tensors: list[Tensor]) -> dict[str, float]:
@@ -240,6 +242,8 @@ class GoalSetOp(Goals):
         }
         if source.random() < 0.35:
             options["multipliers"] = [source.choice([0.0, 0.25, 0.5, 1.0, 3.0]) for _ in range(owner + 1)]
+        if source.random() < 0.35:
+            options["masked"] = source.randrange(1000)
         return sizes, given, options
 
     def spoil(self, source: Random, drawn: Drawn) -> Drawn:
@@ -270,6 +274,10 @@ class GoalSetOp(Goals):
             [c.curve for c in made(options["constraints"])],
         )
         groups, multipliers = options["groups"], options.get("multipliers")
+        present = self.present(case)
+        masks = {}
+        if present is not None:
+            masks = {"present": present.to(device), "counts": reference.counts_of(present, groups, dtype).to(device)}
         loss, bottleneck, record = serve(
             tensors,
             params,
@@ -278,6 +286,7 @@ class GoalSetOp(Goals):
             number(options.get("temperature", 0.0)),
             REDUCTIONS[options.get("reduction", "mean")],
             None if multipliers is None else number(multipliers),
+            **masks,
         )
         parts = record_parts(record, groups[-1] + 1, self.count(case))
         return {"loss": loss, "bottleneck": bottleneck, **{f"record {name}": x for name, x in parts.items()}}
@@ -285,9 +294,30 @@ class GoalSetOp(Goals):
     def indexed(self, name: str) -> bool:
         return name in ("bottleneck", "record share", "record finite") or name.startswith("grad ")
 
+    def present(self, case: Case) -> Tensor | None:
+        """Return the mask [K, B], drawn from the case's number; samples without any goal are among them."""
+        seed, count = case.options.get("masked"), self.count(case)
+        if seed is None or not 1 <= count <= 64 or not self.fits(case.options["groups"], count):
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        likely = torch.rand(count, 1, generator=generator)
+        present = torch.rand(count, self.batch(case), generator=generator) < likely + 0.2
+        present[:, torch.rand(self.batch(case), generator=generator) < 0.1] = False
+        return present
+
     def grouped(self, case: Case, deficits: Tensor) -> Tensor:
-        member = reference.groups_of(case.options["groups"], deficits)
+        member, present = reference.groups_of(case.options["groups"], deficits), self.present(case)
+        if present is not None:
+            inside = present.t()[:, :, None] & (member > 0)
+            member = inside / inside.sum(1, keepdim=True).clamp(min=1).to(deficits.dtype)
         return reference.mean_of_members(deficits, member)
+
+    def judged(self, case: Case, deficits: Tensor) -> Tensor:
+        present = self.present(case)
+        if present is None:
+            return deficits
+        member = reference.groups_of(case.options["groups"], deficits)
+        return torch.where((present.t()[:, :, None] & (member > 0)).any(1), deficits, -torch.inf)
 
     def slack_of(self, case: Case, tensors: list[Tensor]) -> float:
         # The relative error of a weight is the error of the goals' difference over mu.

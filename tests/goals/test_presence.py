@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bomkern import Anchored, Calibrated, GoalSet, Group, Minimize, ShareGuard, Tracking, lazy
 from bomkern.dispatch import select
+from tests.support.goal_sets import EACH_RULE, RULES, every_policy
 from tests.support.servers import PAIRS, why_skipped
+from tests.support.syncs import CountSyncs
 
 IMPLS = [impl for impl, device in PAIRS if device == "cpu" and why_skipped("goal_set", impl, device) is None]
 NAN = math.nan
@@ -256,6 +258,32 @@ def test_no_op_is_added_where_nothing_is_masked(monkeypatch: pytest.MonkeyPatch)
     goals = two(optional=["a"], spill=0.5)
     monkeypatch.setattr(type(goals.presence), "of", lambda *_: pytest.fail("a step without a mask built one"))
     goals({"a": torch.rand(3), "b": torch.rand(3)})
+
+
+def masked_steps(goals: GoalSet, device: str) -> None:
+    """Take steps with masks and absent goals, with every policy, and the options that change state."""
+    for step in range(6):
+        raw: dict[str, Any] = {
+            n: torch.rand(8, device=device, requires_grad=True)
+            for n in ("max", "quantile", "hard", "tracking", "moving")
+        }
+        raw["both"] = {"a": torch.rand(8, device=device, requires_grad=True), "b": None}
+        mask = {n: torch.ones(8, dtype=torch.bool, device=device) for n in ("max", "quantile", "tracking", "both")}
+        if step % 2:
+            raw["tracking"] = None
+        out = goals(raw, mask=mask)
+        out.loss.sum().backward()
+        goals.accept(torch.ones((), dtype=torch.bool, device=device) & out.finite)
+
+
+@EACH_RULE
+def test_no_host_sync_in_a_masked_step(rule: str) -> None:
+    goals = every_policy(**RULES[rule])
+    masked_steps(goals, "cpu")
+    with CountSyncs() as counter:
+        masked_steps(goals, "cpu")
+    assert not counter.seen.keys() - {"_to_copy"}
+    masked_steps(every_policy(**{**RULES[rule], "impl": "reference"}).to("meta"), "meta")  # reading a value raises
 
 
 def test_compiled_steps_agree() -> None:

@@ -64,7 +64,7 @@ class TestKernels:
         raw = [x.to(DEVICE).requires_grad_() for x in raw_values(5)]
         goals = [torch.stack(raw, 1).detach().requires_grad_()] if matrix else raw
         table, mu = ConstraintTable(SIX, DEVICE), torch.tensor(0.2, device=DEVICE)
-        arguments = (goals, table.params, table.curves, [0, 0, 1, 2, 2, 3], mu, reduction, None, True)
+        arguments = (goals, table.params, table.curves, [0, 0, 1, 2, 2, 3], mu, reduction, None, None, None, True)
         torch.library.opcheck(torch.ops.bomkern.goal_set_triton.default, arguments)
         loss, _, _, weight = torch.ops.bomkern.goal_set_triton(*arguments)
         index, dim = ([0], [2]) if matrix else ([1, 3], [1, 1])
@@ -111,7 +111,14 @@ def record_launches() -> Launches:
     launches: Launches = []
     record(kernels, ("forward", "finish", "backward_columns", "backward_rows", "finish_scalars"), launches)
 
-    def both(goals: list[Tensor], groups: list[int], reduction: int, save: bool = True, weighed: bool = False) -> None:
+    def both(
+        goals: list[Tensor],
+        groups: list[int],
+        reduction: int,
+        save: bool = True,
+        weighed: bool = False,
+        masked: bool = False,
+    ) -> None:
         dtype = DOUBLE if any(g.dtype == DOUBLE for g in goals) else FLOAT
         table, mu = ConstraintTable((SIX * 11)[: len(groups)], dtype=dtype), torch.zeros((), dtype=dtype)
         given = (
@@ -124,7 +131,10 @@ def record_launches() -> Launches:
             mu.new_ones(groups[-1] + 1) if weighed else None,
         )
         out = kernels.Outputs(*fakes.goal_set(*given, save))
-        kernels.launch_forward(*given, out)
+        count = len(groups)
+        present = torch.ones(count, len(out.bottleneck), dtype=torch.bool) if masked else None
+        counts = mu.new_ones(2 + groups[-1] + count) if masked else None
+        kernels.launch_forward(*given, present, counts, out)
         if save:
             grads = [torch.empty(g.shape, dtype=g.dtype) for g in goals]
             grads += [None] * (len(groups) - len(goals))
@@ -140,6 +150,8 @@ def record_launches() -> Launches:
         both([torch.empty(many) for _ in range(count)], pairs, 3)
         both([torch.empty(many) for _ in range(count)], pairs, 1, weighed=True)
         both([torch.empty(many) for _ in range(count)], alone, 0, save=False)
+        both([torch.empty(many) for _ in range(count)], pairs, 1, masked=True)
+        both([torch.empty(4096 // wide, count)], pairs, 3, weighed=True, masked=True)
         both([torch.empty(many, dtype=HALF) if k % 2 else torch.empty(()) for k in range(count)], pairs, 1)
     both([torch.empty(20_000, 9, dtype=DOUBLE)], [0] * 9, 1)
     both([torch.empty(20_000, dtype=d) for d in (HALF, BF16, DOUBLE)], [0, 1, 1], 1)

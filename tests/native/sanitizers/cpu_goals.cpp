@@ -112,7 +112,7 @@ template <class S> void goal_set(int count, int64_t batch, bool matrix, Reductio
   const bool by_row = reduction == Reduction::none, masked = below(2);
   const Exact<bool> present(count * batch);
   const Exact<S> counts(1 + groups.count + count);
-  for (int i = 0; i < count * batch; ++i) present[i] = below(3) > 0;
+  for (int i = 0; i < count * batch; ++i) present[i] = i < batch || below(3) > 0;  // every sample has a goal
   for (int i = 0; i < 1 + groups.count + count; ++i) counts[i] = S(batch);
   const Grads<S> grad(by_row ? batch : 1, by_row ? below(3) : 0);
   for_sets(sets(), [&](const CpuKernels& kernels, Parallel parallel, Seen& seen) {

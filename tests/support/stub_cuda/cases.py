@@ -133,6 +133,7 @@ def goal_set_cases() -> list[Case]:
         groups: Sequence[int],
         reduction: int = MEAN,
         multipliers: bool = False,
+        masked: bool = False,
     ) -> Case:
         def prepare(batch: int) -> tuple[Call, Sequence[Tensor]]:
             given = goals(batch)
@@ -140,7 +141,11 @@ def goal_set_cases() -> list[Case]:
             made = ConstraintTable((MIXED * 11)[: len(groups)], dtype=dtype)
             weights = torch.ones(groups[-1] + 1, dtype=dtype) if multipliers else None
             rest = (made.params, made.curves, groups, torch.full((), 0.1, dtype=dtype), reduction, weights)
-            return lambda: triton_ops.goal_set(given, *rest), [g for g in given if g.requires_grad]
+            masks = {}
+            if masked:
+                masks["present"] = torch.ones(len(groups), batch, dtype=torch.bool)
+                masks["counts"] = torch.ones(2 + groups[-1] + len(groups), dtype=dtype)
+            return lambda: triton_ops.goal_set(given, *rest, **masks), [g for g in given if g.requires_grad]
 
         return Case("goal_set", kind, name, batch, prepare)
 
@@ -162,6 +167,8 @@ def goal_set_cases() -> list[Case]:
         case("0-dim goals", "mean", 2000, laid("batch-level"), grouped),
         case("no gradient", "mean", 2000, detached, grouped),
         case("one program", "some gradients", 90, columns(3, 2), [0, 1, 1]),
+        case("one program", "masked", 90, laid("columns"), grouped, MEAN, True, True),
+        case("many programs", "masked", 2000, laid("columns"), grouped, MIN, False, True),
     ]
 
 
