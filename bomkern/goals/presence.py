@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.checks import check_goals
 from ..common.graph_constants import on_device
 from ..common.process_group import Ranks
 from ..common.reductions import REDUCTIONS
@@ -198,13 +199,8 @@ class Presence:
         lengths = [len(t) for t in values if isinstance(t, Tensor) and t.dim() == 1]
         if lengths and min(lengths) < max(lengths):
             if not self.averaged or self.ranks.size > 1:
-                k = next(
-                    k for k, t in enumerate(values) if isinstance(t, Tensor) and t.dim() == 1 and len(t) != lengths[0]
-                )
-                raise ValueError(
-                    f"the raw value of {self.columns[k]} has {len(values[k])} samples, others have {lengths[0]}"
-                    + different_lengths(self.ranks.size > 1)
-                )
+                given = [(name, t) for name, t in zip(self.columns, values, strict=True) if t is not None]
+                check_goals([t for _, t in given], [f"the raw value of {name}" for name, _ in given])  # raises
             longest = max(lengths)
             for k, t in enumerate(values):
                 if not isinstance(t, Tensor) or t.dim() != 1 or len(t) == longest:
@@ -228,12 +224,6 @@ class Presence:
 
     def _refuse_length(self, k: int, mask: Tensor, batch: int) -> None:
         raise ValueError(f"the mask of {self.columns[k]} has {len(mask)} samples, the goals have {batch}")
-
-
-def different_lengths(several_ranks: bool = False) -> str:
-    """Return what to do about goals with different numbers of samples, the end of an error."""
-    spill = "" if several_ranks else ", or use spill, which needs each goal's mean alone"
-    return f": give the .mean() of the goal{spill}"
 
 
 def averages(reduction: str, spill: object) -> bool:
