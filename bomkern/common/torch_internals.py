@@ -288,6 +288,12 @@ for _name in ("_buffers", "_modules"):
         owner=nn.Module,
     )
 _need(
+    "torch.nn.Module._load_from_state_dict",
+    serves="loading a GoalSet's state by the names of its goals",
+    instead="torch.nn.Module.register_load_state_dict_pre_hook",
+    without="loads by position",
+)
+_need(
     "torch.nn.Module._apply",
     since="1.0",
     serves="constraints that stay float32 in a model of halves",
