@@ -288,6 +288,12 @@ for _name in ("_buffers", "_modules"):
         owner=nn.Module,
     )
 _need(
+    "torch.nn.Module._load_from_state_dict",
+    serves="loading a GoalSet's state by the names of its goals",
+    instead="torch.nn.Module.register_load_state_dict_pre_hook",
+    without="loads by position",
+)
+_need(
     "torch.nn.Module._apply",
     since="1.0",
     serves="constraints that stay float32 in a model of halves",
@@ -325,6 +331,18 @@ class FullPrecisionBuffers(nn.Module):
     def reset_parameters(self) -> None:
         """Give all buffers, which may hold anything, the values that they had when the module was made."""
         raise NotImplementedError
+
+    def before_loading(self, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+        """Change a state, whose names have a prefix, before it is loaded. Return whether it can be loaded."""
+        return True
+
+    def after_loading(self) -> None:
+        """Finish what a loaded state has begun, before the states of submodules are loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if self.before_loading(state_dict, prefix, arguments[-1]):
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+            self.after_loading()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FullPrecisionBuffers:
         before = dict(self.named_buffers(recurse=False))

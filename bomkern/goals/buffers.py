@@ -101,16 +101,14 @@ class GoalBuffers(FullPrecisionBuffers):
         self.anchoring.load_state(state)
         self._ends.copy_(torch.tensor(self.rules.begin(state["begun"]), device="cpu"))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        if not self._resume.fit(self, state_dict, prefix, errors=arguments[-1]):
-            return
-        was_meta = self.params.is_meta
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-        if was_meta and not self.params.is_meta:
-            self._leave_meta(self.params.device)
+    def before_loading(self, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+        return self._resume.fit(self, state, prefix, errors)
 
-    def _leave_meta(self, device: torch.device) -> None:
+    def after_loading(self) -> None:
         """Fill the buffers that ``load_state_dict(assign=True)`` left on the meta device, as it had none for them."""
+        device = self.params.device
+        if device.type == "meta" or not self.monitor.ring.is_meta:
+            return
         for buffers in self._first():
             for name, buffer in buffers.items():
                 if buffer is not None and getattr(self, name).is_meta:

@@ -33,9 +33,9 @@ def make_trainer(**changes: Any) -> trainer.Trainer:
 def leaves(state: Any, name: str = "") -> dict[str, Any]:
     """Return every tensor and number of a nested state, by path; also those packed into a GoalSet's extra states."""
     if name.endswith("monitor._extra_state"):
-        return leaves(unpack_history(state), name + "/")
+        return {k: v for k, v in leaves(unpack_history(state), name + "/").items() if not isinstance(v, str)}
     if name.endswith("_extra_state"):
-        return leaves(unpack(state)[0], name + "/")
+        return {k: v for k, v in leaves(unpack(state)[0], name + "/").items() if not isinstance(v, str)}
     if isinstance(state, dict):
         return {k: v for key, value in state.items() for k, v in leaves(value, f"{name}/{key}").items()}
     if isinstance(state, (list, tuple)):
