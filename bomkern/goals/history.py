@@ -156,7 +156,7 @@ class GoalOutput:
 
     Attributes:
         loss: 0-dim, or [B] for ``reduction="none"``; differentiable.
-        bottleneck: [B] int64, the index in `GoalSet.names` of each sample's worst goal.
+        bottleneck: [B] int64, the index in `GoalSet.names` of each sample's worst goal; -1 for one without any goal.
         record: the step's numbers in one tensor; ``out["share"]`` and the other parts of `History` are views of it.
         walked: the fraction of the backward of `bomkern.lazy` goals that runs in this step, weighted by measured times;
             None without lazy goals.

@@ -71,7 +71,8 @@ class Policy:
         then discarded.
 
         Args:
-            raw: the goal's values in this step, float32 [B] or 0-dim, without gradient.
+            raw: the goal's values in this step, float32 [B] or 0-dim, without gradient. They are NaN in samples that
+                lack the goal. In a step in which no sample has it, the result and changes of ``state`` are discarded.
             state: [`STATE`] float32, zeros before the first step; changed in place.
             step: training steps before this one, a 0-dim int64 tensor on the device.
         """

@@ -195,32 +195,45 @@ class Presence:
         return value
 
     def _align(self, values: list[Any], masks: list[Any], masked: set[int]) -> int:
-        """Return B. Pad goals of different lengths to the longest, if that is B; the padding is absent."""
-        lengths = [len(t) for t in values if isinstance(t, Tensor) and t.dim() == 1]
-        if lengths and min(lengths) < max(lengths):
-            if not self.averaged or self.ranks.size > 1:
-                given = [(name, t) for name, t in zip(self.columns, values, strict=True) if t is not None]
-                check_goals([t for _, t in given], [f"the raw value of {name}" for name, _ in given])  # raises
-            longest = max(lengths)
-            for k, t in enumerate(values):
-                if not isinstance(t, Tensor) or t.dim() != 1 or len(t) == longest:
-                    continue
-                rest = longest - len(t)
-                own = masks[k]
-                if own is not None and own.dim() == 1 and len(own) != len(t):
-                    self._refuse_length(k, own, len(t))
-                own = torch.ones_like(t, dtype=torch.bool) if own is None else own.expand(len(t))
-                masks[k] = torch.nn.functional.pad(own, (0, rest), value=False)
-                values[k] = torch.nn.functional.pad(t, (0, rest))
-                masked.add(k)
-        lengths = lengths or [len(m) for m in masks if m is not None and m.dim() == 1]
-        batch = max(lengths) if lengths else self._batch
+        """Return B. Pad goals of different lengths to the longest, which is B; the padding is absent."""
+        rows = {k: len(t) for k, t in enumerate(values) if isinstance(t, Tensor) and t.dim() == 1}
+        batch = max(rows.values(), default=0)
+        if batch and min(rows.values()) < batch:
+            self._pad(values, masks, masked, rows)
+        elif not batch:
+            batch = max((len(m) for m in masks if m is not None and m.dim() == 1), default=0) or self._batch
         if self.ranks.size > 1:
             self._batch = batch
         for k, one in enumerate(masks):
             if one is not None and one.dim() == 1 and len(one) != batch:
                 self._refuse_length(k, one, batch)
         return batch
+
+    def _pad(self, values: list[Any], masks: list[Any], masked: set[int], rows: dict[int, int]) -> None:
+        """Pad the goals that have fewer rows than others, and mask the padding. The members of a group have as many."""
+        of_goal: dict[int, int] = {}
+        if not self.averaged or self.ranks.size > 1:
+            given = {f"the raw value of {self.columns[k]}": t for k, t in enumerate(values) if t is not None}
+            check_goals(list(given.values()), list(given))  # raises
+        for k, count in rows.items():
+            others = of_goal.setdefault(self.owner[k], count)
+            if count != others:
+                raise ValueError(
+                    f"the raw value of {self.columns[k]} has {count} samples, others have {others}: the members of a "
+                    "Group need the same samples"
+                )
+        batch = max(rows.values())
+        for k, value in enumerate(values):
+            count = of_goal.get(self.owner[k], batch)
+            if value is None or count == batch:
+                continue
+            own = masks[k]
+            if own is not None and own.dim() == 1 and len(own) != count:
+                self._refuse_length(k, own, count)
+            own = torch.ones(count, dtype=torch.bool, device=value.device) if own is None else own.expand(count)
+            masks[k] = torch.nn.functional.pad(own, (0, batch - count), value=False)
+            values[k] = torch.nn.functional.pad(value, (0, batch - count)) if k in rows else value
+            masked.add(k)
 
     def _refuse_length(self, k: int, mask: Tensor, batch: int) -> None:
         raise ValueError(f"the mask of {self.columns[k]} has {len(mask)} samples, the goals have {batch}")

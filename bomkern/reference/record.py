@@ -53,9 +53,10 @@ def record_parts(record: Tensor, goals: int, columns: int) -> dict[str, Tensor]:
     """Return the parts of records [..., size] by name, views of the last axis.
 
     For each of G goals: ``share`` (its mean weight in the gradient over the samples in the loss), ``level`` (mean
-    score) and ``deficit`` (mean). For each of K columns: ``raw`` (mean), ``highest`` (the largest finite raw value,
-    -inf if there is none), ``ideal`` and ``slope`` (the first two parameters; 1 / slope is the scale). For the step:
-    ``loss`` (its mean, if there is one per sample) and ``finite`` (1 or 0).
+    score, at most 1) and ``deficit`` (mean). For each of K columns: ``raw`` (mean), ``highest`` (the largest finite raw
+    value, -inf if there is none), ``ideal`` and ``slope`` (the first two parameters; 1 / slope is the scale). For the
+    step: ``loss`` (its mean, if there is one per sample) and ``finite`` (1 or 0). With masks ``level``, ``deficit`` and
+    ``raw`` are means over the samples that have the goal or column, NaN if none has.
     """
     parts = dict(zip(RecordAt._fields, record.split(_sizes(goals, columns), dim=-1), strict=True))
     return {**parts, "loss": parts["loss"][..., 0], "finite": parts["finite"][..., 0]}

@@ -107,6 +107,16 @@ def test_goals_of_different_lengths_under_spill(impl: str) -> None:
     assert goals({"a": sliced.t()[:, 0], "b": b, "c": c}).loss.isfinite()
 
 
+def test_a_group_of_another_length_under_spill() -> None:
+    goals = GoalSet(g=Group(x=Minimize(1.0), y=Minimize(1.0)), b=Minimize(1.0), spill=0.5)
+    raw: dict[str, Any] = {"g": {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor(4.5)}, "b": torch.ones(7)}
+    out = goals(raw)
+    assert out["deficit"].tolist() == pytest.approx([3, 1]) and out["raw"].tolist() == pytest.approx([1.5, 4.5, 1])
+    assert goals({**raw, "b": torch.ones(0)})["deficit"][0] == 3  # no sample has the other goal
+    with pytest.raises(ValueError, match=r"g\.y has 3 samples, others have 2: the members of a Group need the same"):
+        goals({"g": {"x": torch.rand(2), "y": torch.rand(3)}, "b": torch.ones(7)})
+
+
 def test_different_lengths_say_what_to_do() -> None:
     raw = {"a": torch.rand(50), "b": torch.rand(3)}
     for options in ({}, {"temperature": 0.1}, {"spill": 0.5, "reduction": "none"}, {"spill": 0.5, "reduction": "min"}):
