@@ -1,7 +1,6 @@
 """Three goals in an Accelerate loop: a small VAE on scikit-learn's digits.
 
-python examples/accelerate_loop.py runs/accelerate  # some seconds; again: it goes on from the last state
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py runs/accelerate
+accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py FOLDER  # called again, it goes on from FOLDER
 """
 
 import sys
@@ -43,18 +42,18 @@ model, optimizer, loader = accelerator.prepare(
 )
 guard = StepGuard(optimizer, goals=goals, process_group=group)  # all ranks take a step, or none
 accelerator.register_for_checkpointing(goals, guard)
-if len(sys.argv) > 1 and Path(sys.argv[1]).is_dir():
-    accelerator.load_state(sys.argv[1])
+folder = Path(sys.argv[1])
+if folder.is_dir():
+    accelerator.load_state(folder)
 for _ in range(4):
     for (x,) in loader:
         with accelerator.accumulate(model), goals.accumulate(last=accelerator.sync_gradients):
             y, mu, logvar, z = model(x)
-            apart = covariance_penalty(z, normalize=True, process_group=group)
+            apart = covariance_penalty(z, normalize=True, process_group=group)  # of this micro-batch
             out = goals({"recon": (y - x).square().mean(1), "kl": gaussian_kl(mu, logvar), "apart": apart})
             accelerator.backward(out.loss)
             if accelerator.sync_gradients:
                 guard.step()
                 guard.zero_grad()
-if len(sys.argv) > 1:
-    accelerator.save_state(sys.argv[1])
+accelerator.save_state(folder)
 accelerator.print(goals, f"{int(guard.rejected)} steps were rejected", sep="\n")

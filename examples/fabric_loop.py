@@ -39,7 +39,7 @@ model = VAE()
 model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=5e-3, fused=True))
 guard = StepGuard(optimizer, goals=goals, process_group=group)  # all ranks take a step, or none
 torch.manual_seed(fabric.global_rank)  # every rank has its own samples
-for _ in range(150):
+for _ in range(100):
     for micro in range(MICRO_BATCHES):
         last = micro == MICRO_BATCHES - 1
         x = images[torch.randint(len(images), (SAMPLES // MICRO_BATCHES // fabric.world_size,))]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bomkern import Anchored, Calibrated, GoalSet
+from bomkern import Anchored, Calibrated, GoalSet, Policy
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -20,10 +20,12 @@ from bomkern.integrations.transformers import GoalCallback  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, LENGTH, VOCABULARY = 16, 6, 20
+EVERY_TWO = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+waits_for_state = pytest.mark.xfail(strict=True, reason="waits for the branch 'state', whose merge removes this mark")
 
 
-def goal_set(**options: Any) -> GoalSet:
-    return GoalSet(tokens=Anchored(0.0, "baseline"), size=Calibrated(steps=3), spill=0.5, **options)
+def goal_set(size: Policy | None = None) -> GoalSet:
+    return GoalSet(tokens=Anchored(0.0, "baseline"), size=size or Calibrated(steps=3), spill=0.5)
 
 
 def anchors(model: nn.Module) -> dict[str, Any]:
@@ -44,9 +46,12 @@ class Model(nn.Module):
         self.head = nn.Linear(SIZE, VOCABULARY)
         if held:
             self.goals = goals
-        self.outside = (goals,)
+        self.outside, self.explode = (goals,), -1
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        self.explode -= 1
+        if self.explode == 0:
+            raise RuntimeError("as planned")
         hidden = self.bert(input_ids=input_ids).last_hidden_state
         logits = self.head(hidden)
         tokens = nn.functional.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none").mean(1)
@@ -67,9 +72,11 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 def trainer_of(model: nn.Module, folder: Path, steps: int, callback: GoalCallback | None = None, **options: Any) -> Any:
     args = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True,
-        report_to=options.pop("report_to", []), save_strategy=options.pop("save_strategy", "no"), learning_rate=1e-2,
-        logging_steps=options.pop("logging_steps", 4), lr_scheduler_type="constant", seed=0, **options,
+        output_dir=str(folder), max_steps=steps, use_cpu=True,
+        per_device_train_batch_size=options.pop("per_device_train_batch_size", 8), disable_tqdm=True,
+        report_to=options.pop("report_to", []), save_strategy=options.pop("save_strategy", "no"),
+        learning_rate=options.pop("learning_rate", 1e-2), logging_steps=options.pop("logging_steps", 4),
+        lr_scheduler_type="constant", seed=0, **options,
     )  # fmt: skip
     trainer = transformers.Trainer(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
     if callback is not None:
@@ -88,6 +95,10 @@ def assert_same_state(one: GoalSet, other: GoalSet) -> None:
     for name in ("params", "policy_state", "average", "multipliers"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert torch.equal(one.history["raw"], other.history["raw"])
+
+
+def assert_close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 class Seen(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
@@ -133,61 +144,88 @@ def test_a_callback_behind_the_loggers_says_so(
     assert "goals/loss" in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("held", [pytest.param(True, marks=waits_for_state), False])
 def test_a_run_goes_on_as_if_it_had_not_stopped(held: bool, tmp_path: Path) -> None:
     whole, callback = begin(held)
-    trainer_of(whole, tmp_path / "whole", 8, callback).train()
+    trainer_of(whole, tmp_path / "whole", 4, callback).train()
     first, callback = begin(held)
-    saving = {"save_strategy": "steps", "save_steps": 4}
-    trainer_of(first, tmp_path / "run", 4, callback, **saving).train()
-    assert (tmp_path / "run" / "checkpoint-4" / "goals.pt").is_file() is not held
+    trainer_of(first, tmp_path / "run", 2, callback, **EVERY_TWO).train()
+    assert (tmp_path / "run" / "checkpoint-2" / "goals.pt").is_file() is not held
     second, callback = begin(held)
     callback.anchor = None  # the checkpoint has the anchors
-    trainer_of(second, tmp_path / "run", 8, callback).train(resume_from_checkpoint=True)
+    trainer_of(second, tmp_path / "run", 4, callback).train(resume_from_checkpoint=True)
     assert_same_state(second.outside[0], whole.outside[0])
     assert torch.equal(second.head.weight, whole.head.weight)
 
 
 def test_a_checkpoint_elsewhere_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, callback = begin(held=False)
-    trainer_of(first, tmp_path / "old", 4, callback, save_strategy="steps", save_steps=4).train()
-    folder = tmp_path / "old" / "checkpoint-4"
+    trainer_of(first, tmp_path / "old", 2, callback, **EVERY_TWO).train()
+    folder = tmp_path / "old" / "checkpoint-2"
     other, callback = begin(held=False)
     torch.manual_seed(5)  # another run has a checkpoint of the same step where this one is looked for
-    trainer_of(other, tmp_path / "new", 4, callback, save_strategy="steps", save_steps=4, weight_decay=0.5).train()
+    trainer_of(other, tmp_path / "new", 2, callback, learning_rate=2e-2, **EVERY_TWO).train()
     second, callback = begin(held=False)
-    with pytest.raises(RuntimeError, match="resumed step 4 from an unknown folder: give the callback resume="):
-        trainer_of(second, tmp_path / "new", 6, callback).train(resume_from_checkpoint=str(folder))
+    with pytest.raises(RuntimeError, match="resumed step 2 from an unknown folder: give the callback resume="):
+        trainer_of(second, tmp_path / "new", 3, callback).train(resume_from_checkpoint=str(folder))
     third, callback = begin(held=False)
     callback.resume = folder
-    trainer_of(third, tmp_path / "new", 6, callback).train(resume_from_checkpoint=str(folder))
-    assert third.outside[0].steps == 6
-    assert torch.equal(third.outside[0].history["raw"][:4], first.outside[0].history["raw"])
+    trainer_of(third, tmp_path / "new", 3, callback).train(resume_from_checkpoint=str(folder))
+    assert third.outside[0].steps == 3
+    assert torch.equal(third.outside[0].history["raw"][:2], first.outside[0].history["raw"])
     (folder / "goals.pt").unlink()
     fourth, callback = begin(held=False)
     callback.resume = folder
     with caplog.at_level(logging.WARNING, "bomkern"):
-        trainer_of(fourth, tmp_path / "new", 6, callback).train(resume_from_checkpoint=str(folder))
-    assert "has no goals.pt: the goals start anew" in caplog.text and fourth.outside[0].steps == 2
+        trainer_of(fourth, tmp_path / "new", 3, callback).train(resume_from_checkpoint=str(folder))
+    assert "has no goals.pt: the goals start anew" in caplog.text and fourth.outside[0].steps == 1
 
 
-@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("held", [True, pytest.param(False, marks=waits_for_state)])
 def test_evaluation_teaches_nothing(held: bool, tmp_path: Path) -> None:
     model, callback = begin(held)
-    trainer = trainer_of(model, tmp_path, 4, callback, eval_strategy="steps", eval_steps=1)
+    trainer = trainer_of(model, tmp_path, 4, callback, eval_strategy="steps", eval_steps=2)
     trainer.train()
     trainer.evaluate()
     assert model.outside[0].steps == 4
     assert not any("goals/loss" in row for row in trainer.state.log_history if "eval_loss" in row)
 
 
-@pytest.mark.parametrize("steps", [2, 3])  # 8 batches in an epoch: with 3 the last step has 2
-def test_accumulated_batches_are_one_step(steps: int, tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+    """Two micro-batches of 4 are one step of 8: weights, spill, history and logs."""
+    runs = []
+    for batch, accumulated in ((8, 1), (4, 2)):
+        torch.manual_seed(1)
+        model = Model(goal_set(Anchored(0.0, 0.5)))
+        trainer = trainer_of(
+            model, tmp_path, 4, GoalCallback("goals", anchor=anchors, diagnose_at_end=False), logging_steps=2,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, optim="sgd", learning_rate=0.5,
+        )  # fmt: skip
+        trainer.train()
+        runs.append((model, trainer.state.log_history[:2]))
+    (whole, logs), (split, theirs) = runs
+    assert split.goals.steps == whole.goals.steps == 4
+    assert_close(split.head.weight, whole.head.weight)
+    for name in ("average", "multipliers"):
+        assert_close(getattr(split.goals, name), getattr(whole.goals, name))
+    assert_close(split.goals.history["raw"], whole.goals.history["raw"])
+    assert [row["goals/loss"] for row in theirs] == pytest.approx([row["goals/loss"] for row in logs], rel=1e-4)
+
+
+def test_the_last_step_of_an_epoch_may_be_shorter(tmp_path: Path) -> None:
     model, callback = begin()
-    trainer = trainer_of(model, tmp_path, 6, callback, gradient_accumulation_steps=steps, logging_steps=1)
-    trainer.train()
-    assert model.goals.steps == 6 and len(model.goals.history["loss"]) == 6
-    assert len([row for row in trainer.state.log_history if "goals/loss" in row]) == 6
+    trainer_of(model, tmp_path, 4, callback, gradient_accumulation_steps=3).train()  # of 8 batches: 3, 3, 2, and 3
+    assert model.goals.steps == 4 and len(model.goals.history["loss"]) == 4
+
+
+def test_an_exception_amid_a_step_leaves_nothing_open(tmp_path: Path) -> None:
+    model, callback = begin()
+    model.explode = 4
+    with pytest.raises(RuntimeError, match="as planned"):
+        trainer_of(model, tmp_path, 3, callback, gradient_accumulation_steps=2).train()
+    model.explode = -1
+    trainer_of(model, tmp_path, 3, callback, gradient_accumulation_steps=2).train()
+    assert model.goals.steps == 4  # one before the exception, and three
 
 
 def test_a_skipped_step_is_taken_back(tmp_path: Path) -> None:

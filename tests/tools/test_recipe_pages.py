@@ -18,7 +18,6 @@ WAITING = {
     "missing_labels": "masks",
     "penalty_every_n_steps": "masks",
     "different_numbers": "masks",
-    "accumulation": "accumulate",
     "resume_other_goals": "state",
     "maximise": "shapes",
 }
