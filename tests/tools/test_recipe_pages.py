@@ -20,6 +20,7 @@ WAITING = {
     "different_numbers": "masks",
     "resume_other_goals": "state",
     "maximise": "shapes",
+    "amp_two_optimizers": "guard",
 }
 
 
