@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common.host_copy import capturing
 from ..common.reductions import REDUCTIONS
-from ..common.torch_internals import FullPrecisionBuffers, buffers_of, children_of
+from ..common.torch_internals import FullPrecisionBuffers, buffers_of, children_of, under_transform
 from .anchors import Buffers
 from .monitor import Monitor
 from .policies import Policy
@@ -76,6 +76,8 @@ class MicroBatches:
                 "a step of micro-batches is open, and this call belongs to none: make the step's last call inside of "
                 "GoalSet.accumulate(last=True), or call GoalSet.discard() before the next step"
             )
+        if under_transform() and not torch.compiler.is_compiling():
+            raise RuntimeError("a step of several calls cannot be taken inside torch.func: make the step one call")
         captured = capturing(buffers["params"].device)
         if self.open and self._captured is not captured:
             raise RuntimeError(
@@ -204,14 +206,16 @@ class TakesMicroBatches(FullPrecisionBuffers):
         The loss of a micro-batch is its own. Anchors, weights of a spill and nudges of a guard are the same for all
         micro-batches, so with equal sizes the gradients of ``loss / n`` add up to that of one batch. Spill, guard,
         history and `steps` take the step once, after the last micro-batch, from means over all of its samples; with
-        ``reduction="min"`` they take the worst micro-batch. Policies that learn use all raw values of the step so far.
-        `accept` and `StepGuard` take the whole step back; they also end a step that is still open.
+        ``reduction="min"`` they take the worst micro-batch. Policies that learn use all raw values of the step so far,
+        so the scales under an early micro-batch are those of its samples and the ones before. `accept` and `StepGuard`
+        take the whole step back; they also end a step that is still open.
 
         A goal of the whole batch (0-dim) is judged within each micro-batch, by the value that it has there. Its record
         is the mean of these values.
 
         If an exception leaves the context before the step ends, the step is discarded, see `discard`. A call outside
         of the context while a step is open is an error. A checkpoint in the middle of a step holds the state before it.
+        Capture all calls of a step in one CUDA graph, or none. Lightning's `GoalCallback` does all this by itself.
 
         Args:
             last: whether the calls inside are the last of the step. At the end of an epoch the last micro-batch may
@@ -221,9 +225,9 @@ class TakesMicroBatches(FullPrecisionBuffers):
             >>> with goals.accumulate(last=(i + 1) % n == 0):
             ...     out = goals(raw)
             ...     (out.loss / n).backward()
-
-            With Accelerate: ``with accelerator.accumulate(model), goals.accumulate(last=accelerator.sync_gradients):``.
-            Lightning's `GoalCallback` needs no context.
+            >>> # with Accelerate, which divides the loss itself
+            >>> with accelerator.accumulate(model), goals.accumulate(last=accelerator.sync_gradients):
+            ...     accelerator.backward(goals(raw).loss)
         """
         return _Accumulate(self, last)
 
@@ -246,28 +250,45 @@ class TakesMicroBatches(FullPrecisionBuffers):
         """Begin what `accumulate` does inside of its context, until `end_micro_batch`; for callbacks of a trainer."""
         if not isinstance(last, bool):
             raise TypeError(f"last must be True or False, got {type(last).__name__}")
-        self.micro.last, self.part = last, self.micro
+        self._flag(last)
 
     def end_micro_batch(self) -> None:
         """End what `begin_micro_batch` began. The step stays open if the micro-batch was not the last."""
-        self.micro.last = None
-        self._settle()
+        self._flag(None)
 
     def end_step(self) -> None:
         """End an open step with the micro-batches so far; without an open step do nothing.
 
         A callback that learns only afterwards that a micro-batch was the last calls this before the optimizer's step.
         """
-        self.micro.finish(buffers_of(self), children_of(self)["monitor"])
-        self._settle()
+        for goals in self._together():
+            goals.micro.finish(buffers_of(goals), children_of(goals)["monitor"])
+            goals._settle()
 
     def discard(self) -> None:
         """Forget an open step: policies return to their state before it, and nothing is recorded.
 
         Clear the gradients too. Without an open step the call does nothing.
         """
-        self.micro.discard(buffers_of(self))
-        self._settle()
+        for goals in self._together():
+            goals.micro.discard(buffers_of(goals))
+            goals._settle()
+
+    def _together(self) -> list[TakesMicroBatches]:
+        """Return this object and those inside of it, which are called with it."""
+        return [self, *(child for child in children_of(self).values() if isinstance(child, TakesMicroBatches))]
+
+    def _flag(self, last: bool | None) -> None:
+        """Set whether the next call is a micro-batch, and the last."""
+        for goals in self._together():
+            goals.micro.last = last
+            goals._settle()
+
+    def _hold(self, held: bool) -> None:
+        """Set whether calls are evaluations of one step."""
+        for goals in self._together():
+            goals.micro.held = held
+            goals._settle()
 
     def _settle(self) -> None:
         """Let the next call be a step of its own, unless a context or a step is open."""
@@ -290,11 +311,9 @@ class _Accumulate:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        goals = self.goals
-        goals.micro.last = self._outer
+        self.goals._flag(self._outer)
         if kind is not None:
-            goals.discard()
-        goals._settle()
+            self.goals.discard()
 
 
 class _OneStep:
@@ -307,17 +326,16 @@ class _OneStep:
         micro = self.goals.micro
         if micro.open or micro.held:
             raise RuntimeError("GoalSet.one_step: another step is open; call GoalSet.discard() to forget it")
-        micro.held, self.goals.part = True, micro
+        self.goals._hold(True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        goals = self.goals
-        goals.micro.held = False
+        self.goals._hold(False)
         if kind is None:
-            goals.end_step()
+            self.goals.end_step()
         else:
-            goals.discard()
+            self.goals.discard()
 
 
 def _rewind(goals: Any, prefix: str, keep_vars: bool) -> None:

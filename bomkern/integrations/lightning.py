@@ -126,7 +126,8 @@ class GoalCallback:
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         # A loader of unknown length tells only now that this is its last batch. DeepSpeed comes here in every batch.
-        if self._closure is None and not getattr(trainer.strategy, "handles_gradient_accumulation", False):
+        every = getattr(trainer.strategy, "handles_gradient_accumulation", False)
+        if pl_module.automatic_optimization and self._closure is None and not every:
             self.goals.end_step()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() and self._scale is None:

@@ -263,6 +263,25 @@ def test_an_open_step_is_not_forgotten_in_silence() -> None:
         goals.begin_micro_batch(1)  # type: ignore[arg-type]
 
 
+def test_a_transform_is_refused() -> None:
+    goals = GoalSet(b=Minimize(1.0))
+    refused = pytest.raises(RuntimeError, match=r"a step of several calls cannot be taken inside torch\.func")
+    with refused, goals.accumulate(last=False):
+        torch.func.grad(lambda x: goals({"b": x}).loss)(torch.ones(4))
+    assert goals.part is None and goals.steps == 0
+
+
+def test_a_goal_set_inside_of_another_takes_the_same_steps() -> None:
+    goals = two()
+    goals.inner = two()
+    for last in (False, True):
+        with goals.accumulate(last=last):
+            call(goals), call(goals.inner)
+    with goals.one_step():
+        call(goals), call(goals.inner), call(goals), call(goals.inner)
+    assert goals.steps == goals.inner.steps == 2 and goals.inner.part is None
+
+
 @pytest.mark.parametrize("rest", ["last", "end", "discard"])
 def test_a_checkpoint_in_the_middle_is_of_before_the_step(rest: str) -> None:
     """Saving changes nothing in the run; a loaded checkpoint begins with a new step."""
@@ -383,21 +402,26 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
-@pytest.mark.parametrize("rule", ["hard", "spill", "guard"])
+@pytest.mark.parametrize(
+    ("rule", "inside"), [("spill", False), ("spill", True), pytest.param("guard", False, marks=pytest.mark.slow)]
+)
 def test_compiled_micro_batches_are_eager_ones(rule: str, inside: bool, fresh: None) -> None:
     """Any number of micro-batches, of any size, needs a few graphs: of the first, of those between, of the last."""
-    ours, theirs = (learning(**RULES[rule]) for _ in range(2))
+    goals = {"max": Calibrated(3), "track": Tracking(halflife=3), "fixed": Anchored(0.0, 1.0)}
+    ours, theirs = (GoalSet(goals, **RULES[rule]) for _ in range(2))
+
+    def raw(x: Tensor) -> dict[str, Tensor]:
+        return {"max": x[:, 0] ** 2, "track": x[:, 1].abs(), "fixed": x[:, 2] ** 2}
 
     def step(goals: GoalSet, x: Tensor, last: bool) -> Tensor:
         with goals.accumulate(last=last):
-            return goals(learnt_from(x)).loss
+            return goals(raw(x)).loss
 
     def compiled(model: Any, goals: GoalSet, x: Tensor, last: bool) -> Tensor:
         with goals.accumulate(last=last):
             return model(x)
 
-    model = torch.compile(Model(ours, learnt_from), fullgraph=True, dynamic=True, backend="aot_eager")
+    model = torch.compile(Model(ours, raw), fullgraph=True, dynamic=True, backend="aot_eager")
     graph = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     made = []
     for k, x in enumerate(batches(8)):
@@ -417,7 +441,7 @@ def test_compiled_micro_batches_are_eager_ones(rule: str, inside: bool, fresh: N
 # Closures.
 
 
-def fit(scope: bool, steps: int = 20) -> tuple[GoalSet, list[float], int]:
+def fit(scope: bool) -> tuple[GoalSet, list[float], int]:
     """Fit a line to two targets, with L-BFGS and spill; return the goals, their final means, and all evaluations."""
     source = torch.Generator().manual_seed(0)
     x = torch.randn(64, 6, generator=source, dtype=torch.float64)
@@ -439,7 +463,7 @@ def fit(scope: bool, steps: int = 20) -> tuple[GoalSet, list[float], int]:
         loss.backward()
         return loss
 
-    for _ in range(steps):
+    for _ in range(5):
         if scope:
             with goals.one_step():
                 optimizer.step(closure)
@@ -450,12 +474,12 @@ def fit(scope: bool, steps: int = 20) -> tuple[GoalSet, list[float], int]:
 
 
 def test_a_closure_is_one_step() -> None:
-    """Weights that move within a line search spoil it: the final losses are better if they stand."""
+    """Weights that move within a line search spoil it: the final losses are far better if they stand."""
     goals, held, evaluations = fit(True)
-    assert goals.steps == len(goals.history) == 20 and evaluations > 200
+    assert goals.steps == len(goals.history) == 5 and evaluations > 50
     moving, free, counted = fit(False)
-    assert moving.steps == counted > 200  # without the context each evaluation is a step
-    assert max(held) <= max(free), (held, free)
+    assert moving.steps == counted > 50  # without the context each evaluation is a step
+    assert max(held) < max(free) / 2 and min(held) < min(free) / 2
 
 
 def test_evaluations_see_the_weights_of_the_first() -> None:
@@ -466,7 +490,7 @@ def test_evaluations_see_the_weights_of_the_first() -> None:
         losses = []
         with goals.one_step():
             for scale in (1.0 + k, 50.0, 1.0 + k):
-                losses.append(float(call(goals, scale).loss))
+                losses.append(float(call(goals, scale).loss.detach()))
             inside = goals.params.clone(), goals.multipliers.clone()
             call(goals, 70.0)
             assert torch.equal(goals.params, inside[0]) and torch.equal(goals.multipliers, inside[1])
