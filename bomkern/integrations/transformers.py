@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -105,7 +106,16 @@ class GoalCallback(TrainerCallback):
             if state.global_step:
                 self._load(args, state)
         supply_anchors(self._goals, self.anchor, inner)
-        if args.report_to and not self._first and state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if args.gradient_accumulation_steps > 1 and _takes_loss_arguments(inner):
+            log.warning(
+                "GoalCallback: the Trainer does not divide the loss of %s by its %d micro-batches, because forward takes "
+                "**kwargs: set accepts_loss_kwargs = False on the model, unless its loss uses num_items_in_batch",
+                type(inner).__name__,
+                args.gradient_accumulation_steps,
+            )
+        if args.report_to and not self._first:
             log.warning(
                 "GoalCallback: %s may not log the goals, because they come before it in the Trainer: call "
                 "GoalCallback(...).add_to(trainer) in place of callbacks=[...]",
@@ -177,6 +187,14 @@ class GoalCallback(TrainerCallback):
             f"GoalCallback: the Trainer resumed step {state.global_step} from an unknown folder: give the callback "
             "resume=, the folder of the checkpoint"
         )
+
+
+def _takes_loss_arguments(model: Any) -> bool:
+    """Return whether the Trainer believes that the model divides its loss by ``num_items_in_batch`` itself."""
+    if hasattr(model, "accepts_loss_kwargs"):
+        return bool(model.accepts_loss_kwargs)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 class _Nowhere:

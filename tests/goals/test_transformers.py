@@ -212,6 +212,22 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     assert [row["goals/loss"] for row in theirs] == pytest.approx([row["goals/loss"] for row in logs], rel=1e-4)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_loss_that_is_not_divided_is_named(told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Takes(Model):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+            return super().forward(input_ids)
+
+    torch.manual_seed(1)
+    model = Takes(goal_set())
+    if told:
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]
+    callback = GoalCallback("goals", anchor=anchors, diagnose_at_end=False)
+    with caplog.at_level(logging.WARNING, "bomkern"):
+        trainer_of(model, tmp_path, 1, callback, gradient_accumulation_steps=2).train()
+    assert ("does not divide the loss of Takes by its 2 micro-batches" in caplog.text) is not told
+
+
 def test_the_last_step_of_an_epoch_may_be_shorter(tmp_path: Path) -> None:
     model, callback = begin()
     trainer_of(model, tmp_path, 4, callback, gradient_accumulation_steps=3).train()  # of 8 batches: 3, 3, 2, and 3
