@@ -110,8 +110,8 @@ class GoalCallback(TrainerCallback):
             return
         if args.gradient_accumulation_steps > 1 and _takes_loss_arguments(inner):
             log.warning(
-                "GoalCallback: the Trainer does not divide the loss of %s by its %d micro-batches, because forward takes "
-                "**kwargs: set accepts_loss_kwargs = False on the model, unless its loss uses num_items_in_batch",
+                "GoalCallback: the Trainer does not divide the loss of %s by its %d micro-batches, because forward "
+                "takes **kwargs: set accepts_loss_kwargs = False on the model, unless its loss uses num_items_in_batch",
                 type(inner).__name__,
                 args.gradient_accumulation_steps,
             )
