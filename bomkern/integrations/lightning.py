@@ -121,13 +121,13 @@ class GoalCallback:
     @staticmethod
     def _steps_now(trainer: Any, batch_idx: int) -> bool:
         """Return whether the optimizer steps after this batch, as far as is known before it."""
-        accumulates = getattr(trainer.fit_loop, "_should_accumulate", None)
-        return not accumulates() if accumulates else (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        final = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
+        return bool(whole or (final and not _accumulates(trainer.strategy)))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         # A loader of unknown length tells only now that this is its last batch. DeepSpeed comes here in every batch.
-        every = getattr(trainer.strategy, "handles_gradient_accumulation", False)
-        if pl_module.automatic_optimization and self._closure is None and not every:
+        if pl_module.automatic_optimization and self._closure is None and not _accumulates(trainer.strategy):
             self.goals.end_step()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() and self._scale is None:
@@ -200,6 +200,11 @@ class _All:
     def log(self, values: Mapping[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(dict(values), step=step)
+
+
+def _accumulates(strategy: Any) -> bool:
+    """Return whether the strategy accumulates gradients by itself, as DeepSpeed's does."""
+    return bool(getattr(strategy, "handles_gradient_accumulation", False))
 
 
 def _bases() -> list[type]:
