@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from ..common.files import load_plain
+from ..common.files import load_plain, write_atomically
 from ..diagnosis.diagnose import diagnose
 from ..goals.goal_set import GoalSet
 from .loggers import log_goals
 from .trainer_goals import Anchor, check_arguments, find_goals, supply_anchors
 
 try:
+    from accelerate.utils import extract_model_from_parallel
     from transformers import TrainerCallback
 except ImportError as why:
     raise ImportError("GoalCallback needs transformers and accelerate: pip install 'bomkern[hf]'") from why
@@ -97,7 +98,7 @@ class GoalCallback(TrainerCallback):
         return f"{name or 'goals'}.pt"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        inner = getattr(model, "module", model)  # FSDP and DDP wrap it
+        inner = extract_model_from_parallel(model)  # without FSDP's wrapper
         self._goals = find_goals(self.given, inner)
         self._held = any(module is self._goals for module in inner.modules())
         self._discard()
@@ -160,7 +161,8 @@ class GoalCallback(TrainerCallback):
             return
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if folder.is_dir():
-            torch.save(self.goals.state_dict(), folder / self.file)
+            state_dict = self.goals.state_dict()
+            write_atomically(folder / self.file, lambda file: torch.save(state_dict, file))
         else:  # the Trainer's search for hyperparameters has folders of its own
             log.warning("GoalCallback: the goals are not saved, because there is no folder %s", folder)
 
