@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +264,39 @@ def test_a_skipped_step_is_taken_back(tmp_path: Path) -> None:
     finally:
         accelerate.optimizer.AcceleratedOptimizer.step_was_skipped = true
     assert model.goals.history["finite"].tolist() == [1, 1, 0, 1, 1, 1]
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    """Train on a rank of two, and save what must be the same on both."""
+    torch.set_num_threads(1)
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(1)
+    group = torch.distributed.group.WORLD
+    goals = GoalSet(tokens=Anchored(0.0, 3.0), size=Calibrated(steps=2), spill=0.5, process_group=group)
+    model = Model(goals)
+    trainer = trainer_of(
+        model, Path(folder), 3, GoalCallback(goals, diagnose_at_end=False), ddp_backend="gloo",
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.5,
+    )  # fmt: skip
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    kept = {"weights": weights, "params": goals.params, "average": goals.average, "raw": goals.history["raw"]}
+    torch.save(kept, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_agree(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(one["raw"]) == 3
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
