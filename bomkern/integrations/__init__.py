@@ -1,6 +1,6 @@
-"""Integrations: `loggers` writes to TensorBoard, Weights & Biases and MLflow; `lightning` has a callback.
+"""Integrations: `loggers` writes to TensorBoard, Weights & Biases and MLflow; the trainers' modules have callbacks.
 
-Neither imports the other package before it is used.
+None imports the other package before it is used.
 """
 
 from .loggers import Logger, MetricsLogger, TensorBoard, as_logger, log_goals

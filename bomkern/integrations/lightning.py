@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..common.checks import check_whole
 from ..diagnosis.diagnose import diagnose
 from ..goals.goal_set import GoalSet
 from .loggers import log_goals
+from .trainer_goals import Anchor, check_arguments, find_goals, supply_anchors
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # two copies of the same code, with unrelated classes
 
@@ -64,15 +64,12 @@ class GoalCallback:
         goals: GoalSet | str,
         *,
         log_every: int = 50,
-        anchor: Callable[[Any], Mapping[str, Any]] | None = None,
+        anchor: Anchor | None = None,
         diagnose_at_end: bool = True,
         prefix: str = "goals/",
     ) -> None:
-        if not isinstance(goals, (GoalSet, str)):
-            raise TypeError(f"goals must be a GoalSet or the name of an attribute, got {type(goals).__name__}")
+        check_arguments(goals, anchor, "LightningModule")
         log_every = check_whole("log_every", log_every)
-        if anchor is not None and not callable(anchor):
-            raise TypeError(f"anchor must be a function of the LightningModule or None, got {type(anchor).__name__}")
         self.given, self.log_every, self.anchor = goals, log_every, anchor
         self.diagnose_at_end, self.prefix = diagnose_at_end, prefix
         self._goals = goals if isinstance(goals, GoalSet) else None
@@ -99,27 +96,13 @@ class GoalCallback:
         return f"GoalCallback({names})"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if isinstance(self.given, str):
-            try:
-                attribute = attrgetter(self.given)(pl_module)
-            except AttributeError:
-                attribute = None
-            if not isinstance(attribute, GoalSet):
-                got = f"{type(attribute).__name__} there" if attribute is not None else "no such attribute"
-                raise TypeError(f"goals must name a GoalSet of {type(pl_module).__name__}: {self.given!r} is {got}")
-            self._goals = attribute
+        self._goals = find_goals(self.given, pl_module)
         self._held = any(module is self._goals for module in pl_module.modules())
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._held:
             self.goals.to(trainer.strategy.root_device)
-        if self.goals.anchoring.waiting and self.anchor is not None:
-            sources = self.anchor(pl_module)
-            if not isinstance(sources, Mapping):
-                raise TypeError(
-                    f"anchor must return a mapping of GoalSet.anchor's arguments, got {type(sources).__name__}"
-                )
-            self.goals.anchor(**sources)
+        supply_anchors(self.goals, self.anchor, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._logged = self.goals.steps

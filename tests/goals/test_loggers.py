@@ -205,3 +205,18 @@ def test_the_lightning_example(tmp_path: Path) -> None:
     assert "goals/share/recon" in (tmp_path / "run" / "version_0" / "metrics.csv").read_text()
     again = run_example("lightning_vae.py", "--steps", "210", "--out", "run", "--resume", "run/last.ckpt", cwd=tmp_path)
     assert "210 steps" in again and "steps 1 to 210: the gradient went to" in again
+
+
+def test_the_accelerate_example(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    printed = run_example("accelerate_loop.py", "run", cwd=tmp_path)
+    assert "56 steps" in printed and "0 steps were rejected" in printed  # 4 epochs of 28 batches, 2 to a step
+    again = run_example("accelerate_loop.py", "run", cwd=tmp_path)
+    assert "112 steps" in again and "0 steps were rejected" in again
+
+
+def test_the_fabric_example_on_two_processes(tmp_path: Path) -> None:
+    printed = run_example("fabric_loop.py", "2", cwd=tmp_path)  # which asserts that the ranks agree
+    assert "100 steps" in printed and "0 steps were rejected" in printed
+    recon = next(line for line in printed.splitlines() if line.strip().startswith("recon"))
+    assert float(recon.split()[-1]) > 0.4  # the mean image has exp(-1) = 0.37

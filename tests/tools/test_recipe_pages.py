@@ -1,0 +1,90 @@
+"""Run the code of docs/recipes, page by page."""
+
+from __future__ import annotations
+
+import functools
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+PAGES = sorted(path for path in RECIPES.glob("*.md") if path.name != "index.md")
+# Pages that need what a branch adds, with its name. The merge of the branch takes its pages from this list.
+WAITING = {
+    "missing_labels": "masks",
+    "penalty_every_n_steps": "masks",
+    "different_numbers": "masks",
+    "resume_other_goals": "state",
+    "maximise": "shapes",
+    "amp_two_optimizers": "guard",
+}
+
+
+def code_of(page: Path) -> str:
+    """Return the Python blocks of a page in order, as one program with the page's line numbers."""
+    kept, inside = [], False
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            line = ""
+        kept.append(line if inside else "")
+    return "\n".join(kept)
+
+
+def pages() -> list[Any]:
+    return [
+        pytest.param(
+            page,
+            id=page.stem,
+            marks=[pytest.mark.xfail(strict=True, reason=f"waits for {WAITING[page.stem]}")]
+            if page.stem in WAITING
+            else [],
+        )
+        for page in PAGES
+    ]
+
+
+@pytest.fixture
+def a_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the variables that torchrun sets for the only process of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.usefixtures("a_process_of_torchrun")
+@pytest.mark.parametrize("page", pages())
+def test_the_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without Inductor, which would need most of a minute to compile.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    try:
+        with torch.random.fork_rng():
+            exec(compile(code_of(page), str(page), "exec"), {"__name__": "recipe"})
+    finally:
+        torch._dynamo.reset()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_is_short_and_complete(page: Path) -> None:
+    text = page.read_text()
+    assert len(text.splitlines()) < 60
+    assert text.startswith("# How do I ") and text.splitlines()[0].endswith("?")
+    assert text.count("\n```python\n") >= 1 and "assert " in code_of(page)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Why", "What not to do"]
+
+
+def test_the_index_names_every_page() -> None:
+    assert sorted(re.findall(r"\]\((\w+)\.md\)", (RECIPES / "index.md").read_text())) == [page.stem for page in PAGES]
+
+
+def test_a_page_that_waits_exists() -> None:
+    assert WAITING.keys() <= {page.stem for page in PAGES}
