@@ -16,7 +16,6 @@ AVERAGES: dict[str, dict[str, Any]] = {
     "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
     "own": {"avg_fn": lambda averaged, new, count: averaged + (new - averaged) / (count + 1)},
 }
-waits_for_state = pytest.mark.xfail(strict=True, reason="waits for the branch 'state', whose merge removes this mark")
 
 
 class Model(nn.Module):
@@ -61,7 +60,6 @@ def test_anchors_are_copied_and_weights_averaged(average: str) -> None:
     assert torch.equal(averaged(x).loss, model(x).loss)
 
 
-@waits_for_state
 @pytest.mark.parametrize("steps", [12, 200])  # the second is more than the ring on the device holds
 def test_a_saved_average_goes_on(steps: int) -> None:
     model, averaged = trained(steps)
@@ -73,7 +71,6 @@ def test_a_saved_average_goes_on(steps: int) -> None:
     assert goals.steps == steps + 1 and goals.anchors() == model.goals.anchors()
 
 
-@waits_for_state
 def test_updating_batch_norm_teaches_nothing() -> None:
     model, averaged = trained(3)
     update_bn([torch.full((8, 4), 100.0), torch.randn(8, 4)], averaged)

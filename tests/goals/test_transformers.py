@@ -23,7 +23,6 @@ from bomkern.integrations.transformers import GoalCallback  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, LENGTH, VOCABULARY = 16, 6, 20
 EVERY_TWO = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
-waits_for_state = pytest.mark.xfail(strict=True, reason="waits for the branch 'state', whose merge removes this mark")
 
 
 def goal_set(size: Policy | None = None) -> GoalSet:
@@ -146,7 +145,7 @@ def test_a_callback_behind_the_loggers_says_so(
     assert "goals/loss" in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("held", [pytest.param(True, marks=waits_for_state), False])
+@pytest.mark.parametrize("held", [True, False])
 def test_a_run_goes_on_as_if_it_had_not_stopped(held: bool, tmp_path: Path) -> None:
     whole, callback = begin(held)
     trainer_of(whole, tmp_path / "whole", 4, callback).train()
@@ -183,7 +182,7 @@ def test_a_checkpoint_elsewhere_is_asked_for(tmp_path: Path, caplog: pytest.LogC
     assert "has no goals.pt: the goals start anew" in caplog.text and fourth.outside[0].steps == 1
 
 
-@pytest.mark.parametrize("held", [True, pytest.param(False, marks=waits_for_state)])
+@pytest.mark.parametrize("held", [True, False])
 def test_evaluation_teaches_nothing(held: bool, tmp_path: Path) -> None:
     model, callback = begin(held)
     trainer = trainer_of(model, tmp_path, 4, callback, eval_strategy="steps", eval_steps=2)

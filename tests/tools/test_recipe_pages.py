@@ -6,7 +6,6 @@ import functools
 import re
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,14 +13,6 @@ import torch
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 PAGES = sorted(path for path in RECIPES.glob("*.md") if path.name != "index.md")
 # Pages that need what a branch adds, with its name. The merge of the branch takes its pages from this list.
-WAITING = {
-    "missing_labels": "masks",
-    "penalty_every_n_steps": "masks",
-    "different_numbers": "masks",
-    "resume_other_goals": "state",
-    "maximise": "shapes",
-    "amp_two_optimizers": "guard",
-}
 
 
 def code_of(page: Path) -> str:
@@ -33,19 +24,6 @@ def code_of(page: Path) -> str:
             line = ""
         kept.append(line if inside else "")
     return "\n".join(kept)
-
-
-def pages() -> list[Any]:
-    return [
-        pytest.param(
-            page,
-            id=page.stem,
-            marks=[pytest.mark.xfail(strict=True, reason=f"waits for {WAITING[page.stem]}")]
-            if page.stem in WAITING
-            else [],
-        )
-        for page in PAGES
-    ]
 
 
 @pytest.fixture
@@ -60,7 +38,7 @@ def a_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_process_of_torchrun")
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without Inductor, which would need most of a minute to compile.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -84,7 +62,3 @@ def test_a_page_is_short_and_complete(page: Path) -> None:
 
 def test_the_index_names_every_page() -> None:
     assert sorted(re.findall(r"\]\((\w+)\.md\)", (RECIPES / "index.md").read_text())) == [page.stem for page in PAGES]
-
-
-def test_a_page_that_waits_exists() -> None:
-    assert WAITING.keys() <= {page.stem for page in PAGES}
