@@ -145,7 +145,8 @@ def share_record(
     gathered = ranks.gather(torch.cat([record.detach(), own[None]]))  # [W, size + 1]
     records, losses = gathered[:, : len(record)], gathered[:, len(record)]
     parts, weights = record_parts(records, goals, columns), torch.ones_like(records)
-    parts["loss"].copy_(losses)
+    if reduction != Reduction.NONE:  # there the record's is the mean over the samples that count
+        parts["loss"].copy_(losses)
     if samples is None:
         samples = weights[:, -1]
         together, _ = merge_records(records, weights, goals, columns, reduction)

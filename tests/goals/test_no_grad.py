@@ -85,8 +85,8 @@ def test_the_step_before_a_validation_can_still_be_taken_back(quiet: Callable[[]
         each(raw_of(1))
     with quiet():
         goals(raw_of(2))
-        with pytest.raises(ValueError, match="the raw value of b has 3 samples"):
-            goals(raw_of(3) | {"b": torch.rand(3)})
+        with pytest.raises(ValueError, match="the raw value of b must have shape"):
+            goals(raw_of(3) | {"b": torch.rand(4, 3)})
     for each in (goals, want):
         each.accept(torch.tensor(False))
         each(raw_of(4))

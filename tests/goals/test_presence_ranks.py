@@ -105,7 +105,7 @@ def refuse(group: Any, rank: int) -> None:
         with pytest.raises(ValueError, match=r"a is absent or masked.*GoalSet\(..., optional=\['a'\]\)"):
             goals(raw, mask=mask)
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), spill=0.5, process_group=group, optional=["a"])
-    with pytest.raises(ValueError, match=r"has 3 samples, others have 2: give the \.mean\(\) of the goal$"):
+    with pytest.raises(ValueError, match=r"b has 3 samples, .* a has 2: take \.mean\(\) of each"):
         goals({"a": torch.rand(2), "b": torch.rand(3)})
 
 

@@ -174,7 +174,7 @@ EDITS = {
     "nadir": (Anchored(0.0, 1.0), Anchored(0.0, 2.0), (0.0, 2.0)),
     "policy": (Minimize(1.0), Anchored(0.5, 1.0), (0.5, 0.5)),
     "curve": (MinimizeHard(0.5), Box(0.0, 1.0), (0.5, 0.5)),
-    "side": (Upper(1.0, 0.5), Lower(1.0, 0.25), (1.0, 0.0)),
+    "side": (Upper(1.0, 0.5), Lower(1.0, 0.25), (1.0, 0.25)),
     "argument": (Tracking(3.0), Tracking(4.0), (0.0, 1.0)),
 }
 

@@ -139,7 +139,7 @@ def test_a_model_on_meta_prints_and_is_copied(how: dict[str, Any]) -> None:
         table = str(each)
         assert "on meta" in table and "unknown" in table and "0 steps" in table and "Minimize(scale=2" in table
         assert set(each.state_dict()) == set(Model(**how).state_dict())
-    with pytest.raises(ValueError, match=r"the raw value of max is on cpu, the GoalSet on meta: call its to_empty"):
+    with pytest.raises(ValueError, match=r"the raw values are on cpu, the GoalSet on meta: call its to_empty"):
         model.goals.anchor(baseline={"moving": 0.75})
         train(model, 0, 1)
 

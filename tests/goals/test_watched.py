@@ -152,10 +152,19 @@ def test_bad_input_is_named(monitor: Any, error: type[Exception], message: str) 
         make(monitor)
 
 
+def test_a_watched_goal_need_not_be_there_in_every_step() -> None:
+    goals, w = make(), weights()
+    assert goals({**raw(w), "both": watched(w)["both"]}).watched["level"].isnan().tolist() == [
+        name == "accuracy" for name in goals.watched.names
+    ]
+    masked = torch.tensor([True, False, True, False])
+    values = {**raw(w), **watched(w), "accuracy": torch.tensor([0.5, torch.nan, 1.0, torch.nan])}
+    assert goals(values, mask={"accuracy": masked}).watched["raw"][0] == 0.75
+    assert goals.steps == goals.watched.steps == 2
+
+
 def test_bad_values_are_named() -> None:
     goals, w = make(), weights()
-    with pytest.raises(KeyError, match="no raw value for accuracy"):
-        goals({**raw(w), "both": watched(w)["both"]})
     with pytest.raises(ValueError, match="accuracy"):
         goals({**raw(w), **watched(w), "accuracy": torch.rand(4, 2)})
     with pytest.raises(KeyError, match="no goal is called c"):

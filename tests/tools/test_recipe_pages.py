@@ -12,7 +12,6 @@ import torch
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 PAGES = sorted(path for path in RECIPES.glob("*.md") if path.name != "index.md")
-# Pages that need what a branch adds, with its name. The merge of the branch takes its pages from this list.
 
 
 def code_of(page: Path) -> str:
