@@ -13,7 +13,7 @@ from torch import distributed as dist
 from ..common.checks import MAX_GOALS
 from ..common.process_group import Ranks, ranks_of
 from ..common.reductions import REDUCTIONS
-from ..common.torch_internals import FullPrecisionBuffers, buffers_of, children_of
+from ..common.torch_internals import buffers_of, children_of
 from ..constraints import Constraint, ConstraintTable
 from ..dispatch import select
 from ..dispatch.routing import bits, check_route, routes, rows_too
@@ -22,6 +22,7 @@ from ..lazy_goals.lazy import Lazy
 from .anchors import Anchors
 from .constraint_info import describe
 from .history import GoalOutput, History
+from .micro_batches import MicroBatches, TakesMicroBatches
 from .monitor import Monitor
 from .policies import STATE, Policy, policy_of
 from .raw_values import Raw, RawValues
@@ -31,7 +32,7 @@ from .rules import Group, ShareGuard, Spill
 from .table import table
 
 
-class GoalSet(FullPrecisionBuffers):
+class GoalSet(TakesMicroBatches):
     """Named goals, each with a constraint or a scale policy, trained by the bottleneck rule in one fused call.
 
     The loss of a sample is ``max_g D_g``, where ``D_g`` is the deficit of goal g; that of a `Group` is the mean of its
@@ -144,6 +145,7 @@ class GoalSet(FullPrecisionBuffers):
         self.anchoring = Anchors(self.policies, self.curves, self._ranks)
         self.rules = RuleState(self.policies, self.guard, self.spill, self.layout.at, self._ranks)
         self.monitor = Monitor(self.layout, self.impl)
+        self.micro = MicroBatches(self.rules, self.layout, self.reduction)
         self.alone: int | None = None
 
     def _register(self, temperature: float) -> None:
@@ -187,7 +189,8 @@ class GoalSet(FullPrecisionBuffers):
                 members' raw values.
 
         Returns:
-            The output of the step.
+            The output of the step. Of a micro-batch (`accumulate`), the loss is its own, and the record covers the
+            step so far.
 
         Raises:
             KeyError: a goal is missing or unknown; the message names it.
@@ -196,7 +199,8 @@ class GoalSet(FullPrecisionBuffers):
         tensors: list[Any] = self._raw.columns(raw)
         if self.anchoring.waiting and self.alone is None:
             self.anchoring.refuse()
-        rules, buffers, evaluation = self.rules, buffers_of(self), None
+        rules: RuleState | MicroBatches = self.rules if self.part is None else self.part
+        buffers, evaluation = buffers_of(self), None
         rules.changed.clear()  # the previous step can no longer be taken back
         if any(type(value) is Lazy for value in tensors):
             evaluation = Evaluation(tensors)
@@ -220,7 +224,7 @@ class GoalSet(FullPrecisionBuffers):
             self._raw.explain(tensors, self.params.device)
             raise
         if self.training:
-            rules.keep(buffers, children_of(self)["monitor"], record)
+            record = rules.keep(buffers, children_of(self)["monitor"], record)
         return GoalOutput(loss, bottleneck, record, self.layout, None if evaluation is None else evaluation.walked)
 
     def _serve(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,8 +248,11 @@ class GoalSet(FullPrecisionBuffers):
         """Take back the last step if ``ok``, a 0-dim bool on the device, is False; no host sync.
 
         Call it in loops that reject steps, as `torch.amp.GradScaler` does. The policies forget what they learnt in a
-        rejected step, and the history counts it as not finite.
+        rejected step, and the history counts it as not finite. A step of several micro-batches is taken back whole; if
+        it is still open (`accumulate`), it ends here.
         """
+        if self.part is not None:
+            self.end_step()
         self.rules.accept(ok)
         children_of(self)["monitor"].reject(ok)
 

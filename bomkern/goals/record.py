@@ -57,6 +57,39 @@ class Layout:
         return {**vars(self), "constraints": [str(constraint) for constraint in self.constraints]}
 
 
+def merge_records(records: Tensor, weights: Tensor, goals: int, columns: int, reduction: int) -> tuple[Tensor, Tensor]:
+    """Merge the records of parts of a batch into that of the whole batch.
+
+    Means are weighted, ``highest`` is the largest and ``finite`` the least. Ideals and slopes are those of the last
+    part. The loss is the sum for ``SUM``. For ``MIN`` loss and shares are those of the part with the worst loss.
+
+    Args:
+        records: [n, size], one row for each part.
+        weights: [n, size], the number of samples that each number is a mean of. A NaN in a record that is finite
+            belongs to a goal without samples, and has weight 0.
+
+    Returns:
+        The record, [size], NaN where all weights are 0; and the sums of the weights, [size].
+    """
+    parts = record_parts(records, goals, columns)
+    weights = torch.where(records.isnan() & (parts["finite"] > 0)[:, None], 0, weights)
+    total = weights.sum(0)
+    together = torch.where(weights > 0, records * (weights / total), 0).sum(0)
+    together = torch.where(total > 0, together, torch.nan)
+    merged = record_parts(together, goals, columns)
+    merged["highest"].copy_(parts["highest"].amax(0))
+    merged["finite"].copy_(parts["finite"].amin(0))
+    for name in ("ideal", "slope"):
+        merged[name].copy_(parts[name][-1])
+    if reduction == Reduction.SUM:
+        merged["loss"].copy_(parts["loss"].sum(0))
+    elif reduction == Reduction.MIN:
+        worst = worst_of(parts["loss"], 0).reshape(1)
+        merged["loss"].copy_(parts["loss"].index_select(0, worst)[0])
+        merged["share"].copy_(parts["share"].index_select(0, worst)[0])
+    return together, total
+
+
 def share_record(
     loss: Tensor, record: Tensor, goals: int, columns: int, reduction: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
@@ -73,19 +106,13 @@ def share_record(
     own = loss.detach().mean().to(record.dtype)
     gathered = ranks.gather(torch.cat([record.detach(), own[None]]))  # [W, size + 1]
     records, losses = gathered[:, : len(record)], gathered[:, len(record)]
-    together = records.mean(0)
-    parts = record_parts(records, goals, columns)
-    merged = record_parts(together, goals, columns)
-    merged["highest"].copy_(parts["highest"].amax(0))
-    merged["finite"].copy_(parts["finite"].amin(0))
+    record_parts(records, goals, columns)["loss"].copy_(losses)
+    together, _ = merge_records(records, torch.ones_like(records), goals, columns, reduction)
     if reduction == Reduction.NONE:
         return loss, together
-    known, weight = losses.mean(), torch.ones_like(own)
+    known, weight = record_parts(together, goals, columns)["loss"], torch.ones_like(own)
     if reduction == Reduction.SUM:
-        known, weight = losses.sum(), weight * ranks.size
+        weight = weight * ranks.size
     elif reduction == Reduction.MIN:
-        worst = worst_of(losses, 0).reshape(1)
-        known, weight = losses.index_select(0, worst)[0], (worst[0] == ranks.rank) * weight * ranks.size
-        merged["share"].copy_(parts["share"].index_select(0, worst)[0])
-    merged["loss"].copy_(known)
+        weight = (worst_of(losses, 0) == ranks.rank) * weight * ranks.size
     return ranks.shared(loss, known, weight), together

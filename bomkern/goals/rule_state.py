@@ -17,6 +17,7 @@ from .policies import MOST_NUDGE, Policy
 from .rules import ShareGuard, Spill
 
 SPILL = ("average", "multipliers", "_average_before", "_multipliers_before")  # the buffers of the rule by order
+LEARNT = ("params", "policy_state")  # the buffers that policies change
 NO_END = 2**63 - 1  # the last step of a policy that never ends
 
 
@@ -46,42 +47,51 @@ class RuleState:
         self.policies, self.guard, self.spill, self.ranks = policies, guard, spill, ranks
         self._share, self._deficit, self._goals = at.share, at.deficit, at.level - at.share
         self._until = max(ends_of(policies))
-        self._guarded = ("params", "log_nudge", "guard_share") if guard else ()
+        self.guarded = ("params", "log_nudge", "guard_share") if guard else ()
         self.changed: list[tuple[Tensor, Tensor]] = []
 
     def learn(self, buffers: Buffers, tensors: list[Tensor], monitor: Monitor) -> None:
         """Copy the buffers that this step changes, and update the policies from its raw values."""
-        learning = self._learning(buffers, monitor) if self._until else None
+        learning = self.learning(buffers, monitor)
+        for name in self.guarded:
+            self.changed.append((buffers[name], buffers[name].clone()))
+        if learning:
+            self.update(learning, buffers, self.raws(learning, tensors), buffers_of(monitor)["place"])
+
+    def learning(self, buffers: Buffers, monitor: Monitor) -> dict[int, Policy]:
+        """Return the policies that may change something in this step, by the index of their column.
+
+        Raises:
+            RuntimeError: something would learn inside of a transform of torch.func.
+        """
+        learning = {}
+        if self._until:
+            # A compiled or captured graph runs at steps that the host does not know, so it holds all policies that may
+            # ever change something.
+            fixed = torch.compiler.is_compiling() or capturing(buffers["params"].device)
+            step = 0 if fixed else monitor.steps
+            if step < self._until:
+                policies = enumerate(self.policies.values())
+                learning = {k: p for k, p in policies if p.until is None or step < p.until}
         if (learning or self.guard) and under_transform() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "a GoalSet with a ShareGuard, or policies that follow raw values, cannot learn inside torch.func: "
                 "call eval() first"
             )
-        for name in self._guarded:
-            self.changed.append((buffers[name], buffers[name].clone()))
-        if learning:
-            self._update(learning, buffers, tensors, buffers_of(monitor)["place"])
+        return learning
 
-    def _learning(self, buffers: Buffers, monitor: Monitor) -> dict[int, Policy]:
-        """Return the policies that may change something in this step, by the index of their column.
-
-        A compiled or captured graph runs at steps that the host does not know, so it holds all policies that may ever
-        change something.
-        """
-        fixed = torch.compiler.is_compiling() or capturing(buffers["params"].device)
-        step = 0 if fixed else monitor.steps
-        if step >= self._until:
-            return {}
-        return {k: p for k, p in enumerate(self.policies.values()) if p.until is None or step < p.until}
-
-    def _update(self, learning: dict[int, Policy], buffers: Buffers, tensors: list[Tensor], step: Tensor) -> None:
-        """Set ideals and scales by the policies. ``step``, [1], is counted on the device."""
-        copies = [(buffers[name], buffers[name].clone()) for name in ("params", "policy_state")]
-        self.changed += copies
+    def raws(self, learning: dict[int, Policy], tensors: list[Tensor]) -> list[Tensor]:
+        """Return the raw values of the columns of these policies, [n] or 0-dim each, of all ranks."""
         raws = [tensors[k].detach().float() for k in learning]
         if self.ranks.size > 1:
             gathered = self.ranks.gather(torch.cat([raw.reshape(-1) for raw in raws]))
             raws = [part.flatten() for part in gathered.split([raw.numel() for raw in raws], 1)]
+        return raws
+
+    def update(self, learning: dict[int, Policy], buffers: Buffers, raws: list[Tensor], step: Tensor) -> None:
+        """Set ideals and scales by the policies. ``step``, [1], is counted on the device."""
+        copies = [(buffers[name], buffers[name].clone()) for name in LEARNT]
+        self.changed += copies
         for (k, policy), raw in zip(learning.items(), raws, strict=True):
             ideal_and_scale = policy.update(raw, buffers["policy_state"][k], step[0])
             if ideal_and_scale is not None:
@@ -91,8 +101,11 @@ class RuleState:
             for now, before in copies:
                 now.copy_(torch.where(goes_on, now, before))
 
-    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor) -> None:
-        """Add the record of the step to the monitor; update the weights of the spill and the nudges of the guard."""
+    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor) -> Tensor:
+        """Add the record of the step to the monitor; update the weights of the spill and the nudges of the guard.
+
+        Returns the record.
+        """
         spill, guard = self.spill, self.guard
         if spill is None:
             monitor.add(record)
@@ -110,6 +123,7 @@ class RuleState:
             nudge = (so_far + nudge).clamp(-MOST_NUDGE, MOST_NUDGE) - so_far
             so_far += nudge
             buffers["params"][:, 1:3] *= torch.exp(-nudge)[:, None]
+        return record
 
     def restore(self) -> None:
         """Take back the changes of a step that raised an error."""

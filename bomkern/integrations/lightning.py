@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
 from operator import attrgetter
@@ -30,8 +31,11 @@ class GoalCallback:
     - A GoalSet that is a submodule of the LightningModule is saved with it. Any other is saved in the callback's part
       of the checkpoint, moved to the trainer's device, and put into eval mode while the trainer validates.
     - With "16-mixed" precision, a step that the GradScaler rejects is taken back in the GoalSet too
-      (`GoalSet.accept`), without a host sync. Of accumulated batches, the last is taken back. Other precisions reject
-      no step. `StepGuard` is for your own training loops.
+      (`GoalSet.accept`), without a host sync. Other precisions reject no step. `StepGuard` is for your own training
+      loops.
+    - With automatic optimization, batches that the trainer accumulates are one step of the GoalSet
+      (`GoalSet.accumulate`), and so are the evaluations of L-BFGS (`GoalSet.one_step`). In manual optimization use
+      these contexts yourself.
     - At the end rank zero prints the findings of `diagnose`.
 
     Args:
@@ -78,6 +82,7 @@ class GoalCallback:
         self._was_training = True
         self._logged = 0  # steps of the GoalSet at the last write
         self._scale: Tensor | None = None  # the scale of the GradScaler before the optimizer's step
+        self._closure: AbstractContextManager[None] | None = None  # around the batches of a step of L-BFGS
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (getattr(type(self), "_plain", type(self)),), self.__dict__.copy()
@@ -121,20 +126,53 @@ class GoalCallback:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._logged = self.goals.steps
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not pl_module.automatic_optimization:
+            return
+        if self._closure is None and any(isinstance(x, torch.optim.LBFGS) for x in trainer.optimizers):
+            self._closure = self.goals.one_step()
+            self._closure.__enter__()
+        if trainer.accumulate_grad_batches > 1:
+            self.goals.begin_micro_batch(last=self._steps_now(trainer, batch_idx))
+
+    @staticmethod
+    def _steps_now(trainer: Any, batch_idx: int) -> bool:
+        """Return whether the optimizer steps after this batch, as far as is known before it."""
+        accumulates = getattr(trainer.fit_loop, "_should_accumulate", None)
+        return not accumulates() if accumulates else (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        # A loader of unknown length tells only now that this is its last batch. DeepSpeed comes here in every batch.
+        if self._closure is None and not getattr(trainer.strategy, "handles_gradient_accumulation", False):
+            self.goals.end_step()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() and self._scale is None:
             # The scale shrinks if the step is rejected, which can be read without a sync.
             self._scale = None if scaler._scale is None else scaler._scale.clone()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._leave(trainer.accumulate_grad_batches == 1 or self.goals.micro.last is not False)
         if self._scale is not None:
             self.goals.accept((trainer.precision_plugin.scaler._scale >= self._scale).reshape(()))
             self._scale = None
         if self.goals.steps - self._logged >= self.log_every:
             self._log(trainer, 0)
 
+    def _leave(self, stepped: bool) -> None:
+        """End what `on_train_batch_start` began."""
+        self.goals.end_micro_batch()
+        if self._closure is not None and stepped:
+            self._closure.__exit__(None, None, None)
+            self._closure = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._goals is not None:
+            self._goals.discard()
+            self._leave(True)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.goals.discard()  # batches after which no optimizer stepped
+        self._leave(True)
         if self.goals.steps > self._logged:
             self._log(trainer, 1)
         if self.diagnose_at_end and trainer.is_global_zero:

@@ -129,6 +129,10 @@ def min_goal_loss(
     tensor of a skipped graph, or on a parameter that only such graphs reach, is called with None instead of zeros.
     Name in ``materialize`` the goals whose graphs have hooks or other code that cannot take None.
 
+    **Accumulation.** The loss has no state. Over n micro-batches of equal size the gradients of ``loss / n`` add up to
+    that of one batch. With ``reduction="min"`` each micro-batch has a worst entry of its own, and a batch-level goal is
+    judged within each.
+
     `lazy` goals go further: only the rows that get gradient are built into their graphs.
 
     Raises:

@@ -250,3 +250,98 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout == "50\n", done.stderr
+
+
+class Whole(Model):
+    """A model whose step is a whole batch, or the micro-batches of one; its optimizer can be L-BFGS."""
+
+    def __init__(self, goals: GoalSet, lbfgs: bool = False, **options: Any) -> None:
+        super().__init__(goals, **options)
+        self.lbfgs, self.calls = lbfgs, 0
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        self.calls += 1
+        return super().training_step(batch, index)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters(), max_iter=5) if self.lbfgs else super().configure_optimizers()
+
+
+def data(size: int) -> torch.utils.data.DataLoader[Any]:
+    return torch.utils.data.DataLoader(loader().dataset, batch_size=size)
+
+
+class Unknown(torch.utils.data.IterableDataset[Any]):
+    """The same samples, without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(loader().dataset)
+
+
+def accumulated(model: Model, samples: Any, callback: GoalCallback | None = None, **options: Any) -> GoalSet:
+    callback = callback or GoalCallback("goals", anchor=anchors, diagnose_at_end=False)
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_epochs=2, **options,
+    )  # fmt: skip
+    trainer.fit(model, samples, options.get("val_check_interval") and loader())
+    return model.outside[0]
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    """Micro-batches of 4, two a step, are batches of 8; also with a loader without a length, and with validation."""
+    found = []
+    for samples, options in (
+        (data(8), {}),
+        (data(4), {"accumulate_grad_batches": 2, "val_check_interval": 5}),
+        (torch.utils.data.DataLoader(Unknown(), batch_size=4), {"accumulate_grad_batches": 2}),
+    ):
+        torch.manual_seed(1)
+        model = Whole(goal_set())
+        found.append((accumulated(model, samples, **options), model.net.weight.detach()))
+    (whole, weight), *others = found
+    assert whole.steps == 20
+    for goals, other in others:
+        assert goals.steps == 20
+        torch.testing.assert_close(other, weight)
+        torch.testing.assert_close(goals.multipliers, whole.multipliers)
+        for part in ("raw", "deficit", "share", "loss"):
+            torch.testing.assert_close(goals.history[part], whole.history[part])
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_last_batches_of_an_epoch_are_a_step(sized: bool) -> None:
+    """The trainer steps after 4, 8 and 10 batches of an epoch."""
+    samples = data(8) if sized else torch.utils.data.DataLoader(Unknown(), batch_size=8)
+    goals = accumulated(Whole(goal_set()), samples, accumulate_grad_batches=4)
+    assert goals.steps == len(goals.history) == 6 and goals.part is None
+
+
+def test_an_accumulated_step_that_the_scaler_rejects_is_taken_back_whole() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    model = Whole(goal_set(), explode=5)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+    goals = accumulated(model, data(8), accumulate_grad_batches=4, plugins=plugins)
+    assert goals.history["finite"].tolist() == [1, 0, 1] * 2
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_evaluations_of_l_bfgs_are_one_step(batches: int) -> None:
+    model = Whole(goal_set(), lbfgs=True)
+    goals = accumulated(model, data(8), accumulate_grad_batches=batches)
+    assert goals.steps == len(goals.history) == 20 / batches and goals.part is None
+    assert model.calls > 30
+
+
+def test_a_run_that_stops_in_the_middle_leaves_no_step_open() -> None:
+    class Fails(Whole):
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            loss = super().training_step(batch, index)
+            if index == 5:
+                raise ZeroDivisionError
+            return loss
+
+    model = Fails(goal_set())
+    with pytest.raises(ZeroDivisionError):
+        accumulated(model, data(8), accumulate_grad_batches=4)
+    assert model.goals.part is None and model.goals.steps == 1

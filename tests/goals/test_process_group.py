@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import distributed as dist
 
 import bomkern
 from bench import ranks
-from bomkern import Anchored, GoalSet, Minimize, StepGuard
+from bomkern import Anchored, Calibrated, GoalSet, Minimize, ShareGuard, StepGuard, Tracking
 from bomkern.common import process_group
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -178,6 +179,45 @@ def _twice(group: Any) -> None:
     assert ranks.difference(penalty(group), penalty(None)) < 1e-10
 
 
+def _accumulated(group: Any) -> None:
+    """Micro-batches on all ranks, with DistributedDataParallel's no_sync, are one step of one process."""
+
+    def train(goals: GoalSet, model: Any, group: Any, splits: int) -> list[torch.Tensor]:
+        source, grads = torch.Generator().manual_seed(1), []
+        for step in range(5):
+            model.zero_grad()
+            parts = ranks.part(group, torch.randn(32, 4, generator=source))[0].chunk(splits)
+            for k, x in enumerate(parts):
+                last = k == splits - 1
+                with contextlib.nullcontext() if last else model.no_sync(), goals.accumulate(last=last):
+                    y = model(x)
+                    loss = goals(dict(zip(goals.names, (y**2).unbind(1), strict=True))).loss
+                    (loss / splits).backward()
+            goals.accept(torch.tensor(step != 3))
+            grads.append(next(model.parameters()).grad.clone())
+        return grads
+
+    for policies in (False, True):
+        first, second = (Calibrated(2), Tracking(halflife=3)) if policies else (Anchored(0.0, 1.0), Minimize(2.0))
+        rules = {"spill": 0.5, "guard": ShareGuard(0.1, 0.3)}
+        ours, whole = (
+            GoalSet(a=first, b=second, c=Anchored(0.0, 1.0), d=Minimize(2.0), process_group=g, **rules)
+            for g in (group, None)
+        )
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        expected = train(whole, copy.deepcopy(model), None, 1)
+        found = train(ours, torch.nn.parallel.DistributedDataParallel(model), group, 4)
+        assert torch.equal(ours.policy_state, whole.policy_state) and ours.steps == whole.steps == 5
+        assert ours.history["finite"].tolist() == [1, 1, 1, 0, 1]
+        for part in ("raw", "highest", "share", "deficit")[: 2 if policies else 4]:
+            assert ranks.difference(ours.history[part], whole.history[part]) < 1e-6
+        if not policies:  # which learn from the micro-batches so far
+            for a, b in zip([*found, ours.average, ours.params], [*expected, whole.average, whole.params], strict=True):
+                assert ranks.difference(a, b) < 1e-6
+            assert torch.equal(ours.multipliers, whole.multipliers)
+
+
 def _copies(group: Any) -> None:
     goals = GoalSet(a=Minimize(1.0), process_group=group)
     assert copy.deepcopy(goals)._ranks.size == 2
@@ -195,7 +235,7 @@ def _copies(group: Any) -> None:
         bomkern.covariance_penalty(z, process_group=own[1 - dist.get_rank()])
 
 
-CHECKS = (_ddp, _one_bad_sample, _errors, _halves, _compiled, _twice, _copies)
+CHECKS = (_ddp, _one_bad_sample, _errors, _halves, _compiled, _twice, _accumulated, _copies)
 
 
 def _worker(rank: int, folder: str) -> None:
