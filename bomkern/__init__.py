@@ -1,8 +1,8 @@
 """bomkern: multi-goal training by the bottleneck rule, fast and safe, in PyTorch."""
 
-from . import nn
+from . import nn as nn  # not in __all__: a star import must not replace the user's torch.nn
 from ._version import __version__ as __version__
-from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Minimize, MinimizeHard, Upper
+from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Maximize, Minimize, MinimizeHard, Upper
 from .diagnosis.diagnose import Diagnosis, diagnose
 from .diagnosis.finding import Finding
 from .dispatch.info import info, warn_if_not_compiled
@@ -38,6 +38,7 @@ __all__ = [
     "LatentStatistics",
     "Lazy",
     "Lower",
+    "Maximize",
     "MinGoalStats",
     "Minimize",
     "MinimizeHard",
@@ -58,7 +59,6 @@ __all__ = [
     "latent_statistics",
     "lazy",
     "min_goal_loss",
-    "nn",
     "probe",
     "total_correlation",
 ]

@@ -1,13 +1,13 @@
 """Constraints: map the raw value of a goal to a score, and so to a deficit.
 
-All six constraints have one form: a two-sided linear *ramp* around a centre,
+All seven constraints have one form: a two-sided linear *ramp* around a centre,
 
     r(x) = right * (x - center)  where x > center,
            left  * (x - center)  where x < center,
 
 followed by one of three *curves* that give the deficit ``d = -log(score)``:
 
-    LINEAR   d = r                                        Minimize, Upper, Lower
+    LINEAR   d = r                                        Minimize, Maximize, Upper, Lower
     HARD     d = log(1 + r^2)                             MinimizeHard
     BARRIER  d = -log(1 - r)                r <= 1 - tail
                = -log(tail) + (r - 1 + tail) / tail       Box, BoxAsymmetric
@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .common.blame import TOO_MANY
 from .common.checks import MAX_GOALS, finite_number
 from .common.graph_constants import on_device
 
@@ -34,7 +35,7 @@ LINEAR, HARD, BARRIER = CURVES = 0, 1, 2
 def _number(owner: str, name: str, value: object) -> float:
     if isinstance(value, Tensor):
         raise TypeError(
-            f"{owner}: {name} must be a Python number, got a tensor; "
+            f"{owner}: {name} must be a Python number, got a tensor: write .item(), which waits for the device; "
             "to keep parameters on the device, write into ConstraintTable.params"
         )
     return finite_number(f"{owner}: {name}", value)
@@ -55,7 +56,7 @@ def _tail(owner: str, value: object) -> float:
 
 
 class Constraint:
-    """Base of the six constraints: immutable, hashable, equal by value.
+    """Base of the seven constraints: immutable, hashable, equal by value.
 
     ``curve`` is LINEAR, HARD or BARRIER, and ``ramp`` is ``(center, right, left, tail)``; see the module's docstring.
     """
@@ -118,6 +119,25 @@ class Minimize(Constraint):
     def __init__(self, scale: float, ideal: float = 0.0) -> None:
         scale, ideal = _positive("Minimize", "scale", scale), _number("Minimize", "ideal", ideal)
         self._freeze((ideal, 1 / scale, 1 / scale, 0.0), scale=scale, ideal=ideal)
+
+
+class Maximize(Constraint):
+    """Score ``exp(-(ideal - x) / scale)``: deficit 0 at ``ideal``, 1 at ``ideal - scale``.
+
+    It mirrors `Minimize`, for an accuracy, a structural similarity or a log-likelihood. A raw value above ``ideal``
+    scores above 1: it is better than ideal, which is allowed.
+
+    Args:
+        scale: raw units per unit of deficit, > 0; ``ideal - nadir`` for an anchored goal.
+        ideal: the raw value with deficit 0.
+    """
+
+    curve = LINEAR
+    __slots__ = ()
+
+    def __init__(self, scale: float, ideal: float = 0.0) -> None:
+        scale, ideal = _positive("Maximize", "scale", scale), _number("Maximize", "ideal", ideal)
+        self._freeze((ideal, -1 / scale, -1 / scale, 0.0), scale=scale, ideal=ideal)
 
 
 class MinimizeHard(Constraint):
@@ -251,7 +271,8 @@ class ConstraintTable:
             raise TypeError(f"constraints must be a sequence of constraints, got {type(constraints).__name__}")
         check_constraints(constraints)
         if not 1 <= len(constraints) <= MAX_GOALS:
-            raise ValueError(f"constraints must name 1 to {MAX_GOALS} goals, got {len(constraints)}")
+            fix = f": {TOO_MANY}" if constraints else ""
+            raise ValueError(f"constraints must name 1 to {MAX_GOALS} goals, got {len(constraints)}{fix}")
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.curves = [c.curve for c in constraints]

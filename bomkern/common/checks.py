@@ -3,21 +3,76 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .blame import (
+    LAST_BATCH,
+    TOO_MANY,
+    dtype_fix,
+    goal_fix,
+    length_fix,
+    matrix_fix,
+    number_fix,
+    odd_length,
+    odd_one,
+    samples,
+    tensor_fix,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_GOALS = 64
 MAX_VIEWS = 16
 
 
+def as_number(value: object) -> float | None:
+    """Return a number of Python or NumPy, which may be a 0-dim array; None for anything else, such as a bool."""
+    if isinstance(value, (int, float)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Tensor) or getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return None
+    item = value.item()
+    return float(item) if isinstance(item, numbers.Real) and not isinstance(item, bool) else None
+
+
+def as_whole(value: object) -> int | None:
+    """Return an int of Python or NumPy as an int; None for anything else, such as a bool or a tensor."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, Tensor) or type(value).__name__ in ("bool", "bool_"):  # NumPy's bool is no int
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def check_number(name: str, value: object) -> float:
-    """Return ``value`` as it is; a TypeError says that it is no number of Python's."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return value
+    """Return a number of Python or NumPy as one of Python; a TypeError says that ``value`` is no number."""
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number, got {_kind(value)}{number_fix(value)}")
+    return number
+
+
+def check_whole(name: str, value: object, least: int = 1) -> int:
+    """Return a whole number of Python or NumPy as an int; an error says that it is none, or less than ``least``."""
+    number = as_whole(value)
+    if number is None:
+        raise TypeError(f"{name} must be a whole number, got {_kind(value)}{number_fix(value)}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return number
+
+
+def _kind(value: object) -> str:
+    return "a tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def finite_number(name: str, value: object, above: float = -math.inf) -> float:
@@ -33,42 +88,67 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_goals(goals: Sequence[Tensor]) -> tuple[int, int, torch.dtype]:
-    """(B, K, compute dtype) of goals that are one [B, K] tensor or K tensors, each [B] or 0-dim."""
+def check_dense(name: str, x: object) -> None:
+    """Check that x is a dense tensor of a float dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}{tensor_fix(x)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: {dtype_fix(x.dtype)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}: write .to_dense()")
+
+
+def check_devices(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Check that all tensors are on one device."""
+    if any(x.device != tensors[0].device for x in tensors):
+        odd, right, _ = odd_one([x.device for x in tensors])
+        raise ValueError(
+            f"{names[odd]} is on {tensors[odd].device}, {names[right]} on {tensors[right].device}: "
+            "move them to one device"
+        )
+
+
+def check_goals(goals: Sequence[Tensor], names: Sequence[str] = ()) -> tuple[int, int, torch.dtype]:
+    """Return (B, K, compute dtype) of goals that are one [B, K] tensor or K tensors, each [B] or 0-dim.
+
+    With ``names``, which name the goals in errors, they are K tensors.
+    """
     if len(goals) == 0:
         raise ValueError("goals must name 1 to 64 goals, got an empty sequence")
-    for k, goal in enumerate(goals):
-        if not isinstance(goal, Tensor):
-            raise TypeError(f"goals[{k}] must be a tensor, got {type(goal).__name__}")
-        if goal.dtype not in FLOATS:
-            raise TypeError(f"goals[{k}] must be float16, bfloat16, float32 or float64, got {goal.dtype}")
-        if goal.layout != torch.strided:
-            raise TypeError(f"goals[{k}] must be a dense tensor, got layout {goal.layout}")
-        if goal.device != goals[0].device:
-            raise ValueError(f"goals[{k}] is on {goal.device}, goals[0] on {goals[0].device}: move them to one device")
+    labels = names or [f"goals[{k}]" for k in range(len(goals))]
+    for label, goal in zip(labels, goals, strict=True):
+        check_dense(label, goal)
+    check_devices(labels, goals)
     double = any(g.dtype == torch.float64 for g in goals)
     dtype = torch.float64 if double else torch.float32
-    if len(goals) == 1 and goals[0].dim() == 2:
+    if len(goals) == 1 and goals[0].dim() == 2 and not names:
         batch, count = goals[0].shape
     else:
-        count = len(goals)
-        batch = 1
-        first = None
-        for k, goal in enumerate(goals):
-            if goal.dim() > 1:
-                raise ValueError(f"goals[{k}] must have shape [B] or [], got {list(goal.shape)}")
-            if goal.dim() == 1:
-                if first is None:
-                    batch, first = goal.shape[0], k
-                elif goal.shape[0] != batch:
-                    raise ValueError(
-                        f"goals[{k}] has {goal.shape[0]} samples, goals[{first}] has {batch}: they must be the same"
-                    )
+        count, batch = len(goals), _batch_of(labels, goals)
     if not 1 <= count <= MAX_GOALS:
-        raise ValueError(f"goals must name 1 to {MAX_GOALS} goals, got {count}")
+        fix = f": {TOO_MANY}" if count > MAX_GOALS else ""
+        raise ValueError(f"goals must name 1 to {MAX_GOALS} goals, got {count}{fix}")
     if batch == 0:
         raise ValueError("goals must hold at least one sample, got B = 0")
     return batch, count, dtype
+
+
+def _batch_of(labels: Sequence[str], goals: Sequence[Tensor]) -> int:
+    """Return the number of samples of goals that are each [B] or 0-dim; 1 if all are 0-dim."""
+    rows = [k for k, goal in enumerate(goals) if goal.dim() == 1]
+    batch = goals[rows[0]].shape[0] if rows else 1
+    for label, goal in zip(labels, goals, strict=True):
+        if goal.dim() > 1:
+            fix = goal_fix(goal.shape, batch if rows else None)
+            raise ValueError(f"{label} must have shape [B] or [], got {list(goal.shape)}: {fix}")
+    if any(goals[k].shape[0] != batch for k in rows):
+        lengths = [int(goals[k].shape[0]) for k in rows]  # a graph that is traced may hold symbols
+        odd, right, most = odd_length(lengths)
+        what = samples(lengths[odd]) if lengths[odd] != 1 else "shape [1]"
+        others = f"others have {lengths[right]}" if most else f"{labels[rows[right]]} has {lengths[right]}"
+        fix = length_fix(lengths[odd], lengths[right])
+        raise ValueError(f"{labels[rows[odd]]} has {what}, {others}{' samples' * (what == 'shape [1]')}: {fix}")
+    return batch
 
 
 def check_params(params: Tensor | None, curves: Sequence[int], count: int, dtype: torch.dtype, device: object) -> None:
@@ -122,25 +202,25 @@ def check_multipliers(multipliers: Tensor | None, groups: Sequence[int], params:
 
 def check_matrices(least: int = 1, /, **given: Tensor) -> tuple[int, int, torch.dtype]:
     """(B, D, compute dtype) of tensors that must all be [B, D], B >= ``least``, on one device."""
-    first, model = next(iter(given.items()))
+    names, tensors = list(given), list(given.values())
     for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
-        if x.device != model.device:
-            raise ValueError(f"{name} is on {x.device}, {first} on {model.device}: move them to one device")
+        check_dense(name, x)
+    check_devices(names, tensors)
+    for name, x in given.items():
         if x.dim() != 2:
-            raise ValueError(f"{name} must have shape [B, D], got {list(x.shape)}")
-        if x.shape[0] != model.shape[0] or x.shape[1] != model.shape[1]:
-            raise ValueError(f"{name} must have the shape of {first}, {list(model.shape)}, got {list(x.shape)}")
+            raise ValueError(f"{name} must have shape [B, D], got {list(x.shape)}: {matrix_fix(x.shape)}")
+    first, model = names[0], tensors[0]
+    if any(x.shape[0] != model.shape[0] or x.shape[1] != model.shape[1] for x in tensors):
+        shapes = [list(x.shape) for x in tensors]
+        odd, right, _ = odd_one(shapes)
+        raise ValueError(f"{names[odd]} must have the shape of {names[right]}, {shapes[right]}, got {shapes[odd]}")
     batch, dims = model.shape
     if batch == 0 or dims == 0:
         raise ValueError(f"{first} must hold at least one sample of at least one dimension, got shape {[*model.shape]}")
     if batch < least:
-        raise ValueError(f"{first} must hold at least {least} samples, which a variance needs, got {batch}")
+        raise ValueError(
+            f"{first} must hold at least {least} samples, which a variance needs, got {batch}: {LAST_BATCH}"
+        )
     return batch, dims, torch.float64 if any(x.dtype == torch.float64 for x in given.values()) else torch.float32
 
 
@@ -204,4 +284,4 @@ def check_estimator(batch: int, dataset_size: int | None, stratified: bool) -> N
     if dataset_size < batch:
         raise ValueError(f"dataset_size must be at least the batch size, {batch}, got {dataset_size}")
     if stratified and batch < 2:
-        raise ValueError("z must hold at least 2 samples for estimator 'mss', got 1")
+        raise ValueError(f"z must hold at least 2 samples for estimator 'mss', got 1: {LAST_BATCH}")

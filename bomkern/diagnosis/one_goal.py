@@ -110,7 +110,7 @@ def moving(run: RunView, g: int) -> Iterator[Finding]:
 
 def _drifting(run: RunView, k: int) -> Iterator[Finding]:
     """Find a column whose measured anchors drift from their first values."""
-    low, high = run.ideal[:, k], run.ideal[:, k] + run.scale[:, k]
+    low, high = run.ideal[:, k], run.columns[k].nadir(run.ideal[:, k], run.scale[:, k])
     known = (low.isfinite() & high.isfinite()).nonzero()[:, 0].tolist()
     if not known:
         return

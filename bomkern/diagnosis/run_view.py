@@ -33,8 +33,9 @@ class Column:
         direction: 1 if larger values are worse, -1 if smaller values are, 0 if both are.
         has_limit: whether the goal is satisfied everywhere on one side.
         box: (lower, upper) of a barrier on both sides, else None.
-        anchorable: whether `bomkern.Anchored` can replace it: larger values are worse, without end or limit.
-        margin: raw units per unit of deficit, beyond a limit or above the ideal, before the first step.
+        anchorable: whether `bomkern.Anchored` can replace it: values on one side are worse, without end or limit.
+        sign: -1 if smaller values are worse, else 1.
+        margin: raw units per unit of deficit, beyond a limit or the ideal, before the first step.
         named: whether its ideal and its nadir were named, and so have a meaning.
         calibrated: whether its scale comes from the first steps.
         moving: whether the goal's difficulty changes during training.
@@ -47,15 +48,16 @@ class Column:
             right, left = abs(right), -abs(left)
         self._right, self._left = right, left
         self._hard, self._fixed = constraint.curve == HARD, constraint.anchors == FIXED
-        self.direction = 1 if right > 0 and left >= 0 else -1 if right <= 0 and left < 0 else 0
+        self.direction = constraint.direction
+        self.sign = -1 if self.direction < 0 else 1
         self.has_limit = right == 0 or left == 0
         self.box = None
         if constraint.curve == BARRIER and right > 0 > left:
             least = 1e-9 * (1 / right - 1 / left)  # an edge at 0 may round to this
             lower, upper = (edge if abs(edge) > least else 0.0 for edge in (center + 1 / left, center + 1 / right))
             self.box = lower, upper
-        both = left < 0 if self._hard else constraint.curve == LINEAR and left > 0
-        self.anchorable = right > 0 and both
+        straight = constraint.curve == LINEAR and right * left > 0
+        self.anchorable = straight or (self._hard and right > 0 > left)
         self.margin = 1 / abs(right or left or math.inf)
         self.named, self.calibrated = constraint.anchors == NAMED, constraint.anchors == CALIBRATED
         self.moving = constraint.moving
@@ -64,16 +66,19 @@ class Column:
         """Return the distance of raw values from the best value, on the worse side, in scales.
 
         This is the ramp of `bomkern.constraints`, continued where it is flat: values below 0 are better than a limit.
-        ``ideal`` and ``scale`` are those of a record, where the scale is that of the right side.
+        ``ideal`` and ``scale`` are those of a record, where the scale is the size of that of the right side.
         """
         right, left, away = self._right, self._left, raw - ideal
-        if self._hard:
-            scale = abs(scale)
+        scale = math.copysign(scale, right)
         if right == 0 and (self._fixed or not math.isfinite(scale)):
             return away * left  # a record does not hold the scale of the left side
         if not self._fixed:
-            right, left = 1.0, -1.0 if left < 0 else 1.0  # a policy gives both sides the same scale
+            right, left = 1.0, -1.0 if left < 0 <= right else 1.0  # a policy gives both sides the same scale
         return torch.where(away > 0, away / scale, away / (scale * right / left if left else scale))
+
+    def nadir(self, ideal: Any, scale: Any) -> Any:
+        """Return the raw value one scale from the ideal, on the worse side."""
+        return ideal + self.sign * scale
 
 
 def columns_of(layout: Layout) -> list[Column]:
@@ -145,10 +150,15 @@ class RunView:
         return h.first + h.stride * a + 1, h.first + h.stride * b
 
     def worst_distance(self, column: int) -> Tensor:
-        """Return the distance of the worst sample of each step, [T]."""
+        """Return the distance of the worst sample of each step, [T].
+
+        A record holds the highest raw value alone. Where that is the best one, the worst is taken to be as far from
+        the mean on the other side.
+        """
         highest = self.highest[:, column]
         highest = torch.where(highest.isfinite() & (self.finite > 0), highest, torch.nan)
-        return self.columns[column].distance(highest, *self.anchor(column))
+        away = self.columns[column].distance(highest, *self.anchor(column))
+        return 2 * self.distance[:, column] - away if self.columns[column].direction < 0 else away
 
     def worst_mover(self, goal: int, a: int, b: int) -> int:
         """Return the column of a goal that got worse most over rows [a, b)."""

@@ -13,15 +13,17 @@ def anchored(run: RunView, k: int, *, keep: bool = True, moving: bool = False) -
 
     The nadir stays if it lies well beyond the ideal. A named ideal stays too, unless ``keep`` is False.
     """
-    values = run.values(k)
+    sign = run.columns[k].sign  # in what follows, larger values are worse
+    values = sign * run.values(k)
     low, high = (values.quantile(q).item() if len(values) else 0.0 for q in (0.05, 0.95))
     old_ideal, scale = run.anchor(k)
+    old_ideal *= sign
     ideal = old_ideal if keep and run.columns[k].named else low
     spread = max(high - low, 0.1 * abs(ideal), 1e-6)
     nadir = old_ideal + scale if math.isfinite(scale) else math.inf
     if not ideal + spread / 3 < nadir < ideal + 30 * spread:
         nadir = max(high, ideal + spread)
-    return _anchors(run.columns[k], ideal, nadir, ", moving=True" * moving)
+    return _anchors(run.columns[k], sign * ideal, sign * nadir, ", moving=True" * moving)
 
 
 def raised(run: RunView, k: int, ideal: float) -> str:
@@ -30,10 +32,10 @@ def raised(run: RunView, k: int, ideal: float) -> str:
     A named nadir stays if that leaves half of the scale. Otherwise the scale stays, because a goal between a raised
     ideal and an old nadir would be so steep that it holds the gradient again.
     """
-    old_ideal, scale = run.anchor(k)
-    keep = run.columns[k].named and old_ideal + scale >= ideal + scale / 2
-    nadir = old_ideal + scale if keep else ideal + max(scale, 0.1 * abs(ideal), 1e-6)
-    return _anchors(run.columns[k], ideal, nadir)
+    column, (old_ideal, scale) = run.columns[k], run.anchor(k)
+    keep = column.named and column.sign * (old_ideal - ideal) >= -scale / 2
+    size = max(scale, 0.1 * abs(ideal), 1e-6)
+    return _anchors(column, ideal, column.nadir(old_ideal, scale) if keep else column.nadir(ideal, size))
 
 
 def _anchors(column: Column, ideal: float, nadir: float, more: str = "") -> str:
@@ -106,4 +108,4 @@ def compromise(run: RunView, k: int, m: int) -> str:
     ideal, scale = run.anchor(m)
     if not column.anchorable or not math.isfinite(scale):
         return f"ask less of {column.name} or of {other.name}: they cannot both have what they want"
-    return f"if {other.name} matters more, widen the other: {_anchors(column, ideal, ideal + 2 * scale)}"
+    return f"if {other.name} matters more, widen the other: {_anchors(column, ideal, column.nadir(ideal, 2 * scale))}"

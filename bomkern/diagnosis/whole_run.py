@@ -27,6 +27,13 @@ COLLAPSE = Kind(
     meaning="the latent code is shut",
     explanation="A KL divergence fell to nearly nothing and stays there, so that the code says nothing.",
 )
+BEATEN = Kind(
+    "past ideal",
+    weight=0.1,
+    meaning="better than ideal; move it",
+    explanation="The raw value ends far better than the ideal, so that the goal asks for less than it has.",
+    information=True,
+)
 IDLE = Kind(
     "idle",
     weight=0.05,
@@ -142,9 +149,33 @@ def estimated_pull(run: RunView) -> tuple[Tensor, Tensor]:
     return pull / pull.sum().clamp(min=1e-300), columns
 
 
+@detects(BEATEN, each="goal")
+def beaten(run: RunView, g: int) -> Iterator[Finding]:
+    """Find a column that ends far better than its ideal, which says nothing of limits and boxes."""
+    for k in run.members(g):
+        excess, sure = _beats(run, k)
+        if sure < thresholds.LEAST:
+            continue
+        name, window = run.columns[k].name, (run.rows - run.rows // thresholds.LAST, run.rows)
+        text = (
+            f"{when(run, window)}: {name} beats its ideal: raw {number(run.values(k, window[0]).mean().item())} is "
+            f"{excess:.1f} scales better than {number(run.anchor(k)[0])}"
+        )
+        change = f"move it: {anchored(run, k, keep=False)}"
+        yield make(run, BEATEN, (g,), window, sure, text, change)
+
+
+def _beats(run: RunView, k: int) -> tuple[float, float]:
+    """Return by how many scales a column ends better than its ideal, and the confidence that this is too much."""
+    excess = -run.distance[-(run.rows // thresholds.LAST) :, k].nanmean().item()
+    return excess, ramp(excess, *thresholds.BEATEN) if run.columns[k].anchorable else 0.0
+
+
 @detects(IDLE, each="goal")
 def idle(run: RunView, g: int) -> Iterator[Finding]:
     """Find a satisfied goal: no share over the second half, a high level, and raw that does not get worse."""
+    if any(_beats(run, k)[1] >= thresholds.LEAST for k in run.members(g)):
+        return
     half = run.rows // 2
     share, level = run.share[half:, g].nanmean().item(), run.level[half:, g].nanmean().item()
     line = trend(run.worse[half:, g])

@@ -41,8 +41,8 @@ class Op:
         forward, backward: the schemas that csrc/NAME.cpp registers.
         more: further schemas.
         reference: the definition, which ``impl="reference"`` serves and the tests compare with.
-        check: takes the arguments of a call that PyTorch's dispatcher refused, and raises an error that names the bad
-            one.
+        check: takes the arguments of a call that PyTorch's dispatcher or the op refused, and raises an error that
+            names the bad one and says what to write instead.
         definition: the schema and the function that a compiled backward calls for second derivatives, see
             `double_backward`.
         results: the results of the compiled op that the reference returns too; None for all.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.checks import check_goals, check_latents, check_matrices, check_rows, check_views
+from ..common.checks import check_estimator, check_goals, check_latents, check_matrices, check_rows, check_views
 from ..reference import statistics
 from . import fakes
 from .registry import Op, Schema
@@ -28,8 +28,8 @@ def compiled_min_goal() -> Callable[..., Any]:
     def serve(goals: Any, params: Any, curves: Any, reduction: int, stats: bool, route: int = 0) -> Any:
         try:
             return (with_stats if stats else plain)(goals, params, curves, reduction, route)
-        except RuntimeError:
-            check_goals(goals)  # names the goal that the dispatcher refused before the op's own checks
+        except (RuntimeError, TypeError, ValueError):
+            check_goals(goals)  # names the goal that the dispatcher refused, and says what to write instead
             raise
 
     return serve
@@ -129,7 +129,9 @@ TOTAL_CORRELATION = Op(
         fakes.total_correlation_backward,
     ),
     reference=statistics.total_correlation,
-    check=lambda z, mu, logvar, size, stratified, first=None: check_rows(z, mu, logvar, first),
+    check=lambda z, mu, logvar, size, stratified, first=None: check_estimator(
+        check_rows(z, mu, logvar, first)[0], size, stratified
+    ),
     definition=(  # the gradient itself, whose memory stays bounded
         "total_correlation_gradients_reference(Tensor grad, Tensor z, Tensor mu, Tensor logvar, int? dataset_size, "
         "bool stratified, int? first) -> (Tensor, Tensor, Tensor)",

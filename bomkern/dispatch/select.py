@@ -55,8 +55,8 @@ def compiled(op: Op) -> Callable[..., Any]:
     def serve(*arguments: Any, **options: Any) -> Any:
         try:
             returned = call(*arguments, **options)
-        except RuntimeError:
-            op.check(*arguments)
+        except (RuntimeError, TypeError, ValueError):
+            op.check(*arguments)  # says what to write instead
             raise
         return returned if results is None else returned[results]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import check_number
 from ..common.process_group import Ranks
 from ..constraints import Constraint, write_ramp
 from .policies import SMALLEST, Anchored, Policy
@@ -19,12 +20,14 @@ Buffers = Mapping[str, Tensor]  # the buffers of a GoalSet, by name
 
 
 def write_anchor(buffers: Buffers, k: int, ideal: float | Tensor, scale: float | Tensor) -> None:
-    """Write an ideal and a scale into the parameters of column k, on the device."""
+    """Write an ideal and a scale > 0 into the parameters of column k, on the device.
+
+    Each side keeps its sign: a rising side rises, a falling side falls, and a flat side stays flat.
+    """
     slope = torch.exp(-buffers["log_nudge"][k]) / scale
     row = buffers["params"][k]
     row[0] = ideal
-    row[1] = slope
-    row[2] = torch.where(row[2] < 0, -slope, slope)  # MinimizeHard's other side mirrors the first
+    row[1:3] = row[1:3].sign() * slope
 
 
 class Anchors:
@@ -91,11 +94,13 @@ class Anchors:
         assert isinstance(policy, Anchored)
         both = {**policy.known, **self._known[column]}
         ideal, nadir = both["ideal"], both["nadir"]
-        if not ideal < nadir:
-            log.warning(
-                "the nadir of %s, %g, is not above its ideal, %g: it will hold the gradient", column, nadir, ideal
-            )
-        write_anchor(buffers, k, ideal, max(nadir - ideal, SMALLEST))
+        away = ideal - nadir if policy.maximize else nadir - ideal
+        if not away > 0:
+            side, other = ("below", False) if policy.maximize else ("above", True)
+            fix = f"; if it is on purpose, write Anchored(..., maximize={other})" if away < 0 else ""
+            text = "the nadir of %s, %g, is not %s its ideal, %g: it will hold the gradient%s"
+            log.warning(text, column, nadir, side, ideal, fix)
+        write_anchor(buffers, k, ideal, max(away, SMALLEST))
         buffers["start"][k] = buffers["params"][k]
         self.waiting.remove(column)
 
@@ -113,13 +118,15 @@ class Anchors:
                 raise ValueError(f"{column} is not a goal with Anchored(moving=True)")
             k = self.index(column)
             now = buffers["params"][k]
-            ideal, nadir = (x.to(now).mean() if isinstance(x, Tensor) else now.new_full((), x) for x in pair)
-            scale = torch.exp(-buffers["log_nudge"][k]) / now[1]
+            ideal, nadir = (
+                x.to(now).mean() if isinstance(x, Tensor) else now.new_full((), check_number(column, x)) for x in pair
+            )
+            scale = torch.exp(-buffers["log_nudge"][k]) / now[1]  # below 0 for a goal to maximize
             old = torch.stack([now[0], now[0] + scale])
             new = self.ranks.gather(torch.stack([ideal, nadir])).mean(0)
-            low, high = old.lerp(torch.where(new.isfinite(), new, old), policy.weight).unbind()
-            least = 0.05 / buffers["start"][k, 1]  # a scale of 0 would make the goal infinitely steep
-            write_anchor(buffers, k, low, torch.maximum(high - low, least))
+            ideal, nadir = old.lerp(torch.where(new.isfinite(), new, old), policy.weight).unbind()
+            least = 0.05 / buffers["start"][k, 1].abs()  # a scale of 0 would make the goal infinitely steep
+            write_anchor(buffers, k, ideal, torch.maximum((nadir - ideal) * now[1].sign(), least))
 
     def drift(self, buffers: Buffers) -> dict[str, float]:
         """Return the distance of moving anchors from their first values; see `GoalSet.drift`."""
@@ -127,7 +134,7 @@ class Anchors:
         for k, (column, policy) in enumerate(self.policies.items()):
             if isinstance(policy, Anchored) and policy.moving:
                 (low, slope), (low0, slope0) = (buffers[name][k, :2].tolist() for name in ("params", "start"))
-                drifts[column] = max(abs(low - low0), abs(low + 1 / slope - low0 - 1 / slope0)) * slope0
+                drifts[column] = max(abs(low - low0), abs(low + 1 / slope - low0 - 1 / slope0)) * abs(slope0)
                 if drifts[column] > policy.alarm and column not in self._alarmed:
                     self._alarmed.add(column)
                     log.warning("the anchors of %s have drifted %.2f of its scale", column, drifts[column])
@@ -144,11 +151,12 @@ class Anchors:
         buffers["log_nudge"][k] = 0  # the new scale contains no nudge
 
     def read(self, buffers: Buffers) -> dict[str, tuple[float, float]]:
-        """Return (ideal, scale) of every column."""
-        rows = buffers["params"].tolist()
-        return {
-            column: (row[0], 1 / row[1] if row[1] else 0.0) for column, row in zip(self.policies, rows, strict=True)
-        }
+        """Return (ideal, scale) of every column. The scale is positive, whichever side is worse."""
+        found = {}
+        for column, (ideal, right, left, _) in zip(self.policies, buffers["params"].tolist(), strict=True):
+            slope = abs(right or left)
+            found[column] = ideal, 1 / slope if slope else 0.0
+        return found
 
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint holds beside the buffers."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..constraints import BARRIER as BARRIER
-from ..constraints import CURVES, Box, BoxAsymmetric, Constraint, Lower, Minimize, MinimizeHard, Upper
+from ..constraints import CURVES, Box, BoxAsymmetric, Constraint, Lower, Maximize, Minimize, MinimizeHard, Upper
 from ..constraints import HARD as HARD
 from ..constraints import LINEAR as LINEAR
 from .policies import Anchored, Fixed, Policy
@@ -40,6 +40,14 @@ class ConstraintInfo(NamedTuple):
     anchors: str
     moving: bool
     text: str
+
+    @property
+    def direction(self) -> int:
+        """1 if larger raw values are worse, -1 if smaller ones are, 0 if both are."""
+        _, right, left, _ = self.ramp
+        if self.curve == HARD:  # its deficit is even in the ramp
+            right, left = abs(right), -abs(left)
+        return 1 if right > 0 and left >= 0 else -1 if right <= 0 and left < 0 else 0
 
     def __str__(self) -> str:
         return self.text
@@ -124,7 +132,7 @@ def _text(policy: Policy) -> str:
 
 _KIND = re.compile(r"\w+")
 _ARGUMENT = re.compile(r"(\w+)=(-?(?:\d+\.?\d*(?:e[+-]?\d+)?|inf))(?=[,)])")
-_CONSTRAINTS = {c.__name__: c for c in (Minimize, MinimizeHard, Upper, Lower, Box, BoxAsymmetric)}
+_CONSTRAINTS = {c.__name__: c for c in (Minimize, Maximize, MinimizeHard, Upper, Lower, Box, BoxAsymmetric)}
 _POLICIES = {"Anchored": NAMED, "Calibrated": CALIBRATED, "Tracking": TRACKED}
 
 
@@ -136,7 +144,8 @@ def from_text(text: str) -> ConstraintInfo:
     match = _KIND.match(text)
     kind = match.group() if match else ""
     arguments = {name: float(value) for name, value in _ARGUMENT.findall(text)}
-    constraint: Constraint = Minimize(1.0)
+    falls = arguments.get("ideal", 0.0) > arguments.get("nadir", math.inf) or "maximize=True" in text
+    constraint: Constraint = Maximize(1.0) if falls else Minimize(1.0)
     if kind not in _POLICIES:
         try:
             constraint = _CONSTRAINTS[kind](**arguments)

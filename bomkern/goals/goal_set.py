@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..common.checks import MAX_GOALS
+from ..common.blame import TOO_MANY, number_fix
+from ..common.checks import MAX_GOALS, as_number
 from ..common.process_group import Ranks, ranks_of
 from ..common.reductions import REDUCTIONS
 from ..common.torch_internals import buffers_of, children_of
@@ -131,7 +132,8 @@ class GoalSet(TakesMicroBatches):
             self.owner += [index] * len(own)
         columns = list(self.policies)
         if not 1 <= len(columns) <= MAX_GOALS:
-            raise ValueError(f"a GoalSet must have 1 to {MAX_GOALS} goals, got {len(columns)}")
+            fix = f": each member of a Group counts; {TOO_MANY}" if columns else ""
+            raise ValueError(f"a GoalSet must have 1 to {MAX_GOALS} goals, got {len(columns)}{fix}")
         kept = [materialize] if isinstance(materialize, str) else materialize
         for name in kept:
             if name not in self.names:
@@ -216,6 +218,8 @@ class GoalSet(TakesMicroBatches):
                 loss, record = share_record(loss, record, *sizes, code, ranks)
             if self.alone is not None:
                 own = tensors[self.alone].to(record.dtype).mean()
+                if self.layout.constraints[self.alone].direction < 0:
+                    own = -own
                 loss = ranks.shared(own, ranks.gather(own.detach()).mean(), 1.0) if ranks.size > 1 else own
             if evaluation is not None:
                 loss = evaluation.attach(loss)
@@ -268,7 +272,10 @@ class GoalSet(TakesMicroBatches):
 
     @contextmanager
     def only(self, goal: str) -> Iterator[None]:
-        """Train on one goal alone. Inside the context the loss is the mean of its raw value, whatever its scale."""
+        """Train on one goal alone. Inside the context the loss is the mean of its raw value, whatever its scale.
+
+        For a goal of which smaller raw values are worse, it is the negative of that mean.
+        """
         self.alone = self.anchoring.index(goal)
         try:
             yield
@@ -305,7 +312,10 @@ class GoalSet(TakesMicroBatches):
         return self.anchoring.drift(buffers_of(self))
 
     def anchors(self) -> dict[str, tuple[float, float]]:
-        """Return (ideal, scale) of every column. The call waits for the device."""
+        """Return (ideal, scale) of every column. The call waits for the device.
+
+        The scale is positive. The nadir is ``ideal + scale``, or ``ideal - scale`` for a goal to maximize.
+        """
         return self.anchoring.read(buffers_of(self))
 
     def __setitem__(self, column: str, constraint: Constraint) -> None:
@@ -330,8 +340,9 @@ def _validate(
         raise TypeError(f"goals must be a mapping of names to constraints, got {type(goals).__name__}")
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < 1e30:
-        raise ValueError(f"temperature must be a number, at least 0, got {temperature!r}")
+    number = as_number(temperature)
+    if number is None or not 0 <= number < 1e30:
+        raise ValueError(f"temperature must be a number, at least 0, got {temperature!r}{number_fix(temperature)}")
     if guard is not None and not isinstance(guard, ShareGuard):
         raise TypeError(f"guard must be a ShareGuard or None, got {type(guard).__name__}")
     check_route(route)

@@ -36,8 +36,9 @@ class History:
 
     Indexing by the name of a part gives a float32 tensor with one row per ``stride`` steps. ``history["share"]``,
     ``"level"`` and ``"deficit"`` are [T, G]; ``"raw"``, ``"highest"``, ``"ideal"`` and ``"scale"`` are [T, K];
-    ``"loss"`` and ``"finite"`` are [T]. A row of several steps holds the means over the steps with a finite loss. Two
-    parts differ: ``highest`` is the largest of them, and ``finite`` is the fraction of the steps with a finite loss.
+    ``"loss"`` and ``"finite"`` are [T]. The scale is positive, whichever side of the ideal is worse. A row of several
+    steps holds the means over the steps with a finite loss. Two parts differ: ``highest`` is the largest of them, and
+    ``finite`` is the fraction of the steps with a finite loss.
 
     Attributes:
         layout: names of the goals and columns, see `Layout`.

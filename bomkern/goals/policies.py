@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import finite_number
-from ..constraints import Constraint, Minimize
+from ..common.checks import check_whole, finite_number
+from ..constraints import Constraint, Maximize, Minimize
 
 STATE = 2  # numbers that a policy may keep
 SMALLEST = 1e-6  # smallest scale
@@ -22,14 +22,6 @@ MOST_NUDGE = 7.0  # largest change of a log scale by a guard, a factor of about 
 SOURCES = ("floor", "baseline", "probe")
 Anchor = float | str | Callable[..., Any]
 Found = tuple[Tensor, Tensor]  # ideal, scale
-
-
-def _steps(owner: str, name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} must be a whole number, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
-    return value
 
 
 def _shown(value: object) -> str:
@@ -99,7 +91,7 @@ class Fixed(Policy):
     """A constraint that does not change. A `GoalSet` wraps each constraint that it is given in this policy.
 
     Args:
-        constraint: any of the six.
+        constraint: any of the seven.
     """
 
     def __init__(self, constraint: Constraint) -> None:
@@ -126,10 +118,11 @@ class Calibrated(Policy):
     """
 
     def __init__(self, steps: int = 50, statistic: str | float = "max", margin: float = 1.0) -> None:
-        self.until = _steps("Calibrated", "steps", steps)
+        self.until = check_whole("Calibrated: steps", steps)
         self.level = _level("Calibrated", statistic)
         self.margin = finite_number("Calibrated: margin", margin, above=0)
-        super().__init__(Minimize(1.0), steps=steps, statistic=statistic, margin=margin)
+        shown = statistic if isinstance(statistic, str) else self.level
+        super().__init__(Minimize(1.0), steps=self.until, statistic=shown, margin=self.margin)
 
     def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found:
         value = _of_batch(raw, self.level)
@@ -159,8 +152,9 @@ class Tracking(Policy):
 
     def __init__(self, halflife: float = 100.0, quantile: float = 0.5) -> None:
         self.level = _level("Tracking", quantile)
-        self.weight = 1 - 2 ** (-1 / finite_number("Tracking: halflife", halflife, above=0))
-        super().__init__(Minimize(1.0), halflife=halflife, quantile=quantile)
+        halflife = finite_number("Tracking: halflife", halflife, above=0)
+        self.weight = 1 - 2 ** (-1 / halflife)
+        super().__init__(Minimize(1.0), halflife=halflife, quantile=self.level)
 
     def update(self, raw: Tensor, state: Tensor, step: Tensor) -> Found:
         value = _of_batch(raw, self.level)
@@ -172,11 +166,12 @@ class Tracking(Policy):
 
 
 class Anchored(Policy):
-    """Deficit 0 at ``ideal``, 1 at ``nadir``: ``scale = nadir - ideal``.
+    """Deficit 0 at ``ideal``, 1 at ``nadir``: ``scale = |nadir - ideal|``.
 
     The ideal is the raw value that the goal could reach if it were trained alone. The nadir is a raw value no better
-    than that of doing nothing. As both are known before the first step, no goal is measured against networks, or an
-    adversary, that have not trained.
+    than that of doing nothing. A goal to maximize has an ideal above its nadir: ``Anchored(ideal=1.0, nadir=0.0)`` for
+    an accuracy or a structural similarity. As both are known before the first step, no goal is measured against
+    networks, or an adversary, that have not trained.
 
     Args:
         ideal, nadir: each a number; or a function of a batch that returns one, called by `GoalSet.anchor`; or the name
@@ -188,6 +183,12 @@ class Anchored(Policy):
             hide that the goal gets worse.
         halflife: of ``moving``, in measurements.
         alarm: distance that an anchor may drift before a warning is logged, in units of the first scale.
+        maximize: whether larger raw values are better. None reads it from the two numbers; if one of them is not known
+            yet, smaller values are better.
+
+    Raises:
+        ValueError: the ideal equals the nadir, or both contradict ``maximize``; or a value is invalid.
+        TypeError: an argument has the wrong type; the message names it.
     """
 
     def __init__(
@@ -198,10 +199,14 @@ class Anchored(Policy):
         moving: bool = False,
         halflife: float = 5.0,
         alarm: float = 0.5,
+        maximize: bool | None = None,
     ) -> None:
         if not isinstance(moving, bool):
             raise TypeError(f"Anchored: moving must be True or False, got {moving!r}")
+        if maximize is not None and not isinstance(maximize, bool):
+            raise TypeError(f"Anchored: maximize must be True, False or None, got {maximize!r}")
         given: dict[str, Anchor] = {"ideal": ideal, "nadir": nadir}
+        shown: dict[str, object]
         waits: dict[str, Anchor] = {}
         for name, value in given.items():
             if isinstance(value, str):
@@ -219,12 +224,25 @@ class Anchored(Policy):
         self.alarm = finite_number("Anchored: alarm", alarm, above=0)
         low, high = given["ideal"], given["nadir"]
         if isinstance(low, float) and isinstance(high, float):
-            if not low < high:
-                raise ValueError(f"Anchored: ideal must be less than nadir, got ideal={low:g}, nadir={high:g}")
-            constraint = Minimize(high - low, low)
+            if low == high:
+                raise ValueError(
+                    f"Anchored: ideal and nadir must differ, got {low:g} for both: the nadir is the raw value of doing "
+                    "nothing, at deficit 1"
+                )
+            if maximize is not None and maximize != (low > high):
+                side = "above" if maximize else "below"
+                raise ValueError(
+                    f"Anchored: ideal must be {side} nadir with maximize={maximize}, got ideal={low:g} and "
+                    f"nadir={high:g}: leave maximize out, since the two numbers tell"
+                )
+            self.maximize, scale = low > high, abs(high - low)
+            shown = dict(given)
         else:
-            constraint = Minimize(1.0, low if isinstance(low, float) else 0.0)
-        shown = {**given, "moving": True} if moving else given
+            self.maximize, scale = maximize is True, 1.0
+            shown = {**given, "maximize": True} if maximize else dict(given)
+        constraint = (Maximize if self.maximize else Minimize)(scale, low if isinstance(low, float) else 0.0)
+        if moving:
+            shown["moving"] = True
         super().__init__(constraint, **shown)
         self.waits, self.known = waits, {name: v for name, v in given.items() if isinstance(v, float)}
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.blame import number_fix
+from ..common.checks import as_whole
 from .goal_set import GoalSet
 
 MEASURED = 5  # the last 1/5 of each run is averaged
@@ -23,19 +25,24 @@ class Payoff(NamedTuple):
         columns: K names.
         table: [K, K] float32 on the host; row i holds all raw values after training on goal i alone.
         updates: number of training steps in all runs.
+        maximize: names of the columns of which larger values are better.
     """
 
     columns: list[str]
     table: Tensor
     updates: int
+    maximize: tuple[str, ...] = ()
 
     def anchors(self, which: str) -> dict[str, float]:
         """Return the diagonal for "ideal", or each column's worst entry for "nadir", by column."""
-        values = self.table.diagonal() if which == "ideal" else self.table.amax(0)
+        falls = torch.tensor([name in self.maximize for name in self.columns])
+        worst = torch.where(falls, self.table.amin(0), self.table.amax(0))
+        values = self.table.diagonal() if which == "ideal" else worst
         return dict(zip(self.columns, values.tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"goals": self.columns, "table": self.table.tolist(), "updates": self.updates}
+        told = {"goals": self.columns, "table": self.table.tolist(), "updates": self.updates}
+        return {**told, "maximize": list(self.maximize)} if self.maximize else told
 
     def __str__(self) -> str:
         width = max(10, *map(len, self.columns))
@@ -61,7 +68,8 @@ def probe(
 
     Args:
         step: makes one training step with ``goals``, including the update of the parameters.
-        goals: during the call its loss is the mean raw value of one goal (`GoalSet.only`). Anchors need not be known.
+        goals: during the call its loss is the mean raw value of one goal, or its negative (`GoalSet.only`). Anchors
+            need not be known.
         steps: number of steps of each run; there are K runs.
         state: everything that a step changes: modules, optimizers, loaders, and other objects with ``state_dict`` and
             ``load_state_dict``. None if ``step`` is a method of an object that has both. The state of ``goals`` and of
@@ -74,8 +82,9 @@ def probe(
     Raises:
         ValueError: ``steps`` is below 1, no state can be found, or a run gave a value that is not finite.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
+    count = as_whole(steps)
+    if count is None or count < 1:
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}{number_fix(steps)}")
     if state is None:
         owner = getattr(step, "__self__", None)
         if not hasattr(owner, "load_state_dict"):
@@ -84,13 +93,13 @@ def probe(
     columns = list(goals.policies)
     everything = [*state, *([] if any(part is goals for part in state) else [goals])]
     start, rows, was_training = _Snapshot(everything), [], goals.training
-    bar = _bar(len(columns) * steps, progress)
+    bar = _bar(len(columns) * count, progress)
     try:
         for column in columns:
             goals.train()
             begun = goals.steps
             with goals.only(column):
-                for _ in range(steps):
+                for _ in range(count):
                     step()
                     bar.update()
             rows.append(_measure(goals, column, goals.steps - begun))
@@ -99,7 +108,8 @@ def probe(
         bar.close()
         start.restore()
         goals.train(was_training)
-    return Payoff(columns, torch.stack(rows), len(columns) * steps)
+    falls = tuple(c for c, info in zip(columns, goals.layout.constraints, strict=True) if info.direction < 0)
+    return Payoff(columns, torch.stack(rows), len(columns) * count, falls)
 
 
 def _measure(goals: GoalSet, column: str, steps: int) -> Tensor:

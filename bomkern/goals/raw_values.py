@@ -54,16 +54,7 @@ class RawValues:
 
     def explain(self, tensors: list[Tensor], device: torch.device) -> None:
         """Raise an error that names the goal, where that of the op named an index; return if nothing is wrong."""
-        rows = [t for t in tensors if isinstance(t, Tensor) and t.dim() == 1]
-        for name, t in zip(self.labels, tensors, strict=True):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"the raw value of {name} must be a tensor, got {type(t).__name__}")
-            if t.dim() > 1:
-                raise ValueError(f"the raw value of {name} must have shape [B] or [], got {list(t.shape)}")
-            if t.dim() == 1 and len(t) != len(rows[0]):
-                raise ValueError(f"the raw value of {name} has {len(t)} samples, others have {len(rows[0])}")
-            if not t.is_floating_point():
-                raise TypeError(f"the raw value of {name} must be a floating-point tensor, got {t.dtype}")
-            if t.device != device:
-                raise ValueError(f"the raw value of {name} is on {t.device}, the GoalSet on {device}: move it")
-        check_goals(tensors)
+        check_goals(tensors, [f"the raw value of {label}" for label in self.labels])
+        given = tensors[0].device  # that of all
+        if given != device:
+            raise ValueError(f"the raw values are on {given}, the GoalSet on {device}: call goals.to({str(given)!r})")

@@ -49,7 +49,7 @@ class Layout:
     def parts(self, records: Tensor) -> dict[str, Tensor]:
         """Return the parts of records by name, as `record_parts` does, with ``scale`` in place of ``slope``."""
         parts = record_parts(records, len(self.goals), len(self.columns))
-        parts["scale"] = 1 / parts.pop("slope")
+        parts["scale"] = 1 / parts.pop("slope").abs()  # the constraint says which side is worse
         return parts
 
     def to_dict(self) -> dict[str, Any]:

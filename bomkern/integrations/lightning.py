@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import check_whole
 from ..diagnosis.diagnose import diagnose
 from ..goals.goal_set import GoalSet
 from .loggers import log_goals
@@ -69,10 +70,7 @@ class GoalCallback:
     ) -> None:
         if not isinstance(goals, (GoalSet, str)):
             raise TypeError(f"goals must be a GoalSet or the name of an attribute, got {type(goals).__name__}")
-        if isinstance(log_every, bool) or not isinstance(log_every, int):
-            raise TypeError(f"log_every must be a whole number, got {type(log_every).__name__}")
-        if log_every < 1:
-            raise ValueError(f"log_every must be at least 1, got {log_every}")
+        log_every = check_whole("log_every", log_every)
         if anchor is not None and not callable(anchor):
             raise TypeError(f"anchor must be a function of the LightningModule or None, got {type(anchor).__name__}")
         self.given, self.log_every, self.anchor = goals, log_every, anchor

@@ -52,8 +52,8 @@ def active_units(
         >>> active, effective = active_units(mu)
         >>> idle = 1 - (active + effective) / 2
     """
-    check_number("threshold", threshold)
-    check_number("temperature", temperature)
+    threshold = check_number("threshold", threshold)
+    temperature = check_number("temperature", temperature)
     if not isinstance(mu, Tensor):
         check_matrices(mu=mu)  # raises
     ranks = ranks_of(process_group)

@@ -37,10 +37,13 @@ def consistency_variance(
     Example:
         >>> consistency_variance([encode(x), encode(flip(x)), encode(crop(x))])
     """
-    check_number("correction", correction)
+    correction = check_number("correction", correction)
     check_flag("detach", detach)
     if isinstance(views, Tensor) and views.dim() != 3:
-        raise ValueError(f"views must have shape [V, B, D], or be V tensors [B, D], got shape {list(views.shape)}")
+        fix = "write .flatten(1, -2)" if views.dim() > 3 else "pass the views in a list"
+        raise ValueError(
+            f"views must have shape [V, B, D], or be V tensors [B, D], got shape {list(views.shape)}: {fix}"
+        )
     if not isinstance(views, (Tensor, list, tuple)):
         raise TypeError(f"views must be a [V, B, D] tensor or a list of V tensors [B, D], got {type(views).__name__}")
     parts = [views] if isinstance(views, Tensor) else list(views)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..common.checks import check_matrices, check_number
+from ..common.blame import number_fix
+from ..common.checks import as_whole, check_matrices, check_number
 from ..dispatch import select
 
 
@@ -47,12 +48,13 @@ def gaussian_kl(
         >>> kl = gaussian_kl(mu, logvar)
         >>> loss = min_goal_loss([recon, kl], [Minimize(0.1), Minimize(120.0)])
     """
-    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int)):
-        raise TypeError(f"block_size must be an int or None, got {type(block_size).__name__}")
-    check_number("rho", rho)
+    size = 1 if block_size is None else as_whole(block_size)
+    if size is None:
+        raise TypeError(f"block_size must be an int or None, got {type(block_size).__name__}{number_fix(block_size)}")
+    rho = check_number("rho", rho)
     if block_size is None and rho != 0:
         raise ValueError(f"block_size must be given where rho is not 0, got None and rho {rho}")
     if not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_matrices(mu=mu, logvar=logvar)  # raises
     serve: Callable[..., Tensor] = select.resolve("gaussian_kl", mu.device.type, impl)
-    return serve(mu, logvar, 1 if block_size is None else block_size, float(rho))
+    return serve(mu, logvar, size, float(rho))

@@ -63,8 +63,8 @@ def latent_statistics(
         >>> code = latent_statistics(z, mu, logvar)
         >>> loss = min_goal_loss([recon, code.kl, 1 - code.active], [Minimize(0.1), Minimize(120.0), Minimize(1.0)])
     """
-    check_number("threshold", threshold)
-    check_number("temperature", temperature)
+    threshold = check_number("threshold", threshold)
+    temperature = check_number("temperature", temperature)
     if not isinstance(z, Tensor) or not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_latents(z, mu, logvar)  # raises
     serve = select.resolve("latent_statistics", z.device.type, impl)

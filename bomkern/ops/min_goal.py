@@ -150,7 +150,8 @@ def min_goal_loss(
     if isinstance(goals, Tensor):
         tensors = [goals if goals.dim() != 1 else goals.unsqueeze(0)]
         if goals.dim() not in (1, 2):
-            raise ValueError(f"goals must have shape [B, K] or [K], got {list(goals.shape)}")
+            fix = "write .flatten(2).mean(2)" if goals.dim() else "pass a 0-dim goal in a list"
+            raise ValueError(f"goals must have shape [B, K] or [K], got {list(goals.shape)}: {fix}")
         count = tensors[0].shape[1]
     elif isinstance(goals, (list, tuple)):
         tensors = list(goals)
@@ -159,7 +160,7 @@ def min_goal_loss(
             evaluation = Evaluation(goals)
             tensors = evaluation.tensors(rows_too(route), route == "always")
         if count == 1 and isinstance(tensors[0], Tensor) and tensors[0].dim() == 2:
-            raise ValueError(f"goals[0] must have shape [B] or [], got {list(tensors[0].shape)}")
+            check_goals(tensors, ["goals[0]"])  # raises: a matrix of goals is passed without a list
     else:
         raise TypeError(f"goals must be a tensor or a sequence of tensors, got {type(goals).__name__}")
     code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None

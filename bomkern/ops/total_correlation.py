@@ -9,7 +9,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..common.autocast import exactly
-from ..common.checks import FLOATS, check_latents
+from ..common.blame import LAST_BATCH, matrix_fix, number_fix
+from ..common.checks import as_whole, check_dense, check_latents
 from ..common.process_group import ranks_of
 from ..common.products import loses_digits
 from ..dispatch import select
@@ -71,8 +72,12 @@ def total_correlation(
     """
     if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be 'mws' or 'mss', got {estimator!r}")
-    if dataset_size is not None and (isinstance(dataset_size, bool) or not isinstance(dataset_size, int)):
-        raise TypeError(f"dataset_size must be an int or None, got {type(dataset_size).__name__}")
+    if dataset_size is not None:
+        size = as_whole(dataset_size)
+        if size is None:
+            given = f"{type(dataset_size).__name__}{number_fix(dataset_size)}"
+            raise TypeError(f"dataset_size must be an int or None, got {given}")
+        dataset_size = size
     if not isinstance(z, Tensor) or not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_latents(z, mu, logvar)  # raises
     serve: Callable[..., Tensor] = select.resolve("total_correlation", z.device.type, impl)
@@ -108,14 +113,14 @@ def gaussian_total_correlation(z: Tensor, *, process_group: dist.ProcessGroup | 
         ValueError: z is not [B, D] with B > D.
         TypeError: z is not a tensor of a float dtype.
     """
-    if not isinstance(z, Tensor):
-        raise TypeError(f"z must be a tensor, got {type(z).__name__}")
-    if z.dtype not in FLOATS:
-        raise TypeError(f"z must be float16, bfloat16, float32 or float64, got {z.dtype}")
+    check_dense("z", z)
     ranks = ranks_of(process_group)
     if z.dim() != 2 or z.shape[1] == 0 or z.shape[0] == 0 or z.shape[0] * ranks.size <= z.shape[1]:
         several = f" of {ranks.size} ranks" if ranks.size > 1 else ""
-        raise ValueError(f"z must have shape [B, D] with more samples than dimensions, got {list(z.shape)}{several}")
+        fix = LAST_BATCH if z.dim() == 2 else matrix_fix(z.shape)
+        raise ValueError(
+            f"z must have shape [B, D] with more samples than dimensions, got {list(z.shape)}{several}: {fix}"
+        )
     ranks.check_shape("z", z)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     x = z.to(torch.float64 if loses_digits(z.device.type) else dtype)  # the gradient of its factor has products too

@@ -231,7 +231,7 @@ def _guides(history: History, k: int, column: Column) -> list[tuple[str, Tensor]
         return [(name, torch.full_like(ideal, edge)) for name, edge in edges]
     if column.has_limit:
         return [("limit", ideal)]
-    return [("ideal", ideal), ("nadir", ideal + scale)]
+    return [("ideal", ideal), ("nadir", column.nadir(ideal, scale))]
 
 
 def _panel(history: History, diagnosis: Diagnosis, k: int, column: Column) -> str:

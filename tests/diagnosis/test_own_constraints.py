@@ -122,7 +122,7 @@ def test_own_classes_work_from_training_to_report(tmp_path: Path) -> None:
     diagnosis = diagnose(history)
     assert diagnosis.to_dict() == diagnose(goals.history).to_dict()
     worst = only(history, "moving target")
-    assert worst.goals == ("up",) and worst.suggestion.startswith("ask less of up")
+    assert worst.goals == ("up",) and worst.suggestion.startswith("give up Anchored(0.9")
     told = {f.goals[0]: f.suggestion for f in diagnosis if f.kind == "idle"}
     assert "a higher limit" in told["group"] and "a lower limit" in told["wall"]
 
@@ -132,7 +132,8 @@ def test_own_classes_work_from_training_to_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "constraint", [Maximize(2.0, 0.5), Target(0.5), Ceiling(2.0), Silent(), Upper(0.5, 2.0), Lower(0.5, 2.0)]
+    "constraint",
+    [Maximize(2.0, 0.5), Anchored(1.0, 0.2), Target(0.5), Ceiling(2.0), Silent(), Upper(0.5, 2.0), Lower(0.5, 2.0)],
 )
 def test_distance_grows_with_the_deficit(constraint: Constraint | Policy) -> None:
     goals = GoalSet(a=constraint).eval()
@@ -154,12 +155,14 @@ def test_columns_know_what_a_constraint_means() -> None:
         (Lower(1.0, 2.0), -1, True, None, False),
         (Box(0.0, 0.4), 0, False, (0.0, 0.4), False),
         (BoxAsymmetric(-1.0, 0.0, 2.0), 0, False, (-1.0, 2.0), False),
-        (Maximize(2.0), -1, False, None, False),
+        (Maximize(2.0), -1, False, None, True),
         (Target(1.0), 0, False, None, False),
         (Ceiling(2.0), 1, True, None, False),
         (Silent(), -1, True, None, False),
         (Halfway(), 1, False, None, True),
         (Anchored("floor", 2.0), 1, False, None, True),
+        (Anchored(1.0, 0.0), -1, False, None, True),
+        (Anchored(1.0, "baseline", maximize=True), -1, False, None, True),
     ):
         found = column(constraint)
         assert (found.direction, found.has_limit, found.anchorable) == (direction, has_limit, anchorable), constraint
@@ -264,7 +267,13 @@ SIX = [
     Box(0.0, 0.4),
     BoxAsymmetric(-1, 0, 2),
 ]
-OF_POLICIES = [Anchored(0.2, 1.5, moving=True), Anchored("floor", 2.0), Calibrated(9, 0.9, 2.0), Tracking(50.0)]
+OF_POLICIES = [
+    Anchored(0.2, 1.5, moving=True),
+    Anchored(1.0, 0.0),
+    Anchored("floor", 2.0),
+    Calibrated(9, 0.9, 2.0),
+    Tracking(50.0),
+]
 
 
 @pytest.mark.parametrize("given", [*map(Fixed, SIX), *OF_POLICIES], ids=repr)

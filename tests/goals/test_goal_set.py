@@ -93,7 +93,11 @@ def test_float64_goals_and_half_of_a_model() -> None:
         (values(b=torch.rand(3)), ValueError, "b has 3 samples, others have 8"),
         (values(b=torch.rand(8, 2)), ValueError, "the raw value of b must have shape"),
         (values(b=1.0), TypeError, "the raw value of b must be a tensor, got float"),
-        (values(b=torch.ones(8, dtype=torch.int64)), TypeError, "the raw value of b must be a floating-point"),
+        (
+            values(b=torch.ones(8, dtype=torch.int64)),
+            TypeError,
+            r"the raw value of b must be float16.*, got torch.int64: write \.float\(\)",
+        ),
         ([1, 2], TypeError, "raw must be a mapping"),
     ],
 )
@@ -110,7 +114,7 @@ def test_bad_raw_values_are_named(raw: Any, error: type[Exception], message: str
         (lambda: GoalSet(THREE, reduction="max"), "reduction must be one of"),
         (lambda: GoalSet(THREE, temperature=-1), "temperature must be a number"),
         (lambda: GoalSet(THREE, guard=3), "guard must be a ShareGuard"),  # type: ignore[arg-type]
-        (lambda: Anchored(1.0, 1.0), "ideal must be less than nadir"),
+        (lambda: Anchored(1.0, 1.0), "ideal and nadir must differ, got 1 for both"),
         (lambda: Anchored("start", 1.0), "must be a number, a function or one of"),
         (lambda: Calibrated(0), "steps must be at least 1"),
         (lambda: Calibrated(5, "mean"), "statistic must be 'max' or a quantile"),

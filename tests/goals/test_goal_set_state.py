@@ -60,7 +60,7 @@ EACH = pytest.mark.parametrize("how", RULES.values(), ids=RULES)
         (torch.rand(3), ValueError, r"the raw value of both\.b has 3 samples, others have 4"),
         (torch.rand(4, 2), ValueError, r"the raw value of both\.b must have shape"),
         ([0.5], TypeError, r"the raw value of both\.b must be a tensor, got list"),
-        (torch.ones(4, dtype=torch.int64), TypeError, r"the raw value of both\.b must be a floating-point"),
+        (torch.ones(4, dtype=torch.int64), TypeError, r"the raw value of both\.b must be float16"),
     ],
 )
 def test_a_step_that_raises_teaches_nothing(how: dict[str, Any], bad: Any, error: type, message: str) -> None:

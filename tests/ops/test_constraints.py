@@ -1,4 +1,4 @@
-"""Test the six constraints against their formulas, written here as scores, and test their errors."""
+"""Test the seven constraints against their formulas, written here as scores, and test their errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bomkern import Box, BoxAsymmetric, ConstraintTable, Lower, Minimize, MinimizeHard, Upper, min_goal_loss
+from bomkern import Box, BoxAsymmetric, ConstraintTable, Lower, Maximize, Minimize, MinimizeHard, Upper, min_goal_loss
 from bomkern.constraints import Constraint
 from tests.support.constraints import arguments, kinds
 
@@ -23,6 +23,8 @@ def box_score(x: float, lower: float, healthy: float, upper: float, tail: float)
 CASES = [
     (Minimize(0.4), lambda x: math.exp(-x / 0.4)),
     (Minimize(2.0, ideal=-1.5), lambda x: math.exp(-(x + 1.5) / 2)),
+    (Maximize(0.4), lambda x: math.exp(x / 0.4)),
+    (Maximize(2.0, ideal=-1.5), lambda x: math.exp((x + 1.5) / 2)),
     (MinimizeHard(0.7), lambda x: 1 / (1 + (x / 0.7) ** 2)),
     (Upper(1.5, 0.5), lambda x: 1.0 if x <= 1.5 else math.exp(-(x - 1.5) / 0.5)),
     (Lower(-0.5, 2.0), lambda x: 1.0 if x >= -0.5 else math.exp(-(-0.5 - x) / 2)),
@@ -62,7 +64,8 @@ def test_continuous_and_monotone(constraint: Constraint) -> None:
     d = min_goal_loss([x], constraint, reduction="none")
     assert d.diff().abs().max() < 1e-2  # the deficit has no jump, also not at a limit or seam
     center = constraint.ramp[0]
-    assert (d[x >= center].diff() >= 0).all()
+    if not isinstance(constraint, Maximize):
+        assert (d[x >= center].diff() >= 0).all()
     if not isinstance(constraint, Minimize):
         assert (d[x <= center].diff() <= 0).all()
 
@@ -85,6 +88,8 @@ def test_box_is_smooth_at_the_seam(constraint: Constraint) -> None:
         (lambda: Minimize(-1.0), ValueError, "scale"),
         (lambda: Minimize(1e-320), ValueError, "scale"),
         (lambda: Minimize(math.nan), ValueError, "scale"),
+        (lambda: Maximize(0.0), ValueError, "Maximize: scale"),
+        (lambda: Maximize(1.0, torch.tensor(1.0)), TypeError, r"ideal .* write \.item\(\).* ConstraintTable"),  # type: ignore[arg-type]
         (lambda: Minimize("auto"), TypeError, "scale"),  # type: ignore[arg-type]
         (lambda: Minimize(torch.tensor(1.0)), TypeError, "ConstraintTable"),  # type: ignore[arg-type]
         (lambda: Minimize(1.0, ideal=math.inf), ValueError, "ideal"),

@@ -289,7 +289,14 @@ def matrix_cases(call: Any, names: tuple[str, ...], *, least: int = 1) -> list[A
     sizes += [((1, 3), f"at least {least} samples")] if least > 1 else []
     cases += [(call, [torch.rand(s)] * len(names), ValueError, f"^{first} must hold {text}") for s, text in sizes]
     if len(names) > 1:
-        cases.append((call, [good.to("meta"), *[good] * (len(names) - 1)], ValueError, "is on cpu, .* on meta: move"))
+        cases.append(
+            (
+                call,
+                [good.to("meta"), *[good] * (len(names) - 1)],
+                ValueError,
+                "is on (cpu|meta), .* on (cpu|meta): move",
+            )
+        )
     return cases
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bomkern
 from bomkern.dispatch import schemas
@@ -36,7 +38,7 @@ def by_name(paths: list[Path]) -> list[Any]:
 
 def test_every_public_name_is_on_the_api_page() -> None:
     told = set(re.findall(r"\[`(\w+)`\]", (DOCS / "api.md").read_text()))
-    assert told == set(bomkern.__all__)
+    assert told == {*bomkern.__all__, "nn"}
 
 
 def test_every_public_name_is_documented_once() -> None:
@@ -115,3 +117,17 @@ def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_plain_loop_of_the_readme_is_the_example() -> None:
     root = DOCS.parent
     assert (root / "examples" / "plain_loop.py").read_text().strip() in (root / "README.md").read_text()
+
+
+def test_a_star_import_brings_the_documented_names_and_no_module() -> None:
+    """In the user's code ``nn`` stays torch's, whatever was imported before."""
+    import bomkern.integrations
+    import bomkern.nn
+    import bomkern.report
+
+    names: dict[str, Any] = {"nn": torch.nn}
+    exec("from bomkern import *", names)
+    assert names.pop("nn") is torch.nn
+    brought = names.keys() - {"__builtins__"}
+    assert brought == set(re.findall(r"\[`(\w+)`\]\[bomkern\.", (DOCS / "api.md").read_text()))
+    assert not [name for name in brought if inspect.ismodule(names[name])]
