@@ -162,71 +162,68 @@ class PlainRule:
         return leaves, [torch.cat(v) for v in values], torch.stack([torch.cat(m) for m in masks], 1)
 
     def _serve(self, leaves: list[dict[str, Tensor]], x: list[Tensor], present: Tensor) -> Micro:
-        single = torch.stack([column.deficit(v) for column, v in zip(self.columns, x, strict=True)], 1)
-        single = torch.where(present, single, 0)
         has = torch.stack([present[:, ks].any(1) for ks in self.members], 1)  # [B, G]
-        every = torch.stack([single[:, ks].sum(1) / present[:, ks].sum(1).clamp(min=1) for ks in self.members], 1)
-        shown = torch.where(has, every, -torch.inf).detach()
-        counted = has.any(1)
-        n, by_goal = int(counted.sum()), has.sum(0).double()
-        winner = torch.from_numpy(np.where(shown.isnan().numpy(), np.inf, shown.numpy()).argmax(1))
-        onehot = torch.nn.functional.one_hot(winner, len(self.goals)).double() * counted[:, None]
-        worst = every.gather(1, winner[:, None])[:, 0]
-        if self.spill:
-            weight = torch.tensor(self.multipliers, dtype=torch.float64)
-            there = by_goal > 0
-            total = weight[there].sum()
-            if not bool(has.all()):
-                weight = torch.where(there, weight / total * n / by_goal.clamp(min=1), 0)
-            per_sample = torch.where(has, weight * every, 0).sum(1)
-            share = (weight * by_goal / (weight * by_goal).sum()) if n else torch.zeros_like(weight)
-        elif self.temperature:
-            mu = self.temperature
-            soft = torch.where(has, every / mu, -torch.inf)
-            safe = torch.where(counted[:, None], soft, 0)
-            per_sample = mu * safe.logsumexp(1)
-            share = (safe.softmax(1) * counted[:, None]).sum(0).detach() / max(n, 1)
-        else:
-            per_sample = worst
-            share = onehot.sum(0) / max(n, 1)
+        counted, by_goal = has.any(1), has.sum(0).double()
+        n = int(counted.sum())
+        values = torch.stack(x, 1).detach()
+        every, winner, per_sample, shares = self._judged(values, present, has)
         finite = per_sample.isfinite() | ~counted
-        per_sample = torch.where(counted, per_sample, 0)
-        judged = torch.where(counted, per_sample.detach().nan_to_num(nan=torch.inf), -torch.inf)
-        row = int(np.argmax(judged.numpy()))
-        if self.reduction == "mean":
-            loss = per_sample.sum() / max(n, 1)
-        elif self.reduction == "sum":
-            loss = per_sample.sum()
-        elif self.reduction == "min":
-            loss = per_sample[row] if n else per_sample.sum()
-            if not self.spill:
-                share = onehot[row]
-                if self.temperature and n:
-                    share = safe[row].softmax(0).detach()
-        else:
-            loss = per_sample
-        live = torch.where(finite, per_sample, 0)
+        # The gradient is that of the finite samples. The others' values are put aside, because NaN times 0 is NaN.
+        _, _, live, _ = self._judged(torch.stack([torch.where(finite, v, 0.5) for v in x], 1), present, has)
+        live = torch.where(finite, live, 0)
+        share = shares.sum(0) / max(n, 1)
         if self.reduction == "min":
-            total_loss = live[row] if n else live.sum()
+            judged = torch.where(counted, per_sample.nan_to_num(nan=torch.inf), -torch.inf)
+            row = int(np.argmax(judged.numpy()))
+            loss, total, share = per_sample[row], live[row], shares[row]
+        elif self.reduction == "none":
+            loss, total = per_sample, live.sum()
         else:
-            total_loss = live.sum() / (max(n, 1) if self.reduction == "mean" else 1)
+            parts = max(n, 1) if self.reduction == "mean" else 1
+            loss, total = per_sample.sum() / parts, live.sum() / parts
         wanted = [leaf for part in leaves for leaf in part.values()]
-        grads = torch.autograd.grad(total_loss, wanted, allow_unused=True, materialize_grads=True) if wanted else ()
+        grads = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True) if wanted else ()
         each = iter(grads)
         gradients = [{name: next(each) for name in part} for part in leaves]
-        columns = present.sum(0).double()
-        values = torch.stack(x, 1).detach()
+        columns, shown = present.sum(0).double(), torch.where(has, every, -torch.inf)
         self._found.append(
             {
                 "n": n, "by_goal": by_goal, "columns": columns, "share": share, "finite": bool(finite.all()),
-                "loss": float(loss.detach().sum() / max(n, 1) if self.reduction == "none" else loss.detach()),
+                "loss": float(loss.sum() / max(n, 1) if self.reduction == "none" else loss),
                 "level": torch.where(has, torch.exp(-shown.clamp(min=0)), 0).sum(0),
                 "deficit": torch.where(has, shown, 0).sum(0),
                 "raw": torch.where(present, values, 0).sum(0),
                 "highest": torch.where(present & values.isfinite(), values, -torch.inf).amax(0),
             }
         )  # fmt: skip
-        return Micro(loss.detach(), torch.where(counted, winner, -1), gradients)
+        return Micro(loss, torch.where(counted, winner, -1), gradients)
+
+    def _judged(self, x: Tensor, present: Tensor, has: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return each goal's deficit [B, G], the worst goal, the loss of each sample [B], and the shares [B, G]."""
+        count = present.to(x.dtype)
+        single = torch.stack([column.deficit(v) for column, v in zip(self.columns, x.unbind(1), strict=True)], 1)
+        single = torch.where(present, single, 0)
+        every = torch.stack([single[:, ks].sum(1) / count[:, ks].sum(1).clamp(min=1) for ks in self.members], 1)
+        shown = torch.where(has, every, -torch.inf).detach()
+        winner = torch.from_numpy(np.where(shown.isnan().numpy(), np.inf, shown.numpy()).argmax(1))
+        counted, by_goal = has.any(1), has.sum(0).double()
+        shares = torch.nn.functional.one_hot(winner, len(self.goals)).double() * counted[:, None]
+        if self.spill:
+            weight = torch.tensor(self.multipliers, dtype=torch.float64)
+            if not bool(has.all()):
+                there = by_goal > 0
+                weight = weight / weight[there].sum() * int(counted.sum()) / by_goal.clamp(min=1) * there
+            per_sample = torch.where(has, weight * every, 0).sum(1)
+            # Of the whole batch, because a goal's weight is spread over the samples that have it.
+            total = (weight * by_goal).sum()
+            shares = torch.where(per_sample.isfinite()[:, None], weight * by_goal / total, shares) * counted[:, None]
+        elif self.temperature:
+            soft = torch.where(counted[:, None], torch.where(has, every / self.temperature, -torch.inf), 0)
+            per_sample = self.temperature * soft.logsumexp(1)
+            shares = torch.where(per_sample.isfinite()[:, None], soft.detach().softmax(1), shares) * counted[:, None]
+        else:
+            per_sample = every.gather(1, winner[:, None])[:, 0]
+        return every, winner, torch.where(counted, per_sample, 0), shares
 
     def end(self, ok: bool = True) -> dict[str, Any]:
         """End the step, and return its record; take it back unless ``ok``."""

@@ -235,13 +235,15 @@ class Loop:
         self._note("validated")
         part = [self._part(3, False) for _ in range(self.world)][self.rank]
         masks = {n: mask for n, (_, mask) in part.items() if mask is not None}
+        raw = self._nested({n: v for n, (v, _) in part.items()})
+        arguments: tuple[Any, ...] = (raw, masks) if masks else (raw,)
         if self.chance.random() < 0.5:
             self.goals.eval()
-            self.goals(self._nested({n: v for n, (v, _) in part.items()}), masks or None)
+            self.goals(*arguments)
             self.goals.train()
         else:
             with torch.no_grad():
-                self.goals(self._nested({n: v for n, (v, _) in part.items()}), masks or None)
+                self.goals(*arguments)
 
     # Comparisons.
 
