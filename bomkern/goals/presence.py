@@ -48,8 +48,16 @@ class Present(NamedTuple):
         return loss.detach().requires_grad_()
 
     def known(self, k: int, raw: Tensor) -> Tensor:
-        """Return the raw values of column k, [B] with NaN where they are absent."""
-        return torch.where(self.mask[k], raw, torch.nan) if k in self.masked else raw
+        """Return the raw values of column k, [B] or 0-dim, with NaN where they are absent.
+
+        Of several ranks one may lack what another has, so both return [B]; a 0-dim value then stands in the first.
+        """
+        if k not in self.masked:
+            return raw
+        there = self.mask[k]
+        if not raw.dim():
+            there = there.any() if self.samples is None else there & (there.cumsum(0) == 1)
+        return torch.where(there, raw, torch.nan)
 
     def goals_there(self, goals: int) -> Tensor:
         """Return whether any sample has each goal, [G] bool."""

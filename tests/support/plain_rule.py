@@ -212,10 +212,10 @@ class PlainRule:
             weight = torch.tensor(self.multipliers, dtype=torch.float64)
             if not bool(has.all()):
                 there = by_goal > 0
-                weight = weight / weight[there].sum() * int(counted.sum()) / by_goal.clamp(min=1) * there
+                weight = weight / weight[there].sum().clamp(min=1e-30) * int(counted.sum()) / by_goal.clamp(min=1) * there
             per_sample = torch.where(has, weight * every, 0).sum(1)
             # Of the whole batch, because a goal's weight is spread over the samples that have it.
-            total = (weight * by_goal).sum()
+            total = (weight * by_goal).sum().clamp(min=1e-30)
             shares = torch.where(per_sample.isfinite()[:, None], weight * by_goal / total, shares) * counted[:, None]
         elif self.temperature:
             soft = torch.where(counted[:, None], torch.where(has, every / self.temperature, -torch.inf), 0)

@@ -62,7 +62,7 @@ class Loop:
         elif rule == "smooth":
             self.options["temperature"] = chance.choice([0.1, 1.0])
         if chance.random() < 0.3:
-            self.options["guard"] = ShareGuard(0.2, 0.4, rate=0.05, halflife=2.0)
+            self.options["guard"] = ShareGuard(0.2137, 0.4219, rate=0.05, halflife=2.0)
         self.options["impl"] = chance.choice([None, "reference"])
         self.optional = set() if compiled or chance.random() < 0.4 else {n for n in self.kinds if chance.random() < 0.6}
         self.goals = self._made()
@@ -210,9 +210,10 @@ class Loop:
     def _nested(self, raw: dict[str, Any]) -> dict[str, Any]:
         nested: dict[str, Any] = {}
         for name in self.order:
+            named = self.chance.random() < 0.5  # on each rank, so that all make the same choices
             if name in self.members:
                 nested[name] = {n.partition(".")[2]: raw[n] for n in self.members[name]}
-            elif raw[name] is not None or self.chance.random() < 0.5:
+            elif raw[name] is not None or named:
                 nested[name] = raw[name]
         return nested
 

@@ -1,0 +1,55 @@
+"""Test random training loops against a plain model of the rule: step by step, in value, gradient, shares and state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import distributed as dist
+
+from ..support import random_loops
+
+HAPPENED = ("accumulated", "closure", "masked", "absent", "rejected", "not finite", "resumed", "validated")
+
+
+def check(did: dict[str, int], events: tuple[str, ...] = HAPPENED) -> None:
+    """Check that the loops were what they are for."""
+    assert not set(events) - {name for name, count in did.items() if count}, did
+
+
+def test_a_hundred_loops() -> None:
+    check(random_loops.run(range(100)))
+
+
+@pytest.mark.slow
+def test_nine_hundred_loops() -> None:
+    check(random_loops.run(range(100, 1000)))
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
+def test_a_compiled_loop(seed: int) -> None:
+    torch._dynamo.reset()
+    did = random_loops.run(range(seed, seed + 1), compiled=True, steps=4)
+    assert did.keys() <= set(HAPPENED)
+
+
+def _worker(rank: int, folder: str, loops: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    try:
+        did = random_loops.run(range(10_000, 10_000 + loops), group=dist.group.WORLD)
+        torch.save(did, Path(folder, f"done{rank}"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("loops", [30, pytest.param(300, marks=pytest.mark.slow)])
+def test_loops_on_two_ranks(tmp_path: Path, loops: int) -> None:
+    mp.spawn(_worker, (str(tmp_path), loops), nprocs=2)
+    did: list[dict[str, Any]] = [torch.load(tmp_path / f"done{rank}") for rank in range(2)]
+    assert did[0] == did[1]
+    check(did[0])
