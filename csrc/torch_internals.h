@@ -1,4 +1,4 @@
-// Every private C++ name of torch that bomkern uses. For a new torch read this file, and bomkern/common/torch_internals.py
+// Every private C++ name of torch that bomkern uses. For a new torch read this file, and bomkern/common/torch_internals/
 // for Python.
 //
 // A name is private if it lies in torch/csrc, in a namespace impl, detail, native or functorch, behind the dispatcher

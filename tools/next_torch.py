@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from check_dist import ROOT, tracked
 
-INTERNALS = ROOT / "bomkern" / "common/torch_internals.py"
+INTERNALS = ROOT / "bomkern" / "common/torch_internals"
 
 
 def folder_of(requirement: str) -> str:
@@ -30,18 +30,17 @@ def folder_of(requirement: str) -> str:
 
 def missing_names() -> list[str]:
     """Return a line for each private name that the torch of this Python lacks. bomkern need not be built."""
-    spec = importlib.util.spec_from_file_location("torch_internals", INTERNALS)
+    spec = importlib.util.spec_from_file_location("torch_internals", INTERNALS / "__init__.py")
     assert spec is not None and spec.loader is not None
     internals = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = internals  # for its relative imports
     spec.loader.exec_module(internals)
     return [str(line) for line in internals.describe(internals.missing())]
 
 
 def print_names() -> int:
     lines = missing_names()
-    print(
-        "\n".join(lines) if lines else "this torch has every private name that bomkern/common/torch_internals.py lists"
-    )
+    print("\n".join(lines) if lines else "this torch has every private name that bomkern/common/torch_internals lists")
     return 1 if lines else 0
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..common.blame import TOO_MANY, number_fix
-from ..common.checks import MAX_GOALS, as_flag, as_number
-from ..common.process_group import Ranks, ranks_of
+from ..common.blame import TOO_MANY
+from ..common.checks import MAX_GOALS, as_flag
+from ..common.process_group import ranks_of
 from ..common.reductions import REDUCTIONS
 from ..common.torch_internals import buffers_of, children_of
 from ..constraints import Constraint
 from ..dispatch import select
-from ..dispatch.routing import bits, check_route, routes, rows_too
+from ..dispatch.routing import bits, routes, rows_too
 from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
 from .anchors import Anchors
@@ -27,6 +27,7 @@ from .constraint_info import describe
 from .history import GoalOutput, History
 from .micro_batches import MicroBatches, TakesMicroBatches
 from .monitor import Monitor
+from .options import check_options
 from .policies import Policy, policy_of
 from .presence import Masks, Presence, Present, averages
 from .raw_values import Raw, RawValues
@@ -120,7 +121,7 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
     ) -> None:
         super().__init__()
         ranks = ranks_of(process_group)
-        _validate(goals, reduction, temperature, guard, route, ranks)
+        check_options(goals, reduction, temperature, guard, route, ranks)
         self.reduction, self.guard, self.impl, self.route, self._ranks = reduction, guard, impl, route, ranks
         self.spill = spill if isinstance(spill, Spill) else None if spill == 0 else Spill(spill)
         if self.spill and temperature:
@@ -379,24 +380,3 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
 
     def __repr__(self) -> str:
         return table(self)
-
-
-def _validate(
-    goals: object, reduction: object, temperature: object, guard: object, route: object, ranks: Ranks
-) -> None:
-    """Check the options of a `GoalSet` that do not depend on its goals."""
-    if goals is not None and not isinstance(goals, Mapping):
-        raise TypeError(f"goals must be a mapping of names to constraints, got {type(goals).__name__}")
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    number = as_number(temperature)
-    if number is None or not 0 <= number < 1e30:
-        raise ValueError(f"temperature must be a number, at least 0, got {temperature!r}{number_fix(temperature)}")
-    if guard is not None and not isinstance(guard, ShareGuard):
-        raise TypeError(f"guard must be a ShareGuard or None, got {type(guard).__name__}")
-    check_route(route)
-    if ranks.size > 1 and route == "always":
-        raise ValueError(
-            "route must be 'auto' or 'never' with a process_group, got 'always': a rank whose backward leaves out "
-            "what another's walks keeps it waiting"
-        )

@@ -1,4 +1,4 @@
-"""Test torch's private names: none is missing, and only the two files that list them use any."""
+"""Test torch's private names: none is missing, and only the package and the header that list them use any."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from torch import Tensor
 
 import bomkern
 from bomkern.common import torch_internals as internals
+from bomkern.common.torch_internals import registry
 
 ROOT = Path(__file__).resolve().parents[2]
-HOME = ROOT / "bomkern" / "common/torch_internals.py"
+HOME = ROOT / "bomkern" / "common/torch_internals"
 HEADER = ROOT / "csrc" / "torch_internals.h"
-PYTHON = sorted(path for folder in ("bomkern", "kernels") for path in (ROOT / folder).rglob("*.py") if path != HOME)
+AT_HOME = sorted(HOME.glob("*.py"))
+PYTHON = sorted({path for folder in ("bomkern", "kernels") for path in (ROOT / folder).rglob("*.py")} - {*AT_HOME})
 CPP = sorted(
     path
     for folder in ("csrc", "kernels")
@@ -134,7 +136,7 @@ def _defines(node: ast.AST) -> Iterator[str]:
         yield from (part.value for part in ast.walk(node.args[2]) if isinstance(part, ast.Constant))
 
 
-OURS = Source([ast.parse(path.read_text()) for path in [*PYTHON, HOME]], [path.stem for path in PYTHON])
+OURS = Source([ast.parse(path.read_text()) for path in [*PYTHON, *AT_HOME]], [path.stem for path in PYTHON])
 
 
 def test_no_other_python_reaches_private_torch() -> None:
@@ -143,7 +145,7 @@ def test_no_other_python_reaches_private_torch() -> None:
         for path in PYTHON
         for line, name in OURS.uses(ast.parse(path.read_text()))
     ]
-    assert not found, "reach these through bomkern/common/torch_internals.py:\n" + "\n".join(found)
+    assert not found, "reach these through bomkern/common/torch_internals:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -185,11 +187,12 @@ def test_what_is_ours_or_public_is_not(innocent: str) -> None:
     assert not list(OURS.uses(ast.parse(innocent)))
 
 
-def test_the_list_holds_what_the_file_reaches() -> None:
-    used = {name.rstrip(".").split(".")[-1] for _, name in OURS.uses(ast.parse(HOME.read_text()))}
-    listed = {needed.name.split(".")[-1] for needed in internals.NEEDED}
+def test_the_list_holds_what_the_package_reaches() -> None:
+    found = [name for path in AT_HOME for _, name in OURS.uses(ast.parse(path.read_text()))]
+    used = {name.rstrip(".").split(".")[-1] for name in found}
+    listed = {needed.name.split(".")[-1] for needed in registry.NEEDED}
     assert used - {"_TorchDispatchModeKey"} <= listed, used - listed
-    assert len({needed.name for needed in internals.NEEDED}) == len(internals.NEEDED)
+    assert len({needed.name for needed in registry.NEEDED}) == len(registry.NEEDED)
 
 
 def test_a_constant_is_marked_as_torch_marks_it() -> None:
@@ -269,18 +272,23 @@ def test_public_cpp_is_not() -> None:
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """Load the module with a torch that lacks some names, and restore torch afterwards."""
+    """Load the package with a torch that lacks some names, and restore torch afterwards."""
 
     def load(*names: str) -> ModuleType:
         with monkeypatch.context() as patch:
             for name in names:
                 owner, _, last = name.rpartition(".")
                 patch.delattr(internals.Internal(owner, "", "", "", "").find(), last)
-            spec = importlib.util.spec_from_file_location("torch_internals_without", HOME)
+            spec = importlib.util.spec_from_file_location("torch_internals_without", HOME / "__init__.py")
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            assert [needed.name for needed in module.missing()] == list(names)
+            patch.setitem(sys.modules, spec.name, module)  # for its relative imports
+            try:
+                spec.loader.exec_module(module)
+            finally:
+                for part in [name for name in sys.modules if name.startswith(f"{spec.name}.")]:
+                    del sys.modules[part]
+            assert {needed.name for needed in module.missing()} == set(names)
         return module
 
     return load
@@ -340,7 +348,7 @@ def test_what_has_no_other_path_says_so_when_it_is_used(without: Any) -> None:
 def test_info_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bomkern.info()["torch_lacks"] == []
     gone = internals.Internal("torch._C._gone", "2.0", "min_goal_loss", "torch.here", "is slower")
-    monkeypatch.setattr(internals, "NEEDED", [*internals.NEEDED, gone])
+    monkeypatch.setattr(registry, "NEEDED", [*registry.NEEDED, gone])
     line = f"torch {torch.__version__} has no torch._C._gone (min_goal_loss): is slower; public instead: torch.here"
     assert bomkern.info()["torch_lacks"] == [line] and line in str(bomkern.info())
 

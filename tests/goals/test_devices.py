@@ -194,12 +194,12 @@ def test_other_devices_have_their_own_generators(monkeypatch: pytest.MonkeyPatch
 
 def test_gradients_elsewhere_are_checked_by_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused check of a GradScaler exists on the CPU and on CUDA alone."""
-    from bomkern.common import torch_internals
+    from bomkern.common.torch_internals import optimizers
 
     def missing(*arguments: Any) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(torch_internals, "_unscale", missing)
+    monkeypatch.setattr(optimizers, "_unscale", missing)
     weight = torch.nn.Parameter(torch.ones(3, device=META))
     weight.grad = torch.ones(3, device=META)
     guard = StepGuard(torch.optim.SGD([weight], 0.1, fused=False))

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from bomkern import Anchored, Calibrated, GoalSet, StepGuard
-from bomkern.common import torch_internals
+from bomkern.common.torch_internals import optimizers
 from tests.support.syncs import CountSyncs
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -118,7 +118,7 @@ def test_sparse_gradients_are_unscaled() -> None:
 
 
 def test_without_the_fused_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_internals, "_unscale", None)
+    monkeypatch.setattr(optimizers, "_unscale", None)
     for a, b in zip(run(TwoHeads(scaler()), False).values(), run(TwoHeads(), False).values(), strict=True):
         assert torch.equal(a, b)
 
