@@ -204,21 +204,23 @@ class Presence:
 
     def _align(self, values: list[Any], masks: list[Any], masked: set[int]) -> int:
         """Return B. Pad goals of different lengths to the longest, which is B; the padding is absent."""
-        rows = {k: len(t) for k, t in enumerate(values) if isinstance(t, Tensor) and t.dim() == 1}
-        batch = max(rows.values(), default=0)
-        if batch and min(rows.values()) < batch:
-            self._pad(values, masks, masked, rows)
-        elif not batch:
-            batch = max((len(m) for m in masks if m is not None and m.dim() == 1), default=0) or self._batch
-        if self.ranks.size > 1:
+        if _differ(values):
+            self._pad(values, masks, masked)
+        batch = self._batch
+        for sized in (masks, values):  # torch.compile can trace a loop, but no max with a default
+            for one in sized:
+                if isinstance(one, Tensor) and one.dim() == 1:
+                    batch = one.shape[0]
+        if self.ranks.size > 1 and not torch.compiler.is_compiling():
             self._batch = batch
         for k, one in enumerate(masks):
             if one is not None and one.dim() == 1 and len(one) != batch:
                 self._refuse_length(k, one, batch)
         return batch
 
-    def _pad(self, values: list[Any], masks: list[Any], masked: set[int], rows: dict[int, int]) -> None:
+    def _pad(self, values: list[Any], masks: list[Any], masked: set[int]) -> None:
         """Pad the goals that have fewer rows than others, and mask the padding. The members of a group have as many."""
+        rows = {k: t.shape[0] for k, t in enumerate(values) if isinstance(t, Tensor) and t.dim() == 1}
         of_goal: dict[int, int] = {}
         if not self.averaged or self.ranks.size > 1:
             given = {f"the raw value of {self.columns[k]}": t for k, t in enumerate(values) if t is not None}
@@ -230,7 +232,7 @@ class Presence:
                     f"the raw value of {self.columns[k]} has {count} samples, others have {others}: the members of a "
                     "Group need the same samples"
                 )
-        batch = max(rows.values())
+        batch = max(list(rows.values()))
         for k, value in enumerate(values):
             count = of_goal.get(self.owner[k], batch)
             if value is None or count == batch:

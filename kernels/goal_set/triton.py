@@ -24,6 +24,7 @@ from ..min_goal.triton import LAST, MEAN, MIN, NONE, SUM, finish_scalars, plan, 
 from ..min_goal.triton import _groups as loads_of
 from ..min_goal.triton_score import INF, MIXED, cast, div, load_tile, worst
 from .triton_goals import judge_tile, means, present_means
+from .triton_parts import max_row, sum_row, worst_of
 
 
 class PartsAt(NamedTuple):
@@ -186,45 +187,6 @@ def forward(
         tl.store(record + AT.slope + col, tl.load(table + 4 * col + 1, mask=used), mask=used)
 
 
-@triton.jit
-def _sum_row(row, programs, BLOCK: tl.constexpr):
-    """Sum of one row of parts, in an order that depends on its length alone."""
-    lane = tl.arange(0, BLOCK)
-    total = tl.full((BLOCK,), 0, tl.float64)
-    at = 0
-    while at < programs:
-        total += tl.load(row + at + lane, mask=at + lane < programs, other=0)
-        at += BLOCK
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _max_row(row, programs, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    most = tl.full((BLOCK,), -INF, tl.float64)
-    at = 0
-    while at < programs:
-        most = tl.maximum(most, tl.load(row + at + lane, mask=at + lane < programs, other=-INF))
-        at += BLOCK
-    return tl.max(most, 0)
-
-
-@triton.jit
-def _worst_of(row, programs, BLOCK: tl.constexpr):
-    """The program whose sample is the worst: later ones hold later samples, so an equal one never takes over."""
-    lane = tl.arange(0, BLOCK)
-    most = tl.full((BLOCK,), -INF, tl.float64)
-    program = tl.full((BLOCK,), LAST, tl.int64)
-    at = 0
-    while at < programs:
-        value = tl.load(row + at + lane, mask=at + lane < programs, other=-INF)
-        take = (value > most) | ((value != value) & (most == most))
-        most = tl.where(take, value, most)
-        program = tl.where(take, at + lane, program)
-        at += BLOCK
-    return worst(most, program, LAST, 0)
-
-
 @triton.jit(do_not_specialize=["programs", "batch"])
 def finish(
     parts, part_rows, programs, batch, counts, loss, record, weight,
@@ -240,7 +202,7 @@ def finish(
     row = parts + pid * step
     if pid < AT.highest:
         if REDUCTION == MIN and pid < AT.level:  # a share
-            value = tl.load(row + _worst_of(parts + PART.loss * step, programs, BLOCK))
+            value = tl.load(row + worst_of(parts + PART.loss * step, programs, BLOCK))
         else:
             over = total
             if counts is not None and pid >= AT.level:  # by each goal's samples, and by each column's
@@ -250,13 +212,13 @@ def finish(
                 if pid >= AT.raw:
                     at = pid - AT.raw + AT.level
                 over = tl.load(counts + 1 + at).to(tl.float64)
-            value = _sum_row(row, programs, BLOCK) / over
+            value = sum_row(row, programs, BLOCK) / over
         tl.store(record + pid, value.to(CD))
     elif pid < PART.loss:
-        tl.store(record + pid, _max_row(row, programs, BLOCK).to(CD))
+        tl.store(record + pid, max_row(row, programs, BLOCK).to(CD))
     elif pid == PART.loss:
         if REDUCTION == MIN:
-            program = _worst_of(row, programs, BLOCK)
+            program = worst_of(row, programs, BLOCK)
             value = tl.load(row + program)
             if counts is not None:
                 value = tl.where(value == -INF, 0, value)
@@ -266,14 +228,14 @@ def finish(
                 at = weight + col * tl.full((), batch, tl.int64) + tl.load(part_rows + program)
                 tl.store(at, taken.to(CD), mask=col < K)
         elif REDUCTION == SUM:
-            value = _sum_row(row, programs, BLOCK)
+            value = sum_row(row, programs, BLOCK)
         else:
-            value = _sum_row(row, programs, BLOCK) / total
+            value = sum_row(row, programs, BLOCK) / total
         if REDUCTION != NONE:
             tl.store(loss, value.to(CD))
         tl.store(record + AT.loss, value.to(CD))
     else:
-        tl.store(record + AT.finite, (_sum_row(row, programs, BLOCK) == 0).to(CD))
+        tl.store(record + AT.finite, (sum_row(row, programs, BLOCK) == 0).to(CD))
 
 
 @triton.jit
@@ -346,6 +308,9 @@ def launch_forward(
     matrix, save, made = goals[0].dim() == 2, weight.numel() > 0, groups[-1] + 1
     at, part = layouts(made, count)
     block, warps, programs = plan(batch, count)
+    if present is not None:  # a mask takes registers: half as many cells a thread
+        block, warps = 1024 // triton.next_power_of_2(count), 8
+        programs = triton.cdiv(batch, block)
     whole = programs == 1
     # In double: there may be thousands of them.
     rows = 0 if whole else part.taken + (count if save and reduction == MIN.value else 0)

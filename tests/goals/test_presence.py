@@ -303,7 +303,7 @@ def test_no_host_sync_in_a_masked_step(rule: str) -> None:
 def test_compiled_steps_agree() -> None:
     eager = GoalSet(a=Tracking(3.0), b=Minimize(1.0), spill=0.5, optional=["a"], route="never")
     compiled = copy.deepcopy(eager)
-    step = torch.compile(lambda raw, mask: compiled(raw, mask=mask).loss, backend="aot_eager")
+    step = torch.compile(lambda raw, mask: compiled(raw, mask=mask).loss, backend="aot_eager", fullgraph=True)
     for k in range(3):
         a, b = torch.rand(4, requires_grad=True), torch.rand(4, requires_grad=True)
         mask = {"a": torch.arange(4) > k}
@@ -313,3 +313,6 @@ def test_compiled_steps_agree() -> None:
             assert torch.allclose(x, y)
     assert torch.allclose(eager.policy_state, compiled.policy_state)
     assert torch.allclose(eager({"b": b}).loss, step({"b": b}, None))
+    # Goals of different lengths, in one graph too.
+    raw = {"a": torch.rand(7), "b": torch.rand(4)}
+    assert torch.allclose(eager(raw).loss, step(raw, None))

@@ -96,6 +96,26 @@ def one_goal_alone(group: Any, rank: int) -> None:
     torch.testing.assert_close(grads[0] / 2, grads[1])
 
 
+def compiled(group: Any, rank: int) -> None:
+    """A compiled step gathers the counts too."""
+    eager, ours = make(group, "mean", "spill"), make(group, "mean", "spill")
+    part = slice(rank * BATCH, (rank + 1) * BATCH)
+
+    def loss(goals: GoalSet, raw: dict[str, Tensor], mask: dict[str, Tensor]) -> Tensor:
+        given = {"a": raw["a"], "g": {"x": raw["x"], "y": raw["y"]}, "b": raw["b"]}
+        return goals(given, mask=mask).loss
+
+    fast = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        raw, mask = draw(step)
+        own = {n: x[part].requires_grad_() for n, x in raw.items()}
+        known = {"a": mask["a"][part], "g.x": mask["x"][part]}
+        one, other = loss(eager, own, known), fast(ours, own, known)
+        torch.testing.assert_close(other, one)
+        grads = [torch.autograd.grad(x, list(own.values())) for x in (one, other)]
+        torch.testing.assert_close(grads[1], grads[0])
+
+
 def refuse(group: Any, rank: int) -> None:
     goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), spill=0.5, process_group=group)
     for raw, mask in (
@@ -109,16 +129,18 @@ def refuse(group: Any, rank: int) -> None:
         goals({"a": torch.rand(2), "b": torch.rand(3)})
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int, folder: str, whole: bool) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     group = dist.group.WORLD
     try:
-        for reduction in ("mean", "sum", "min", "none"):
-            for rule in RULES:
+        for reduction in ("mean", "sum", "min", "none") if whole else ("mean",):
+            for rule in RULES if whole else ("smooth", "guard"):
                 agree(group, rank, reduction, rule)
         one_goal_alone(group, rank)
         refuse(group, rank)
+        if whole:
+            compiled(group, rank)
         Path(folder, f"done{rank}").touch()
     except BaseException:
         Path(folder, f"failed{rank}").write_text(traceback.format_exc())
@@ -127,6 +149,8 @@ def _worker(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_are_one(tmp_path: Path, whole: bool) -> None:
+    """Two processes with half of the samples each are one with all of them, with all rules and reductions if whole."""
+    mp.spawn(_worker, (str(tmp_path), whole), nprocs=2)
     assert len(list(tmp_path.glob("done*"))) == 2
