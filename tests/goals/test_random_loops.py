@@ -15,25 +15,26 @@ from ..support import random_loops
 HAPPENED = ("accumulated", "closure", "masked", "absent", "rejected", "not finite", "resumed", "validated")
 
 
-def check(did: dict[str, int], events: tuple[str, ...] = HAPPENED) -> None:
-    """Check that the loops were what they are for."""
-    assert not set(events) - {name for name, count in did.items() if count}, did
+def check(did: dict[str, int], loops: int) -> None:
+    """Check that the loops were what they are for, and that few ended because rounding would have decided."""
+    assert did.get("tied", 0) <= loops / 20, did
+    assert not set(HAPPENED) - {name for name, count in did.items() if count}, did
 
 
 def test_a_hundred_loops() -> None:
-    check(random_loops.run(range(100)))
+    check(random_loops.run(range(100)), 100)
 
 
 @pytest.mark.slow
 def test_nine_hundred_loops() -> None:
-    check(random_loops.run(range(100, 1000)))
+    check(random_loops.run(range(100, 1000)), 900)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
 def test_a_compiled_loop(seed: int) -> None:
     torch._dynamo.reset()
     did = random_loops.run(range(seed, seed + 1), compiled=True, steps=4)
-    assert did.keys() <= set(HAPPENED)
+    assert did.keys() <= {*HAPPENED, "tied"}
 
 
 def _worker(rank: int, folder: str, loops: int) -> None:
@@ -52,4 +53,4 @@ def test_loops_on_two_ranks(tmp_path: Path, loops: int) -> None:
     mp.spawn(_worker, (str(tmp_path), loops), nprocs=2)
     did: list[dict[str, Any]] = [torch.load(tmp_path / f"done{rank}") for rank in range(2)]
     assert did[0] == did[1]
-    check(did[0])
+    check(did[0], loops)

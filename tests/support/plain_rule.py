@@ -1,4 +1,4 @@
-"""A model of the bottleneck rule in plain PyTorch and float64, as slow and as clear as can be. It shares no code with ours.
+"""A model of the bottleneck rule in plain PyTorch and float64, slow and clear, which shares no code with bomkern.
 
 A step is one or several micro-batches. A micro-batch is a list of parts, one for each process. A part maps a column to
 its value, [B] or 0-dim, and its mask, [B] or 0-dim bool; a value of None is absent, and a mask of None is all True.
@@ -77,6 +77,10 @@ class Micro(NamedTuple):
     loss: Tensor
     bottleneck: Tensor
     gradients: list[dict[str, Tensor]]
+
+
+class TiedError(Exception):
+    """Two goals are as bad as each other, so that rounding decides which of them is the bottleneck."""
 
 
 class PlainRule:
@@ -167,6 +171,8 @@ class PlainRule:
         n = int(counted.sum())
         values = torch.stack(x, 1).detach()
         every, winner, per_sample, shares = self._judged(values, present, has)
+        if _tied(torch.where(has, every, -torch.inf)):
+            raise TiedError
         finite = per_sample.isfinite() | ~counted
         # The gradient is that of the finite samples. The others' values are put aside, because NaN times 0 is NaN.
         _, _, live, _ = self._judged(torch.stack([torch.where(finite, v, 0.5) for v in x], 1), present, has)
@@ -212,7 +218,9 @@ class PlainRule:
             weight = torch.tensor(self.multipliers, dtype=torch.float64)
             if not bool(has.all()):
                 there = by_goal > 0
-                weight = weight / weight[there].sum().clamp(min=1e-30) * int(counted.sum()) / by_goal.clamp(min=1) * there
+                weight = (
+                    weight / weight[there].sum().clamp(min=1e-30) * int(counted.sum()) / by_goal.clamp(min=1) * there
+                )
             per_sample = torch.where(has, weight * every, 0).sum(1)
             # Of the whole batch, because a goal's weight is spread over the samples that have it.
             total = (weight * by_goal).sum().clamp(min=1e-30)
@@ -276,3 +284,12 @@ class PlainRule:
                     column.ramp[1] *= math.exp(-applied)
                     column.ramp[2] *= math.exp(-applied)
         return record
+
+
+def _tied(deficits: Tensor) -> bool:
+    """Return whether rounding may decide on the worst goal of a sample, [B, G]; flat sides tie at exactly 0."""
+    if deficits.shape[1] < 2:
+        return False
+    worst, next_worst = deficits.topk(2).values.unbind(1)
+    near = (worst - next_worst).abs() < 1e-4 * worst.abs().clamp(min=1)
+    return bool((near & (worst != 0)).any())

@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from bomkern import Anchored, Box, Calibrated, GoalSet, Group, Lower, Minimize, MinimizeHard, ShareGuard, Spill
-from bomkern import Tracking, Upper
+from bomkern import (
+    Anchored,
+    Box,
+    Calibrated,
+    GoalSet,
+    Group,
+    Lower,
+    Minimize,
+    MinimizeHard,
+    ShareGuard,
+    Spill,
+    Tracking,
+    Upper,
+)
 
-from .plain_rule import BARRIER, HARD, LINEAR, Column, PlainRule
+from .plain_rule import BARRIER, HARD, LINEAR, Column, PlainRule, TiedError
 
 CURVES = {MinimizeHard: HARD, Box: BARRIER}
 CLOSE = {torch.float32: 2e-4, torch.float64: 2e-5}  # policies and weights are float32 for goals of any dtype
@@ -110,9 +122,7 @@ class Loop:
             if isinstance(kind, Tracking):
                 policy = "tracking", (kind.weight, kind.level)
             ramp = [float(torch.tensor(x)) for x in constraint.ramp]
-            columns.append(
-                Column(name, name.partition(".")[0], ramp, CURVES.get(type(constraint), LINEAR), policy)
-            )
+            columns.append(Column(name, name.partition(".")[0], ramp, CURVES.get(type(constraint), LINEAR), policy))
         spill, guard = self.options.get("spill"), self.options.get("guard")
         return PlainRule(
             columns,
@@ -282,9 +292,11 @@ def run(seeds: range, compiled: bool = False, group: Any = None, steps: int = 8)
     did: dict[str, int] = {}
     for seed in seeds:
         loop = Loop(seed, compiled, group)
-        for _ in range(steps):
-            loop.step()
+        try:
+            for _ in range(steps):
+                loop.step()
+        except TiedError:
+            loop.did["tied"] = 1
         for name, count in loop.did.items():
             did[name] = did.get(name, 0) + count
     return did
-
