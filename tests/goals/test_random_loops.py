@@ -26,11 +26,11 @@ def test_a_hundred_loops() -> None:
 
 
 @pytest.mark.slow
-def test_nine_hundred_loops() -> None:
-    check(random_loops.run(range(100, 1000)), 900)
+def test_seven_hundred_loops() -> None:
+    check(random_loops.run(range(100, 800)), 700)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))])
 def test_a_compiled_loop(seed: int) -> None:
     torch._dynamo.reset()
     did = random_loops.run(range(seed, seed + 1), compiled=True, steps=4)
@@ -48,7 +48,7 @@ def _worker(rank: int, folder: str, loops: int) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("loops", [30, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loops", [30, pytest.param(190, marks=pytest.mark.slow)])
 def test_loops_on_two_ranks(tmp_path: Path, loops: int) -> None:
     mp.spawn(_worker, (str(tmp_path), loops), nprocs=2)
     did: list[dict[str, Any]] = [torch.load(tmp_path / f"done{rank}") for rank in range(2)]
