@@ -31,8 +31,8 @@ def test_errors_inside_come_out_and_teach_nothing(when: str) -> None:
         goals({"a": lazy(goal, x * 100), "b": rivals()})
     for name, buffer in goals.named_buffers():
         assert torch.equal(buffer, before[name]), name
-    with pytest.raises(ValueError, match="b has 3 samples, the raw value of a has 16"):
-        goals({"a": lazy(size, x), "b": rivals()[:3]})
+    with pytest.raises(ValueError, match=r"the raw value of b must have shape \[B\] or \[\], got \[16, 1\]"):
+        goals({"a": lazy(size, x), "b": rivals()[:, None]})
     assert goals.steps == 1
 
 

@@ -88,7 +88,7 @@ def test_bad_rows(server: tuple[str, str]) -> None:
             serve(many, mu, logvar, None, False, first)
     with pytest.raises(ValueError, match="z must have the 3 dimensions of mu, got 2"):
         serve(z[:4, :2], mu, logvar, None, False, 0)
-    with pytest.raises(ValueError, match="mu must have the shape of z"):
+    with pytest.raises(ValueError, match=r"z must have the shape of mu, \[8, 3\], got \[4, 3\]"):
         serve(z[:4], mu, logvar, None, False)
     with pytest.raises(ValueError, match="dataset_size must be at least the batch size, 8"):
         serve(z[:4], mu, logvar, 7, False, 4)
