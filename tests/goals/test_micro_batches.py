@@ -1,9 +1,9 @@
-"""Test steps of several calls: micro-batches are one step of the whole batch, and a closure is one step."""
+"""Test that micro-batches are one step of the whole batch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,72 +14,25 @@ from bomkern import (
     Anchored,
     Calibrated,
     GoalSet,
-    Group,
     Minimize,
-    MinimizeHard,
-    Policy,
-    ShareGuard,
-    Spill,
     StepGuard,
-    Tracking,
-    Upper,
 )
-from bomkern.goals.record import merge_records
-from bomkern.reference import record_parts
 from tests.support.goal_sets import EACH_RULE, RULES, every_policy
+from tests.support.micro_batches import (
+    ANCHORED,
+    SIZES,
+    anchored,
+    assert_same,
+    batches,
+    call,
+    in_parts,
+    learning,
+    learnt_from,
+    raw_of,
+    two,
+    weights,
+)
 from tests.support.syncs import CountSyncs
-
-SIZES = pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (5, 11, 16), (32,)], ids=str)
-ANCHORED: dict[str, dict[str, Any]] = {
-    **RULES,
-    "sum": {"reduction": "sum"},
-    "smooth, each": {"temperature": 0.1, "reduction": "none"},
-    "spill, each": {"spill": 0.5, "reduction": "none"},
-}
-PARTS = ("share", "level", "deficit", "raw", "highest", "ideal", "scale", "loss", "finite")
-
-
-def anchored(**rule: Any) -> GoalSet:
-    return GoalSet(
-        a=Anchored(0.0, 1.0),
-        b=MinimizeHard(2.0),
-        c=Group(x=Upper(0.3, 0.5), y=Anchored(0.0, 3.0)),
-        **rule,
-    )
-
-
-def raw_of(w: Tensor, x: Tensor) -> dict[str, Any]:
-    y = x @ w
-    return {"a": y[:, 0] ** 2, "b": y[:, 1].abs(), "c": {"x": y[:, 2], "y": y[:, 3] ** 2}}
-
-
-def batches(count: int) -> Iterator[Tensor]:
-    source = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        yield torch.randn(32, 4, generator=source, dtype=torch.float64)
-
-
-def weights() -> Tensor:
-    return torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-
-
-def assert_same(one: GoalSet, other: GoalSet, rtol: float = 1e-5, atol: float = 1e-7) -> None:
-    """Compare all buffers, and the histories."""
-    for (name, a), b in zip(one.named_buffers(recurse=False), other.buffers(recurse=False), strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=name)
-    assert one.steps == other.steps == len(one.history) == len(other.history)
-    for part in PARTS:
-        torch.testing.assert_close(one.history[part], other.history[part], rtol=rtol, atol=atol, equal_nan=True)
-
-
-def in_parts(goals: GoalSet, w: Tensor, x: Tensor, sizes: Sequence[int]) -> Any:
-    """Take one step of micro-batches, up to the last backward; return the last output."""
-    for i, part in enumerate(x.split(list(sizes))):
-        with goals.accumulate(last=i == len(sizes) - 1):
-            out = goals(raw_of(w, part))
-            share = 1.0 if goals.reduction == "sum" else len(part) / len(x)
-            (out.loss.mean() * share).backward()
-    return out
 
 
 @SIZES
@@ -100,35 +53,6 @@ def test_micro_batches_are_one_step(rule: str, sizes: tuple[int, ...]) -> None:
     assert_same(ours, whole)
     if "spill" in rule:
         assert not ours.multipliers.allclose(torch.full((3,), 1 / 3))
-
-
-class Last(Policy):
-    """A policy that reads its whole batch and the step."""
-
-    until = 3
-
-    def __init__(self) -> None:
-        super().__init__(Minimize(1.0))
-
-    def update(self, raw: Tensor, state: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        state[0] += raw.numel()
-        state[1] += raw.sum()
-        return torch.zeros_like(state[0]), state[1] / state[0] + step
-
-
-def learning(**rule: Any) -> GoalSet:
-    goals = {"max": Calibrated(3), "quantile": Calibrated(4, statistic=0.9), "track": Tracking(halflife=3)}
-    return GoalSet(**goals, own=Last(), fixed=Anchored(0.0, 1.0), **rule)
-
-
-def learnt_from(x: Tensor) -> dict[str, Tensor]:
-    return {
-        "max": x[:, 0] ** 2,
-        "quantile": x[:, 1].abs(),
-        "track": x[:, 2] ** 2,
-        "own": x[:, 3] ** 2,
-        "fixed": x[:, 0],
-    }
 
 
 @SIZES
@@ -192,14 +116,6 @@ def test_one_bad_micro_batch_marks_one_step() -> None:
             assert torch.equal(w, start)
     assert int(guard.rejected) == 1 and goals.steps == 3
     assert goals.history["finite"].tolist() == [1, 0, 1]
-
-
-def call(goals: GoalSet, scale: float = 1.0) -> Any:
-    return goals({"a": torch.full((4,), scale, requires_grad=True), "b": torch.full((4,), 2.0)})
-
-
-def two(**rule: Any) -> GoalSet:
-    return GoalSet(a=Calibrated(3), b=Anchored(0.0, 1.0), **rule)
 
 
 def test_accept_ends_an_open_step() -> None:
@@ -362,95 +278,6 @@ def test_no_host_sync_in_micro_batches() -> None:
     assert not counter.seen.keys() - {"_to_copy"} and goals.steps == 1
 
 
-def test_merged_records_leave_out_goals_without_samples() -> None:
-    """A NaN of a finite record has no weight; one of a bad record stays. Weights may differ between goals."""
-    size = 3 * 2 + 4 * 2 + 2
-    records = torch.arange(3.0)[:, None].expand(3, size).clone()
-    parts = record_parts(records, 2, 2)
-    parts["finite"].fill_(1)
-    parts["level"][1, 0] = torch.nan
-    parts["level"][:, 1] = torch.nan
-    weights = torch.tensor([1.0, 1.0, 2.0])[:, None].expand(3, size).clone()
-    record_parts(weights, 2, 2)["deficit"][0, 1] = 0
-    merged, total = merge_records(records, weights, 2, 2, 1)
-    found = record_parts(merged, 2, 2)
-    assert found["level"].nan_to_num(-1).tolist() == pytest.approx([(0 + 4) / 3, -1])
-    assert found["deficit"].tolist() == pytest.approx([5 / 4, 5 / 3]) and found["loss"] == 5 / 4
-    assert found["highest"].tolist() == [2, 2] and record_parts(total, 2, 2)["level"].tolist() == [3, 0]
-    parts["finite"][1] = 0
-    found = record_parts(merge_records(records, weights, 2, 2, 2)[0], 2, 2)
-    assert found["level"].isnan().all() and found["finite"] == 0 and found["loss"] == 3
-
-
-MASKED: dict[str, dict[str, Any]] = {
-    "hard": {},
-    "smooth": {"temperature": 0.1},
-    "sum": {"reduction": "sum"},
-    "each": {"reduction": "none"},
-    "global": {"reduction": "min"},
-    "guard": {"guard": ShareGuard(0.1, 0.3)},
-}
-
-
-@SIZES
-@pytest.mark.parametrize("rule", MASKED)
-def test_masked_micro_batches_are_one_step(rule: str, sizes: tuple[int, ...]) -> None:
-    """Goals count by the samples that have them, absent goals not at all, in some micro-batches or in all of a step."""
-    ours, whole = (anchored(**MASKED[rule], optional=["b"]) for _ in range(2))
-    chosen = torch.Generator().manual_seed(2)
-    for step, x in enumerate(batches(4)):
-        w, v = weights(), weights()
-        known = torch.rand(3, 32, generator=chosen) > 0.4
-        known[:, 5] = False  # a sample without a goal
-        known[1] &= torch.tensor(step != 1)
-        masks = {"a": known[0], "b": known[1], "c": {"x": known[2], "y": known[2]}}
-        some = known.any(0)
-        start = 0
-        for i, size in enumerate(sizes):
-            rows = slice(start, start + size)
-            start += size
-            part = {n: {m: k[rows] for m, k in one.items()} if n == "c" else one[rows] for n, one in masks.items()}
-            raw = raw_of(w, x[rows])
-            if step == 1 and i % 2:
-                del raw["b"], part["b"]
-            with ours.accumulate(last=start == 32):
-                out = ours(raw, mask=part)
-                if rule == "sum":
-                    out.loss.backward()
-                elif rule == "each":
-                    (out.loss.sum() / 32).backward()
-                else:
-                    (out.loss * some[rows].sum() / some.sum()).backward()
-        expected = whole(raw_of(v, x), mask=masks)
-        (expected.loss.mean() if rule == "each" else expected.loss).backward()
-        if rule != "global":
-            torch.testing.assert_close(w.grad, v.grad, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(out.record, expected.record, rtol=1e-6, atol=1e-9, equal_nan=True)
-        assert bool(out.level[1].isnan()) is (step == 1)
-    assert_same(ours, whole)
-
-
-def test_policies_learn_from_what_is_present() -> None:
-    """A masked value teaches nothing, and a policy whose goal a step lacks stays as it is."""
-    ours, whole = (learning(guard=ShareGuard(0.1, 0.3), optional=["max"]) for _ in range(2))
-    for step, x in enumerate(batches(5)):
-        known = torch.rand(32, generator=torch.Generator().manual_seed(step)) > 0.5
-        known[:8] = True
-        for i, part in enumerate(x.split(8)):
-            raw = learnt_from(part)
-            mask = None if i == 0 else {"track": known[8 * i : 8 * i + 8]}
-            if step == 2:
-                del raw["max"]
-            with ours.accumulate(last=i == 3):
-                ours(raw, mask=mask)
-        raw = learnt_from(x)
-        if step == 2:
-            del raw["max"]
-        whole(raw, mask={"track": known})
-        assert torch.equal(ours.policy_state, whole.policy_state)
-        torch.testing.assert_close(ours.history["raw"], whole.history["raw"], equal_nan=True)
-
-
 # torch.compile.
 
 
@@ -506,98 +333,3 @@ def test_compiled_micro_batches_are_eager_ones(rule: str, inside: bool, fresh: N
     assert_same(ours, theirs, 1e-4, 1e-6)
     assert ours.steps == 8 and made[-1] == made[2] <= 6, made
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-# Closures.
-
-
-def fit(scope: bool) -> tuple[GoalSet, list[float], int]:
-    """Fit a line to two targets, with L-BFGS and spill; return the goals, their final means, and all evaluations."""
-    source = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 6, generator=source, dtype=torch.float64)
-    net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2)).double()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=source, dtype=torch.float64) / 3)
-    target = torch.stack([(x[:, 0] * x[:, 1]).tanh(), x[:, 2].sin()], 1)
-    goals = GoalSet(a=Anchored(0.0, 0.5), b=Anchored(0.0, 0.5), spill=Spill(0.5, halflife=2)).double()
-    optimizer = torch.optim.LBFGS(net.parameters(), line_search_fn="strong_wolfe", max_iter=20)
-    evaluations = 0
-
-    def closure() -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        optimizer.zero_grad()
-        errors = (net(x) - target) ** 2
-        loss = goals({"a": errors[:, 0], "b": errors[:, 1]}).loss
-        loss.backward()
-        return loss
-
-    for _ in range(5):
-        if scope:
-            with goals.one_step():
-                optimizer.step(closure)
-        else:
-            optimizer.step(closure)
-    final = ((net(x) - target) ** 2).mean(0).tolist()
-    return goals, final, evaluations
-
-
-def test_a_closure_is_one_step() -> None:
-    """Weights that move within a line search spoil it: the final losses are far better if they stand."""
-    goals, held, evaluations = fit(True)
-    assert goals.steps == len(goals.history) == 5 and evaluations > 50
-    moving, free, counted = fit(False)
-    assert moving.steps == counted > 50  # without the context each evaluation is a step
-    assert max(held) < max(free) / 2 and min(held) < min(free) / 2
-
-
-def test_evaluations_see_the_weights_of_the_first() -> None:
-    """The first evaluation is the step; the others, and what they learn from, leave no trace."""
-    goals = GoalSet(a=Calibrated(4), b=Anchored(0.0, 1.0), guard=ShareGuard(0.1, 0.3), spill=0.5)
-    single = copy.deepcopy(goals)
-    for k in range(5):
-        losses = []
-        with goals.one_step():
-            for scale in (1.0 + k, 50.0, 1.0 + k):
-                losses.append(float(call(goals, scale).loss.detach()))
-            inside = goals.params.clone(), goals.multipliers.clone()
-            call(goals, 70.0)
-            assert torch.equal(goals.params, inside[0]) and torch.equal(goals.multipliers, inside[1])
-            assert goals.steps == k
-        call(single, 1.0 + k)
-        assert losses[0] == losses[2] != losses[1]
-        for one in (goals, single):
-            one.accept(torch.tensor(k != 1))
-    assert_same(goals, single, 0, 0)
-    assert goals.history["finite"].tolist() == [1, 0, 1, 1, 1]
-
-
-def test_a_closure_of_micro_batches_is_one_step() -> None:
-    goals, single = two(spill=0.5), two(spill=0.5)
-    for _ in range(3):
-        with goals.one_step():
-            for factor in (1.0, 9.0, 4.0):  # evaluations
-                for scale, last in ((1.0, False), (2.0, False), (6.0, True)):
-                    with goals.accumulate(last=last):
-                        call(goals, factor * scale)
-        for scale, last in ((1.0, False), (2.0, False), (6.0, True)):
-            with single.accumulate(last=last):
-                call(single, scale)
-    assert_same(goals, single, 0, 0)
-
-
-def test_a_closure_that_fails_or_is_saved_leaves_nothing() -> None:
-    goals = two(spill=0.5)
-    with pytest.raises(ZeroDivisionError), goals.one_step():
-        call(goals, 5.0)
-        raise ZeroDivisionError
-    assert goals.steps == 0 and goals.anchors()["a"][1] == pytest.approx(1.0) and goals.part is None
-    with goals.one_step():
-        first = call(goals, 5.0).loss
-        assert copy.deepcopy(goals.state_dict())["params"][0, 1] == 1.0
-        assert torch.equal(call(goals, 5.0).loss, first)
-    assert goals.steps == 1 and goals.anchors()["a"][1] == pytest.approx(5.0)
-    with goals.one_step():
-        pass  # no evaluation, no step
-    assert goals.steps == 1
