@@ -133,6 +133,11 @@ def run(command: list[str], environment: Mapping[str, str], folder: Path) -> str
     return done.stdout
 
 
+def _lifted(cell: Cell) -> dict[str, str]:
+    """Return what lifts pip's settings on this machine, whose constraints may forbid the newest torch."""
+    return {"PIP_CONFIG_FILE": os.devnull} if cell.torch == "newest" else {}
+
+
 class Bench:
     """The folder in which the cells are run, one after the other.
 
@@ -186,8 +191,7 @@ class Bench:
             if cell.torch == "system":
                 run([base, "-m", "pip", "install", "--quiet", TORCH["system"]], os.environ, self.work)
             elif cell.torch in TORCH and cell.torch != "user":
-                lifted = {"PIP_CONFIG_FILE": os.devnull} if cell.torch == "newest" else {}
-                run([*pip, TORCH[cell.torch]], {**os.environ, **lifted}, self.work)
+                run([*pip, TORCH[cell.torch]], {**os.environ, **_lifted(cell)}, self.work)
             if not tools:  # torch may have installed it
                 run([self.python, "-m", "pip", "uninstall", "-y", "setuptools"], os.environ, self.work)
             shutil.copytree(self.venv, kept, symlinks=True, copy_function=os.link)
@@ -212,6 +216,7 @@ class Bench:
         # pip caches the wheel built from an archive and reuses it whatever the compiler and torch: each has its cache.
         kept["PIP_CACHE_DIR"] = str(self.work / "pip" / f"{cell.torch} {cell.compiler}".replace(" ", "-"))
         kept.setdefault("MAX_JOBS", "2")
+        kept |= _lifted(cell)
         if cell.compiler == "unknown GPU":
             kept.pop("TORCH_CUDA_ARCH_LIST", None)
         else:

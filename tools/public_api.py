@@ -105,14 +105,14 @@ def current() -> dict[str, Any]:
 
 
 def of_commit(revision: str) -> dict[str, Any]:
-    """Return the public interface of another commit, with the extension of this checkout."""
+    """Return the public interface of another commit, without an extension: its ops may differ from this checkout's."""
     with tempfile.TemporaryDirectory() as folder:
         packed = subprocess.run(
             ["git", "archive", revision, "bomkern", "kernels"], cwd=ROOT, check=True, capture_output=True
         )
         subprocess.run(["tar", "-xf", "-", "-C", folder], input=packed.stdout, check=True)
-        for library in (ROOT / "bomkern").glob("_C*.so"):
-            Path(folder, "bomkern", library.name).symlink_to(library)
+        # An editable installation would find the extension of this checkout; children of the process see this too.
+        Path(folder, "sitecustomize.py").write_text("import sys\nsys.modules['bomkern._C'] = None\n")
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve())],
             cwd=folder,

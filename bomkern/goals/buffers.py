@@ -101,10 +101,10 @@ class GoalBuffers(FullPrecisionBuffers):
         self.anchoring.load_state(state)
         self._ends.copy_(torch.tensor(self.rules.begin(state["begun"]), device="cpu"))
 
-    def before_loading(self, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+    def _before_loading(self, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
         return self._resume.fit(self, state, prefix, errors)
 
-    def after_loading(self) -> None:
+    def _after_loading(self) -> None:
         """Fill the buffers that ``load_state_dict(assign=True)`` left on the meta device, as it had none for them."""
         device = self.params.device
         if device.type == "meta" or not self.monitor.ring.is_meta:

@@ -53,17 +53,17 @@ class FullPrecisionBuffers(nn.Module):
         """Give all buffers, which may hold anything, the values that they had when the module was made."""
         raise NotImplementedError
 
-    def before_loading(self, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+    def _before_loading(self, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
         """Change a state, whose names have a prefix, before it is loaded. Return whether it can be loaded."""
         return True
 
-    def after_loading(self) -> None:
+    def _after_loading(self) -> None:
         """Finish what a loaded state has begun, before the states of submodules are loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        if self.before_loading(state_dict, prefix, arguments[-1]):
+        if self._before_loading(state_dict, prefix, arguments[-1]):
             super()._load_from_state_dict(state_dict, prefix, *arguments)
-            self.after_loading()
+            self._after_loading()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FullPrecisionBuffers:
         before = dict(self.named_buffers(recurse=False))
