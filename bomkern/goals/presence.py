@@ -151,6 +151,8 @@ class Presence:
         batch = self._align(values, masks, masked)
         empty = on_device((0.0,), torch.float32, device).reshape(())
         filled = [empty if value is None else value for value in values]
+        if batch > 1 and all(value.dim() == 0 for value in filled):  # only the masks have samples
+            filled[0] = filled[0].expand(batch)
         yes = on_device((True,), torch.bool, device)
         rows = [yes if one is None else one for one in masks]
         if absent:

@@ -316,3 +316,13 @@ def test_compiled_steps_agree() -> None:
     # Goals of different lengths, in one graph too.
     raw = {"a": torch.rand(7), "b": torch.rand(4)}
     assert torch.allclose(eager(raw).loss, step(raw, None))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masks_alone_have_samples(impl: str) -> None:
+    """Every goal is of the whole batch, and the masks say which samples have it."""
+    a, b = (torch.tensor(x, requires_grad=True) for x in (2.0, 1.0))
+    goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), impl=impl, reduction="sum")
+    out = goals({"a": a, "b": b}, mask={"a": torch.tensor([True, False, False, True])})
+    out.loss.backward()
+    assert out.bottleneck.tolist() == [0, 1, 1, 0] and out.loss == 6 and (a.grad, b.grad) == (2, 2)

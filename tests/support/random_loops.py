@@ -198,7 +198,8 @@ class Loop:
 
     def _part(self, batch: int, spoil: bool) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Return the values and masks of a part of the batch, [B] or 0-dim, representable in float32."""
-        chance, part = self.chance, {}
+        chance = self.chance
+        part: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for name in self._columns():
             shape = () if name in self.of_batch else (batch,)
             value = (torch.randn(shape, generator=self.values) + 0.5).to(self.dtype)
@@ -215,6 +216,10 @@ class Loop:
             if name in self.optional and chance.random() < 0.15:
                 self._note("absent")
                 part[name] = (None, None)
+        of_samples = [name for name in part if name not in self.of_batch]
+        if self.world > 1 and of_samples and all(part[name][0] is None for name in of_samples):
+            # A rank has B samples in every step; without any value it could not know how many.
+            part[of_samples[0]] = torch.full((batch,), torch.nan, dtype=self.dtype), torch.zeros(batch) > 0
         return part
 
     def _nested(self, raw: dict[str, Any]) -> dict[str, Any]:
