@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .monitor import Monitor
     from .policies import Policy
     from .resume import Resume
+    from .row_budget import RowBudget
     from .rule_state import RuleState
     from .rules import Spill
 
@@ -32,6 +33,7 @@ class GoalBuffers(FullPrecisionBuffers):
     rules: RuleState
     micro: MicroBatches
     monitor: Monitor
+    row_budget: RowBudget | None
     _resume: Resume
 
     params: Tensor
@@ -84,6 +86,8 @@ class GoalBuffers(FullPrecisionBuffers):
         self.anchoring.restart()
         self.micro.forget()
         self.rules.changed.clear()
+        if self.row_budget is not None:
+            self.row_budget.forget()
         self.rules.begin([0] * len(self.policies))
         for buffers in self._first():
             for name, buffer in buffers.items():
@@ -99,6 +103,8 @@ class GoalBuffers(FullPrecisionBuffers):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Load what `Resume.fit` made of a saved state."""
         self.anchoring.load_state(state)
+        if self.row_budget is not None:
+            self.row_budget.forget()
         self._ends.copy_(torch.tensor(self.rules.begin(state["begun"]), device="cpu"))
 
     def _before_loading(self, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:

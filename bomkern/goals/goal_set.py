@@ -33,6 +33,7 @@ from .presence import Masks, Presence, Present, averages
 from .raw_values import Raw, RawValues
 from .record import Layout, share_record
 from .resume import Resume
+from .row_budget import RowBudget
 from .rule_state import RuleState, learning_is_enabled
 from .rules import Group, ShareGuard, Spill
 from .table import table
@@ -53,7 +54,8 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         goals: constraints, policies or `Group` by name, in a mapping or as keywords; 1 to 64 columns in all.
         reduction: "mean" (over samples), "sum", "none" ([B]), or "min": the single worst sample of the batch.
         temperature: mu >= 0, in units of deficit.
-        spill: a `Spill`, its ratio as a number, or 0 for none. The temperature must be 0 with a spill.
+        spill: a `Spill`, its ratio as a number, or 0 for none. The temperature must be 0 with a spill. With a
+            ``budget`` each goal takes a part of the samples of a training step.
         guard: a `ShareGuard`, or None.
         route, materialize: whether backward skips the graphs of goals without a share in the batch, and the names of
             goals that always get a gradient, of zeros if they have no share; see `min_goal_loss`. With ``spill`` or a
@@ -179,6 +181,9 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         self.rules = RuleState(self.policies, self.guard, self.spill, self.layout.at, self._ranks)
         self.monitor = Monitor(self.layout, self.impl)
         self.micro = MicroBatches(self.rules, self.layout, self.reduction)
+        self.row_budget: RowBudget | None = None
+        if self.spill and self.spill.budget is not None:
+            self.row_budget = RowBudget(self.spill, self.owner, self.presence, self.reduction, self._ranks)
         self.alone: int | None = None
         self.branches: list[Branches] | None = None  # of the steps in which `StepGuard` searches for a goal
 
@@ -225,11 +230,16 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         learns = self.training and learning_is_enabled()
         if learns:
             rules.changed.clear()  # the previous step can no longer be taken back
+        budget = self.row_budget if learns and self.alone is None else None
         if any(type(value) is Lazy for value in tensors):
             evaluation = Evaluation(tensors)
-            tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
+            if budget is None:
+                tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
         present: Present | None = None
-        if absent or mask is not None or self.presence.needed(tensors):
+        if budget is not None:
+            place = buffers_of(children_of(self)["monitor"])["place"]
+            tensors, present = budget.of(tensors, absent, mask, evaluation, buffers, place)
+        elif absent or mask is not None or self.presence.needed(tensors):
             tensors, present = self.presence.of(tensors, mask, buffers["params"].device)
         try:
             if learns:
@@ -264,6 +274,8 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
             watch_backward(self.branches, [self.names[g] for g in self.owner], graphs)
         if learns:
             record = rules.keep(buffers, children_of(self)["monitor"], record, present)
+            if budget is not None and evaluation is not None:
+                budget.send(buffers["multipliers"])
         walked = None if evaluation is None else evaluation.walked
         return GoalOutput(loss, bottleneck, record, self.layout, walked, watched)
 

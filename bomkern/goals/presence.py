@@ -27,6 +27,7 @@ class Present(NamedTuple):
         samples: [W] int64, the number of each rank's samples that have a goal; None for one process.
         masked: the columns that may be absent somewhere.
         absent: the columns without a raw value.
+        factor: 0-dim, by which the weights of a spill are multiplied, or None.
     """
 
     mask: Tensor
@@ -34,6 +35,7 @@ class Present(NamedTuple):
     samples: Tensor | None
     masked: frozenset[int]
     absent: frozenset[int]
+    factor: Tensor | None = None
 
     def with_graph(self, loss: Tensor, alone: int | None) -> Tensor:
         """Return the loss so that its backward runs even if no raw value is in it; a compiled graph leaves it as it is.
@@ -76,7 +78,8 @@ class Present(NamedTuple):
         of_goals = counts[1 : 1 + len(multipliers)]
         given = torch.where(of_goals > 0, multipliers, 0)
         total = given.sum()
-        return given / torch.where(total > 0, total, 1) * counts[0] / of_goals.clamp(min=1)
+        weights = given / torch.where(total > 0, total, 1) * counts[0] / of_goals.clamp(min=1)
+        return weights if self.factor is None else weights * self.factor
 
     def mean(self, k: int, values: Tensor) -> Tensor:
         """Return the sum of column k over this rank's samples that have it, over the number of all that do."""

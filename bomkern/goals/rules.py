@@ -59,16 +59,35 @@ class Spill:
     matters: a goal that can never be satisfied holds about ``1 - ratio`` of the gradient however bad it is. The hard
     minimum would give it everything. The rest is distributed as if that goal were not there.
 
+    With a ``budget`` a goal of weight w takes ``n = min(B, max(1, ceil(budget * w * B)))`` of the B samples of a step.
+    Its part of the loss is w times its mean deficit over these. Rows are drawn at random, so the expected loss and
+    gradient are those of all samples. All goals together take about ``budget * B`` rows instead of ``G * B``, and a
+    `lazy` goal is evaluated once, for its rows alone. See "A budget of rows" in the documentation of `GoalSet`.
+
     Args:
         ratio: in (0, 1).
         halflife: of the moving average, in steps, > 0.
+        budget: goal rows of a step, in batches, > 0; None takes all rows. The reduction must be "mean" or "sum".
+        seed: of the rows that are drawn, a whole number, at least 0. They are a function of seed, step and rank.
+
+    Raises:
+        ValueError: a number is out of range; the message names it.
+        TypeError: an argument is no number; the message names it.
     """
 
-    def __init__(self, ratio: float = 0.5, halflife: float = 7.0) -> None:
+    def __init__(
+        self, ratio: float = 0.5, halflife: float = 7.0, budget: float | None = None, *, seed: int = 0
+    ) -> None:
         self.ratio = finite_number("Spill: ratio", ratio, above=0)
         if self.ratio >= 1:
             raise ValueError(f"Spill: ratio must be below 1, got {ratio}")
         self.rate = 1 - 2 ** (-1 / finite_number("Spill: halflife", halflife, above=0))
+        self.budget = None if budget is None else finite_number("Spill: budget", budget, above=0)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"Spill: seed must be a whole number, got {seed!r}")
+        if seed < 0:
+            raise ValueError(f"Spill: seed must be at least 0, got {seed}")
+        self.seed = seed
 
     def weights(self, goals: int) -> Tensor:
         """Return the weights by order, the worst goal's first, [goals]; they sum to 1."""
@@ -76,7 +95,7 @@ class Spill:
         return (weights / weights.sum()).float()
 
     def __repr__(self) -> str:
-        return f"Spill({self.ratio:g})"
+        return f"Spill({self.ratio:g}" + ("" if self.budget is None else f", budget={self.budget:g}") + ")"
 
 
 class Group:

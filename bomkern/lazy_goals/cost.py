@@ -90,9 +90,16 @@ def record_owned(calls: Iterable[tuple[FunctionStatistics, int, int]]) -> float:
     Returns:
         The fraction of the backward's time that these rows take.
     """
-    done = total = 0.0
+    calls = list(calls)
     for statistics, rows, owned in calls:
         statistics.add_owned(owned / rows)
+    return fraction_of(calls)
+
+
+def fraction_of(calls: Iterable[tuple[FunctionStatistics, int, int]]) -> float:
+    """Return the fraction of the backward's time that some rows of each call take. ``calls``: see `record_owned`."""
+    done = total = 0.0
+    for statistics, rows, owned in calls:
         cost = max(statistics.forward, 1e-12) * statistics.backward_ratio
         done, total = done + owned * cost, total + rows * cost
     return done / total if total else 1.0

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.devices import rng_state, set_rng_state
+from ..common.process_group import several_ranks
 from .call import HALF, Call, check_rows, is_rows
-from .cost import partial_pays, record_owned, statistics_of
+from .cost import fraction_of, partial_pays, record_owned, statistics_of
 from .node import Node
 from .owned_rows import attach_rows
 
@@ -27,7 +29,8 @@ class Evaluation:
     4. `rebuild` evaluates those rows with a graph, and `attach` connects them to the loss.
 
     Where rows must not be left out, or leaving them out does not pay, `tensors` calls `build` instead, which evaluates
-    all rows once, with a graph.
+    all rows once, with a graph. Where the rows are known before the loss, `nested` or `masked` finds what each function
+    needs, and `rows_of_goals` evaluates it once, in place of all four.
 
     Args:
         goals: the goals of the loss. Those that are not lazy are passed on unchanged.
@@ -188,6 +191,82 @@ class Evaluation:
             parts.update(zip(members, out.split([len(rows[i]) for i in members]), strict=True))
         return parts
 
+    # Rows that are known before the loss.
+
+    def nested(self, counts: Mapping[int, int], order: Tensor) -> dict[int, Tensor]:
+        """Return the rows for which each node is needed, if each goal takes the first of one order.
+
+        Args:
+            counts: the number of rows of each lazy goal, at least 1, by its place among the goals.
+            order: a permutation of the rows, [B] int64; all lazies have B rows.
+
+        Returns:
+            As `choose`, on the device of ``order``. What several goals read is needed for the largest of them.
+        """
+        needed = [0] * len(self.nodes)
+        for k, count in counts.items():
+            i = self._index[self.goals[k]]
+            needed[i] = max(needed[i], count)
+        for i in reversed(range(len(self.nodes))):
+            for source in self._sources[i]:
+                if source is not None:
+                    needed[source] = max(needed[source], needed[i])
+        first = {count: order[:count].sort().values for count in set(needed) if count}
+        return {i: first[count] for i, count in enumerate(needed) if count}
+
+    def masked(self, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return the rows for which each node is needed, by the rows of each lazy goal, bool [B] on the host."""
+        wanted: dict[int, Tensor] = {}
+        for k, mask in rows.items():
+            i = self._index[self.goals[k]]
+            wanted[i] = wanted[i] | mask if i in wanted else mask
+        return self.choose(wanted)
+
+    def rows_of_goals(self, rows: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Evaluate these rows once, with a graph.
+
+        Returns:
+            By the place of each lazy goal that is needed, its rows on its device, [n] int64, and their values, [n].
+
+        Raises:
+            ValueError: a lazy goal does not return [n] for n rows, or rows depend on one another.
+        """
+        self._check_functions()
+        self._parts = self.rebuild(rows)
+        done: dict[Call, int] = {}
+        for i, node in enumerate(self.nodes):
+            if node.graph is None:
+                done[self._calls[i]] = done.get(self._calls[i], 0) + (len(rows[i]) if i in rows else 0)
+        self.walked = fraction_of((call.statistics, call.rows, count) for call, count in done.items())
+        found = {}
+        for k, goal in enumerate(self.goals):
+            i = self._index[goal] if isinstance(goal, Node) else -1
+            if i in self._parts:
+                self._check_goal(goal, self._parts[i], len(rows[i]))
+                found[k] = rows[i].to(goal.device, non_blocking=True), self._parts[i]
+        return found
+
+    def _check_functions(self) -> None:
+        """Check on first use that rows are independent, from values of all rows that are then forgotten.
+
+        Of several processes none does: DistributedDataParallel and FSDP expect one forward for each backward.
+        """
+        if several_ranks():
+            return
+        unknown = [node for node in self.nodes if node.rows > 1 and not statistics_of(node.fn).checked]
+        fresh = [node for node in self.nodes if node.whole is None]
+        if not unknown or not fresh:
+            return
+        device = fresh[0].device
+        state = rng_state(device)
+        try:
+            self.look()
+        finally:
+            set_rng_state(device, state)  # a run that is resumed here draws as one that is not
+            for node in fresh:
+                node.call, node.start, node.whole = None, 0, None
+        self._calls, self._starts = self._plan()
+
     # Helpers of the steps.
 
     def _by_call(self, indices: Iterable[int]) -> dict[Call, list[int]]:
@@ -206,14 +285,16 @@ class Evaluation:
         """Return the tensor of a goal for the loss: with its graph, or as a leaf whose gradient `attach` reads."""
         value = node.graph if node.graph is not None and torch.is_grad_enabled() else node.whole
         assert value is not None
-        if value.dim() != 1:
-            raise ValueError(
-                f"{node!r} is a goal: it must return [n] for n rows, got {list(value.shape)} for {node.rows}"
-            )
+        self._check_goal(node, value, node.rows)
         if not self._partial or value is node.graph or not value.is_floating_point():
             return value
         # In float32, since half precision would round the gradient to a few digits.
         return value.detach().to(torch.promote_types(value.dtype, torch.float32)).requires_grad_()
+
+    @staticmethod
+    def _check_goal(node: Node, value: Tensor, rows: int) -> None:
+        if value.dim() != 1:
+            raise ValueError(f"{node!r} is a goal: it must return [n] for n rows, got {list(value.shape)} for {rows}")
 
     def _arguments(self, i: int, rows: Mapping[int, Tensor], parts: Mapping[int, Tensor]) -> list[Any]:
         """Return the arguments of a node for its rows."""

@@ -76,6 +76,8 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
     choice can change the last bits of a gradient; "always" and "never" do not depend on times. On a GPU the host waits
     once per loss to learn which rows receive gradient.
 
+    With ``Spill(budget=)`` the rows of a training step are known before it: ``fn`` is evaluated once, for these alone.
+
     ``fn`` is called when the loss is computed, more than once, and four times on first use. Its side effects (counters,
     moving averages, hooks) happen as often. Its random numbers must come from PyTorch's own generator, and it must not
     write into its arguments. If rows are left out, a second derivative raises an error; use ``route="never"`` for one.

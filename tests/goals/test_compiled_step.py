@@ -16,6 +16,7 @@ from bomkern import (
     GoalSet,
     Group,
     ShareGuard,
+    Spill,
     Tracking,
     Upper,
     covariance_penalty,
@@ -30,6 +31,7 @@ RULES: dict[str, dict[str, Any]] = {
     "global": {"reduction": "min"},
     "smooth": {"temperature": 0.1},
     "spill": {"spill": 0.5},
+    "budget": {"spill": Spill(0.5, budget=0.8)},
     "guard": {"guard": ShareGuard(0.1, 0.6)},
 }
 EACH = pytest.mark.parametrize("rule", RULES)

@@ -25,6 +25,7 @@ RULES: dict[str, dict[str, Any]] = {
     "global": {"reduction": "min"},
     "smooth": {"temperature": 0.1},
     "spill": {"spill": Spill(0.5)},
+    "budget": {"spill": Spill(0.5, budget=0.7)},
     "guard": {"guard": ShareGuard(0.1, 0.3)},
     "guarded": {"guard": ShareGuard(0.1, 0.3), "temperature": 0.1, "reduction": "none"},
     "spilling, guarded": {"guard": ShareGuard(0.1, 0.3), "spill": 0.5, "reduction": "sum"},
