@@ -269,7 +269,7 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
             raise
         if self._watching:
             record.narrow(0, self.layout.at.share, len(self.names)).zero_()
-        if self.training and not torch.compiler.is_compiling() and self.branches is not None:
+        if self.branches is not None and self.training and not torch.compiler.is_compiling():
             graphs = tensors if evaluation is None else evaluation.graphs()
             watch_backward(self.branches, [self.names[g] for g in self.owner], graphs)
         if learns:
