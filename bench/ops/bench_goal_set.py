@@ -44,7 +44,8 @@ def plain(rule: str) -> Function:
             share = torch.softmax(d.detach() / MU, 1).mean(0)
         else:
             loss, share = (d.mean(0) * weights).sum(), weights / weights.sum()
-        return loss, torch.stack([share, scores.detach().clamp(max=1).mean(0)]), torch.stack([x.detach().mean() for x in raw])
+        level = scores.detach().clamp(max=1).mean(0)
+        return loss, torch.stack([share, level]), torch.stack([x.detach().mean() for x in raw])
 
     return step
 
