@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo  # its first import, by torch itself inside a call, leaves frames with that call's tensors
 from torch import Tensor, nn
 
 from bomkern import GoalSet, Lazy, Minimize, lazy, min_goal_loss
