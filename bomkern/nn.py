@@ -6,6 +6,7 @@ Each module is a function of bomkern with its options bound: ``TotalCorrelation(
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from .ops.latent_statistics import LatentStatistics as Statistics
 from .ops.latent_statistics import latent_statistics
 from .ops.min_goal import Mask, MinGoalStats, min_goal_loss
 from .ops.total_correlation import gaussian_total_correlation, total_correlation
+
+log = logging.getLogger("bomkern")
 
 __all__ = [
     "ActiveUnits",
@@ -100,6 +103,18 @@ class MinGoalLoss(FullPrecisionBuffers):
         """Write the parameters of the constraints into ``params``, for example after ``to_empty``."""
         if self.constraints is not None and self.params is not None:
             self.params.copy_(ConstraintTable(self.constraints, "cpu").params)
+
+    def _before_loading(self, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+        """Log which constraints of the code the state replaces; it has no names, so the order decides."""
+        given = state.get(f"{prefix}params")
+        if self.constraints is not None and isinstance(given, Tensor) and not given.is_meta:
+            for k, (constraint, ramp) in enumerate(zip(self.constraints, given.tolist(), strict=False)):
+                if (text := text_of(constraint, ramp)) != repr(constraint):
+                    log.warning(
+                        "MinGoalLoss: the state that is loaded has %s for goals[%d], and the code has %r: the state's "
+                        "holds; reset_parameters() restores the code's", text, k, constraint,
+                    )  # fmt: skip
+        return True
 
     def forward(
         self, goals: Tensor | Sequence[Tensor | Lazy], mask: Mask = None

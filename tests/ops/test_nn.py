@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -95,3 +96,15 @@ def test_precision_is_that_of_the_goals(kept: torch.dtype, given: torch.dtype) -
     x = rand(9, 3, dtype=given)
     assert loss(x).dtype is given
     torch.testing.assert_close(loss(x), bomkern.min_goal_loss(x, CONSTRAINTS))
+
+
+def test_a_state_that_replaces_constraints_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    saved, edited = nn.MinGoalLoss([Minimize(0.1), Minimize(1.0)]), nn.MinGoalLoss([Minimize(0.1), Minimize(2.0)])
+    with caplog.at_level(logging.WARNING, "bomkern"):
+        nn.MinGoalLoss([Minimize(0.1), Minimize(1.0)]).load_state_dict(saved.state_dict())
+        assert not caplog.records
+        edited.load_state_dict(saved.state_dict())
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "has Minimize(scale=1, ideal=0) for goals[1], and the code has Minimize(scale=2, ideal=0)" in line
+    edited.reset_parameters()
+    assert edited.params is not None and edited.params[1, 1] == 0.5
