@@ -260,13 +260,13 @@ def averages(reduction: str, spill: object) -> bool:
     return spill is not None and reduction in AVERAGED
 
 
-def _differ(tensors: Sequence[Any]) -> bool:
+def _differ(tensors: Sequence[Tensor | None]) -> bool:
     """Return whether goals that are not of the whole batch have different numbers of samples."""
-    try:
-        count = tensors[0].numel()
-        if all([t.numel() == count for t in tensors]):  # the usual case, in half of the time
-            return False
-    except AttributeError:  # no tensor, which the op refuses
-        pass
-    lengths = {t.shape[0] for t in tensors if isinstance(t, Tensor) and t.dim() == 1}
-    return len(lengths) > 1
+    first = None
+    for t in tensors:
+        if isinstance(t, Tensor) and t.dim() == 1:
+            if first is None:
+                first = t.shape[0]
+            elif t.shape[0] != first:
+                return True
+    return False
