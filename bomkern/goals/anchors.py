@@ -92,8 +92,7 @@ class Anchors:
         """Write the anchors of a column once both are known."""
         policy = self.policies[column]
         assert isinstance(policy, Anchored)
-        ideal, nadir = self._write(buffers, column)
-        away = ideal - nadir if policy.maximize else nadir - ideal
+        ideal, nadir, away = self._write(buffers, column)
         if not away > 0:
             side, other = ("below", False) if policy.maximize else ("above", True)
             fix = f"; if it is on purpose, write Anchored(..., maximize={other})" if away < 0 else ""
@@ -103,15 +102,15 @@ class Anchors:
         buffers["start"][k] = buffers["params"][k]
         self.waiting.remove(column)
 
-    def _write(self, buffers: Buffers, column: str) -> tuple[float, float]:
-        """Write the known anchors of a column, and return them."""
+    def _write(self, buffers: Buffers, column: str) -> tuple[float, float, float]:
+        """Write the known anchors of a column; return the ideal, the nadir, and how much worse the nadir is."""
         policy = self.policies[column]
         assert isinstance(policy, Anchored)
         both = {**policy.known, **self._known[column]}
         ideal, nadir = both["ideal"], both["nadir"]
         away = ideal - nadir if policy.maximize else nadir - ideal
         write_anchor(buffers, self.index(column), ideal, max(away, SMALLEST))
-        return ideal, nadir
+        return ideal, nadir, away
 
     def first_params(self) -> Tensor:
         """Return the parameters before the first step, [K, 4] float32 on the host, with the anchors known so far."""

@@ -147,18 +147,16 @@ def share_record(
     parts, weights = record_parts(records, goals, columns), torch.ones_like(records)
     if reduction != Reduction.NONE:  # there the record's is the mean over the samples that count
         parts["loss"].copy_(losses)
+    parted = samples is not None  # means are parts of those of the whole batch
     if samples is None:
         samples = weights[:, -1]
-        together, _ = merge_records(records, weights, goals, columns, reduction)
-        merged = record_parts(together, goals, columns)
-        added = reduction == Reduction.SUM
     else:
         record_parts(weights, goals, columns)["loss"].copy_(samples)
-        together, _ = merge_records(records, weights, goals, columns, reduction)
-        merged = record_parts(together, goals, columns)
-        added = reduction != Reduction.MIN
-        for name in ("level", "deficit", "raw", *(("share", "loss") if added else ())):
-            merged[name].copy_(parts[name].sum(0))
+    together, _ = merge_records(records, weights, goals, columns, reduction)
+    merged = record_parts(together, goals, columns)
+    added = reduction == Reduction.SUM or (parted and reduction != Reduction.MIN)
+    for name in ("level", "deficit", "raw", *(("share", "loss") if added else ())) if parted else ():
+        merged[name].copy_(parts[name].sum(0))
     if reduction == Reduction.NONE:
         return loss, together
     weight = torch.ones_like(own)

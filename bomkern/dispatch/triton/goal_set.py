@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,21 +15,10 @@ from .launcher import guard, load
 from .library import Aside, Grads, by_reference, register
 
 
-def _fake(
-    goals: Sequence[Tensor],
-    params: Tensor,
-    curves: Sequence[int],
-    groups: Sequence[int],
-    temperature: Tensor,
-    reduction: int,
-    multipliers: Tensor | None,
-    present: Tensor | None,
-    counts: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    return fakes.goal_set(
-        goals, params, curves, groups, temperature, reduction, multipliers, save, present=present, counts=counts
-    )
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *before, present, counts, save = arguments
+    made: Callable[..., tuple[Tensor, ...]] = fakes.goal_set
+    return made(*before, save, present=present, counts=counts)
 
 
 def _forward(
