@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch import distributed as dist
 
 from bomkern import Calibrated, GoalSet, Group, Minimize, ShareGuard, Tracking
+from tests.support.processes import on_two_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 BATCH = 6  # samples of a rank
@@ -129,28 +128,17 @@ def refuse(group: Any, rank: int) -> None:
         goals({"a": torch.rand(2), "b": torch.rand(3)})
 
 
-def _worker(rank: int, folder: str, whole: bool) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    group = dist.group.WORLD
-    try:
-        for reduction in ("mean", "sum", "min", "none") if whole else ("mean",):
-            for rule in RULES if whole else ("smooth", "guard"):
-                agree(group, rank, reduction, rule)
-        one_goal_alone(group, rank)
-        refuse(group, rank)
-        if whole:
-            compiled(group, rank)
-        Path(folder, f"done{rank}").touch()
-    except BaseException:
-        Path(folder, f"failed{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
+def _check(group: Any, rank: int, whole: bool) -> None:
+    for reduction in ("mean", "sum", "min", "none") if whole else ("mean",):
+        for rule in RULES if whole else ("smooth", "guard"):
+            agree(group, rank, reduction, rule)
+    one_goal_alone(group, rank)
+    refuse(group, rank)
+    if whole:
+        compiled(group, rank)
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_are_one(tmp_path: Path, whole: bool) -> None:
     """Two processes with half of the samples each are one with all of them, with all rules and reductions if whole."""
-    mp.spawn(_worker, (str(tmp_path), whole), nprocs=2)
-    assert len(list(tmp_path.glob("done*"))) == 2
+    assert len(on_two_ranks(_check, tmp_path, whole)) == 2

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import distributed as dist
 
 import bomkern
 from bench import ranks
 from bomkern import Anchored, Calibrated, GoalSet, Minimize, ShareGuard, StepGuard, Tracking
 from bomkern.common import process_group
+from tests.support.processes import on_two_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 # Policies and history are float32 for goals of any dtype.
@@ -238,21 +238,15 @@ def _copies(group: Any) -> None:
 CHECKS = (_ddp, _one_bad_sample, _errors, _halves, _compiled, _twice, _accumulated, _copies)
 
 
-def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        for check in CHECKS:
-            check(dist.group.WORLD)
-            Path(folder, f"{check.__name__}{rank}").touch()
-    finally:
-        dist.destroy_process_group()
+def _check(group: Any, rank: int) -> list[str]:
+    for check in CHECKS:
+        check(group)
+    return [check.__name__ for check in CHECKS]
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
-    assert len(list(tmp_path.glob("_*"))) == 2 * len(CHECKS)
+    assert on_two_ranks(_check, tmp_path) == [[check.__name__ for check in CHECKS]] * 2
 
 
 def test_not_a_group() -> None:

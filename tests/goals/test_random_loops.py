@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import distributed as dist
+
+from tests.support.processes import on_two_ranks
 
 from ..support import random_loops
 
@@ -37,20 +38,13 @@ def test_a_compiled_loop(seed: int) -> None:
     assert did.keys() <= {*HAPPENED, "tied"}
 
 
-def _worker(rank: int, folder: str, loops: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        did = random_loops.run(range(10_000, 10_000 + loops), group=dist.group.WORLD)
-        torch.save(did, Path(folder, f"done{rank}"))
-    finally:
-        dist.destroy_process_group()
+def _loops(group: Any, rank: int, loops: int) -> dict[str, int]:
+    return random_loops.run(range(10_000, 10_000 + loops), group=group)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("loops", [30, pytest.param(190, marks=pytest.mark.slow)])
 def test_loops_on_two_ranks(tmp_path: Path, loops: int) -> None:
-    mp.spawn(_worker, (str(tmp_path), loops), nprocs=2)
-    did: list[dict[str, Any]] = [torch.load(tmp_path / f"done{rank}") for rank in range(2)]
-    assert did[0] == did[1]
+    did = on_two_ranks(_loops, tmp_path, loops)
+    assert len(did) == 2 and did[0] == did[1]
     check(did[0], loops)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bomkern import GoalSet, Minimize, Spill, lazy
+from tests.support.processes import on_two_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 BATCH = 12  # samples of a rank
@@ -180,30 +179,19 @@ def in_expectation(group: Any, rank: int) -> None:
     assert abs(float(drawn.mean()) - 1) < 3.5 * error < 0.02
 
 
-def _worker(rank: int, folder: str, whole: bool) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    group = dist.group.WORLD
-    try:
-        for reduction in ("mean", "sum"):
-            for masked in (False, True):
-                the_formula(group, rank, reduction, masked)
-        enough_is_all(group, rank)
-        no_further_gather(group, rank)
+def _check(group: Any, rank: int, whole: bool) -> None:
+    for reduction in ("mean", "sum"):
         for masked in (False, True):
-            data_parallel(group, rank, masked)
-        if whole:
-            fully_sharded(group, rank)
-            in_expectation(group, rank)
-        Path(folder, f"done{rank}").touch()
-    except BaseException:
-        Path(folder, f"failed{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
+            the_formula(group, rank, reduction, masked)
+    enough_is_all(group, rank)
+    no_further_gather(group, rank)
+    for masked in (False, True):
+        data_parallel(group, rank, masked)
+    if whole:
+        fully_sharded(group, rank)
+        in_expectation(group, rank)
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_draw_apart_and_agree(tmp_path: Path, whole: bool) -> None:
-    mp.spawn(_worker, (str(tmp_path), whole), nprocs=2)
-    assert len(list(tmp_path.glob("done*"))) == 2
+    assert len(on_two_ranks(_check, tmp_path, whole)) == 2
