@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from ..common.devices import rng_state, set_rng_state
 from ..common.process_group import several_ranks
 from .call import HALF, Call, check_rows, is_rows
 from .cost import fraction_of, partial_pays, record_owned, statistics_of
+from .joint_calls import autocast_of, join_rows, plan_calls, sorted_nodes
 from .node import Node
 from .owned_rows import attach_rows
 
@@ -42,30 +41,15 @@ class Evaluation:
 
     def __init__(self, goals: Sequence[Any]) -> None:
         self.goals = list(goals)
-        self.nodes = _sorted_nodes([goal for goal in goals if isinstance(goal, Node)])
+        self.nodes = sorted_nodes([goal for goal in goals if isinstance(goal, Node)])
         self.walked = 1.0
         self._index = {node: i for i, node in enumerate(self.nodes)}
         # The index of each argument that is one of the nodes. The arguments of a lazy with a graph need not be nodes.
         self._sources = [[self._index.get(a) if isinstance(a, Node) else None for a in n.args] for n in self.nodes]
-        self._calls, self._starts = self._plan()
+        self._calls, self._starts = plan_calls(self.nodes)
         self._partial = False
         self._parts: dict[int, Tensor] = {}  # the rows with a graph of each node, after `attach`
         self._watched: dict[int, Tensor] = {}  # the values of the goals whose owned rows `attach` asks for
-
-    def _plan(self) -> tuple[dict[int, Call], dict[int, int]]:
-        """Return the call of each node, and the position of its first row in that call. No function is called yet."""
-        calls = {i: node.call for i, node in enumerate(self.nodes) if node.call is not None}
-        starts = {i: self.nodes[i].start for i in calls}
-        joint: dict[Any, list[int]] = {}
-        for i, node in enumerate(self.nodes):
-            if i not in calls:
-                joint.setdefault(_joint_key(node), []).append(i)
-        for members in joint.values():
-            sizes = [self.nodes[i].rows for i in members]
-            call = Call(self.nodes[members[0]].fn, sizes)
-            for k, i in enumerate(members):
-                calls[i], starts[i] = call, sum(sizes[:k])
-        return calls, starts
 
     def tensors(self, partial: bool, always: bool) -> list[Any]:
         """Evaluate the lazy goals, and return all goals as the loss takes them.
@@ -99,8 +83,8 @@ class Evaluation:
         """Evaluate all rows without a graph; values that exist stay as they are."""
         for call, members in self._by_call(i for i, node in enumerate(self.nodes) if node.whole is None).items():
             first = self.nodes[members[0]]
-            args = _join([[a.whole if isinstance(a, Node) else a for a in self.nodes[i].args] for i in members])
-            with _autocast(first):
+            args = join_rows([[a.whole if isinstance(a, Node) else a for a in self.nodes[i].args] for i in members])
+            with autocast_of(first):
                 out = call.without_graph(args)
             for i, part in zip(members, out.split(call.sizes), strict=True):
                 self._keep(i, part.detach(), None)
@@ -184,9 +168,9 @@ class Evaluation:
             if i in rows and node.graph is not None:
                 parts[i] = node.graph if len(rows[i]) == node.rows else node.graph[rows[i].to(node.device)]
         for call, members in self._by_call(i for i in range(len(self.nodes)) if i in rows and i not in parts).items():
-            args = _join([self._arguments(i, rows, parts) for i in members])
+            args = join_rows([self._arguments(i, rows, parts) for i in members])
             picks = torch.cat([rows[i] + self._starts[i] for i in members])
-            with torch.enable_grad(), _autocast(self.nodes[members[0]]):
+            with torch.enable_grad(), autocast_of(self.nodes[members[0]]):
                 out = call.with_graph(args, picks)
             parts.update(zip(members, out.split([len(rows[i]) for i in members]), strict=True))
         return parts
@@ -265,7 +249,7 @@ class Evaluation:
             set_rng_state(device, state)  # a run that is resumed here draws as one that is not
             for node in fresh:
                 node.call, node.start, node.whole = None, 0, None
-        self._calls, self._starts = self._plan()
+        self._calls, self._starts = plan_calls(self.nodes)
 
     # Helpers of the steps.
 
@@ -335,58 +319,3 @@ class Evaluation:
         fraction = record_owned((call.statistics, call.rows, count) for call, count in owned.items())
         if self._partial:
             self.walked = fraction
-
-
-def _sorted_nodes(goals: Sequence[Node]) -> list[Node]:
-    """Return the goals and all lazies that they read, by depth and then in the order of their creation.
-
-    The arguments of a lazy that has a graph for all rows are left out, since they are not needed again.
-    """
-    nodes: set[Node] = set()
-    todo = list(goals)
-    while todo:
-        node = todo.pop()
-        if node not in nodes:
-            nodes.add(node)
-            if node.graph is None:
-                todo += [a for a in node.args if isinstance(a, Node)]
-    return sorted(nodes, key=lambda node: (node.depth, node.made))
-
-
-def _joint_key(node: Node) -> tuple[Any, ...]:
-    """Return a key that is equal for nodes that one call can evaluate.
-
-    Such nodes have the same depth, function, autocast and arguments, except for the rows. Objects are compared by
-    identity, since they need not be hashable.
-    """
-    return node.depth, _identity(node.fn), node.autocast, tuple(_kind(a) for a in node.args)
-
-
-def _kind(argument: Any) -> Any:
-    """Return a key that is equal for arguments that one call can take."""
-    if isinstance(argument, Node):
-        return "rows", _identity(argument.fn)
-    if is_rows(argument):
-        return "rows", (argument.shape[1:], argument.dtype)
-    return id(argument)
-
-
-def _identity(fn: Callable[..., Any]) -> Any:
-    """Return the same key for the same function; a bound method is another object each time it is looked up."""
-    return (id(fn.__self__), id(fn.__func__)) if isinstance(fn, types.MethodType) else id(fn)
-
-
-def _autocast(node: Node) -> AbstractContextManager[Any]:
-    """Return a context with the autocast under which the node was made."""
-    device, dtype, enabled = node.autocast
-    if not enabled and not torch.is_autocast_enabled(device):
-        return nullcontext()
-    # The cache stays off: it would return a weight that was cast without a graph.
-    return torch.autocast(device, dtype, enabled, cache_enabled=False)
-
-
-def _join(args: Sequence[Sequence[Any]]) -> list[Any]:
-    """Return the arguments of one call for several nodes: rows are concatenated, anything else is taken once."""
-    return [
-        torch.cat(column) if len(column) > 1 and is_rows(column[0]) else column[0] for column in zip(*args, strict=True)
-    ]
