@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--reduction", choices=REDUCTIONS, help=f"of the per-sample losses ({default.reduction})")
     add("--temperature", type=_at_least(float, 0), help=f"of the minimum over goals ({default.temperature:g}: hard)")
     add("--spill", type=_ratio, help="weight of each goal over the next worse one's; 0: the minimum alone (0.5, or 0)")
+    rows = f"goal rows of a step with spill, in batches; 0: every goal takes all rows ({default.budget:g})"
+    add("--budget", type=_at_least(float, 0), help=rows)
     add("--probe", type=_at_least(int, 0), help="steps of a short run for each goal alone, before the first step (0)")
     add("--lr", type=_at_least(float, 0, True), help=f"learning rate ({default.lr:g})")
     add("--discriminator-lr", type=_at_least(float, 0, True), help=f"({default.discriminator_lr:g})")

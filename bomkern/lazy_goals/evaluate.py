@@ -217,6 +217,8 @@ class Evaluation:
         """
         self._check_functions()
         self._parts = self.rebuild(rows)
+        for i, part in self._parts.items():
+            self.nodes[i].part = rows[i].to(self.nodes[i].device, non_blocking=True), part.detach()
         done: dict[Call, int] = {}
         for i, node in enumerate(self.nodes):
             if node.graph is None:

@@ -33,6 +33,16 @@ class Lazy(Node):
         assert self.whole is not None
         return self.whole
 
+    @property
+    def evaluated(self) -> tuple[Tensor, Tensor]:
+        """The rows that a loss with ``Spill(budget=)`` took, [n] int64, and their values, [n, ...], without gradient.
+
+        After any other loss, or before one, all rows, as in ``value``. Train a discriminator on these.
+        """
+        if self.whole is None and self.part is not None:
+            return self.part
+        return torch.arange(self.rows, device=self.device), self.value
+
     @staticmethod
     def tensors(goals: Sequence[Tensor | Lazy]) -> list[Tensor]:
         """Return all goals as tensors with gradient; lazies of one function are evaluated in one call."""

@@ -29,9 +29,11 @@ class Node:
         call, start: the call that evaluated it, and the position of its first row in that call.
         whole: the value for all rows, without gradient.
         graph: the value for all rows, with gradient.
+        part: the rows that a loss with a row budget took, [n] int64 in ascending order, and their values without
+            gradient; None before such a loss.
     """
 
-    __slots__ = ("args", "autocast", "call", "depth", "fn", "graph", "made", "rows", "start", "whole")
+    __slots__ = ("args", "autocast", "call", "depth", "fn", "graph", "made", "part", "rows", "start", "whole")
 
     def __init__(self, fn: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
         if not callable(fn):
@@ -44,6 +46,7 @@ class Node:
         self.start = 0
         self.whole: Tensor | None = None
         self.graph: Tensor | None = None
+        self.part: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:

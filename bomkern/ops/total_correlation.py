@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from ..common.autocast import exactly
 from ..common.blame import LAST_BATCH, matrix_fix, number_fix
-from ..common.checks import as_whole, check_dense, check_latents
+from ..common.checks import as_whole, check_dense, check_latents, check_rows
 from ..common.process_group import ranks_of
 from ..common.products import loses_digits
 from ..dispatch import select
@@ -39,7 +39,8 @@ def total_correlation(
     Second derivatives are computed in plain PyTorch, a chunk of rows at a time.
 
     Args:
-        z: [B, D] samples, one from each posterior. float16, bfloat16, float32 or float64, any strides.
+        z: [B, D] samples, one from each posterior. float16, bfloat16, float32 or float64, any strides. With "mws" also
+            [R, D], R <= B: samples of some of the posteriors, in any order. Time is then O(R B D).
         mu, logvar: [B, D] mean and log-variance of the posteriors. -87 < logvar < 87 in float32.
         dataset_size: N, the number of samples that the model trains on, for the weights; None weights each by 1/B.
         estimator: "mws", minibatch weighted sampling: w = 1/(N B). "mss", minibatch stratified sampling: with
@@ -51,8 +52,8 @@ def total_correlation(
         impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the device.
 
     Returns:
-        [B], float32 (float64 if any input is float64). z, mu and logvar get gradient. A NaN in z makes its row NaN; a
-        NaN in mu or logvar makes every row NaN.
+        [B], or [R], float32 (float64 if any input is float64). z, mu and logvar get gradient. A NaN in z makes its row
+        NaN; a NaN in mu or logvar makes every row NaN.
 
     The estimates have large offsets that depend on B, N and D. As an example, take independent latents with
     mu ~ N(0, 1), deviations 0.5, D = 10 and N = 4,000. The true value is 0 for the distribution of the data, and 1.0
@@ -82,9 +83,10 @@ def total_correlation(
         check_latents(z, mu, logvar)  # raises
     serve: Callable[..., Tensor] = select.resolve("total_correlation", z.device.type, impl)
     stratified, ranks = ESTIMATORS[estimator], ranks_of(process_group)
+    part = not stratified and z.dim() == mu.dim() == 2 and len(z) < len(mu)  # the order matters to "mss" alone
     if ranks.size == 1:
-        return serve(z, mu, logvar, dataset_size, stratified)
-    rows, dims, dtype = check_latents(z, mu, logvar)
+        return serve(z, mu, logvar, dataset_size, stratified, 0 if part else None)
+    rows, dims, dtype = check_rows(z, mu, logvar, 0 if part else None)
     ranks.check_shape("z", z)
     # In the compute dtype: gradients in half precision would be rounded before they are summed.
     posteriors = ranks.gather(torch.cat([mu, logvar], 1).to(dtype)).flatten(0, 1)

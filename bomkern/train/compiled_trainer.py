@@ -1,34 +1,41 @@
-"""One training step as one graph of torch.compile: networks, statistics, goals, both losses and their backward.
+"""The trainer with its networks and the goals of images compiled by torch.compile, for row counts that vary.
 
-This file defines the networks a second time, in the form that Inductor fuses best. They use the parameters of
-`networks` and compute the same values up to rounding:
+Each function of rows is one compiled graph with a symbolic number of rows, so that a row budget recompiles nothing. The
+statistics of the code are bomkern's kernels, which need no compiler. This file defines the networks a second time, in
+the form that Inductor fuses best. They use the parameters of `networks` and compute the same values up to rounding:
 
 - Feature maps are [N, H, W, C] and values per channel are [N, C], so that loops over channels are vectorised.
 - One convolution of the small image replaces upsampling, replicate padding and 3 x 3 convolution. It has four folded
   kernels per channel, one for each output pixel of a 2 x 2: as many multiplications, a quarter of the bytes.
-- Layers that depend on the structure alone run once for all decodes that share it. They are linear up to the first
-  norm: with more samples than latents, the images of the latents are convolved, not those of the samples.
+- The decoder is linear in the structure up to its first norm, so the images of the latents are convolved, not those of
+  the samples.
 """
 
 from __future__ import annotations
 
 import time
-from functools import partial
-from typing import Any, cast
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from bomkern import GoalOutput
+from bomkern import GoalOutput, Lazy, lazy
+from bomkern.common.torch_internals import mark_rows_dynamic
+from bomkern.lazy_goals.call import is_rows
+from bomkern.lazy_goals.cost import statistics_of
 
 from . import features as see
 from . import nine_goals as goal
 from .config import Config, TrainError
 from .data import Crops
-from .networks import SMALLEST, VAE, Block, Decoder, Encoder, Pass
-from .trainer import Trainer, raw_values
+from .networks import SMALLEST, Block, Decoder, Discriminator, Encoder, Pass, pass_of
+from .trainer import Trainer
+
+T = TypeVar("T")
 
 # Bilinear upsampling to twice the side, then a tap of the kernel: weights [parity, tap, (x[i - 1], x[i], x[i + 1])].
 FOLD = (
@@ -123,101 +130,137 @@ def _fourfold(block: Block) -> Tensor:
 def _before_first_norm(decoder: Decoder, structure: Tensor) -> Tensor:
     """Compute the input of the first block's norm. [N, structure] -> [N, H, W, 4, O]."""
     start, block = decoder.start, _blocks(decoder)[0]
-    bias = _fourfold(block)
-    few = structure.shape[1] < len(structure)
-    pictures = torch.cat([start.weight.t(), start.bias[None]]) if few else start(structure)
+    pictures = torch.cat([start.weight.t(), start.bias[None]])
     pictures = pictures.unflatten(1, (-1, SMALLEST, SMALLEST)).permute(0, 2, 3, 1)
-    x = _upsampled(block, pictures, None if few else bias)
-    if not few:
-        return x
-    constant = x[-1].flatten(0, 1) + bias.view_as(x[0, 0, 0])  # [H W, 4, O]
+    x = _upsampled(block, pictures, None)
+    constant = x[-1].flatten(0, 1) + _fourfold(block).view_as(x[0, 0, 0])  # [H W, 4, O]
     return torch.addmm(constant.flatten(), structure, x[:-1].flatten(1)).view(-1, *x.shape[1:])
 
 
-def decode(decoder: Decoder, structures: Tensor, appearances: Tensor, which: list[int]) -> list[Tensor]:
-    """Compute `Decoder.forward` for several appearances, each with one of the structures.
-
-    Args:
-        structures: [s, B, structure].
-        appearances: [a, B, appearance].
-        which: index of the structure of each appearance.
-
-    Returns:
-        a tensors of images, [B, 3, S, S] each.
-    """
+def decode(decoder: Decoder, structure: Tensor, appearance: Tensor) -> Tensor:
+    """Compute `Decoder.forward`. [N, structure] and [N, appearance] -> [N, 3, S, S]."""
     first, *others = _blocks(decoder)
-    mood = decoder.mood(appearances.flatten(0, 1))
-    x = _before_first_norm(decoder, structures.flatten(0, 1))
-    by_structure = (part.unflatten(0, (len(structures), -1)) for part in (x, *_moments(x, first.norm)))
-    x, *moments = (torch.cat([part[k] for k in which]) for part in by_structure)
-    x = _styled(first, x, (moments[0], moments[1]), mood)
+    mood = decoder.mood(appearance)
+    x = _before_first_norm(decoder, structure)
+    x = _styled(first, x, _moments(x, first.norm), mood)
     for block in others:
         x = _upsampled(block, x, _fourfold(block))
         x = _styled(block, x, _moments(x, block.norm), mood)
     x = _conv(_Replicate.apply(x), decoder.out.weight, decoder.out.bias)
-    images = torch.sigmoid(x + decoder.tint(mood)[:, None, None]).permute(0, 3, 1, 2).contiguous()
-    return list(_single(images).chunk(len(which)))
+    return _single(torch.sigmoid(x + decoder.tint(mood)[:, None, None]).permute(0, 3, 1, 2).contiguous())
 
 
-def forward(vae: VAE, image: Tensor, view: Tensor, noise: Tensor, shake: Tensor) -> Pass:
-    """Compute `VAE.forward`, with tensors as decodes."""
-    mu, logvar = (_single(part) for part in encode(vae.encoder, torch.cat([image, view])))
-    views = mu.unflatten(0, (2, len(image)))[..., : vae.parts[0]]
-    mu, logvar = mu[: len(image)], logvar[: len(image)]
-    z = torch.addcmul(mu, noise, torch.exp(logvar / 2))
-    s, a = z.split(vae.parts, dim=1)
-    ds, da = shake.split(vae.parts, dim=1)
-    images = decode(vae.decoder, torch.stack([s, s + ds]), torch.stack([a, a.roll(-1, 0), a, a + da]), [0, 0, 1, 0])
-    return Pass(z, mu, logvar, views, *images)
+def structure_of(encoder: Encoder, latents: int, image: Tensor) -> Tensor:
+    """Compute `VAE.structure`. [N, 3, S, S] -> [N, latents]."""
+    return _single(encode(encoder, image)[0])[:, :latents]
 
 
-def losses(
-    trainer: Trainer, image: Tensor, noise: Tensor, shake: Tensor, view: Tensor, order: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute both losses of a step. The arguments are those of `Trainer.raw`.
+def logits_of(judge: Discriminator, image: Tensor) -> Tensor:
+    """Compute `Discriminator.forward` without gradient for its weights."""
+    fixed = {name: parameter.detach() for name, parameter in judge.named_parameters()}
+    logits: Tensor = torch.func.functional_call(judge, fixed, (image,))
+    return logits
 
-    Returns:
-        The sum of both losses, whose backward serves both networks. Without gradient: the VAE's loss, its bottleneck
-        and record (`GoalOutput`), and the discriminator's loss.
+
+def judge_loss(judge: Discriminator, image: Tensor, fakes: Tensor) -> Tensor:
+    """Compute `Trainer.judge_loss`."""
+    real, fake = _single(judge(image)), _single(judge(fakes))
+    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+
+
+def _compile(fn: Callable[..., Any], *first: Any) -> Any:
+    """Return the compiled function of the other arguments. Its graphs are its own.
+
+    torch.compile keeps graphs with a code object, at most eight, which other trainers of this process would share.
     """
-    judge = trainer.discriminator
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=trainer.config.precision == "bf16-mixed"):
-        out = forward(trainer.vae, image, see.photometric(image, view), noise, shake)
-        # The VAE's step needs no gradient of the judge's weights, and the judge's step none of the reconstruction.
-        fixed = {name: parameter.detach() for name, parameter in judge.named_parameters()}
-        logits = torch.func.functional_call(judge, fixed, (out.recon,))
-        recon = cast(Tensor, out.recon).detach()
-        real, fake = _single(judge(image)), _single(judge(recon))
-    values = raw_values(out, image, logits, order, trainer.trivial, trainer.config.impl)
-    output = trainer.goals(dict(zip(goal.GOALS, values, strict=True)))
-    judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
-    total = output.loss + judge_loss
-    return total, output.loss.detach(), output.bottleneck, output.record, judge_loss.detach()
+
+    def call(*args: Any) -> Any:
+        return fn(*first, *args)
+
+    name = getattr(fn, "__name__", type(fn).__name__)
+    own = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
+    return torch.compile(own, fullgraph=True)
 
 
-def compiled(trainer: Trainer) -> Any:
-    """Return `losses` of a trainer as one compiled graph; its first call takes a minute or more."""
-    return torch.compile(partial(losses, trainer), fullgraph=True, dynamic=False)
+class Compiled:
+    """A function of rows, compiled for any number of them.
+
+    Args:
+        fn: a row of its result depends on that row of the other arguments alone.
+        first: its first arguments, which are no rows.
+    """
+
+    def __init__(self, fn: Callable[..., Any], *first: Any) -> None:
+        self._fn = _compile(fn, *first)
+        statistics_of(self).checked = True  # the check would compile a graph without gradient too
+
+    def __call__(self, *args: Any) -> Any:
+        rows = next(len(a) for a in args if is_rows(a))
+        return self._fn(*map(_for_any_rows, args))[:rows]
+
+
+def _for_any_rows(argument: Any) -> Any:
+    """Return rows as a compiled function takes them: contiguous, no view, and a symbolic number of at least 2.
+
+    torch.compile would compile further graphs for other strides, for views of larger tensors, and for a single row.
+    """
+    if not is_rows(argument):
+        return argument
+    rows = torch.cat([argument, argument]) if len(argument) == 1 else argument
+    rows = rows.clone(memory_format=torch.contiguous_format)
+    mark_rows_dynamic(rows)
+    return rows
 
 
 class CompiledTrainer(Trainer):
-    """A `Trainer` with a compiled step, for one process. The updates and the steps of a probe are not compiled."""
+    """A `Trainer` whose networks and goals of images are compiled, for one process.
+
+    The updates and the steps of a probe are not compiled.
+    """
 
     def __init__(self, config: Config, fabric: Fabric, crops: Crops, total: int | None = None) -> None:
         super().__init__(config, fabric, crops, total)
-        self._losses = compiled(self)
+        self.goals.route = "never"  # the evaluation of all rows without a graph would be compiled too
+        vae, judge = self.vae, self.discriminator
+        self._encode = _compile(encode, vae.encoder)
+        self._decode = Compiled(decode, vae.decoder)
+        self._structure = Compiled(structure_of, vae.encoder, vae.parts[0])
+        self._judge_loss = _compile(judge_loss, judge)
+        fused = (see.photometric, see.edges, see.mean_colour, *goal.OF_IMAGES)
+        self._compiled: dict[Any, Compiled] = {fn: Compiled(fn) for fn in fused}
+        self._compiled[judge] = Compiled(logits_of, judge)
+        for fn in (goal.correlation_above_chance, goal.consistency):
+            statistics_of(fn).checked = True
+
+    def networks(
+        self, image: Tensor, view: Tensor | Lazy, noise: Tensor, shake: Tensor, then: Callable[[Pass], T]
+    ) -> T:
+        if self.goals.alone is not None:
+            return super().networks(image, view, noise, shake, then)
+        with self.fabric.autocast():
+            mu, logvar = map(_single, self._encode(image.contiguous()))
+            out = pass_of(mu, logvar, noise, shake, self.vae.parts[0], self._decode, lazy(self._structure, view))
+        return then(out)
+
+    def lazy(self, fn: Callable[..., Tensor], *args: Any) -> Lazy:
+        return lazy(fn if self.goals.alone is not None else self._compiled.get(fn, fn), *args)
+
+    def judge_loss(self, image: Tensor, fakes: Tensor) -> Tensor:
+        if self.goals.alone is not None:
+            return super().judge_loss(image, fakes)
+        with self.fabric.autocast():  # a single fake is doubled, which leaves the mean as it is
+            loss: Tensor = self._judge_loss(image.contiguous(), _for_any_rows(fakes))
+        return loss
 
     def _walk(self) -> tuple[GoalOutput, Tensor]:
-        if self.goals.alone is not None:  # a graph would be compiled for each goal alone
-            return super()._walk()
         begun = time.perf_counter()
         try:
-            total, loss, bottleneck, record, judge_loss = self._losses(self.images(), *self._noise())
-            self.fabric.backward(total)
+            walked = super()._walk()
         except RuntimeError as why:  # compilers raise subclasses of it
-            if self.first_seconds:
+            if self.first_seconds or self.goals.alone is not None:
                 raise
             reason = next((line for line in str(why).splitlines() if line.strip()), "")[:200]
             raise TrainError(f"--compile: this step cannot be compiled here ({type(why).__name__}: {reason})") from why
-        self.first_seconds = self.first_seconds or time.perf_counter() - begun
-        return GoalOutput(loss, bottleneck, record, self.goals.layout), judge_loss
+        if self.goals.alone is None:
+            self.first_seconds = self.first_seconds or time.perf_counter() - begun
+        return walked

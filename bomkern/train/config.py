@@ -8,6 +8,7 @@ from typing import Any
 SCALES = ("anchored", "moving", "probed", "auto", "diagnosis")
 LEAST_BATCH = 4  # samples per process: some goals compare samples with one another
 SPILL = 0.5  # the default ratio, see bomkern.Spill
+BUDGET = 2.0  # the default row budget of a spill
 REDUCTIONS = ("mean", "min")
 IMAGE_SIZES = (32, 64, 128, 256)
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -50,6 +51,7 @@ class Config:
     reduction: str = "mean"
     temperature: float = 0.0
     spill: float | None = None  # None: `SPILL` with anchored scales and neither a temperature nor the global minimum
+    budget: float = BUDGET  # goal rows of a step in batches, with a spill; 0: every goal takes all rows
     probe: int = 0
     lr: float = 1e-3
     discriminator_lr: float = 3e-4
@@ -76,6 +78,11 @@ class Config:
         anchored = self.scales in ("anchored", "moving", "probed")
         return SPILL if anchored and self.reduction == "mean" and self.temperature == 0 else 0.0
 
+    @property
+    def row_budget(self) -> float | None:
+        """Budget of rows for `bomkern.Spill`; None for all rows."""
+        return self.budget if self.budget and self.spill_ratio else None
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -86,6 +93,7 @@ class Config:
             TrainError: a setting that must not change was given another value.
         """
         values = self.to_dict()
+        stored = {"budget": 0.0, **stored}  # runs of versions without a budget took all rows
         for field in fields(self):
             name = field.name
             if name in ("out", "overwrite", "resume") or name not in stored:

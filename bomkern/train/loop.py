@@ -297,6 +297,7 @@ def _finish(
         "reduction": config.reduction,
         "temperature": config.temperature,
         "spill": config.spill_ratio,
+        "budget": config.row_budget or 0.0,
         "probe_updates": config.probe * len(GOALS),
         "seed": config.seed,
         "impl": impl,

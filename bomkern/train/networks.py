@@ -6,6 +6,7 @@ Normalisation is GroupNorm throughout, so a row of the batch does not depend on 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,22 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bomkern import Lazy, lazy
-from bomkern.common.process_group import several_ranks
 
 SMALLEST = 4  # side of the innermost feature map, in pixels
+DECODES = 4  # of each image
 JOINT = 2**20  # largest number of elements of images decoded in one call on a CPU
 
 
 class Pass(NamedTuple):
     """Result of a forward pass of `VAE`. B images, D = structure + appearance latents.
 
-    The decodes are `bomkern.lazy`: only the rows with a gradient for some goal are put into a graph.
+    What is lazy (`bomkern.lazy`) is evaluated, or put into a graph, only for the rows that some goal needs.
     """
 
     z: Tensor  # [B, D] sample of the posterior
     mu: Tensor  # [B, D]
     logvar: Tensor  # [B, D]
-    views: Tensor  # [2, B, structure] means of the image and of its other view
+    mean: Tensor  # [B, structure] mean of the structure, a part of mu
+    view: Tensor | Lazy  # [B, structure] the same of the image's other view
     recon: Tensor | Lazy  # [B, 3, S, S]
     swap: Tensor | Lazy  # [B, 3, S, S] own structure, appearance of the next row
     moved_structure: Tensor | Lazy  # [B, 3, S, S] after unit noise on the structure
@@ -113,6 +115,10 @@ class _ChannelsLast(torch.autograd.Function):
         return None if grad is None else grad.contiguous(memory_format=torch.channels_last)
 
 
+def _same(out: Pass) -> Pass:
+    return out
+
+
 class VAE(nn.Module):
     """Encoder and decoder; the latent is ``[structure, appearance]``.
 
@@ -140,30 +146,47 @@ class VAE(nn.Module):
         image: Tensor = self.decoder(structure, appearance)
         return image
 
-    def forward(self, image: Tensor, view: Tensor, noise: Tensor, shake: Tensor) -> Pass:
-        """Encode image and view in one call, and decode reconstruction, swap and two perturbations in one call.
+    def structure(self, image: Tensor) -> Tensor:
+        """Encode images, [B, 3, S, S], to the means of their structure, [B, structure]."""
+        mu: Tensor = self.encoder(image)[0]
+        return mu[:, : self.parts[0]]
 
-        With several processes the decodes are tensors, because the decoder's call must be inside this one. Call the
-        module itself then, not this method.
+    def forward(
+        self, image: Tensor, view: Tensor | Lazy, noise: Tensor, shake: Tensor, then: Callable[[Pass], Any] = _same
+    ) -> Any:
+        """Encode images, and prepare reconstruction, swap and two perturbations, which are decoded in one call.
 
         Args:
             image, view: [B, 3, S, S].
             noise: [B, D] standard normal, for the posterior sample.
             shake: [B, D] standard normal, added to one part at a time.
+            then: called with the pass inside of this forward, where DDP and FSDP2 expect all calls of the networks.
+
+        Returns:
+            What ``then`` returns; without it, the `Pass`.
         """
-        mu, logvar = self.encoder(torch.cat([image, view]))
-        views = mu.unflatten(0, (2, len(image)))[..., : self.parts[0]]
-        mu, logvar = mu[: len(image)], logvar[: len(image)]
-        z = torch.addcmul(mu, noise, torch.exp(logvar / 2))
-        s, a = z.split(self.parts, dim=1)
-        ds, da = shake.split(self.parts, dim=1)
-        codes = ((s, a), (s, a.roll(-1, 0)), (s + ds, a), (s, a + da))
+        mu, logvar = self.encoder(image)
         # Decode in one call, unless the feature maps are so large that the C library frees their memory after use.
-        large = image.device.type == "cpu" and len(codes) * image.numel() > JOINT
-        images: list[Tensor | Lazy] = [lazy(partial(self._image) if large else self._image, *code) for code in codes]
-        if several_ranks():
-            images = list(Lazy.tensors(images))
-        return Pass(z, mu, logvar, views, *images)
+        large = image.device.type == "cpu" and DECODES * image.numel() > JOINT
+        return then(pass_of(mu, logvar, noise, shake, self.parts[0], self._image, lazy(self.structure, view), large))
+
+
+def pass_of(
+    mu: Tensor,
+    logvar: Tensor,
+    noise: Tensor,
+    shake: Tensor,
+    structure: int,
+    decode: Callable[[Tensor, Tensor], Tensor],
+    view: Tensor | Lazy,
+    apart: bool = False,
+) -> Pass:
+    """Return the `Pass` of a code. ``structure`` counts its latents; ``apart`` asks for a call for each decode."""
+    z = torch.addcmul(mu, noise, torch.exp(logvar / 2))
+    (s, a), (ds, da) = (x.split([structure, x.shape[1] - structure], 1) for x in (z, shake))
+    codes = ((s, a), (s, a.roll(-1, 0)), (s + ds, a), (s, a + da))
+    images = [lazy(partial(decode) if apart else decode, *code) for code in codes]
+    return Pass(z, mu, logvar, mu[:, :structure], view, *images)
 
 
 class Discriminator(nn.Module):

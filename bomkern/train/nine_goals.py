@@ -9,6 +9,7 @@ trainer, its presets, plots and reports read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,29 @@ def disentanglement(
     shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order), **options)
     ranks = ranks_of(group)
     return total_correlation(z, mu, logvar, **options) - ranks.total(shuffled.mean()) / ranks.size
+
+
+def correlation_above_chance(
+    z: Tensor,
+    shuffled: Tensor,
+    posterior: tuple[Tensor, Tensor],
+    by_chance: tuple[Tensor, Tensor],
+    impl: str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Compute `disentanglement` for some rows, each less the value of its own row of the batch with permuted columns.
+
+    The mean over all rows is that of `disentanglement`.
+
+    Args:
+        z: [R, D], samples of R of the posteriors.
+        shuffled: [R, D], the same rows of the batch with every column permuted.
+        posterior: mu and logvar, [B, D] each.
+        by_chance: mu and logvar with every column permuted, [B, D] each.
+        impl, group: options of `bomkern.total_correlation`.
+    """
+    options: Any = {"impl": impl, "process_group": group}
+    return total_correlation(z, *posterior, **options) - total_correlation(shuffled, *by_chance, **options)
 
 
 def capacity(code: LatentStatistics) -> Tensor:
@@ -176,18 +200,18 @@ def realism(logits: Tensor) -> Tensor:
     return 1 - torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).mean((1, 2, 3))
 
 
-def consistency(views: Tensor, variance: Tensor, impl: str | None = None) -> Tensor:
+def consistency(mean: Tensor, view: Tensor, variance: Tensor, impl: str | None = None) -> Tensor:
     """Compute the variance of the structure over views of one image, relative to its variance over the batch.
 
     The formula is ``mean_d Var_v(mu_vbd) / mean_d Var_b(mu_0bd)``. The denominator has no gradient, so that shrinking
     the latent does not help. Ideal 0; nadir 1: views differ as much as two images do.
 
     Args:
-        views: [V, B, D] structure means, V >= 2.
+        mean, view: [B, D] structure means of the image and of its other view.
         variance: [D], variance of the first view over the batch.
         impl: option of `bomkern.consistency_variance`.
     """
-    return consistency_variance(views, impl=impl) / variance.detach().mean().clamp(min=1e-8)
+    return consistency_variance(torch.stack([mean, view]), impl=impl) / variance.detach().mean().clamp(min=1e-8)
 
 
 def trivial_answers(images: Tensor) -> Trivial:
@@ -221,8 +245,10 @@ class Step(NamedTuple):
     trivial: Trivial
     impl: str | None  # the implementation of the statistics that have kernels
     group: dist.ProcessGroup | None  # the processes that share the batch
+    by_rows: bool  # whether each goal is computed for some of the rows
+    lazy: Callable[..., Any]  # `bomkern.lazy`, or what makes lazies of compiled functions
     code: LatentStatistics
-    edges: Tensor  # of the image, [B, 2, s, s]
+    edges: Tensor | Lazy  # of the image, [B, 2, s, s]
     recon_edges: Tensor | Lazy
     swap_edges: Tensor | Lazy
     moved_edges: Tensor | Lazy  # after noise on the appearance
@@ -250,18 +276,32 @@ class Goal(NamedTuple):
     moving: bool = False
 
 
+def _disentanglement(s: Step) -> Tensor | Lazy:
+    out = s.out
+    if not s.by_rows:
+        return disentanglement(out.z, out.mu, out.logvar, s.order, s.impl, s.group)
+    z, mu, logvar = (x.gather(0, s.order) for x in (out.z, out.mu, out.logvar))
+    options: dict[str, Any] = {"posterior": (out.mu, out.logvar), "by_chance": (mu, logvar)}
+    return lazy(partial(correlation_above_chance, **options, impl=s.impl, group=s.group), out.z, z)
+
+
+def _consistency(s: Step) -> Lazy:
+    variance = s.code.mu_variance[: s.out.mean.shape[1]]
+    return lazy(partial(consistency, variance=variance, impl=s.impl), s.out.mean, s.out.view)
+
+
 NINE = (
     Goal("kl_divergence", lambda s: kl_divergence(s.code), 0.0, 120.0),
     Goal(
         "disentanglement",
-        lambda s: disentanglement(s.out.z, s.out.mu, s.out.logvar, s.order, s.impl, s.group),
+        _disentanglement,
         ideal=0.0,
         nadir=20.0,
     ),
     Goal("capacity", lambda s: capacity(s.code), 0.0, 1.0, diagnosis=0.4),
     Goal(
         "behavioral_separation",
-        lambda s: lazy(behavioral_separation, s.colour, s.moved_colour, s.recon_edges, s.moved_edges, s.trivial),
+        lambda s: s.lazy(behavioral_separation, s.colour, s.moved_colour, s.recon_edges, s.moved_edges, s.trivial),
         ideal=0.0,
         nadir=1.0,
     ),
@@ -273,26 +313,29 @@ NINE = (
     ),
     Goal(
         "reconstruction",
-        lambda s: lazy(reconstruction, s.out.recon, s.image, s.recon_edges, s.edges, s.trivial),
+        lambda s: s.lazy(reconstruction, s.out.recon, s.image, s.recon_edges, s.edges, s.trivial),
         ideal=0.0,
         nadir=1.0,
     ),
     Goal(
         "cross_recon",
-        lambda s: lazy(cross_recon, s.out.swap, s.swap_edges, s.edges, s.image.roll(-1, 0), s.trivial),
+        lambda s: s.lazy(cross_recon, s.out.swap, s.swap_edges, s.edges, s.image.roll(-1, 0), s.trivial),
         ideal=0.0,
         nadir=1.0,
     ),
-    Goal("realism", lambda s: lazy(realism, s.logits), 0.5, 1.0, diagnosis=2.0, moving=True),
+    Goal("realism", lambda s: s.lazy(realism, s.logits), 0.5, 1.0, diagnosis=2.0, moving=True),
     Goal(
         "consistency",
-        lambda s: consistency(s.out.views, s.code.mu_variance[: s.out.views.shape[2]], s.impl),
+        _consistency,
         ideal=0.0,
         nadir=1.0,
         diagnosis=500.0,
     ),
 )
 GOALS = tuple(goal.name for goal in NINE)
+
+
+OF_IMAGES = behavioral_separation, reconstruction, cross_recon, realism  # functions of rows in plain PyTorch
 
 
 def anchors(batch_size: int) -> dict[str, Anchor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bomkern import GoalOutput, GoalSet, Lazy, StepGuard, latent_statistics, lazy
+from bomkern import GoalOutput, GoalSet, Lazy, Spill, StepGuard, latent_statistics, lazy
 
 from . import features as see
 from . import nine_goals as goal
@@ -23,6 +23,8 @@ from .counters import Tally
 from .data import Crops, to_float
 from .networks import VAE, Discriminator, Pass
 from .presets import policies
+
+T = TypeVar("T")
 
 CROPS, NOISE, TRIVIAL = 0, 1, 2  # streams of random numbers
 TRIVIAL_CROPS = 256
@@ -38,6 +40,8 @@ def raw_values(
     trivial: goal.Trivial,
     impl: str | None = None,
     group: dist.ProcessGroup | None = None,
+    by_rows: bool = False,
+    lazy: Callable[..., Any] = lazy,
 ) -> list[Tensor | Lazy]:
     """Compute the nine raw values of a step, each [B], in the order of `nine_goals.NINE`; those of images are lazy.
 
@@ -49,13 +53,16 @@ def raw_values(
         trivial: errors of trivial answers.
         impl: the implementation of the statistics that have kernels.
         group: the ranks that share the batch.
+        by_rows: whether total correlation is lazy too, as a row budget needs it; see
+            `nine_goals.correlation_above_chance`.
+        lazy: makes the lazies.
     """
     recon_edges, swap_edges, moved_edges = (lazy(see.edges, x) for x in (out.recon, out.swap, out.moved_appearance))
     colour, moved_colour = (lazy(see.mean_colour, x) for x in (out.recon, out.moved_structure))
-    edges = see.edges(image)
+    edges = lazy(see.edges, image)
     code = latent_statistics(out.z, out.mu, out.logvar, process_group=group, impl=impl)
     step = goal.Step(
-        *(out, image, logits, order, trivial, impl, group, code),
+        *(out, image, logits, order, trivial, impl, group, by_rows, lazy, code),
         *(edges, recon_edges, swap_edges, moved_edges, colour, moved_colour),
     )
     return [each.value(step) for each in goal.NINE]
@@ -114,7 +121,7 @@ class Trainer:
             chosen,
             reduction=config.reduction,
             temperature=config.temperature,
-            spill=config.spill_ratio,
+            spill=Spill(config.spill_ratio, budget=config.row_budget, seed=config.seed) if config.spill_ratio else 0.0,
             impl=config.impl,
             # Not "auto", whose choice depends on times: a resumed run must give the same bits. Not on a GPU, where the
             # host would wait for the rows, at a cost that has not been measured.
@@ -154,28 +161,54 @@ class Trainer:
 
     def raw(self) -> tuple[Mapping[str, Tensor | Lazy], Tensor, Tensor | Lazy]:
         """Return the raw values of the next step by goal, its images, and their reconstructions."""
+        return self._forward(lambda *results: results)
+
+    def _forward(self, then: Callable[[Mapping[str, Tensor | Lazy], Tensor, Tensor | Lazy], T]) -> T:
+        """Return ``then`` of the results of `raw`, called inside of the VAE's forward."""
         image = self.images()
         noise, shake, view, order = self._noise()
-        out = self.model(image, see.photometric(image, view), noise, shake)
         self.discriminator.requires_grad_(False)  # the VAE's step needs no gradient of the discriminator's weights
-        with self.fabric.autocast():
-            logits = lazy(self.discriminator, out.recon)
-        values = raw_values(out, image, logits, order, self.trivial, self.config.impl, self.group)
-        return dict(zip(goal.GOALS, values, strict=True)), image, out.recon
+        by_rows = self.goals.row_budget is not None and self.goals.alone is None
+
+        def rest(out: Pass) -> T:
+            with self.fabric.autocast():
+                logits = self.lazy(self.discriminator, out.recon)
+            with torch.autocast(self.device.type, enabled=False):
+                options = self.trivial, self.config.impl, self.group, by_rows, self.lazy
+                values = raw_values(out, image, logits, order, *options)
+                return then(dict(zip(goal.GOALS, values, strict=True)), image, out.recon)
+
+        return self.networks(image, self.lazy(see.photometric, image, view), noise, shake, rest)
+
+    def networks(
+        self, image: Tensor, view: Tensor | Lazy, noise: Tensor, shake: Tensor, then: Callable[[Pass], T]
+    ) -> T:
+        """Return ``then`` of a forward pass of the VAE; see `VAE.forward`."""
+        result: T = self.model(image, view, noise, shake, then)
+        return result
+
+    def lazy(self, fn: Callable[..., Tensor], *args: Any) -> Lazy:
+        """Return `bomkern.lazy` of a function of rows."""
+        return lazy(fn, *args)
+
+    def judge_loss(self, image: Tensor, fakes: Tensor) -> Tensor:
+        """Return the discriminator's loss for photographs and reconstructions, which may differ in number, 0-dim."""
+        real, fake = self.judge(torch.cat([image, fakes])).float().split([len(image), len(fakes)])
+        loss: Tensor = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+        return loss
 
     def _walk(self) -> tuple[GoalOutput, Tensor]:
         """Run forward and backward of both networks for the next step; return the discriminator's loss too."""
-        raw, image, recon = self.raw()
-        out = self.goals(raw)
+        out, image, recon = self._forward(lambda raw, image, recon: (self.goals(raw), image, recon))
         loss = out.loss
         if self.partial:
             loss = loss + 0 * torch.stack([p.sum() for p in self.vae.parameters()]).sum()
         self.fabric.backward(loss)
 
+        # All photographs, and the reconstructions that were made for the goals.
         self.discriminator.requires_grad_(True)
-        fakes = recon.value if isinstance(recon, Lazy) else recon.detach()
-        real, fake = self.judge(torch.cat([image, fakes])).float().chunk(2)
-        judge_loss = (F.softplus(-real) + F.softplus(fake)).mean() / 2
+        fakes = recon.evaluated[1] if isinstance(recon, Lazy) else recon.detach()
+        judge_loss = self.judge_loss(image, fakes)
         self.fabric.backward(judge_loss)
         return out, judge_loss
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bomkern import reference
+from bomkern import reference, total_correlation
 from bomkern.dispatch import select
 from tests.support.servers import servers
 from tests.support.tolerances import assert_as_good_as_eager
@@ -124,3 +124,23 @@ def test_second_derivatives_keep_no_temporary() -> None:
         made = reference.total_correlation_gradients(torch.ones(batch), *inputs, None, False, limit=4 * batch * dims)
     assert sum(kept.values()) < batch * batch * dims / 2
     torch.autograd.grad(sum(g.square().sum() for g in made), inputs)
+
+
+@IMPLS
+def test_public_function_takes_samples_of_some_posteriors(server: tuple[str, str]) -> None:
+    """Any rows in any order have the values and gradients that they have among all of the batch."""
+    impl, device = server
+    inputs = leaves(latents(24, 5, torch.float64), device=device)
+    z, mu, logvar = inputs
+    rows = torch.tensor([7, 0, 23, 11, 4], device=device)
+    weight = torch.linspace(-1, 2, 5, dtype=torch.float64, device=device)
+    for size in (None, 500):
+        some = total_correlation(z[rows], mu, logvar, size, impl=impl)
+        among = total_correlation(z, mu, logvar, size, impl=impl)[rows]
+        torch.testing.assert_close(some, among, rtol=1e-12, atol=1e-12)
+        grads = [torch.autograd.grad((x * weight).sum(), inputs) for x in (some, among)]
+        torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
+    with pytest.raises(ValueError, match=r"z must have the shape of mu, \[24, 5\], got \[5, 5\]"):
+        total_correlation(z[rows], mu, logvar, 500, "mss", impl=impl)
+    with pytest.raises(ValueError, match=r"z must have the shape of mu, \[5, 5\], got \[24, 5\]"):
+        total_correlation(z, mu[rows], logvar[rows], impl=impl)

@@ -165,7 +165,7 @@ def test_realism_is_one_half_for_a_discriminator_that_cannot_tell() -> None:
 
 def test_consistency_is_0_for_equal_views_1_for_unrelated_and_blind_to_scale() -> None:
     def value_of(views: Tensor) -> Tensor:
-        return goal.consistency(views, code_of(views[0]).mu_variance)
+        return goal.consistency(*views, code_of(views[0]).mu_variance)
 
     mu = draw(2048, D)
     assert value_of(torch.stack([mu, mu])).abs().max() == 0

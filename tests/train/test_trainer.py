@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def poison_goal(name: str, value: float) -> Callable[[trainer.Trainer, pytest.Mo
         def raw_values(*arguments: Any) -> list[Tensor | Lazy]:
             raw = true(*arguments)
             k, factor = GOALS.index(name), torch.tensor([1.0, value, 1.0, 1.0])
+            if arguments[-1]:  # by rows: a row that the goal does not take is not seen
+                factor = torch.full_like(factor, value)
             raw[k] = raw[k] * factor if isinstance(raw[k], Tensor) else lazy(torch.mul, raw[k], factor)
             return raw
 
@@ -132,14 +135,37 @@ def test_no_host_sync_in_a_step(scales: str) -> None:
 
 
 def test_nothing_is_decoded_twice() -> None:
-    run = make_trainer()
+    run = make_trainer(budget=0)
     sizes: dict[str, list[int]] = {"encoder": [], "decoder": [], "discriminator": []}
     run.vae.encoder.register_forward_pre_hook(lambda _, x: sizes["encoder"].append(len(x[0])))
     run.vae.decoder.register_forward_pre_hook(lambda _, x: sizes["decoder"].append(len(x[0])))
     run.discriminator.register_forward_pre_hook(lambda _, x: sizes["discriminator"].append(len(x[0])))
     run.advance()
     # Encoder: image and view. Decoder: reconstruction, swap and two perturbed. Judge: reconstruction, then both.
-    assert sizes == {"encoder": [8], "decoder": [16], "discriminator": [4, 8]}
+    assert sizes == {"encoder": [4, 4], "decoder": [16], "discriminator": [4, 8]}
+
+
+def test_a_budget_decodes_the_rows_that_goals_take() -> None:
+    run = make_trainer(batch_size=16, spill=0.5, budget=1.0)
+    run.advance()  # the first use evaluates all rows too
+    order = [GOALS.index(name) for name in ("cross_recon", "kl_divergence", "reconstruction", "realism", "consistency")]
+    order += [k for k in range(9) if k not in order]
+    weights = run.goals.spill.weights(9)
+    run.goals.multipliers[order] = weights
+    rows = [math.ceil(float(16 * w) - 1e-4) for w in weights]
+    sizes: dict[str, list[int]] = {"encoder": [], "decoder": [], "discriminator": []}
+    run.vae.encoder.register_forward_pre_hook(lambda _, x: sizes["encoder"].append(len(x[0])))
+    run.vae.decoder.register_forward_pre_hook(lambda _, x: sizes["decoder"].append(len(x[0])))
+    run.discriminator.register_forward_pre_hook(lambda _, x: sizes["discriminator"].append(len(x[0])))
+    run.advance()
+    least = rows[-1]  # the two perturbed images, which behavioral_separation alone needs
+    swap, recon, realism, view = rows[0], rows[2], rows[3], rows[4]
+    # The discriminator sees the reconstructions that realism took, and then those that were made, with all photographs.
+    assert sizes == {
+        "encoder": [16, view],
+        "decoder": [swap + recon + 2 * least],
+        "discriminator": [realism, 16 + recon],
+    }
 
 
 def test_each_goal_reaches_what_it_should() -> None:

@@ -155,3 +155,20 @@ def mark_static_address(x: Tensor) -> None:
     except AttributeError:
         return
     mark(x)
+
+
+_maybe_mark_dynamic = need(
+    "torch._dynamo.maybe_mark_dynamic",
+    since="2.1",
+    serves="compiled functions of rows",
+    without="the first change of the number of rows compiles them again",
+)
+
+
+def mark_rows_dynamic(x: Tensor) -> None:
+    """Let torch.compile treat the first size of an argument as a symbol from its first call on."""
+    try:
+        mark = _maybe_mark_dynamic.find()
+    except AttributeError:
+        return
+    mark(x, 0)
