@@ -79,17 +79,18 @@ def take_step(goals: GoalSet, raw: Raw, mask: Masks | None) -> GoalOutput:
             rules.restore()
         goals._raw.explain(tensors, goals.params.device)
         raise
+    rows: Tensor | int = len(bottleneck) * ranks.size if present is None else present.of_columns
     if goals._watching:
         record.narrow(0, goals.layout.at.share, len(goals.names)).zero_()
     if goals.branches is not None and goals.training and not torch.compiler.is_compiling():
         graphs = tensors if evaluation is None else evaluation.graphs()
         watch_backward(goals.branches, [goals.names[g] for g in goals.owner], graphs)
     if learns:
-        record = rules.keep(buffers, children_of(goals)["monitor"], record, present)
+        record, rows = rules.keep(buffers, children_of(goals)["monitor"], record, rows, present)
         if budget is not None and evaluation is not None:
             budget.send(buffers["multipliers"])
     walked = None if evaluation is None else evaluation.walked
-    return GoalOutput(loss, bottleneck, record, goals.layout, walked, watched)
+    return GoalOutput(loss, bottleneck, record, goals.layout, walked, watched, rows)
 
 
 def _serve(

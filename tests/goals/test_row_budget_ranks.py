@@ -63,6 +63,7 @@ def the_formula(group: Any, rank: int, reduction: str, masked: bool) -> None:
             differ += not torch.equal(both[0], both[1])
             total = together(torch.where(rows, x.detach(), 0)).sum() / scale
             count = both.sum()
+            assert int(out.rows[k]) == int(count)
             loss += WEIGHTS[k] * total / count
             factor = samples if reduction == "sum" else 1
             torch.testing.assert_close(grad[rows], torch.full_like(grad[rows], 2 * factor * WEIGHTS[k] / scale / count))
