@@ -16,6 +16,7 @@ from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
 from .branches import watch_backward
 from .history import GoalOutput
+from .looks import Seen, is_due, record_of_look
 from .micro_batches import MicroBatches
 from .presence import Masks, Present
 from .raw_values import Raw
@@ -48,21 +49,27 @@ def take_step(goals: GoalSet, raw: Raw, mask: Masks | None) -> GoalOutput:
         if budget is None:
             tensors = evaluation.tensors(rows_too(goals.route), goals.route == "always")
     present: Present | None = None
+    seen: Seen | None = None
     if budget is not None:
-        place = buffers_of(children_of(goals)["monitor"])["place"]
-        tensors, present = budget.of(tensors, absent, mask, evaluation, buffers, place)
+        monitor = children_of(goals)["monitor"]
+        look: bool | Tensor = False
+        place = buffers_of(monitor)["place"]
+        if budget.look is not None and not (goals.part and goals.part.complete):  # a repeated call leaves no record
+            look = is_due(budget.look, monitor)
+        tensors, present, seen = budget.of(tensors, absent, mask, evaluation, buffers, place, look)
     elif absent or mask is not None or goals.presence.needed(tensors):
         tensors, present = goals.presence.of(tensors, mask, buffers["params"].device)
     try:
         if learns:
-            rules.learn(buffers, tensors, children_of(goals)["monitor"], present)
-        loss, bottleneck, record = _serve(goals, tensors, buffers, present)
-        ranks = goals._ranks
-        if ranks.size > 1:
-            ranks.check_shape("raw", bottleneck)
-            code, sizes = REDUCTIONS[goals.reduction], (len(goals.names), len(goals.policies))
-            samples = None if present is None else present.samples
-            loss, record = share_record(loss, record, *sizes, code, ranks, samples)
+            values, there = seen or (tensors, present)
+            rules.learn(buffers, values, children_of(goals)["monitor"], there)
+        loss, bottleneck, record = _shared(goals, tensors, buffers, present)
+        ranks, rows = goals._ranks, _rows(goals, bottleneck, present)
+        if seen is not None:
+            with torch.no_grad():
+                _, _, whole = _shared(goals, seen.values, buffers, seen.present)
+            record, finite = record_of_look(record, whole, goals.layout.at)
+            rows = torch.where(finite, _rows(goals, bottleneck, seen.present), rows)
         if goals.alone is not None:
             own = tensors[goals.alone].to(record.dtype)
             own = own.mean() if present is None else present.mean(goals.alone, own)
@@ -79,18 +86,38 @@ def take_step(goals: GoalSet, raw: Raw, mask: Masks | None) -> GoalOutput:
             rules.restore()
         goals._raw.explain(tensors, goals.params.device)
         raise
-    rows: Tensor | int = len(bottleneck) * ranks.size if present is None else present.of_columns
     if goals._watching:
         record.narrow(0, goals.layout.at.share, len(goals.names)).zero_()
     if goals.branches is not None and goals.training and not torch.compiler.is_compiling():
         graphs = tensors if evaluation is None else evaluation.graphs()
         watch_backward(goals.branches, [goals.names[g] for g in goals.owner], graphs)
     if learns:
-        record, rows = rules.keep(buffers, children_of(goals)["monitor"], record, rows, present)
+        record, rows = rules.keep(
+            buffers, children_of(goals)["monitor"], record, rows, present if seen is None else seen.present
+        )
         if budget is not None and evaluation is not None:
             budget.send(buffers["multipliers"])
     walked = None if evaluation is None else evaluation.walked
     return GoalOutput(loss, bottleneck, record, goals.layout, walked, watched, rows)
+
+
+def _shared(
+    goals: GoalSet, tensors: list[Tensor], buffers: dict[str, Tensor], present: Present | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the op, and merge loss and record with those of the other ranks."""
+    loss, bottleneck, record = _serve(goals, tensors, buffers, present)
+    ranks = goals._ranks
+    if ranks.size > 1:
+        ranks.check_shape("raw", bottleneck)
+        code, sizes = REDUCTIONS[goals.reduction], (len(goals.names), len(goals.policies))
+        samples = None if present is None else present.samples
+        loss, record = share_record(loss, record, *sizes, code, ranks, samples)
+    return loss, bottleneck, record
+
+
+def _rows(goals: GoalSet, bottleneck: Tensor, present: Present | None) -> Tensor | int:
+    """Return the number of samples that a record rests on, over all ranks: [K], or one for all columns."""
+    return len(bottleneck) * goals._ranks.size if present is None else present.of_columns
 
 
 def _serve(
