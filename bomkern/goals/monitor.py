@@ -131,15 +131,15 @@ class Monitor(FullPrecisionBuffers):
             raise RuntimeError("a part of this GoalSet is on the meta device: call its to_empty(device=...) first")
         keep = keeper(ring.device.type, self.impl)
         known = rows if not isinstance(rows, Tensor) else ON_DEVICE
-        if isinstance(rows, Tensor):
-            counts = buffers["ring_rows"]
-            counts.index_copy_(0, place % len(counts), rows.to(counts.dtype)[None])
         if torch.compiler.is_compiling():
             torch.ops.bomkern.goal_set_notice(place, self._handle, known)  # calls `notice` each time the graph runs
         elif capturing(ring.device):  # a capture runs nothing; its replays are counted on the device
             self._rows.note_captured(None if known == ON_DEVICE else known)
         else:
             self.notice(known)
+        if isinstance(rows, Tensor):  # after the ring was sent, which it may overwrite
+            counts = buffers["ring_rows"]
+            counts.index_copy_(0, place % len(counts), rows.to(counts.dtype)[None])
         keep(record, ring, place, deficit, by_order, rate, spill)
 
     def notice(self, rows: int) -> None:

@@ -64,6 +64,24 @@ def test_a_budget_counts_the_rows_that_were_taken() -> None:
     assert goals.history["rows"].tolist() == [[18, 9, 5, 3], [5, 9, 0, 3]]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_counts_of_many_steps_are_in_order(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ring is sent to the host before a step overwrites its oldest row."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(monitor, "ROWS", 8)
+    goals, counts = three(), []
+
+    def loss(mask: Tensor) -> Tensor:
+        return goals({"a": mask.float(), "g": {"x": mask.float(), "y": mask.float()}}, mask={"a": mask}).loss
+
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    for k in range(21):
+        step(torch.arange(7) < k % 7)
+        counts.append([k % 7, 7, 7])
+    assert goals.history["rows"].tolist() == counts
+    torch._dynamo.reset()
+
+
 def test_micro_batches_count_together() -> None:
     goals = three()
     for last, mask, count in ((False, None, [6, 6, 6]), (False, {"a": KNOWN}, [8, 12, 12]), (True, None, [14, 18, 18])):
