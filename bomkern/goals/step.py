@@ -117,7 +117,8 @@ def _shared(
 
 def _rows(goals: GoalSet, bottleneck: Tensor, present: Present | None) -> Tensor | int:
     """Return the number of samples that a record rests on, over all ranks: [K], or one for all columns."""
-    return len(bottleneck) * goals._ranks.size if present is None else present.of_columns
+    # Not len(), which would make the batch a constant of an exported program.
+    return bottleneck.shape[0] * goals._ranks.size if present is None else present.of_columns
 
 
 def _serve(
