@@ -272,4 +272,4 @@ for _op in OPS.values():
 
 # Tells the monitor with this handle that a record is about to be put into its ring, see goals/monitor.py. A CUDA graph
 # cannot replay work of the host, so Inductor calls an op with this tag between its graphs.
-library.define("goal_set_notice(Tensor(a!) place, int handle) -> ()", tags=(torch.Tag.cudagraph_unsafe,))
+library.define("goal_set_notice(Tensor(a!) place, int handle, SymInt rows) -> ()", tags=(torch.Tag.cudagraph_unsafe,))

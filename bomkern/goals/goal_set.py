@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,11 @@ from torch import distributed as dist
 from ..common.blame import TOO_MANY
 from ..common.checks import MAX_GOALS, as_flag
 from ..common.process_group import ranks_of
-from ..common.reductions import REDUCTIONS
 from ..common.torch_internals import buffers_of, children_of
 from ..constraints import Constraint
-from ..dispatch import select
-from ..dispatch.routing import bits, routes, rows_too
-from ..lazy_goals.evaluate import Evaluation
-from ..lazy_goals.lazy import Lazy
+from ..dispatch.routing import bits
 from .anchors import Anchors
-from .branches import Branches, watch_backward
+from .branches import Branches
 from .buffers import GoalBuffers
 from .constraint_info import describe
 from .history import GoalOutput, History
@@ -29,16 +25,16 @@ from .micro_batches import MicroBatches, TakesMicroBatches
 from .monitor import Monitor
 from .options import check_options
 from .policies import Policy, policy_of
-from .presence import Masks, Presence, Present, averages
+from .presence import Masks, Presence, averages
 from .raw_values import Raw, RawValues
-from .record import Layout, share_record
+from .record import Layout
 from .resume import Resume
 from .row_budget import RowBudget
-from .rule_state import RuleState, learning_is_enabled
+from .rule_state import RuleState
 from .rules import Group, ShareGuard, Spill
+from .step import take_step
 from .table import table
 from .watched import check_watched, fit_state, split_options
-from .watched import step as watch
 
 
 class GoalSet(GoalBuffers, TakesMicroBatches):
@@ -217,91 +213,7 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
             ValueError: a raw value or mask has an invalid shape or device, or is absent on one of several ranks without
                 being `optional`; the message names the goal.
         """
-        watched = None
-        if self.watched is not None:
-            raw, mask, watched = watch(self.watched, raw, mask, self.alone is None)
-        tensors, absent = self._raw.columns(raw)
-        if self.training and self.alone is None:
-            children_of(self)["monitor"].check_graphs(tensors)
-        if self.anchoring.waiting and self.alone is None:
-            self.anchoring.refuse()
-        rules: RuleState | MicroBatches = self.rules if self.part is None else self.part
-        buffers, evaluation = buffers_of(self), None
-        learns = self.training and learning_is_enabled()
-        if learns:
-            rules.changed.clear()  # the previous step can no longer be taken back
-        budget = self.row_budget if learns and self.alone is None else None
-        if any(type(value) is Lazy for value in tensors):
-            evaluation = Evaluation(tensors)
-            if budget is None:
-                tensors = evaluation.tensors(rows_too(self.route), self.route == "always")
-        present: Present | None = None
-        if budget is not None:
-            place = buffers_of(children_of(self)["monitor"])["place"]
-            tensors, present = budget.of(tensors, absent, mask, evaluation, buffers, place)
-        elif absent or mask is not None or self.presence.needed(tensors):
-            tensors, present = self.presence.of(tensors, mask, buffers["params"].device)
-        try:
-            if learns:
-                rules.learn(buffers, tensors, children_of(self)["monitor"], present)
-            loss, bottleneck, record = self._serve(tensors, buffers, present)
-            ranks = self._ranks
-            if ranks.size > 1:
-                ranks.check_shape("raw", bottleneck)
-                code, sizes = REDUCTIONS[self.reduction], (len(self.names), len(self.policies))
-                samples = None if present is None else present.samples
-                loss, record = share_record(loss, record, *sizes, code, ranks, samples)
-            if self.alone is not None:
-                own = tensors[self.alone].to(record.dtype)
-                own = own.mean() if present is None else present.mean(self.alone, own)
-                if self.layout.constraints[self.alone].direction < 0:
-                    own = -own
-                part = 1.0 if present is None else float(ranks.size)  # masked, it is a part of the whole batch's mean
-                loss = ranks.shared(own, ranks.gather(own.detach()).mean() * part, part) if ranks.size > 1 else own
-            if present is not None:
-                loss = present.with_graph(loss, self.alone)
-            if evaluation is not None:
-                loss = evaluation.attach(loss)
-        except Exception:
-            if learns:
-                rules.restore()
-            self._raw.explain(tensors, self.params.device)
-            raise
-        if self._watching:
-            record.narrow(0, self.layout.at.share, len(self.names)).zero_()
-        if self.branches is not None and self.training and not torch.compiler.is_compiling():
-            graphs = tensors if evaluation is None else evaluation.graphs()
-            watch_backward(self.branches, [self.names[g] for g in self.owner], graphs)
-        if learns:
-            record = rules.keep(buffers, children_of(self)["monitor"], record, present)
-            if budget is not None and evaluation is not None:
-                budget.send(buffers["multipliers"])
-        walked = None if evaluation is None else evaluation.walked
-        return GoalOutput(loss, bottleneck, record, self.layout, walked, watched)
-
-    def _serve(
-        self, tensors: list[Tensor], buffers: dict[str, Tensor], present: Present | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Call the op, in float64 if any raw value is float64."""
-        params, temperature = buffers["params"], buffers["temperature"]
-        multipliers = buffers["multipliers"] if self.spill else None
-        dtype = torch.float32
-        for t in tensors:
-            if t.dtype is torch.float64:
-                dtype = t.dtype
-        if params.dtype is not dtype:
-            params, temperature = params.to(dtype), temperature.to(dtype)
-            multipliers = None if multipliers is None else multipliers.to(dtype)
-        device = params.device
-        serve: Callable[..., tuple[Tensor, Tensor, Tensor]] = select.resolve("goal_set", device.type, self.impl)
-        route = self._may if routes(self.route, device) else 0
-        code = REDUCTIONS[self.reduction]
-        if present is None:
-            return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route)
-        if multipliers is not None:
-            multipliers = present.weights(multipliers)
-        masks = {"present": present.mask, "counts": present.counts.to(dtype)}
-        return serve(tensors, params, self.curves, self.owner, temperature, code, multipliers, route=route, **masks)
+        return take_step(self, raw, mask)
 
     def accept(self, ok: Tensor | bool) -> None:
         """Take back the last step if ``ok`` is False; no host sync.

@@ -41,6 +41,10 @@ class History:
     ``finite`` is the fraction of the steps with a finite loss. The level, deficit and raw value of a goal that no
     sample of a step had are NaN; such steps are in no mean of them.
 
+    ``"rows"``, [T, K], is the number of samples in a step on which the raw value of each column rests, and so its
+    goal's level and deficit, over all ranks. It is NaN for steps of an older bomkern, and where replayed CUDA graphs
+    and other steps differ in it.
+
     Attributes:
         layout: names of the goals and columns, see `Layout`.
         stride: steps per row.
@@ -50,7 +54,8 @@ class History:
     def __init__(self, layout: Layout, first: int = 0, stride: int = 1) -> None:
         self.layout, self.first, self.stride = layout, first, stride
         # On the host, whatever torch's default device is.
-        self._rows = torch.empty(0, layout.size, dtype=torch.float32, device="cpu")
+        width = layout.size + len(layout.columns)  # records of `Layout.counted`
+        self._rows = torch.empty(0, width, dtype=torch.float32, device="cpu")
         self._open = self._rows.clone()  # steps that do not fill a row yet
 
     @property
@@ -65,7 +70,7 @@ class History:
     def from_rows(cls, layout: Layout, rows: Tensor, first: int = 0, stride: int = 1) -> History:
         """Make a history of records [T, size], each of which stands for ``stride`` steps."""
         history = cls(layout, first, stride)
-        history._rows = rows.float()
+        history._rows = layout.counted(rows.float())
         return history
 
     def first_rows(self, count: int) -> History:
@@ -73,8 +78,8 @@ class History:
         return self.from_rows(self.layout, self._rows[:count], self.first, self.stride)
 
     def append(self, records: Tensor) -> None:
-        """Append the records of the next steps, [n, size], on the host."""
-        rows = torch.cat([self._open, records.float()])
+        """Append the records of the next steps, [n, size] or those of `Layout.counted`, on the host."""
+        rows = torch.cat([self._open, self.layout.counted(records.float())])
         whole = len(rows) // self.stride * self.stride
         self._kept.add(self._join(rows[:whole], self.stride))
         self._open = rows[whole:].clone()
@@ -121,11 +126,17 @@ class History:
         return self.first + self.stride * torch.arange(1, len(self._rows) + 1, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "stride": self.stride, "rows": self._rows, "open": self._open}
+        (rows, counts), (opened, open_counts) = (
+            x.tensor_split([self.layout.size], -1) for x in (self._rows, self._open)
+        )
+        state = {"first": self.first, "stride": self.stride, "rows": rows, "open": opened}
+        return {**state, "counts": counts, "open_counts": open_counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first, self.stride = state["first"], state["stride"]
-        self._rows, self._open = state["rows"].clone(), state["open"].clone()
+        counted = self.layout.counted
+        self._rows = counted(state["rows"].clone(), state.get("counts"))  # an older bomkern has saved no counts
+        self._open = counted(state["open"].clone(), state.get("open_counts"))
 
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write the history to a file that `load` reads. It holds plain numbers and tensors, no code."""
@@ -163,7 +174,7 @@ class GoalOutput:
         watched: the output for the goals of ``GoalSet(monitor=)``, whose loss has no meaning; None if there are none.
     """
 
-    __slots__ = ("_layout", "bottleneck", "loss", "record", "walked", "watched")
+    __slots__ = ("_layout", "_rows", "bottleneck", "loss", "record", "walked", "watched")
 
     def __init__(
         self,
@@ -173,12 +184,24 @@ class GoalOutput:
         layout: Layout,
         walked: float | None = None,
         watched: GoalOutput | None = None,
+        rows: Tensor | int = 0,
     ) -> None:
         self.loss, self.bottleneck, self.record, self._layout, self.walked = loss, bottleneck, record, layout, walked
-        self.watched = watched
+        self.watched, self._rows = watched, rows
 
     def __getitem__(self, part: str) -> Tensor:
-        return self._layout.parts(self.record)[part]
+        return self.rows if part == "rows" else self._layout.parts(self.record)[part]
+
+    @property
+    def rows(self) -> Tensor:
+        """The number of samples on which each raw value rests, and so its goal's level and deficit: [K] int64.
+
+        It is the batch over all ranks, less the samples that a mask or a budget of `Spill` leaves out. Of micro-batches
+        it is the sum over the step so far. A goal of the whole batch (0-dim) counts as all samples.
+        """
+        if isinstance(self._rows, Tensor):
+            return self._rows.to(torch.int64)
+        return self.record.new_full((len(self._layout.columns),), self._rows, dtype=torch.int64)
 
     @property
     def share(self) -> Tensor:

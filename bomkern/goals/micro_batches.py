@@ -13,6 +13,7 @@ from torch import Tensor
 from ..common.host_copy import capturing
 from ..common.reductions import REDUCTIONS
 from ..common.torch_internals import FullPrecisionBuffers, buffers_of, children_of, under_transform
+from ..reference import record_parts
 from .anchors import Buffers
 from .monitor import Monitor
 from .policies import Policy
@@ -110,14 +111,17 @@ class MicroBatches:
         self.changed.clear()
         self._new = {}
 
-    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor, present: Present | None = None) -> Tensor:
+    def keep(
+        self, buffers: Buffers, monitor: Monitor, record: Tensor, rows: Tensor | int, present: Present | None = None
+    ) -> tuple[Tensor, Tensor | int]:
         """Merge the record of the call into that of the step, and end the step after its last micro-batch.
 
-        Returns the record of the step so far, or ``record`` if the call repeats a complete step.
+        Returns the record of the step so far with the number of samples that it rests on; or ``record`` and ``rows``,
+        if the call repeats a complete step.
         """
         self.changed.clear()
         if self.complete:
-            return record
+            return record, rows
         records = record.detach()[None]
         weights = torch.full_like(records, self._samples)
         if present is not None:
@@ -129,11 +133,18 @@ class MicroBatches:
         merged, self._weights = merge_records(records, weights, *self._sizes, self._code)
         self._record, self._raws, self._new = merged, {**self._raws, **self._new}, {}
         self.open, self._rewound, self._samples = True, False, 0
+        rows = self._rows()
         if self.held:
             self.complete = self.last is not False
         elif self.last:
             self.finish(buffers, monitor)
-        return merged
+        return merged, rows
+
+    def _rows(self) -> Tensor:
+        """Return the number of samples that the record of the step so far rests on, over all ranks, [K]."""
+        assert self._weights is not None
+        own = record_parts(self._weights, *self._sizes)["raw"]
+        return own * self.rules.ranks.size if self._present is None else own  # presence is counted over the ranks
 
     def _so_far(self, present: Present | None) -> Present | None:
         """Return what is present in the step so far and in the current call; None if no call had a mask."""
@@ -160,9 +171,9 @@ class MicroBatches:
             self._relearn(buffers, monitor)
         rules = self.rules
         rules.changed += [(buffers[name], before) for name, before in self._before.items()]
-        present = self._present
+        present, rows = self._present, self._rows()
         self.forget()
-        rules.keep(buffers, monitor, record, present)
+        rules.keep(buffers, monitor, record, rows, present)
 
     def discard(self, buffers: Buffers) -> None:
         """Take back what the policies learnt in the open step, and forget it."""

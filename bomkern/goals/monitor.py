@@ -18,9 +18,11 @@ from ..dispatch.select import keeper
 from ..ops.without_graph import columns_without
 from .history import CAPACITY, History, Rows
 from .record import Layout
+from .row_counts import RowCounts
 from .saved import pack_history, unpack_history
 from .without_graph import WithoutGraph
 
+ON_DEVICE = -1  # stands for a number of samples that the device holds
 ROWS = 128  # records kept on the device before they are copied to the host
 
 
@@ -64,28 +66,36 @@ class Monitor(FullPrecisionBuffers):
     Attributes:
         ring: [ROWS, size].
         place: [1] int64, training steps so far; the next record goes into row ``place % ROWS``.
+        ring_rows: [ROWS, K], the number of samples that each record rests on, where the host does not know it.
     """
 
     ring: Tensor
     place: Tensor
+    ring_rows: Tensor
 
     def __init__(self, layout: Layout, impl: str | None = None) -> None:
         super().__init__()
         self.layout, self.impl, self._count, self._history = layout, impl, _Count(), History(layout)
         self._finite = layout.at.finite
         self.without_graph = WithoutGraph(layout.goals, layout.owner)
-        self._copy: tuple[HostCopy, HostCopy, int] | None = None  # the ring, the place, and the steps known then
+        # The ring, its numbers of samples if there are any, the place, and the steps known then.
+        self._copy: tuple[HostCopy, HostCopy | None, HostCopy, int] | None = None
+        self._rows = RowCounts()
         # Rows on the host that `take` has not returned yet.
-        self._fresh = Rows(torch.empty(0, layout.size, dtype=torch.float32, device="cpu"))
+        self._fresh = Rows(layout.counted(torch.empty(0, layout.size, dtype=torch.float32, device="cpu")))
         self.register_buffer("ring", torch.zeros(ROWS, layout.size, dtype=torch.float32), persistent=False)
         self.register_buffer("place", torch.zeros(1, dtype=torch.int64), persistent=False)
+        counts = torch.zeros(ROWS, len(layout.columns), dtype=torch.float32)
+        self.register_buffer("ring_rows", counts, persistent=False)
         self._register()
 
     def reset_parameters(self) -> None:
         """Forget all steps. FSDP calls this after it has moved a module from the meta device."""
         self._count, self._copy, self._history = _Count(), None, History(self.layout)
         self._fresh = Rows(self._fresh.rows()[:0])
+        self._rows.restart()
         self.ring.zero_()
+        self.ring_rows.zero_()
         self.place.zero_()
 
     def _register(self) -> None:
@@ -105,30 +115,45 @@ class Monitor(FullPrecisionBuffers):
     def add(
         self,
         record: Tensor,
+        rows: Tensor | int,
         deficit: Tensor | None = None,
         by_order: Tensor | None = None,
         rate: float = 0.0,
         spill: Sequence[Tensor] = (),
     ) -> None:
-        """Keep the record of a step, [size]. The other arguments are for `Spill`, see `reference.goal_set_keep`."""
+        """Keep the record of a step, [size], and the number of samples that it rests on, [K] or one for all columns.
+
+        The other arguments are for `Spill`, see `reference.goal_set_keep`.
+        """
         buffers = buffers_of(self)
         ring, place = buffers["ring"], buffers["place"]
         if ring.is_meta and not record.is_meta:
             raise RuntimeError("a part of this GoalSet is on the meta device: call its to_empty(device=...) first")
         keep = keeper(ring.device.type, self.impl)
+        known = rows if not isinstance(rows, Tensor) else ON_DEVICE
         if torch.compiler.is_compiling():
-            torch.ops.bomkern.goal_set_notice(place, self._handle)  # calls `notice` each time the graph runs
-        elif not capturing(ring.device):  # a capture runs nothing; its replays are counted on the device
-            self.notice()
+            torch.ops.bomkern.goal_set_notice(place, self._handle, known)  # calls `notice` each time the graph runs
+        elif capturing(ring.device):  # a capture runs nothing; its replays are counted on the device
+            self._rows.note_captured(None if known == ON_DEVICE else known)
+        else:
+            self.notice(known)
+        if isinstance(rows, Tensor):  # after the ring was sent, which it may overwrite
+            counts = buffers["ring_rows"]
+            counts.index_copy_(0, place % len(counts), rows.to(counts.dtype)[None])
         keep(record, ring, place, deficit, by_order, rate, spill)
 
-    def notice(self) -> None:
-        """Count a record that is about to be put into the ring, and send the ring to the host if it is full."""
-        count = self._count
+    def notice(self, rows: int) -> None:
+        """Count a record that is about to be put into the ring, and send the ring to the host if it is full.
+
+        Args:
+            rows: the number of samples that the record rests on, or `ON_DEVICE`.
+        """
+        count, known = self._count, None if rows == ON_DEVICE else rows
         if count.known - count.sent == ROWS:
             self._send()
         if self.without_graph.found and count.known:
             self._tell()
+        self._rows.note(count.known, known)
         count.known += 1
 
     def check_graphs(self, goals: Sequence[Any]) -> None:
@@ -160,28 +185,36 @@ class Monitor(FullPrecisionBuffers):
     def _send(self) -> None:
         """Start to copy the ring to the host, and take in the copy that was started before."""
         count = self._count
-        arrived, self._copy = self._copy, (HostCopy(self.ring), HostCopy(self.place), count.known)
+        counts = HostCopy(self.ring_rows) if self._rows.on_device else None
+        arrived, self._copy = self._copy, (HostCopy(self.ring), counts, HostCopy(self.place), count.known)
         count.sent = count.known
         if arrived is not None:
             self._arrive(*arrived)
 
-    def _arrive(self, ring: HostCopy, place: HostCopy, known: int) -> None:
+    def _arrive(self, ring: HostCopy, counts: HostCopy | None, place: HostCopy, known: int) -> None:
         """Append the new records of a copy to the history. ``known``: the steps that the host knew of at that time."""
         rows, until, count = ring.wait(), int(place.wait()), self._count
-        last = torch.arange(max(count.taken, until - len(rows)), until, device="cpu") % len(rows)
-        records = rows.index_select(0, last)  # rows[last] would wake all threads
+        first = max(count.taken, until - len(rows))
+        last = torch.arange(first, until, device="cpu") % len(rows)
+        records = rows.index_select(0, last).float()  # rows[last] would wake all threads
+        seen = None if counts is None else counts.wait().index_select(0, last)
+        records = self.layout.counted(records, self._rows.take(first, until, known, seen, len(self.layout.columns)))
         count.taken, replayed = until, max(0, until - known)
         count.known, count.sent = count.known + replayed, count.sent + replayed
         self._history.append(records)
         self.without_graph.look_again()
         if self.without_graph.found and until:
             self._tell()
-        self._fresh.add(records.float())
+        self._fresh.add(records)
         if self._fresh.count > 2 * CAPACITY:
             self._fresh = Rows(self._fresh.rows()[-CAPACITY:])
 
     def take(self) -> Tensor:
         """Return the records since the last call, at most `CAPACITY`, [n, size] on the host. Waits for the device."""
+        return self._take()[:, : self.layout.size]
+
+    def _take(self) -> Tensor:
+        """Return what `take` does, with the numbers of samples behind."""
         _ = self.history
         fresh = self._fresh.rows()[-CAPACITY:]
         self._fresh = Rows(fresh[:0])
@@ -189,7 +222,7 @@ class Monitor(FullPrecisionBuffers):
 
     def take_mean(self) -> Window:
         """Take the records since the last call, and return the means of their parts. Waits for the device."""
-        records = self.take().double()
+        records = self._take().double()
         finite = self.layout.parts(records)["finite"] > 0
         mean = self.layout.parts(records[finite].nanmean(0)) if finite.any() else {}
         return Window(len(records), len(records) - int(finite.sum()), mean)
@@ -225,7 +258,8 @@ class Monitor(FullPrecisionBuffers):
 
     def get_extra_state(self) -> Tensor:
         history = self.history.state_dict()  # first, as it counts the steps of replayed graphs
-        return pack_history(self.layout, {"steps": self.steps, **history, "fresh": self._fresh.rows()[-CAPACITY:]})
+        fresh, counts = self._fresh.rows()[-CAPACITY:].tensor_split([self.layout.size], -1)
+        return pack_history(self.layout, {"steps": self.steps, **history, "fresh": fresh, "fresh_counts": counts})
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
         if isinstance(state, Tensor):  # else of an older bomkern, or of other goals
@@ -235,14 +269,18 @@ class Monitor(FullPrecisionBuffers):
         self._count, self._copy = _Count(state["steps"]), None
         self.place.fill_(state["steps"])
         self._history.load_state_dict(state)
-        self._fresh = Rows(state["fresh"].clone())
+        self._fresh = Rows(self.layout.counted(state["fresh"].clone(), state.get("fresh_counts")))
+        self._rows.restart()
 
 
 @torch.library.impl(library, "goal_set_notice", "CompositeExplicitAutograd")
-def _notice(place: Tensor, handle: int) -> None:
-    """Call `Monitor.notice` when a compiled graph runs, not when it is traced. In a capture, do nothing."""
-    if not capturing(place.device) and (monitor := _handled.get(handle)) is not None:
-        monitor.notice()
+def _notice(place: Tensor, handle: int, rows: int) -> None:
+    """Call `Monitor.notice` when a compiled graph runs, not when it is traced. In a capture, note the samples alone."""
+    monitor = _handled.get(handle)
+    if monitor is not None and capturing(place.device):
+        monitor._rows.note_captured(None if rows == ON_DEVICE else rows)
+    elif monitor is not None:
+        monitor.notice(rows)
 
 
 def _trace(handle: int, without: int) -> None:
@@ -252,4 +290,4 @@ def _trace(handle: int, without: int) -> None:
 
 
 mark_constant(_trace)
-fake("goal_set_notice", library)(lambda place, handle: None)
+fake("goal_set_notice", library)(lambda place, handle, rows: None)

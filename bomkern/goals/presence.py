@@ -65,9 +65,14 @@ class Present(NamedTuple):
         """Return whether any sample has each goal, [G] bool."""
         return self.counts[1 : 1 + goals] > 0
 
+    @property
+    def of_columns(self) -> Tensor:
+        """The number of samples that have each column, over all ranks, [K] int64."""
+        return self.counts[len(self.counts) - len(self.mask) :]
+
     def column_there(self, k: int) -> Tensor:
         """Return whether any sample has column k, 0-dim bool."""
-        return self.counts[len(self.counts) - len(self.mask) + k] > 0
+        return self.of_columns[k] > 0
 
     def weights(self, multipliers: Tensor) -> Tensor:
         """Return the multipliers [G] by which each goal's mean over its own samples has the given weight.
@@ -83,7 +88,7 @@ class Present(NamedTuple):
 
     def mean(self, k: int, values: Tensor) -> Tensor:
         """Return the sum of column k over this rank's samples that have it, over the number of all that do."""
-        count = self.counts[len(self.counts) - len(self.mask) + k].clamp(min=1)
+        count = self.of_columns[k].clamp(min=1)
         return torch.where(self.mask[k], values, 0).sum() / count
 
 

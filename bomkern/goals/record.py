@@ -47,10 +47,27 @@ class Layout:
         return self.at.size
 
     def parts(self, records: Tensor) -> dict[str, Tensor]:
-        """Return the parts of records by name, as `record_parts` does, with ``scale`` in place of ``slope``."""
+        """Return the parts of records by name, as `record_parts` does, with ``scale`` in place of ``slope``.
+
+        Records of `counted` have one part more, ``rows``.
+        """
+        records, counts = records.tensor_split([self.size], -1)
         parts = record_parts(records, len(self.goals), len(self.columns))
         parts["scale"] = 1 / parts.pop("slope").abs()  # the constraint says which side is worse
-        return parts
+        return {**parts, "rows": counts} if counts.shape[-1] else parts
+
+    def counted(self, records: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return records [n, size] with the number of samples of each column behind them, [n, size + K].
+
+        Args:
+            records: [n, size]; with numbers of samples they are returned as they are.
+            counts: [n, K]; without, the numbers are NaN.
+        """
+        if records.shape[-1] != self.size:
+            return records
+        if counts is None:
+            counts = records.new_full((len(records), len(self.columns)), torch.nan)
+        return torch.cat([records, counts.to(records)], -1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values. Constraints are texts, as in files of every version; `History.save` adds the rest."""

@@ -122,6 +122,8 @@ class Resume:
             history = unpack_history(state[prefix + MONITOR])
             for name in ("rows", "open", "fresh"):
                 history[name] = picked_records(history[name], saved.layout, at_goals, at_columns)
+            for name in ("counts", "open_counts", "fresh_counts"):
+                history[name] = picked(history[name].t(), at_columns, torch.nan).t()
             state[prefix + MONITOR] = history
         if prefix + EXTRA in state:
             state[prefix + EXTRA] = self._extra(saved, kept)

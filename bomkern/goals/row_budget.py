@@ -15,6 +15,7 @@ from ..lazy_goals.evaluate import Evaluation
 from ..lazy_goals.lazy import Lazy
 from ..reference import counts_of
 from .anchors import Buffers
+from .looks import Seen, seen_by
 from .presence import AVERAGED, Masks, Presence, Present
 from .rules import Spill
 
@@ -45,7 +46,7 @@ class RowBudget:
             )
         assert spill.budget is not None
         self.budget, self._owner, self._presence, self._ranks = spill.budget, list(owner), presence, ranks
-        self._sums = reduction == "sum"
+        self._sums, self.look = reduction == "sum", spill.look
         self._key = _mix(_mix(_mix(spill.seed & BITS) ^ (spill.seed >> 32 & BITS)) ^ ranks.rank)
         self._copy: HostCopy | None = None
 
@@ -57,8 +58,9 @@ class RowBudget:
         evaluation: Evaluation | None,
         buffers: Buffers,
         step: Tensor,
-    ) -> tuple[list[Tensor], Present]:
-        """Return the raw values as the op takes them, and the rows of each goal as what is present.
+        look: bool | Tensor = False,
+    ) -> tuple[list[Tensor], Present, Seen | None]:
+        """Return the raw values as the op takes them, the rows of each goal as what is present, and what a look sees.
 
         Args:
             tensors: the raw values of the columns; None where a column is absent.
@@ -67,6 +69,7 @@ class RowBudget:
             evaluation: that of the lazy goals, or None if there are none.
             buffers: those of the GoalSet.
             step: [1] int64, counted on the device.
+            look: whether the step looks at all rows, see `looks.is_due`.
         """
         presence, ranks, device = self._presence, self._ranks, buffers["params"].device
         zero = on_device((0.0,), torch.float32, device)
@@ -108,10 +111,12 @@ class RowBudget:
         if self._sums:  # over all samples, of which the op sees those that some goal takes
             whole = batch * ranks.size if given is None else given.counts[0]
             factor = whole / counts[0].clamp(min=1)
+        gone = NONE if given is None else given.absent
+        present = Present(rows, counts, samples, frozenset(range(len(values))), gone, factor)
+        seen = seen_by(look, values, present, given, evaluation, self._owner, ranks)
         if evaluation is not None:
             self._evaluate(evaluation, values, rows, known, order)
-        gone = NONE if given is None else given.absent
-        return values, Present(rows, counts, samples, frozenset(range(len(values))), gone, factor)
+        return values, present, seen
 
     def rows(self, weights: Tensor, batch: int) -> Tensor:
         """Return the number of rows that goals of these weights take of a batch, int64."""

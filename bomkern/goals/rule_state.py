@@ -135,17 +135,26 @@ class RuleState:
             for now, before in copies:
                 now.copy_(torch.where(goes_on, now, before))
 
-    def keep(self, buffers: Buffers, monitor: Monitor, record: Tensor, present: Present | None = None) -> Tensor:
+    def keep(
+        self, buffers: Buffers, monitor: Monitor, record: Tensor, rows: Tensor | int, present: Present | None = None
+    ) -> tuple[Tensor, Tensor | int]:
         """Add the record of the step to the monitor; update the weights of the spill and the nudges of the guard.
 
-        Returns the record.
+        Args:
+            record: [size].
+            rows: the number of samples that it rests on, [K] or one for all columns.
+
+        Returns:
+            The record and the number.
         """
         spill, guard = self.spill, self.guard
         if spill is None:
-            monitor.add(record)
+            monitor.add(record, rows)
         else:
             deficit = record.narrow(0, self._deficit, self._goals)
-            monitor.add(record, deficit, buffers["_weights_by_order"], spill.rate, [buffers[name] for name in SPILL])
+            monitor.add(
+                record, rows, deficit, buffers["_weights_by_order"], spill.rate, [buffers[name] for name in SPILL]
+            )
             self.changed += (
                 (buffers["average"], buffers["_average_before"]),
                 (buffers["multipliers"], buffers["_multipliers_before"]),
@@ -164,7 +173,7 @@ class RuleState:
             nudge = (so_far + nudge).clamp(-MOST_NUDGE, MOST_NUDGE) - so_far
             so_far += nudge
             buffers["params"][:, 1:3] *= torch.exp(-nudge)[:, None]
-        return record
+        return record, rows
 
     def restore(self) -> None:
         """Take back the changes of a step that raised an error."""

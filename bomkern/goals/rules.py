@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.checks import finite_number
+from ..common.checks import check_whole, finite_number
 from ..constraints import Constraint
 from .policies import Policy, policy_of
 
@@ -69,6 +69,10 @@ class Spill:
         halflife: of the moving average, in steps, > 0.
         budget: goal rows of a step, in batches, > 0; None takes all rows. The reduction must be "mean" or "sum".
         seed: of the rows that are drawn, a whole number, at least 0. They are a function of seed, step and rank.
+        look: the first of every ``look`` steps looks at all samples, a whole number, at least 1; None for never. The
+            record, policies and the order of the goals then learn from all samples. The loss is that of the rows that
+            were drawn. A look evaluates `lazy` goals once more, without a graph. Generators are left as they were, so a
+            function that draws random numbers may draw others in a look than in the loss.
 
     Raises:
         ValueError: a number is out of range; the message names it.
@@ -76,7 +80,13 @@ class Spill:
     """
 
     def __init__(
-        self, ratio: float = 0.5, halflife: float = 7.0, budget: float | None = None, *, seed: int = 0
+        self,
+        ratio: float = 0.5,
+        halflife: float = 7.0,
+        budget: float | None = None,
+        *,
+        seed: int = 0,
+        look: int | None = None,
     ) -> None:
         self.ratio = finite_number("Spill: ratio", ratio, above=0)
         if self.ratio >= 1:
@@ -88,6 +98,9 @@ class Spill:
         if seed < 0:
             raise ValueError(f"Spill: seed must be at least 0, got {seed}")
         self.seed = seed
+        self.look = None if look is None else check_whole("Spill: look", look)
+        if look is not None and budget is None:
+            raise ValueError(f"Spill: look needs a budget, got look={look} without one: all rows are seen anyway")
 
     def weights(self, goals: int) -> Tensor:
         """Return the weights by order, the worst goal's first, [goals]; they sum to 1."""
@@ -95,7 +108,8 @@ class Spill:
         return (weights / weights.sum()).float()
 
     def __repr__(self) -> str:
-        return f"Spill({self.ratio:g}" + ("" if self.budget is None else f", budget={self.budget:g}") + ")"
+        given = {"budget": self.budget, "look": self.look}
+        return f"Spill({self.ratio:g}{''.join(f', {n}={x:g}' for n, x in given.items() if x is not None)})"
 
 
 class Group:

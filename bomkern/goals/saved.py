@@ -62,25 +62,35 @@ def names_of(layout: Layout) -> dict[str, Any]:
 
 
 def pack_history(layout: Layout, state: Values) -> Tensor:
-    """Pack the state of a `Monitor`, a dict with ``steps``, ``first``, ``stride``, ``rows``, ``open`` and ``fresh``."""
-    rows, opened, fresh = state["rows"], state["open"], state["fresh"]
-    # Only a run of millions of steps has more open steps than fit: then groups of them are saved as their means.
-    every = -(-len(opened) // ROOM) or 1
+    """Pack the state of a `Monitor`: ``steps``, ``first``, ``stride``, and ``rows``, ``open`` and ``fresh``.
+
+    The last three are records, with the numbers of samples that they rest on in ``counts``, ``open_counts`` and
+    ``fresh_counts``. These are at the end of the tensor, which has the size that it had before it held them.
+    """
+    rows = layout.counted(state["rows"], state["counts"])
+    opened = layout.counted(state["open"], state["open_counts"])
+    fresh = layout.counted(state["fresh"], state["fresh_counts"])
+    size = layout.size
+    room = (CAPACITY + ROOM) * size // (size + len(layout.columns)) - CAPACITY
+    # Only a run of many steps has more open steps than fit: then groups of them are saved as their means.
+    every = -(-len(opened) // room) or 1
     groups = [len(group) for group in opened.split(every)] if len(opened) else []
     join = History(layout)._join
     joined = [join(group, len(group)) for group in opened.split(every)] if len(opened) else []
     # A history of single steps ends with those not taken yet. Otherwise the oldest of them may have no room.
     tail = state["stride"] == 1 and len(fresh) <= len(rows)
-    kept = fresh[:0] if tail else fresh[len(fresh) - min(len(fresh), ROOM - len(groups)) :]
+    kept = fresh[:0] if tail else fresh[len(fresh) - min(len(fresh), room - len(groups)) :]
     used = torch.cat([rows, *joined, kept])
-    whole = used.new_zeros(CAPACITY + ROOM, layout.size)
-    whole[: len(used)] = used
+    whole = used.new_zeros((CAPACITY + ROOM) * size)
+    whole[: len(used) * size] = used[:, :size].flatten()
+    whole[len(whole) - len(used) * len(layout.columns) :] = used[:, size:].flatten()
     changing = {
         **{name: state[name] for name in ("steps", "first", "stride")},
         "rows": len(rows),
         "open": [every, len(opened)],
         "fresh": len(fresh) if tail else len(kept),
         "tail": tail,
+        "counted": len(used),
     }
     return pack(names_of(layout), changing, 256, whole)
 
@@ -89,13 +99,20 @@ def unpack_history(packed: Tensor) -> dict[str, Any]:
     """Return the state that `pack_history` was given, and the names of its goals. Raises ValueError."""
     values, numbers = unpack(packed)
     names = Layout(values["goals"], values["columns"], values["owner"], [])
-    whole = numbers.view(-1, names.size)
+    whole, size = numbers.view(-1, names.size), names.size
+    used = values.get("counted", 0)  # an older bomkern has saved no numbers of samples
+    counts = numbers[len(numbers) - used * len(names.columns) :].view(used, -1) if used else None
+    whole = names.counted(whole[:used], counts) if used else names.counted(whole)
     every, count = values["open"]
     groups = [min(every, count - at) for at in range(0, count, every)]
     rows, joined, rest = whole.split([values["rows"], len(groups), len(whole) - values["rows"] - len(groups)])
     fresh = rows[len(rows) - values["fresh"] :] if values["tail"] else rest[: values["fresh"]]
     opened = joined.repeat_interleave(torch.tensor(groups, dtype=torch.int64, device="cpu"), 0)
-    return {**values, "rows": rows.clone(), "open": opened, "fresh": fresh.clone()}
+    found = {}
+    for name, part in {"": rows, "open": opened, "fresh": fresh}.items():
+        found[name or "rows"] = part[:, :size].clone()
+        found[f"{name}_counts".lstrip("_")] = part[:, size:].clone()
+    return {**values, **found}
 
 
 def picked(saved: Tensor, at: Sequence[int | None], missing: Tensor | float) -> Tensor:

@@ -11,17 +11,20 @@ from .policies import Anchored, Fixed, Policy, _shown
 if TYPE_CHECKING:
     from .goal_set import GoalSet
 
+FORMATS = {"rows": ".4g"}
 WINDOW = 100  # steps whose shares and levels are shown
 
 
 def table(goals: GoalSet) -> str:
     """Return a table with a row per column: constraint, anchors, and share and level over the last `WINDOW` steps.
 
+    With a budget of rows it also has the mean number of samples that a step's level rests on.
     All numbers are those in force. On the meta device there are none.
     """
-    rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", "share", "level"), *_rows(goals)]
+    parts = ("share", "level") if goals.row_budget is None else ("share", "level", "rows")
+    rows: list[tuple[str, ...]] = [("goal", "constraint", "ideal", "scale", *parts), *_rows(goals, parts)]
     if goals.watched is not None:
-        rows += [(*cells[:4], "watched", *cells[5:]) for cells in _rows(goals.watched)]
+        rows += [(*cells[:4], "watched", *cells[5:]) for cells in _rows(goals.watched, parts)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     mu = "on meta" if goals.params.is_meta else f"{float(goals.temperature):g}"
     rule = f"spill={goals.spill.ratio:g}" if goals.spill else f"temperature={mu}"
@@ -33,12 +36,12 @@ def table(goals: GoalSet) -> str:
     return "\n".join(lines)
 
 
-def _rows(goals: GoalSet) -> list[tuple[str, ...]]:
-    """Return the cells of each column."""
+def _rows(goals: GoalSet, parts: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the cells of each column, the last of them means of these parts of the history."""
     history, on_meta, rows = goals.history, goals.params.is_meta, []
     anchors = {} if on_meta else goals.anchors()
     params = [] if on_meta else goals.params.tolist()
-    seen = {part: goals.monitor.last_mean(part, WINDOW).tolist() if len(history) else [] for part in ("share", "level")}
+    seen = {part: goals.monitor.last_mean(part, WINDOW).tolist() if len(history) else [] for part in parts}
     described = zip(goals.policies.items(), goals.owner, goals.layout.constraints, strict=True)
     for k, ((column, policy), owner, info) in enumerate(described):
         text, both = str(info), ["on meta"] * 2
@@ -47,7 +50,8 @@ def _rows(goals: GoalSet) -> list[tuple[str, ...]]:
         elif not on_meta:
             ideal, scale = anchors[column]
             text, both = _in_force(policy, text, params[k], ideal, scale), [f"{ideal:.4g}", f"{scale:.4g}"]
-        numbers = [f"{seen[part][owner]:.3f}" if seen[part] else "" for part in ("share", "level")]
+        at = {"rows": k}  # other parts have a number for each goal
+        numbers = [f"{seen[p][at.get(p, owner)]:{FORMATS.get(p, '.3f')}}" if seen[p] else "" for p in parts]
         rows.append((column, text, *both, *numbers))
     return rows
 

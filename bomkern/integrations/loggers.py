@@ -99,7 +99,8 @@ def log_goals(goals: GoalSet, logger: Any, step: int, prefix: str = "goals/") ->
     members of a group), ``loss``, and ``rejected``. The latter is the fraction of steps whose loss was not finite or
     that `GoalSet.accept` took back. It is the only name if all steps were rejected. Without a step nothing is logged.
     A goal's means are over the steps in which a sample had it; without such a step only its share, 0, is logged. Goals
-    that are only watched (``GoalSet(monitor=)``) have no ``share``.
+    that are only watched (``GoalSet(monitor=)``) have no ``share``. With a budget of rows (`Spill`),
+    ``rows/GOAL`` is the number of samples that a step's raw value rests on.
 
     A call does not wait on a CPU. On a GPU it waits once until the steps so far are done, so call it every 50 steps,
     not every step. The call consumes the records: with two loggers, pass the returned values to the second.
@@ -128,7 +129,8 @@ def log_goals(goals: GoalSet, logger: Any, step: int, prefix: str = "goals/") ->
         return {}
     values: dict[str, float] = {}
     if window.mean:
-        values |= _by_name(goals, window, (*PER_GOAL, "raw"), prefix)
+        budget = () if goals.row_budget is None else ("rows",)
+        values |= _by_name(goals, window, (*PER_GOAL, "raw", *budget), prefix)
         values[f"{prefix}loss"] = float(window.mean["loss"])
     if goals.watched is not None and (seen := goals.watched.monitor.take_mean()).mean:
         values |= _by_name(goals.watched, seen, ("level", "deficit", "raw"), prefix)
@@ -141,7 +143,7 @@ def _by_name(goals: GoalSet, window: Window, parts: Sequence[str], prefix: str) 
     """Return the means of some parts by the names under which they are logged."""
     values: dict[str, float] = {}
     for part in parts:
-        names = goals.layout.columns if part == "raw" else goals.layout.goals
+        names = goals.layout.columns if part in ("raw", "rows") else goals.layout.goals
         means = zip(names, window.mean[part].tolist(), strict=True)
         values |= {f"{prefix}{part}/{name}": mean for name, mean in means if not math.isnan(mean)}
     return values

@@ -167,7 +167,9 @@ def test_a_large_budget_is_no_budget(impl: str, masked: bool, options: dict[str,
         assert torch.equal(one.bottleneck, other.bottleneck)
         torch.testing.assert_close(one.record, other.record, equal_nan=True)
     for (name, x), y in zip(ours.named_buffers(), exact.buffers(), strict=True):
-        torch.testing.assert_close(x, y, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        if "ring_rows" not in name:  # which steps without a budget leave to the host
+            torch.testing.assert_close(x, y, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch.equal(ours.history["rows"], exact.history["rows"])
 
 
 @EACH

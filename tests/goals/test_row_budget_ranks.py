@@ -20,8 +20,8 @@ BATCH = 12  # samples of a rank
 WEIGHTS = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64) / 7
 
 
-def make(group: Any, budget: float | None, **options: Any) -> GoalSet:
-    spill = Spill(0.5, budget=budget)
+def make(group: Any, budget: float | None, look: int | None = None, **options: Any) -> GoalSet:
+    spill = Spill(0.5, budget=budget, look=look)
     goals = GoalSet(a=Minimize(1.0), b=Minimize(2.0), c=Minimize(0.5), spill=spill, process_group=group, **options)
     goals.double().multipliers.copy_(WEIGHTS)
     return goals
@@ -63,6 +63,7 @@ def the_formula(group: Any, rank: int, reduction: str, masked: bool) -> None:
             differ += not torch.equal(both[0], both[1])
             total = together(torch.where(rows, x.detach(), 0)).sum() / scale
             count = both.sum()
+            assert int(out.rows[k]) == int(count)
             loss += WEIGHTS[k] * total / count
             factor = samples if reduction == "sum" else 1
             torch.testing.assert_close(grad[rows], torch.full_like(grad[rows], 2 * factor * WEIGHTS[k] / scale / count))
@@ -81,6 +82,24 @@ def enough_is_all(group: Any, rank: int) -> None:
         one, other = (goals(dict(zip("abc", x, strict=True))) for goals in (ours, exact))
         torch.testing.assert_close(one.loss, other.loss)
         torch.testing.assert_close(one.record, other.record)
+
+
+def looks(group: Any, rank: int, masked: bool) -> None:
+    """Every second step the record is that of all rows of both ranks."""
+    goals, exact = (make(group, budget, look, optional=["b"]) for budget, look in ((0.5, 2), (None, None)))
+    for step in range(4):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        x = torch.rand(3, BATCH, generator=generator, dtype=torch.float64)
+        mask = {"b": torch.rand(BATCH, generator=generator) < 0.5} if masked else None
+        for each in (goals, exact):
+            each.multipliers.copy_(WEIGHTS)
+        raw = {name: lazy(torch.sin, x[k]) for k, name in enumerate("abc")}
+        one, other = goals(raw, mask), exact(dict(zip("abc", x.sin(), strict=True)), mask)
+        for part in ("level", "deficit", "raw"):
+            assert torch.allclose(one[part], other[part]) == (step % 2 == 0), part
+        assert torch.equal(one.rows, other.rows) == (step % 2 == 0)
+        same(one.record)
+        same(goals.average)
 
 
 def no_further_gather(group: Any, rank: int) -> None:
@@ -128,7 +147,7 @@ def data_parallel(group: Any, rank: int, masked: bool) -> None:
     """Lazy goals under DistributedDataParallel give the gradients of plain ones, equal on both ranks."""
     found = []
     for wrap in (lazy, lambda fn, *args: fn(*args)):
-        goals = make(group, 0.6, optional=["b"] if masked else [])
+        goals = make(group, 0.6, look=2, optional=["b"] if masked else [])
         model = DistributedDataParallel(Net())
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for step in range(5):
@@ -152,7 +171,7 @@ def fully_sharded(group: Any, rank: int) -> None:
 
     found = []
     for wrap in (lazy, lambda fn, *args: fn(*args)):
-        goals, model = make(group, 0.6), Net()
+        goals, model = make(group, 0.6, look=2), Net()
         for module in (model.encode, model.decode, model.judge):
             fully_shard(module)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -187,6 +206,7 @@ def _check(group: Any, rank: int, whole: bool) -> None:
     no_further_gather(group, rank)
     for masked in (False, True):
         data_parallel(group, rank, masked)
+        looks(group, rank, masked)
     if whole:
         fully_sharded(group, rank)
         in_expectation(group, rank)
