@@ -156,7 +156,9 @@ class Problem:
         for p in self.judge.parameters():
             p.requires_grad_(True)
         yes, no = self.judge(torch.cat([real, fake])).flatten(1).mean(1).split([len(real), len(fake)])
-        loss = (F.softplus(-yes) + F.softplus(no)).mean() / 2
+        yes, no = F.softplus(-yes), F.softplus(no)
+        # Equal up to rounding where both are as many; runs of whole batches keep their bits.
+        loss = (yes + no).mean() / 2 if len(real) == len(fake) else (yes.mean() + no.mean()) / 2
         loss.backward()
         self.judge_optimizer.step()
         self.judge_optimizer.zero_grad()
