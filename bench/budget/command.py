@@ -1,12 +1,12 @@
 """Compare spill with a budget of rows with the same rule on all rows: at equal steps, at equal time, by its variance.
 
-    python -m bench.budget               # the quality: some 50 minutes on 2 cores; continues an interrupted study
-    python -m bench.budget --variance    # the variance of the gradient: some 5 minutes
+    python -m bench.budget               # the quality: some 45 minutes on 2 cores; continues an interrupted study
+    python -m bench.budget --variance    # the variance of the gradient: some 2 minutes
     python -m bench.budget --report      # the page and the pictures of the runs so far
 
 The problems, faults and figures are those of `python -m bench.policies`, with other seeds. Runs go to
-bench/results/budget.jsonl, one line each, and the variance to budget_variance.json. The page bench/results/budget.md and
-the pictures beside it show both.
+bench/results/budget.jsonl, one line each, and the variance to budget_variance.json. The page bench/results/budget.md
+and the pictures beside it show both.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds of the runs (20 to 24)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", default=list(ARMS), help="names of the arms to run (all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (one per core)")
-    parser.add_argument("--steps", type=int, help="for a quick look: steps of a run, or before the variance is measured")
+    parser.add_argument(
+        "--steps", type=int, help="for a quick look: steps of a run, or before the variance is measured"
+    )
     parser.add_argument("--runs", type=Path, default=RUNS, help="file for the runs (bench/results/budget.jsonl)")
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

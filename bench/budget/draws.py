@@ -23,6 +23,7 @@ class Step(NamedTuple):
         counts: the rows that each goal takes, [K] int64.
         deficits: of all rows, [K, B]; to see them costs a forward of all rows without a graph.
         norms: of the gradients of single rows, [K, B]; no method can know them.
+        spreads: the standard deviation of each goal's gradient over the rows, [K]; not known either.
         code: the indices of the goals of the latent code alone, which are computed for all rows anyway.
     """
 
@@ -30,6 +31,7 @@ class Step(NamedTuple):
     counts: Tensor
     deficits: Tensor
     norms: Tensor
+    spreads: Tensor
     code: Sequence[int]
 
 
@@ -74,6 +76,14 @@ def by_norm(step: Step, draws: int) -> Tensor:
     return _unequal(step, draws, norms / norms.sum(1, keepdim=True))
 
 
+def allocated(step: Step, draws: int) -> Tensor:
+    """As `nested`, with rows shared out by weight times spread (Neyman 1934) in place of weight: a bound as well."""
+    batch = step.deficits.shape[1]
+    size = step.weights * step.spreads + 1e-12 * step.weights
+    part = _chances((size / size.sum())[None], step.counts.sum()[None] / batch)[0]
+    return nested(step._replace(counts=(part * batch).round().clamp(1, batch).long()), draws)
+
+
 def calibrated(step: Step, draws: int) -> Tensor:
     """As `nested`, with weights changed as little as makes the weighted mean deficit that of all rows.
 
@@ -112,6 +122,7 @@ METHODS: dict[str, Callable[[Step, int], Tensor]] = {
     "code whole": code_whole,
     "by deficit": by_deficit,
     "by norm": by_norm,
+    "allocated": allocated,
     "calibrated": calibrated,
     "2 visits": visits(2),
     "4 visits": visits(4),

@@ -49,7 +49,9 @@ def gradients_of(values: Tensor, parameters: list[Tensor]) -> Tensor:
     for value in values:
         grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         rows.append(
-            torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(grads, parameters, strict=True)])
+            torch.cat(
+                [torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(grads, parameters, strict=True)]
+            )
         )
     return torch.stack(rows)
 
@@ -134,12 +136,19 @@ def measure(data: str, steps: int = STEPS, quick: bool = False) -> dict[str, Any
             for method in METHODS:
                 each = []
                 for gram, deficits in drawn:
-                    norms = gram.diagonal().clamp(min=0).sqrt().unflatten(0, deficits.shape)
-                    step = Step(weights.double(), counts, deficits, norms, code)
+                    step = Step(weights.double(), counts, deficits, *_sizes(gram, count), code)
                     each.append(over_draws(method, step, gram, plan.draws))
                 budgets[f"{rows:g}"][method] = _rounded(sum(each) / len(each) / signal)
         found["ratios"][f"{ratio:.3g}"] = {"batches": _rounded(variance / signal), "budgets": budgets}
     return found
+
+
+def _sizes(gram: Tensor, goals: int) -> tuple[Tensor, Tensor]:
+    """Return the norms of the rows' gradients, [K, B], and the standard deviations of the goals' over the rows, [K]."""
+    squares = gram.diagonal().clamp(min=0).unflatten(0, (goals, -1))
+    blocks = gram.unflatten(1, (goals, -1)).unflatten(0, (goals, -1))
+    means = torch.stack([blocks[k, :, k].mean() for k in range(goals)])
+    return squares.sqrt(), (squares.mean(1) - means).clamp(min=0).sqrt()
 
 
 def _rounded(x: Any) -> float:
