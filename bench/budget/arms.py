@@ -72,6 +72,7 @@ ARMS: dict[str, Entry] = {
     "budget 2, code whole": Entry(
         budget(2.0), "budget 2, and goals of the code alone count with all rows", lazy=True, made=True, whole=True
     ),
+    "budget 2, tensors": Entry(budget(2.0), "budget 2, plain tensors: the same loss, and nothing is saved"),
     "budget 2, judge sees all": Entry(
         budget(2.0), "budget 2, and the judge trains on the reconstructions of all rows", lazy=True
     ),

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bench.budget.arms import EXACT
-from bench.budget.results import PSNR, SECONDS, WORST, Results, at_steps, curve
+from bench.budget.results import PSNR, SECONDS, WORST, Record, Results, at_steps, curve
 from bench.policies.report import NAMES
 from bomkern.report.charts import LIGHT
 
@@ -52,7 +52,8 @@ def curves(sets: Mapping[str, Results], to: Path) -> None:
             ax.grid(alpha=0.3)
         axes[0, column].set_title(f"{NAMES[data]}: higher is better")
         axes[1, column].set_title("lower is better (1: no better than nothing)", fontsize=10)
-    axes[0, 0].legend(loc="lower right", fontsize=8, title="dot: the steps of a run", title_fontsize=8)
+    most = max(axes[0], key=lambda ax: len(ax.get_legend_handles_labels()[1]))
+    most.legend(loc="lower right", fontsize=8, title="dot: the steps of a run", title_fontsize=8)
     figure.tight_layout()
     figure.savefig(to, dpi=110)
     plt.close(figure)
@@ -67,14 +68,15 @@ def _panel(ax: Axes, results: Results, column: int) -> None:
         runs = results.runs(arm)
         if not runs:
             continue
-        lines = np.array([np.interp(grid, *curve(r, column), left=np.nan, right=np.nan) for r in runs])
+        lines = np.array([_on(grid, r, column, end) for r in runs])
         begun = ~np.isnan(lines).any(0)
         x, middle = grid[begun], np.median(lines[:, begun], axis=0)
         low, high = lines[:, begun].min(0), lines[:, begun].max(0)
         ax.plot(x, middle, color=colour, ls=dashes, lw=width, label=LABELS[arm], zorder=3)
         ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
         shown += [part[x >= EARLY * end] for part in (low, high)]
-        seconds, value = (float(np.median(results.values(arm, at_steps(c)))) for c in (SECONDS, column))
+        seconds = end * float(np.median(results.values(arm, lambda r: at_steps(SECONDS)(r) / r["clock"])))
+        value = float(np.median(results.values(arm, at_steps(column))))
         if seconds <= 1.001 * end:
             ax.plot(seconds, value, "o", color=colour, ms=5, zorder=4)
     values = np.concatenate(shown)
@@ -83,6 +85,15 @@ def _panel(ax: Axes, results: Results, column: int) -> None:
         edge = 0.05 * float(np.ptp(values))
         ax.set_ylim(float(values.min()) - edge, float(values.max()) + edge)
     ax.set_xlim(0, 1.02 * end)
+
+
+def _on(grid: np.ndarray, r: Record, column: int, end: float) -> np.ndarray:
+    """Return a figure of a run at the seconds of the grid, NaN where there is none.
+
+    The run's seconds are scaled so that the exact rule beside it ends at ``end``: seeds may meet another load.
+    """
+    seconds, values = curve(r, column)
+    return np.interp(grid, seconds * (end / r["clock"]) * (1 + 1e-9), values, left=np.nan, right=np.nan)
 
 
 def variance(measured: Mapping[str, Any], to: Path) -> None:
