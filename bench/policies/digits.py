@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from bench.policies.problem import Anchor, Problem, transport
-from bomkern import active_units, consistency_variance, covariance_penalty, gaussian_kl
+from bomkern import Lazy, active_units, consistency_variance, covariance_penalty, gaussian_kl, lazy
 
 BATCH, LATENTS, HIDDEN = 64, 16, 128
 SPLITS = {"train": slice(0, 1200), "validation": slice(1200, 1497), "test": slice(1497, 1797)}
@@ -28,6 +29,14 @@ def _trivial() -> float:
     """Return the squared error of the mean image."""
     train = _data()["train"]
     return float((train - train.mean(0)).square().mean())
+
+
+def _error(recon: Tensor, image: Tensor) -> Tensor:
+    return (recon - image).square().mean((1, 2, 3)) / _trivial()
+
+
+def _unreal(logits: Tensor) -> Tensor:
+    return 1 - torch.sigmoid(logits)[:, 0]
 
 
 class Code(nn.Module):
@@ -81,6 +90,13 @@ class Digits(Problem):
         return _data()[split]
 
     def forward(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        return self._goals(image, draw, lambda fn, *args: fn(*args))
+
+    def lazies(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor | Lazy], Lazy]:
+        return self._goals(image, draw, lazy)
+
+    def _goals(self, image: Tensor, draw: torch.Generator, call: Callable[..., Any]) -> tuple[dict[str, Any], Any]:
+        """Return the goals and the reconstructions; ``call`` calls what needs reconstructions, now or later."""
         count = len(image)
         contrast = torch.exp(0.2 * torch.randn(count, 1, 1, 1, generator=draw))
         view = (image * contrast + 0.15 * torch.randn(image.shape, generator=draw)).clamp(0, 1)
@@ -89,14 +105,14 @@ class Digits(Problem):
         (mu, other), logvar = mu.chunk(2), logvar[:count]
         z = mu + torch.exp(logvar / 2) * torch.randn(mu.shape, generator=draw)
         self.code = [mu, logvar, other]
-        recon = self.model.decoder(z)
+        recon = call(self.keep, call(self.model.decoder, z))
         active, effective = active_units(mu)
         self.active = active.detach()
         spread = z.var(0).detach().mean()  # of the noisy code: the variance of means starts near 0, a bad divisor
         values = {
-            "reconstruction": (recon - image).square().mean((1, 2, 3)) / _trivial(),
+            "reconstruction": call(_error, recon, image),
             "kl_divergence": gaussian_kl(mu, logvar),
-            "realism": 1 - torch.sigmoid(self.judge(recon))[:, 0],
+            "realism": call(_unreal, call(self.judge, recon)),
             "decorrelation": covariance_penalty(z, normalize=True) / (LATENTS - 1),
             "consistency": consistency_variance([mu, other]) / spread,
             "capacity": (1 - (active + effective) / 2).expand(count),

@@ -50,15 +50,20 @@ class Photographs(Problem):
         return _data()[2][split]
 
     def forward(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        raw, recon = self.lazies(image, draw)
+        *values, recon = Lazy.tensors([*raw.values(), recon])
+        return dict(zip(raw, values, strict=True)), recon
+
+    def lazies(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor | Lazy], Lazy]:
         noise = torch.randn(len(image), 2 * LATENTS + 6, generator=draw)
         posterior, shake, view = noise.split([LATENTS, LATENTS, 6], 1)
         order = torch.rand(len(image), LATENTS, generator=draw).argsort(0)
         out = self.model(image, see.photometric(image, view), posterior, shake)
         self.code = [out.mu, out.logvar, out.views]
         self.active = active_units(out.mu.detach())[0]
+        out = out._replace(recon=lazy(self.keep, out.recon))
         raw = raw_values(out, image, lazy(self.judge, out.recon), order, _data()[1])
-        *values, recon = Lazy.tensors([*raw, out.recon])
-        return dict(zip(goal.GOALS, values, strict=True)), recon
+        return dict(zip(goal.GOALS, raw, strict=True)), out.recon
 
     def decode_means(self, image: Tensor) -> Tensor:
         return self.model.decode(self.model.encoder(image)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.policies.faults import Fault, lift
+from bomkern import Lazy
 from bomkern.train import features as see
 
 JUDGE_LR = 3e-4
@@ -24,13 +26,14 @@ class Anchor(NamedTuple):
 class Problem:
     """A model, its goals and a live discriminator.
 
-    A subclass sets the attributes below, and defines `batch`, `forward`, `images` and `realism_outside`.
+    A subclass sets the attributes below, and defines `batch`, `forward`, `lazies`, `images` and `realism_outside`.
 
     Attributes:
         anchors: outside ideal and nadir of every goal, known before training and the same for every arm.
         drifting, blocked: the goals that faults act on.
         model, judge: networks. rate, steps: learning rate and training steps of the model.
         code: the [B, D] tensors that all goals of the last `raw` go through. last: the weight of the output layer.
+        recon: the reconstructions of the last `raw`. made: those of the rows that were made last, after `keep`.
     """
 
     anchors: ClassVar[dict[str, Anchor]]
@@ -42,6 +45,8 @@ class Problem:
     steps: int
     code: list[Tensor]
     last: Tensor
+    recon: Tensor | Lazy
+    made: Tensor
 
     def __init__(self, seed: int, fault: Fault, steps: int | None = None) -> None:
         self.fault, self.step = fault, 0
@@ -72,6 +77,10 @@ class Problem:
         """Return raw values of every goal, [B] each, and the reconstructions that the judge sees."""
         raise NotImplementedError
 
+    def lazies(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor | Lazy], Lazy]:
+        """Return the same as `forward`; what is computed from reconstructions, and these themselves, is lazy."""
+        raise NotImplementedError
+
     def images(self, split: str) -> Tensor:
         """Return the images of "validation" or "test"."""
         raise NotImplementedError
@@ -90,11 +99,27 @@ class Problem:
         """Return the raw values of the next batch, [B] each, with the planted fault."""
         self.image, self.before = self.batch(), self.draw.get_state()
         values, self.recon = self.forward(self.image, self.draw)
-        drift, floor = lift(self.fault, self.step / self.steps)
+        return {**values, **self._lifted(values)}
+
+    def lazy_raw(self) -> dict[str, Tensor | Lazy]:
+        """Return the raw values of the next batch as `raw`, those of `lazies` lazy."""
+        self.image, self.before = self.batch(), self.draw.get_state()
+        values, self.recon = self.lazies(self.image, self.draw)
+        return {**values, **self._lifted(values)}
+
+    def keep(self, recon: Tensor) -> Tensor:
+        """Return reconstructions as they are, and keep them in ``made``; `lazies` calls it for the rows it makes."""
+        self.made = recon.detach()
+        return recon
+
+    def _lifted(self, values: Mapping[str, Tensor | Lazy]) -> dict[str, Tensor]:
+        """Return the raw values of the goals that the fault lifts now."""
+        drift, floor = lift(self.fault, min(1.0, self.step / self.steps))
+        lifted = {}
         for name, amount in ((self.drifting, drift), (self.blocked, floor)):
             if amount:
-                values[name] = values[name] + amount * (self.anchors[name].nadir - self.anchors[name].ideal)
-        return values
+                lifted[name] = values[name] + amount * (self.anchors[name].nadir - self.anchors[name].ideal)
+        return lifted
 
     def outside(self, raw: dict[str, Tensor]) -> Tensor:
         """Return the batch's mean outside deficits, [K]."""
@@ -109,8 +134,14 @@ class Problem:
         with torch.no_grad():
             return self.forward(self.image, draw)[0]
 
-    def update(self) -> None:
-        """Take the model's step after a backward, then the judge's."""
+    def update(self, fake: Tensor | None = None) -> None:
+        """Take the model's step after a backward, then the judge's.
+
+        Args:
+            fake: the reconstructions that the judge trains on, any number of rows; None for those of the last `raw`.
+        """
+        if fake is None:  # before the weights change, because the rows that were left out are made here
+            fake = self.recon.value if isinstance(self.recon, Lazy) else self.recon.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -119,13 +150,15 @@ class Problem:
             for name, p in self.model.named_parameters():
                 self.average[name].lerp_(p, weight)
         if self.step > self.fault.judge_from:
-            self._train_judge(self.image, self.recon.detach())
+            self._train_judge(self.image, fake)
 
     def _train_judge(self, real: Tensor, fake: Tensor) -> None:
         for p in self.judge.parameters():
             p.requires_grad_(True)
-        yes, no = self.judge(torch.cat([real, fake])).flatten(1).mean(1).chunk(2)
-        loss = (F.softplus(-yes) + F.softplus(no)).mean() / 2
+        yes, no = self.judge(torch.cat([real, fake])).flatten(1).mean(1).split([len(real), len(fake)])
+        yes, no = F.softplus(-yes), F.softplus(no)
+        # Equal up to rounding where both are as many; runs of whole batches keep their bits.
+        loss = (yes + no).mean() / 2 if len(real) == len(fake) else (yes.mean() + no.mean()) / 2
         loss.backward()
         self.judge_optimizer.step()
         self.judge_optimizer.zero_grad()
