@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.loss_section import plain_loss
@@ -21,18 +20,19 @@ from bomkern import LatentStatistics, Lazy, lazy, total_correlation
 from bomkern.train import features as see
 from bomkern.train import loop
 from bomkern.train import nine_goals as goal
-from bomkern.train.compiled_trainer import compiled
+from bomkern.train.compiled_trainer import CompiledTrainer
 from bomkern.train.config import Config
 from bomkern.train.data import Data, load
 from bomkern.train.networks import Pass
 from bomkern.train.trainer import Trainer, raw_values
 
-SIZE = 32  # pixels
+SIZE = 64  # pixels
 WARM, WARM_BATCH = 40, 32  # steps before the measurement, after which the goals differ as in a real run
 RULES = ("weighted sum", "UPGrad", "MGDA")  # other rules, on the same nine losses and statistics as "plain"
 BLOCKS = "plain in blocks"
-SPILL, COMPILED = "bomkern spill", "bomkern spill compiled"
-VARIANTS = ("bomkern lazy", "bomkern routed", "bomkern", SPILL, COMPILED, "plain", BLOCKS, *RULES)
+SPILL = "bomkern spill"  # every goal takes all rows
+DEFAULT, COMPILED = "bomkern default", "bomkern default compiled"  # spill 1/2 with a budget of rows, as the trainer
+VARIANTS = ("bomkern lazy", "bomkern routed", "bomkern", SPILL, DEFAULT, COMPILED, "plain", BLOCKS, *RULES)
 Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -51,7 +51,7 @@ def eager_values(
     moved, moved_edges = see.mean_colour(out.moved_structure), see.edges(out.moved_appearance)
     deviation = code.z_variance.clamp(min=1e-12).sqrt()
     dependence = plain_covariance(z / deviation) / (z.shape[1] - 1)
-    variance = code.mu_variance[: out.views.shape[2]].detach().mean().clamp(min=1e-8)
+    variance = code.mu_variance[: out.mean.shape[1]].detach().mean().clamp(min=1e-8)
     colour, swap_edges = see.mean_colour(out.recon), see.edges(out.swap)
     eager = {
         "kl_divergence": goal.kl_divergence(code),
@@ -62,11 +62,11 @@ def eager_values(
         "reconstruction": goal.reconstruction(out.recon, image, recon_edges, edges, trivial),
         "cross_recon": goal.cross_recon(out.swap, swap_edges, edges, image.roll(-1, 0), trivial),
         "realism": goal.realism(logits),
-        "consistency": plain_consistency(*out.views) / variance,
+        "consistency": plain_consistency(out.mean, out.view) / variance,
     }
     more = [one for one in goal.NINE if one.name not in eager]  # a goal that is not written out here is the trainer's
     if more:
-        given = (out, image, logits, order, trivial, None, None, code)
+        given = (out, image, logits, order, trivial, None, None, False, lazy, code)
         step = goal.Step(*given, edges, recon_edges, swap_edges, moved_edges, colour, moved)
         eager |= {one.name: Lazy.tensors([one.value(step)])[0] for one in more}
     return [eager[name] for name in goal.GOALS]
@@ -90,36 +90,48 @@ class Clock:
         self.seconds[part] = self.seconds.get(part, 0.0) + timer() - start
 
 
-class Run(Trainer):
+class Run(CompiledTrainer):
     """A trainer that repeats the same step, with one batch of images and one draw of noise.
 
     Args:
         variant: one of `VARIANTS`.
         batch: batch size.
         start: a trainer whose weights to begin with.
-
-    Attributes:
-        first_seconds: seconds of the first call of a compiled step.
     """
 
     def __init__(self, variant: str, batch: int, start: Trainer | None = None) -> None:
-        spill = 0.5 if variant in (SPILL, COMPILED) else 0.0
-        chosen = Config(image_size=SIZE, batch_size=batch, spill=spill, device=DEVICE)
-        super().__init__(chosen, loop.launch(chosen), data().train)
         self.variant = variant
+        spill = 0.5 if variant in (SPILL, DEFAULT, COMPILED) else 0.0
+        chosen = Config(image_size=SIZE, batch_size=batch, spill=spill, device=DEVICE)
+        if variant == SPILL:
+            chosen.budget = 0.0
+        super().__init__(chosen, loop.launch(chosen), data().train)
         self.goals.route = "always" if variant in ("bomkern routed", "bomkern lazy") else "never"
         self.anchored = {name: tuple(pair) for name, pair in goal.anchors(batch).items()}
         self.log: dict[str, float] = {}
         for part in ("vae", "average", "discriminator") if start else ():
             getattr(self, part).load_state_dict(getattr(start, part).state_dict())
-        self.image, self.draw = self.images(), self._noise()
+        self.image, self.draw = super().images(), super()._noise()
         self.parameters = list(self.vae.parameters())
-        self._losses = compiled(self)
 
-    def networks(self) -> tuple[Pass, Tensor | Lazy]:
+    @property
+    def plainly(self) -> bool:
+        return self.variant != COMPILED
+
+    def images(self) -> Tensor:
+        return self.image
+
+    def _noise(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.draw
+
+    def another(self) -> None:
+        """Draw the images and the noise of the next step."""
+        self.image, self.draw = super().images(), super()._noise()
+
+    def passes(self) -> tuple[Pass, Tensor | Lazy]:
         """Return the outputs of the networks for the images; those of the lazy variant are not evaluated yet."""
         noise, shake, view, _ = self.draw
-        out = self.vae(self.image, see.photometric(self.image, view), noise, shake)
+        out = self.vae(self.image, lazy(see.photometric, self.image, view), noise, shake)
         self.discriminator.requires_grad_(False)
         if self.variant == "bomkern lazy":
             return out, lazy(self.discriminator, out.recon)
@@ -153,24 +165,17 @@ class Run(Trainer):
 
     def backward(self) -> Tensor | Lazy | None:
         """Compute the gradients of the VAE. Return the reconstructions, or None if the judge has its gradients too."""
-        if self.variant == COMPILED:
-            self._compiled()
+        if self.variant in (DEFAULT, COMPILED):
+            out, judged = self._walk()
+            self.finite = out.finite & judged.isfinite()
             return None
-        out, logits = self.networks()
+        out, logits = self.passes()
         values = self.statistics(out, logits)
         if self.variant in ("UPGrad", "MGDA"):
             self._descend(self.deficits(dict(zip(goal.GOALS, values, strict=True))))
         else:
             self.loss(values).backward()
         return out.recon
-
-    def _compiled(self) -> None:
-        begun = timer()
-        total, loss, _, _, judged = self._losses(self.image, *self.draw)
-        total.backward()
-        self.finite = loss.isfinite() & judged.isfinite()
-        self.goals.accept(self.finite)
-        self.first_seconds = self.first_seconds or timer() - begun
 
     def _descend(self, losses: Tensor) -> None:
         from torchjd import aggregation
@@ -186,9 +191,7 @@ class Run(Trainer):
             self._apply(self.finite)
             return
         self.discriminator.requires_grad_(True)
-        recon = recon.value if isinstance(recon, Lazy) else recon.detach()
-        real, fake = self.discriminator(torch.cat([self.image, recon])).chunk(2)
-        judged = (F.softplus(-real) + F.softplus(fake)).mean() / 2
+        judged = self.judge_loss(self.image, recon.value if isinstance(recon, Lazy) else recon.detach())
         judged.backward()
         self._apply(self.finite & judged.isfinite())
 
@@ -208,7 +211,7 @@ class Run(Trainer):
     def in_parts(self, clock: Callable[[str], Any]) -> None:
         """Take one step with the graph cut between the parts, so that each part's backward can be timed too."""
         with clock("networks"):
-            out, logits = self.networks()
+            out, logits = self.passes()
         cut = [x.detach().requires_grad_() for x in (*out, logits)]
         with clock("statistics"):
             values = self.statistics(Pass(*cut[:-1]), cut[-1])
@@ -235,6 +238,6 @@ def started() -> Run:
     """Return a trainer after the first `WARM` steps."""
     run = Run("bomkern lazy", WARM_BATCH)
     for _ in range(WARM):
-        run.image, run.draw = run.images(), run._noise()
+        run.another()
         run.whole()
     return run

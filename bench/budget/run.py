@@ -58,7 +58,7 @@ class Runner:
         if entry.whole:
             raw = {name: x if isinstance(x, Lazy) else x.mean() for name, x in raw.items()}
         self.arm.backward(problem, raw)
-        problem.update(problem.made if entry.made else None)
+        problem.update(problem.recon.evaluated[1] if entry.made and isinstance(problem.recon, Lazy) else None)
         self.arm.after(problem)
 
     def look(self) -> None:

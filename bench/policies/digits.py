@@ -105,7 +105,7 @@ class Digits(Problem):
         (mu, other), logvar = mu.chunk(2), logvar[:count]
         z = mu + torch.exp(logvar / 2) * torch.randn(mu.shape, generator=draw)
         self.code = [mu, logvar, other]
-        recon = call(self.keep, call(self.model.decoder, z))
+        recon = call(self.model.decoder, z)
         active, effective = active_units(mu)
         self.active = active.detach()
         spread = z.var(0).detach().mean()  # of the noisy code: the variance of means starts near 0, a bad divisor

@@ -51,17 +51,17 @@ class Photographs(Problem):
 
     def forward(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         raw, recon = self.lazies(image, draw)
-        *values, recon = Lazy.tensors([*raw.values(), recon])
+        *values, recon, view = Lazy.tensors([*raw.values(), recon, self.code[2]])
+        self.code = [*self.code[:2], view]
         return dict(zip(raw, values, strict=True)), recon
 
     def lazies(self, image: Tensor, draw: torch.Generator) -> tuple[dict[str, Tensor | Lazy], Lazy]:
         noise = torch.randn(len(image), 2 * LATENTS + 6, generator=draw)
         posterior, shake, view = noise.split([LATENTS, LATENTS, 6], 1)
         order = torch.rand(len(image), LATENTS, generator=draw).argsort(0)
-        out = self.model(image, see.photometric(image, view), posterior, shake)
-        self.code = [out.mu, out.logvar, out.views]
+        out = self.model(image, lazy(see.photometric, image, view), posterior, shake)
+        self.code = [out.mu, out.logvar, out.view]
         self.active = active_units(out.mu.detach())[0]
-        out = out._replace(recon=lazy(self.keep, out.recon))
         raw = raw_values(out, image, lazy(self.judge, out.recon), order, _data()[1])
         return dict(zip(goal.GOALS, raw, strict=True)), out.recon
 

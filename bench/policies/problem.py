@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.policies.faults import Fault, lift
-from bomkern import Lazy
+from bomkern import Lazy, lazy
 from bomkern.train import features as see
 
 JUDGE_LR = 3e-4
@@ -23,6 +23,10 @@ class Anchor(NamedTuple):
     nadir: float
 
 
+def _plus(value: Tensor, more: float) -> Tensor:
+    return value + more
+
+
 class Problem:
     """A model, its goals and a live discriminator.
 
@@ -33,7 +37,7 @@ class Problem:
         drifting, blocked: the goals that faults act on.
         model, judge: networks. rate, steps: learning rate and training steps of the model.
         code: the [B, D] tensors that all goals of the last `raw` go through. last: the weight of the output layer.
-        recon: the reconstructions of the last `raw`. made: those of the rows that were made last, after `keep`.
+        recon: the reconstructions of the last `raw`.
     """
 
     anchors: ClassVar[dict[str, Anchor]]
@@ -46,7 +50,6 @@ class Problem:
     code: list[Tensor]
     last: Tensor
     recon: Tensor | Lazy
-    made: Tensor
 
     def __init__(self, seed: int, fault: Fault, steps: int | None = None) -> None:
         self.fault, self.step = fault, 0
@@ -107,18 +110,14 @@ class Problem:
         values, self.recon = self.lazies(self.image, self.draw)
         return {**values, **self._lifted(values)}
 
-    def keep(self, recon: Tensor) -> Tensor:
-        """Return reconstructions as they are, and keep them in ``made``; `lazies` calls it for the rows it makes."""
-        self.made = recon.detach()
-        return recon
-
-    def _lifted(self, values: Mapping[str, Tensor | Lazy]) -> dict[str, Tensor]:
+    def _lifted(self, values: Mapping[str, Tensor | Lazy]) -> dict[str, Tensor | Lazy]:
         """Return the raw values of the goals that the fault lifts now."""
         drift, floor = lift(self.fault, min(1.0, self.step / self.steps))
-        lifted = {}
+        lifted: dict[str, Tensor | Lazy] = {}
         for name, amount in ((self.drifting, drift), (self.blocked, floor)):
             if amount:
-                lifted[name] = values[name] + amount * (self.anchors[name].nadir - self.anchors[name].ideal)
+                value, more = values[name], amount * (self.anchors[name].nadir - self.anchors[name].ideal)
+                lifted[name] = lazy(_plus, value, more) if isinstance(value, Lazy) else value + more
         return lifted
 
     def outside(self, raw: dict[str, Tensor]) -> Tensor:

@@ -31,8 +31,9 @@ SHORT = {
     "bomkern": "all graphs walked",
     "bomkern routed": "branches routed",
     "bomkern lazy": "owned rows alone",
-    "bomkern spill": "spill",
-    "bomkern spill compiled": "spill, compiled",
+    "bomkern spill": "spill, all rows",
+    "bomkern default": "spill, budget 2",
+    "bomkern default compiled": "the same, compiled",
 }
 INK, FAINT = "#33373d", "#d9dce1"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.cases import OPS
 from bench.cases import named as named_case
-from bench.report.page import BOTH, CASES, compiled_step, page, plain_step
+from bench.report.page import BOTH, CASES, page, plain_step
 from bench.report.tables import named, ratio, table, time
 from bench.report.worst import EAGER, LIMIT, by_case, told
 from bench.results import HERE, Results, committed, read
@@ -27,6 +27,10 @@ BEGIN, END = "<!-- written by python -m bench.report -->", "<!-- end of what it 
 # The cases in the main README's table and their batch sizes, at which every regime is benched.
 SHOWN = {named_case(op, label): batches for op, benches in OPS.items() for label, batches in benches.shown.items()}
 DIMS = 128  # the D of cases that have one
+DEFAULTS = {
+    "bomkern default": "the same with the default rule, spill 1/2 and a budget of rows",
+    "bomkern default compiled": "the same with `--compile`",
+}
 PEERS = (EAGER, "torch.compile", "KeOps")
 
 
@@ -46,9 +50,9 @@ def readme_table(results: Results) -> str:
         if (ours := peers.get("bomkern lazy")) and (plain := plain_step(peers)):
             what = f"the trainer's whole step, hard minimum, {named(size)}"
             rows.append(_step(what, ours["seconds"], plain["seconds"]))
-        if pair := compiled_step(peers):
-            eager, compiled = (row["seconds"] for row in pair)
-            rows.append(_step(f"the same, spill 1/2, compiled against not, {named(size)}", compiled, eager))
+        for name, words in DEFAULTS.items():
+            if (ours := peers.get(name)) and (plain := plain_step(peers)):
+                rows.append(_step(f"{words}, {named(size)}", ours["seconds"], plain["seconds"]))
     head = ["forward and backward", "bomkern", "slowest / fastest", *PEERS, "worst regime"]
     lines = [*table(head, rows), f"(`{results.command}`; {results.title})"]
     if any("**" in row[2] for row in rows):

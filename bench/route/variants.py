@@ -44,12 +44,12 @@ class Routed(Trainer):
     def __init__(self, variant: str, batch: int, reduction: str, device: str) -> None:
         chosen = config(batch, reduction, device)
         super().__init__(chosen, loop.launch(chosen), data().train)
-        self.lazy = variant == "rows"
+        self.keeps_lazy = variant == "rows"
         self.goals.route = "never" if variant == "walked" else "always"
 
     def raw(self) -> tuple[Mapping[str, Tensor | Lazy], Tensor, Tensor | Lazy]:
         raw, image, recon = super().raw()
-        if not self.lazy:
+        if not self.keeps_lazy:
             raw = dict(zip(raw, Lazy.tensors(list(raw.values())), strict=True))
         return raw, image, recon
 
@@ -95,7 +95,6 @@ class Plain(Trainer):
         recon, swap = vae.decoder(s, a), vae.decoder(s, a.roll(-1, 0))
         moved_structure, moved_appearance = vae.decoder(s + ds, a), vae.decoder(s, a + da)
         code = latent_statistics(z, mu, logvar, impl="reference")
-        views = torch.stack([mu[:, : cut[0]], other[:, : cut[0]]])
         edges, recon_edges = see.edges(image), see.edges(recon)
         values = [
             goal.kl_divergence(code),
@@ -109,7 +108,7 @@ class Plain(Trainer):
             goal.reconstruction(recon, image, recon_edges, edges, self.trivial),
             goal.cross_recon(swap, see.edges(swap), edges, image.roll(-1, 0), self.trivial),
             goal.realism(self.discriminator(recon)),
-            goal.consistency(views, code.mu_variance[: cut[0]], "reference"),
+            goal.consistency(mu[:, : cut[0]], other[:, : cut[0]], code.mu_variance[: cut[0]], "reference"),
         ]  # fmt: skip
         return dict(zip(goal.GOALS, values, strict=True)), image, recon
 

@@ -232,10 +232,15 @@ class CompiledTrainer(Trainer):
         for fn in (goal.correlation_above_chance, goal.consistency):
             statistics_of(fn).checked = True
 
+    @property
+    def plainly(self) -> bool:
+        """Whether the next step is not compiled: a graph would be compiled for each goal that is trained alone."""
+        return self.goals.alone is not None
+
     def networks(
         self, image: Tensor, view: Tensor | Lazy, noise: Tensor, shake: Tensor, then: Callable[[Pass], T]
     ) -> T:
-        if self.goals.alone is not None:
+        if self.plainly:
             return super().networks(image, view, noise, shake, then)
         with self.fabric.autocast():
             mu, logvar = map(_single, self._encode(image.contiguous()))
@@ -243,10 +248,10 @@ class CompiledTrainer(Trainer):
         return then(out)
 
     def lazy(self, fn: Callable[..., Tensor], *args: Any) -> Lazy:
-        return lazy(fn if self.goals.alone is not None else self._compiled.get(fn, fn), *args)
+        return lazy(fn if self.plainly else self._compiled.get(fn, fn), *args)
 
     def judge_loss(self, image: Tensor, fakes: Tensor) -> Tensor:
-        if self.goals.alone is not None:
+        if self.plainly:
             return super().judge_loss(image, fakes)
         with self.fabric.autocast():  # a single fake is doubled, which leaves the mean as it is
             loss: Tensor = self._judge_loss(image.contiguous(), _for_any_rows(fakes))
@@ -257,10 +262,10 @@ class CompiledTrainer(Trainer):
         try:
             walked = super()._walk()
         except RuntimeError as why:  # compilers raise subclasses of it
-            if self.first_seconds or self.goals.alone is not None:
+            if self.first_seconds or self.plainly:
                 raise
             reason = next((line for line in str(why).splitlines() if line.strip()), "")[:200]
             raise TrainError(f"--compile: this step cannot be compiled here ({type(why).__name__}: {reason})") from why
-        if self.goals.alone is None:
+        if not self.plainly:
             self.first_seconds = self.first_seconds or time.perf_counter() - begun
         return walked

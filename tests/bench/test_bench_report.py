@@ -228,7 +228,7 @@ def test_nothing_kept_names_a_machine_or_a_path() -> None:
 
 
 def test_a_compiled_step_is_told_beside_the_eager_one() -> None:
-    assert "the step with spill is 1.6x as fast as it is eager; its first call, which compiles, took 1 s." in " ".join(
+    assert "the default step is 1.6x as fast as it is eager; its first call, which compiles, took 1 s." in " ".join(
         page.page([results()]).split()
     )
-    assert "| the same, spill 1/2, compiled against not, B = 64 | 125 ms |  | 1.6x |" in write.readme_table(results())
+    assert "| the same with `--compile`, B = 64 | 125 ms |  | 2.4x |" in write.readme_table(results())
