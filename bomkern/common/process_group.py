@@ -20,6 +20,11 @@ _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 
 
+def _result(out: Tensor) -> Tensor:
+    """Return a collective's result, in compiled code as a copy: in torch 2.11 the result itself gets a gradient of 0."""
+    return out.clone() if torch.compiler.is_compiling() else out
+
+
 class _Gather(torch.autograd.Function):
     """Concatenate each rank's [n] to [W n]."""
 
@@ -28,7 +33,7 @@ class _Gather(torch.autograd.Function):
         ctx.group = group
         out = x.new_empty(dist.get_world_size(group) * len(x))
         _all_gather(out, x, group=group)
-        return out
+        return _result(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -43,7 +48,7 @@ class _Scatter(torch.autograd.Function):
         ctx.group = group
         out = x.new_empty(len(x) // dist.get_world_size(group))
         _reduce_scatter(out, x, group=group)
-        return out
+        return _result(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -58,7 +63,7 @@ class _Total(torch.autograd.Function):
         ctx.group = group
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=group)
-        return out
+        return _result(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

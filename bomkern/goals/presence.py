@@ -155,7 +155,7 @@ class Presence:
                     f"{self.columns[k]} is absent or masked, so that all ranks must expect it: declare it with "
                     f"GoalSet(..., optional=[{self.columns[k]!r}])"
                 )
-            masked = set(self.optional)
+            masked = masked | self.optional  # a new set: Dynamo of torch 2.11 cannot trace a copy of that one
         batch = self._align(values, masks, masked)
         empty = on_device((0.0,), torch.float32, device).reshape(())
         filled = [empty if value is None else value for value in values]

@@ -309,7 +309,7 @@ def launch_forward(
     at, part = layouts(made, count)
     block, warps, programs = plan(batch, count)
     if present is not None:  # a mask takes registers: half as many cells a thread
-        block, warps = 1024 // triton.next_power_of_2(count), 8 if count <= 32 else 16
+        block, warps = (1024 if count <= 32 else 512) // triton.next_power_of_2(count), 8
         programs = triton.cdiv(batch, block)
     whole = programs == 1
     # In double: there may be thousands of them.
