@@ -21,7 +21,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "red
 
 
 def _result(out: Tensor) -> Tensor:
-    """Return a collective's result, in compiled code as a copy: in torch 2.11 the result itself gets a gradient of 0."""
+    """Return a result of a collective, copied in compiled code: torch 2.11 gives the result itself a gradient of 0."""
     return out.clone() if torch.compiler.is_compiling() else out
 
 
