@@ -54,13 +54,13 @@ def deficits(problem: Problem, image: Tensor, noise: int) -> Tensor:
 
 
 @torch.no_grad()
-def note(problem: Problem, batches: int, visits: Visits | None) -> list[Batch]:
+def note(problem: Problem, batches: int, visits: Visits) -> list[Batch]:
     """Draw batches, and note their owners; a sample that was never drawn before gets its owner of now as the last."""
     noted = []
     for index in range(batches):
         image, noise = problem.batch(), 1000 * (problem.step * batches + index)
         owners = deficits(problem, image, noise).argmax(1)
-        before = None if visits is None else visits.last[problem.rows]
+        before = visits.last[problem.rows] if problem.samples else None
         noted.append(Batch(image, noise, owners, None if before is None else torch.where(before < 0, owners, before)))
     return noted
 
@@ -114,8 +114,8 @@ def measure(data: str, steps: int | None = None, quick: bool = False) -> dict[st
     """Train with the hard minimum, and measure.
 
     Returns:
-        ``visits``: see `Visits.found`, for data whose samples are drawn again. ``ages``: the results of `agreement` by
-        age, each by thirds of the run. ``stale``: the results of `trust` by age, for each seed.
+        ``visits``: see `Visits.found`. ``ages``: the results of `agreement` by age, each by thirds of the run.
+        ``stale``: the results of `trust` by age, for each seed.
     """
     from tqdm import tqdm
 
@@ -128,13 +128,13 @@ def measure(data: str, steps: int | None = None, quick: bool = False) -> dict[st
         trusted: dict[int | str, list[dict[str, list[float]]]] = defaultdict(list)
         problem, arm = PROBLEMS[data](seed, FAULTS["none"], steps), ARMS["hard"].make()
         arm.start(problem)
-        visits = Visits(problem.samples, len(problem.anchors)) if problem.samples else None
+        visits = Visits(problem.samples, len(problem.anchors))
         points = {int((point + 0.5) * problem.steps / plan.points) for point in range(plan.points)}
         noted: dict[int, list[Batch]] = {}
         for step in tqdm(range(problem.steps), desc=f"{data}, seed {seed}"):
             if step in points:
                 noted[step] = note(problem, plan.batches, visits)
-                if visits:
+                if problem.samples:
                     old = [b.before for b in noted[step] if b.before is not None]
                     trusted[EPOCH].append(trust(problem, noted[step], old))
             for begun, batches in noted.items():
@@ -145,23 +145,21 @@ def measure(data: str, steps: int | None = None, quick: bool = False) -> dict[st
                 if age in TRUSTED:
                     trusted[age].append(trust(problem, batches, [b.owners for b in batches]))
             raw = problem.raw()
-            if visits:
-                owners = peers.deficits(problem, raw).argmax(1)
-                visits.add(step, THIRDS * step // problem.steps, problem.rows, owners)
+            owners = peers.deficits(problem, raw).argmax(1)
+            visits.add(step, THIRDS * step // problem.steps, owners, problem.rows if problem.samples else None)
             arm.backward(problem, raw)
             problem.update()
             arm.after(problem)
         for age, each in trusted.items():
             stale[str(age)].append(_means(each))
-        if visits:
-            visited.append(visits.found())
+        visited.append(visits.found())
     return {
         "steps": problem.steps,
         "batch": len(problem.image),
         "seeds": len(plan.seeds),
         "points": plan.points,
         "batches": plan.batches,
-        **({"visits": _means(visited)} if visited else {}),
+        "visits": _means(visited),
         "ages": {
             str(age): {name: [_mean(third[name]) for third in thirds] for name in ("same", "fresh")}
             for age, thirds in ages.items()

@@ -15,19 +15,19 @@ EPOCH = "epoch"
 HOW = """\
 Under the hard minimum a sample's gradient goes to its worst goal, its *owner*. To find the owners, all rows of all
 goals are evaluated without a graph. An owner that is known from before would save that.
-`python -m bench.budget --owners` trains with the hard minimum ({runs}), and measures how often an old owner is still
-the owner. At {points} points of a run it notes the owners of {batches} batches, and looks at the same batches
-again after k steps on other batches. *New noise* draws the views and the noise of the code anew, as a run does when a
-sample comes again; k = 0 shows what noise alone changes."""
-TRUST = """\
-The gradient of the old owners, at the weights and noise of now, against that of the hard minimum. For *one batch*, norm
-and cosine compare the gradients of the same samples. For *expected*, they compare the gradients' means over batches,
-which tell the bias; *off* is the norm of their difference, as a part of the true one's, with the lowest and highest
-seed. The next column has the square of the difference over the variance of the true gradient from batch to batch. *Loss
-missed* is the part of the loss that the old owners do not see."""
+`python -m bench.budget --owners` trains with the hard minimum, and measures how often an old owner is still the owner:
+{runs}. Batches are noted at some points of a run, and looked at again after k steps on other batches. *New noise* draws
+the views and the noise of the code anew, as a run does when a sample comes again; k = 0 shows what noise alone changes.
+
+The gradient of the old owners, at the weights and noise of now, is compared with that of the hard minimum. For *one
+batch*, norm and cosine compare the gradients of the same samples. For *expected*, they compare the gradients' means
+over batches, which tell the bias; *off* is the norm of their difference as a part of the true one's, with the lowest
+and highest seed. *off² / variance* is the square of this difference over the variance of the true gradient from batch
+to batch. *Loss missed* is the part of the loss that the old owners do not see."""
+RUN = "{data} {steps} steps of B = {batch}, {seeds} seeds, {batches} batches at each of {points} points"
 NEW = """\
 Each step draws new crops, so no sample comes twice and there is no last epoch. Only the same batches can be looked at
-again."""
+again, and the best guess without them is the owner most common in the step before."""
 
 
 class Bias(NamedTuple):
@@ -55,16 +55,11 @@ def bias(products: Sequence[float]) -> Bias:
 
 def section(owned: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs and tables."""
-    found = list(owned.items())
-    how = HOW.format(
-        runs=", ".join(f"{NAMES[data].lower()} {f['steps']} steps, seeds: {f['seeds']}" for data, f in found),
-        points=" or ".join(str(f["points"]) for _, f in found),
-        batches=" or ".join(f"{f['batches']} (B = {f['batch']})" for _, f in found),
-    )
-    page = ["## Does an old owner predict?", how]
-    for data, f in found:
-        page += [f"### {NAMES[data]}: owners", *([_visits(f["visits"])] if "visits" in f else [NEW])]
-        page += [_ages(f["ages"]), TRUST, _stale(f["stale"]), _verdict(f)]
+    runs = "; ".join(RUN.format(**{**f, "data": NAMES[data].lower()}) for data, f in owned.items())
+    page = ["## Does an old owner predict?", HOW.format(runs=runs)]
+    for data, f in owned.items():
+        page += [f"### {NAMES[data]}: owners", *([NEW] if EPOCH not in f["stale"] else [])]
+        page += [_visits(f["visits"]), _ages(f["ages"]), _stale(f["stale"]), _verdict(f)]
     return page
 
 
@@ -78,11 +73,11 @@ def _part(value: float | None) -> str:
 
 def _visits(visits: Mapping[str, Any]) -> str:
     names = {
-        "last": f"the owner when the sample was last drawn, {np.mean(visits['age']):.0f} steps ago on average",
+        "last": f"the owner when the sample was last drawn, {np.mean(visits.get('age', 0)):.0f} steps ago on average",
         "common": "the owner most common in the step before, for all samples",
         "chance": "chance: two draws by the owners' frequencies",
     }
-    lines = [[text, *map(_part, visits[name])] for name, text in names.items()]
+    lines = [[text, *map(_part, visits[name])] for name, text in names.items() if name in visits]
     return _table(["samples whose owner is predicted by", "first third", "second third", "last third"], lines)
 
 

@@ -173,8 +173,8 @@ def test_a_fixed_owner_is_predicted_and_a_random_one_by_chance() -> None:
     visited = {"fixed": Visits(20, 4), "random": Visits(20, 4)}
     for step in range(600):
         rows = torch.randint(20, (16,))
-        visited["fixed"].add(step, step // 200, rows, rows % 4)
-        visited["random"].add(step, step // 200, rows, torch.randint(4, (16,)))
+        visited["fixed"].add(step, step // 200, rows % 4, rows)
+        visited["random"].add(step, step // 200, torch.randint(4, (16,)), rows)
     fixed, chance = visited["fixed"].found(), visited["random"].found()
     assert fixed["last"] == [1.0] * 3 and fixed["chance"] == pytest.approx([0.25] * 3, abs=0.02)
     assert fixed["common"] == pytest.approx([0.25] * 3, abs=0.05)
@@ -185,7 +185,7 @@ def test_a_fixed_owner_is_predicted_and_a_random_one_by_chance() -> None:
 def test_the_gradient_of_true_owners_is_that_of_a_goal_set_and_needs_no_trust() -> None:
     problem = Digits(0, FAULTS["none"], 4)
     problem.anchors = {**problem.anchors, "realism": Anchor(0.5, 0.64)}  # as bad as reconstruction
-    batches = owners.note(problem, 3, None)
+    batches = owners.note(problem, 3, Visits(problem.samples, 6))
     assert len(torch.cat([b.owners for b in batches]).unique()) > 1
     image, noise, owner, _ = batches[0]
     out = GoalSet(anchored(problem))(problem.forward(image, torch.Generator().manual_seed(noise))[0])
