@@ -15,16 +15,18 @@ EPOCH = "epoch"
 HOW = """\
 Under the hard minimum a sample's gradient goes to its worst goal, its *owner*. To find the owners, all rows of all
 goals are evaluated without a graph. An owner that is known from before would save that.
-`python -m bench.budget --owners` trains with the hard minimum, and measures how often an old owner is still the owner:
-{runs}. Batches are noted at some points of a run, and looked at again after k steps on other batches. *New noise* draws
-the views and the noise of the code anew, as a run does when a sample comes again; k = 0 shows what noise alone changes.
+`python -m bench.budget --owners` trains with the hard minimum, and measures how often an old owner is still the owner.
+Batches are noted at some points of a run, and looked at again after k steps on other batches. *New noise* draws the
+views and the noise of the code anew, as a run does when a sample comes again; k = 0 shows what noise alone changes.
+
+{runs}
 
 The gradient of the old owners, at the weights and noise of now, is compared with that of the hard minimum. For *one
 batch*, norm and cosine compare the gradients of the same samples. For *expected*, they compare the gradients' means
 over batches, which tell the bias; *off* is the norm of their difference as a part of the true one's, with the lowest
 and highest seed. *off² / variance* is the square of this difference over the variance of the true gradient from batch
 to batch. *Loss missed* is the part of the loss that the old owners do not see."""
-RUN = "{data} {steps} steps of B = {batch}, {seeds} seeds, {batches} batches at each of {points} points"
+RUN = "- {data}: {steps} steps of B = {batch}, {seeds} seeds, {batches} batches at each of {points} points"
 NEW = """\
 Each step draws new crops, so no sample comes twice and there is no last epoch. Only the same batches can be looked at
 again, and the best guess without them is the owner most common in the step before."""
@@ -55,7 +57,7 @@ def bias(products: Sequence[float]) -> Bias:
 
 def section(owned: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs and tables."""
-    runs = "; ".join(RUN.format(**{**f, "data": NAMES[data].lower()}) for data, f in owned.items())
+    runs = "\n".join(RUN.format(**{**f, "data": NAMES[data].lower()}) for data, f in owned.items())
     page = ["## Does an old owner predict?", HOW.format(runs=runs)]
     for data, f in owned.items():
         page += [f"### {NAMES[data]}: owners", *([NEW] if EPOCH not in f["stale"] else [])]
