@@ -2,11 +2,12 @@
 
     python -m bench.budget               # the quality: some 45 minutes on 2 cores; continues an interrupted study
     python -m bench.budget --variance    # the variance of the gradient: some 2 minutes
+    python -m bench.budget --owners      # whether the owners of samples can be predicted: some 4 minutes
     python -m bench.budget --report      # the page and the pictures of the runs so far
 
 The problems, faults and figures are those of `python -m bench.policies`, with other seeds. Runs go to
-bench/results/budget.jsonl, one line each, and the variance to budget_variance.json. The page bench/results/budget.md
-and the pictures beside it show both.
+bench/results/budget.jsonl, one line each, the variance to budget_variance.json, and the owners to budget_owners.json.
+The page bench/results/budget.md and the pictures beside it show all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,23 @@ def study(
         bar.close()
 
 
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _measure(path: Path, datas: list[str], measure: Callable[[str], dict[str, Any]]) -> None:
+    """Measure data sets in turn, and write each into the file at once."""
+    measured = _load(path)
+    for data in datas:
+        measured[data] = measure(data)
+        path.write_text(json.dumps(measured, indent=1) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.budget", description=__doc__.splitlines()[0])
     parser.add_argument("--report", action="store_true", help="run nothing, and report what was measured so far")
     parser.add_argument("--variance", action="store_true", help="measure the variance of the gradient alone")
+    parser.add_argument("--owners", action="store_true", help="measure alone whether owners can be predicted")
     parser.add_argument("--data", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="data sets (both)")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds of the runs (20 to 24)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", default=list(ARMS), help="names of the arms to run (all)")
@@ -102,16 +116,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--arms {unknown[0]!r}: there are {', '.join(ARMS)}")
     if args.steps is not None and args.runs == RUNS and not args.report:
         parser.error(f"--steps {args.steps}: such runs do not go where results are: give them --runs FILE")
-    spread = args.runs.with_name(f"{args.runs.stem}_variance.json")
+    spread, owned = (args.runs.with_name(f"{args.runs.stem}_{part}.json") for part in ("variance", "owners"))
+    quick = args.steps is not None
     if args.variance:
         from bench.budget import variance
 
-        measured = json.loads(spread.read_text()) if spread.exists() else {}
-        for data in args.data:
-            measured[data] = variance.measure(data, args.steps or variance.STEPS, quick=args.steps is not None)
-            spread.write_text(json.dumps(measured, indent=1) + "\n")
-    elif not args.report:
+        _measure(spread, args.data, lambda data: variance.measure(data, args.steps or variance.STEPS, quick))
+    if args.owners:
+        from bench.budget import owners
+
+        _measure(owned, args.data, lambda data: owners.measure(data, args.steps, quick))
+    if not (args.variance or args.owners or args.report):
         study(args.runs, args.data, tuple(args.seeds), args.arms, args.steps, args.workers)
-    measured = json.loads(spread.read_text()) if spread.exists() else {}
-    sys.stdout.write(report.write(list(read(args.runs).values()), measured, args.runs.with_suffix("")))
+    runs = list(read(args.runs).values())
+    sys.stdout.write(report.write(runs, _load(spread), args.runs.with_suffix(""), _load(owned)))
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.budget import owners_report
 from bench.budget.arms import ARMS, EXACT
 from bench.budget.results import PSNR, WORST, Read, Record, Results, at_steps, at_time, milliseconds, speed
 from bench.budget.variance_report import section
@@ -106,11 +107,14 @@ def verdicts(results: Results, data: str) -> list[str]:
     return lines
 
 
-def write(records: Sequence[Record], measured: Mapping[str, Any], to: Path) -> str:
+def write(
+    records: Sequence[Record], measured: Mapping[str, Any], to: Path, owned: Mapping[str, Any] | None = None
+) -> str:
     """Write ``to``.md and the pictures beside it, and return the page.
 
     Args:
         records: the runs. measured: the variance, by data set. to: the page's path without its suffix.
+        owned: the results about owners, by data set.
     """
     sets = {data: Results(r for r in records if r["data"] == data) for data in NAMES}
     sets = {data: results for data, results in sets.items() if results.runs(EXACT)}
@@ -125,6 +129,8 @@ def write(records: Sequence[Record], measured: Mapping[str, Any], to: Path) -> s
         page += ["At equal time:", fault_table(results, at_time(PSNR), at_time(WORST))]
     if measured:
         page += section(measured, f"{to.name}_variance.png")
+    if owned:
+        page += owners_report.section(owned)
     page += ["## The arms", "\n".join(f"- {name}: {arm.says}" for name, arm in ARMS.items())]
     text = "\n\n".join(page) + "\n"
     to.with_suffix(".md").write_text(text)

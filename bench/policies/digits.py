@@ -67,6 +67,7 @@ class Digits(Problem):
     """Six goals: reconstruction, KL, realism, decorrelation, consistency under contrast and noise, capacity."""
 
     rate, steps = 2e-3, 1500
+    samples = SPLITS["train"].stop
     blocked = "decorrelation"
     anchors: ClassVar = {
         "reconstruction": Anchor(0.0, 1.0),
@@ -83,8 +84,8 @@ class Digits(Problem):
         self.last = self.model.decoder[4].weight
 
     def batch(self) -> Tensor:
-        train = _data()["train"]
-        return train[torch.randint(len(train), (BATCH,), generator=self.draw)]
+        self.rows = torch.randint(self.samples, (BATCH,), generator=self.draw)
+        return _data()["train"][self.rows]
 
     def images(self, split: str) -> Tensor:
         return _data()[split]

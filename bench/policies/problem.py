@@ -38,6 +38,7 @@ class Problem:
         model, judge: networks. rate, steps: learning rate and training steps of the model.
         code: the [B, D] tensors that all goals of the last `raw` go through. last: the weight of the output layer.
         recon: the reconstructions of the last `raw`.
+        samples: number of training samples, 0 where each step draws new ones. rows: those of the last `batch`, [B].
     """
 
     anchors: ClassVar[dict[str, Anchor]]
@@ -50,6 +51,8 @@ class Problem:
     code: list[Tensor]
     last: Tensor
     recon: Tensor | Lazy
+    samples = 0
+    rows: Tensor
 
     def __init__(self, seed: int, fault: Fault, steps: int | None = None) -> None:
         self.fault, self.step = fault, 0

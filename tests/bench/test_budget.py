@@ -12,11 +12,13 @@ import torch
 
 pytest.importorskip("torchjd")
 
-from bench.budget import command, draws, report, results, run, variance
+from bench.budget import command, draws, owners, owners_report, report, results, run, variance
 from bench.budget.arms import ARMS, EXACT
+from bench.budget.visits import Visits
 from bench.policies import peers
 from bench.policies.digits import Digits
 from bench.policies.faults import FAULTS
+from bench.policies.problem import Anchor
 from bench.policies.rules import anchored
 from bomkern import GoalSet, Lazy, Spill
 
@@ -44,6 +46,16 @@ def test_a_short_measurement_of_the_variance(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out_variance.json").read_text())["digits"]
     assert len(found["goals"]) == 6 and set(found["ratios"]) == {"0.333", "0.5", "0.8"}
     assert "### Digits" in (tmp_path / "out.md").read_text() and (tmp_path / "out_variance.png").exists()
+
+
+@pytest.mark.parametrize("data", ["digits", pytest.param("photographs", marks=pytest.mark.slow)])
+def test_a_short_measurement_of_the_owners(data: str, tmp_path: Path) -> None:
+    assert command.main(["--owners", "--data", data, "--steps", "8", "--runs", str(tmp_path / "out.jsonl")]) == 0
+    found = json.loads((tmp_path / "out_owners.json").read_text())[data]
+    assert list(found["stale"]) == ["epoch", "1"] if data == "digits" else ["1"]
+    assert list(found["ages"]) == ["0", "1", "2"] and found["ages"]["0"]["same"] == [None, 1.0, None]
+    page = (tmp_path / "out.md").read_text()
+    assert ("no sample comes twice" in page) == (data == "photographs") and "| 1 step, the same batch |" in page
 
 
 def test_long_runs_have_few_arms_under_faults_and_short_ones_all() -> None:
@@ -151,6 +163,47 @@ def test_the_variance_over_batches_is_that_of_its_formula() -> None:
     signal, found = variance.over_batches(products, torch.tensor([0.5, 0.3, 0.2]).double())
     assert signal == pytest.approx(5, rel=0.05)
     assert found == pytest.approx(spread**2 * 5 * (0.25 + 0.09 + 0.04), rel=0.15)
+
+
+# The owners.
+
+
+def test_a_fixed_owner_is_predicted_and_a_random_one_by_chance() -> None:
+    torch.manual_seed(0)
+    visited = {"fixed": Visits(20, 4), "random": Visits(20, 4)}
+    for step in range(600):
+        rows = torch.randint(20, (16,))
+        visited["fixed"].add(step, step // 200, rows % 4, rows)
+        visited["random"].add(step, step // 200, torch.randint(4, (16,)), rows)
+    fixed, chance = visited["fixed"].found(), visited["random"].found()
+    assert fixed["last"] == [1.0] * 3 and fixed["chance"] == pytest.approx([0.25] * 3, abs=0.02)
+    assert fixed["common"] == pytest.approx([0.25] * 3, abs=0.05)
+    assert chance["last"] == pytest.approx(chance["chance"], abs=0.05)
+    assert fixed["age"] == pytest.approx([1 / (1 - 0.95**16)] * 3, rel=0.1)  # the mean wait of a sample
+
+
+def test_the_gradient_of_true_owners_is_that_of_a_goal_set_and_needs_no_trust() -> None:
+    problem = Digits(0, FAULTS["none"], 4)
+    problem.anchors = {**problem.anchors, "realism": Anchor(0.5, 0.64)}  # as bad as reconstruction
+    batches = owners.note(problem, 3, Visits(problem.samples, 6))
+    assert len(torch.cat([b.owners for b in batches]).unique()) > 1
+    image, noise, owner, _ = batches[0]
+    out = GoalSet(anchored(problem))(problem.forward(image, torch.Generator().manual_seed(noise))[0])
+    assert torch.equal(out.bottleneck, owner)
+    same = owners.trust(problem, batches, [b.owners for b in batches])
+    assert same["one"] == [1.0] * 3 and same["gap"] == [0.0] and len(set(same["expected"])) == 1
+    assert owners_report.bias(same["expected"])[:3] == pytest.approx((0, 1, 0))
+    other = owners.trust(problem, batches, [(b.owners + 1) % 6 for b in batches])
+    assert other["gap"][0] > 0.1 and owners_report.bias(other["one"]).off > 0.1
+
+
+def test_the_products_of_expected_gradients_are_without_bias() -> None:
+    """Products of 4,000 sets of 3 noisy batches have those of the means as their mean, within 5%."""
+    torch.manual_seed(0)
+    true, stale = torch.ones(4), torch.tensor([1.0, 1.0, 0.5, 0.0])
+    noise = torch.randn(4000, 3, 1, 4)
+    found = [owners.products(true + each[:, 0], stale + each[:, 0])[1] for each in noise]
+    assert torch.stack(found).mean(0).tolist() == pytest.approx([4, 2.25, 2.5], rel=0.05)
 
 
 # The report.
