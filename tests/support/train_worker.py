@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bomkern import cli
+from bomkern import cli, lazy
 from bomkern.train import plots, processes, trainer
 from bomkern.train.nine_goals import GOALS
 
@@ -20,7 +20,7 @@ def bad() -> None:
     def raw_values(*arguments: Any) -> Any:
         raw: Any = true(*arguments)
         k = GOALS.index("consistency")
-        raw[k] = raw[k] * (torch.nan if torch.distributed.get_rank() else 1.0)
+        raw[k] = lazy(torch.mul, raw[k], torch.nan if torch.distributed.get_rank() else 1.0)
         return raw
 
     trainer.raw_values = raw_values

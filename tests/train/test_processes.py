@@ -187,18 +187,21 @@ def in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain", "in_halves")
 def test_any_strategy_and_number_of_processes_computes_the_same(tmp_path: Path) -> None:
-    """One process with eight samples and two with four compute the same, and resume each other's checkpoints."""
+    """One process with eight samples and two with four compute the same, and resume each other's checkpoints.
+
+    A budget would draw other rows on each rank; that FSDP2 trains with one too is shown at the end.
+    """
     states, losses = {}, {}
     for chain in ("single", "auto", "fsdp", "fsdp ddp single", "single fsdp"):
         out, parts = tmp_path / chain, chain.split()
         for i, strategy in enumerate(parts, 1):
             steps, again = 6 * i // len(parts), i > 1
             if strategy == "single":
-                size = {"structure": 4, "appearance": 4, "width": 32, "batch_size": 8}
+                size = {"structure": 4, "appearance": 4, "width": 32, "batch_size": 8, "budget": 0.0}
                 run = config(out, steps=steps, log_every=1, resume=again, **size)
                 loop.train(run, {"steps", "resume", "devices", "strategy"})
             else:
-                finish(out, "--strategy", strategy, "--steps", str(steps), *["--resume"] * again)
+                finish(out, "--strategy", strategy, "--steps", str(steps), "--budget", "0", *["--resume"] * again)
         lines = recorder.read_lines(out / recorder.METRICS)
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
         losses[chain] = [line["loss"] for line in lines]
@@ -210,6 +213,8 @@ def test_any_strategy_and_number_of_processes_computes_the_same(tmp_path: Path) 
         assert state.keys() == states["single"].keys()
         for name, value in states["single"].items():
             torch.testing.assert_close(state[name], value, rtol=1e-2, atol=1e-4, msg=chain + name)
+    finish(tmp_path / "budget", "--strategy", "fsdp", "--steps", "2", "--log-every", "1")
+    assert all(line["walked"] < 1 for line in recorder.read_lines(tmp_path / "budget" / recorder.METRICS))
 
 
 @pytest.mark.slow
