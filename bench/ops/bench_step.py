@@ -30,7 +30,7 @@ except ModuleNotFoundError as why:  # a requirement of the trainer
 
 BATCHES = (64, 512, 2048)
 # Rounds, and steps timed in parts, for each batch; the first of several steps in parts is a warm-up.
-REPEATS = {64: (15, 4), 512: (5, 3), 2048: (1, 1)} if DEVICE == "cpu" else dict.fromkeys(BATCHES, (0, 6))
+REPEATS = {64: (7, 3), 512: (3, 2), 2048: (1, 1)} if DEVICE == "cpu" else dict.fromkeys(BATCHES, (0, 6))
 WALKS_MANY = ("UPGrad", "MGDA")  # these need a backward for each goal: timed at the smallest batch alone
 HARD = ("bomkern lazy", "bomkern routed", "bomkern", "plain", step.BLOCKS)
 LEFT_OUT = {

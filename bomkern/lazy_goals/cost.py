@@ -12,6 +12,7 @@ import torch
 
 WEIGHT = 0.2  # weight of a step in moving averages
 MARGIN = 0.9  # a partial graph must cost less than this part of a full one
+INDEPENDENT = "independent_rows"  # attribute of a function whose rows need no check
 LOOK_EVERY = 10  # steps with full graphs between two measurements of how many rows a partial graph would hold
 
 
@@ -28,8 +29,9 @@ class FunctionStatistics:
         full_steps: steps in which it was evaluated once, with a graph for all rows.
     """
 
-    def __init__(self) -> None:
-        self.checked = self.draws = self.needs_graph = False
+    def __init__(self, checked: bool = False) -> None:
+        self.checked = checked
+        self.draws = self.needs_graph = False
         self.forward, self.backward_ratio, self.owned = 0.0, 2.0, math.nan
         self.full_steps = 0
 
@@ -60,10 +62,11 @@ def statistics_of(fn: Callable[..., Any]) -> FunctionStatistics:
         fn = fn.func
     owner, code = getattr(fn, "__self__", None), getattr(fn, "__code__", None)
     key = owner if isinstance(owner, torch.nn.Module) else fn if code is None else code
+    fresh = FunctionStatistics(checked=bool(getattr(fn, INDEPENDENT, False)))
     try:
-        return _statistics.setdefault(key, {}).setdefault(code, FunctionStatistics())
+        return _statistics.setdefault(key, {}).setdefault(code, fresh)
     except TypeError:  # the key is not hashable, or allows no weak reference: nothing can be kept for it
-        return FunctionStatistics()
+        return fresh
 
 
 def partial_pays(functions: Iterable[tuple[FunctionStatistics, int]]) -> bool:

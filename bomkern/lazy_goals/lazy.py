@@ -67,8 +67,8 @@ def lazy(fn: Callable[..., Tensor], *args: Any) -> Lazy:
 
     Args:
         fn: takes tensors with some number of rows n and returns a tensor [n, ...]; the function of a goal returns [n].
-            Row b of the result must depend on row b of the arguments alone, which is checked on first use. GroupNorm
-            and LayerNorm meet this; BatchNorm in training mode does not.
+            Row b of the result must depend on row b of the arguments alone, which is checked on first use, unless
+            ``fn.independent_rows`` is true. GroupNorm and LayerNorm meet this; BatchNorm in training mode does not.
         args: tensors of one or more dims are rows, and all must have B of them. An argument may be lazy itself, such as
             the output of a network that several goals read. Numbers and 0-dim tensors are passed on unchanged. Bind a
             tensor that has dims but no rows to ``fn`` (`functools.partial`); pass every tensor with rows as an

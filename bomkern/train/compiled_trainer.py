@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import types
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 from bomkern import GoalOutput, Lazy, lazy
 from bomkern.common.torch_internals import mark_rows_dynamic
-from bomkern.lazy_goals.call import is_rows
-from bomkern.lazy_goals.cost import statistics_of
 
 from . import features as see
 from . import nine_goals as goal
@@ -168,6 +166,10 @@ def judge_loss(judge: Discriminator, image: Tensor, fakes: Tensor) -> Tensor:
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
+def is_rows(argument: object) -> TypeGuard[Tensor]:
+    return isinstance(argument, Tensor) and argument.dim() > 0
+
+
 def _compile(fn: Callable[..., Any], *first: Any) -> Any:
     """Return the compiled function of the other arguments. Its graphs are its own.
 
@@ -190,9 +192,10 @@ class Compiled:
         first: its first arguments, which are no rows.
     """
 
+    independent_rows = True  # a check of `bomkern.lazy` would compile a graph without gradient too
+
     def __init__(self, fn: Callable[..., Any], *first: Any) -> None:
         self._fn = _compile(fn, *first)
-        statistics_of(self).checked = True  # the check would compile a graph without gradient too
 
     def __call__(self, *args: Any) -> Any:
         rows = next(len(a) for a in args if is_rows(a))
@@ -229,8 +232,6 @@ class CompiledTrainer(Trainer):
         fused = (see.photometric, see.edges, see.mean_colour, *goal.OF_IMAGES)
         self._compiled: dict[Any, Compiled] = {fn: Compiled(fn) for fn in fused}
         self._compiled[judge] = Compiled(logits_of, judge)
-        for fn in (goal.correlation_above_chance, goal.consistency):
-            statistics_of(fn).checked = True
 
     @property
     def plainly(self) -> bool:

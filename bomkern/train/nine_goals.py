@@ -77,6 +77,13 @@ def disentanglement(
     return total_correlation(z, mu, logvar, **options) - ranks.total(shuffled.mean()) / ranks.size
 
 
+def _row_by_row(fn: Any) -> Any:
+    """Mark a function whose rows are independent, so that `bomkern.lazy` need not check it."""
+    fn.independent_rows = True
+    return fn
+
+
+@_row_by_row
 def correlation_above_chance(
     z: Tensor,
     shuffled: Tensor,
@@ -200,6 +207,7 @@ def realism(logits: Tensor) -> Tensor:
     return 1 - torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).mean((1, 2, 3))
 
 
+@_row_by_row
 def consistency(mean: Tensor, view: Tensor, variance: Tensor, impl: str | None = None) -> Tensor:
     """Compute the variance of the structure over views of one image, relative to its variance over the batch.
 

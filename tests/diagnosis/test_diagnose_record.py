@@ -53,8 +53,8 @@ def test_joined_rows_do_not_say_whose_fault_it_was() -> None:
 def test_lost_steps_do_not_hide_other_faults() -> None:
     steps = locked()
     rows = steps._rows.clone()
-    rows[50:90, :-1] = torch.nan
-    rows[50:90, -1] = 0
+    rows[50:90] = torch.nan
+    rows[50:90, steps.layout.at.finite] = 0
     found = diagnose(History.from_rows(steps.layout, rows))
     assert {f.kind for f in found.faults} == {"locked", "not finite"}
 
@@ -109,8 +109,8 @@ def test_columns_know_which_way_is_worse() -> None:
 def test_lost_steps_at_the_end_do_not_silence_the_rest() -> None:
     """Joined rows that hold only lost steps have neither raw values nor anchors."""
     steps = locked(800)
-    steps._rows[760:, :-1] = torch.nan
-    steps._rows[760:, -1] = 0
+    steps._rows[760:] = torch.nan
+    steps._rows[760:, steps.layout.at.finite] = 0
     history = History(steps.layout, stride=4)
     history.append(steps._rows)
     assert history["ideal"][-1].isnan().all()
@@ -122,15 +122,16 @@ def test_lost_steps_at_the_end_do_not_silence_the_rest() -> None:
     drifts = written(
         {"realism": ideal + 0.2, "b": flat(0.1)}, {"realism": 0.5, "b": 0.5}, {"realism": (ideal, 0.5)}, moving
     )
-    drifts._rows[:2, :-1] = drifts._rows[-2:, :-1] = torch.nan
-    drifts._rows[:2, -1] = drifts._rows[-2:, -1] = 0
+    for lost in (slice(2), slice(-2, None)):
+        drifts._rows[lost] = torch.nan
+        drifts._rows[lost, drifts.layout.at.finite] = 0
     assert "to (1.69, 2.19)" in only(drifts, "moving target").evidence
 
 
 def test_half_a_run_without_values_has_a_pull_all_the_same() -> None:
     history = written({"a": slope(1.0, 0.5), "b": slope(9.0, 5.0, seed=1)}, {"a": 0.5, "b": 0.5})
-    history._rows[T // 2 :, :-1] = torch.nan
-    history._rows[T // 2 :, -1] = 0
+    history._rows[T // 2 :] = torch.nan
+    history._rows[T // 2 :, history.layout.at.finite] = 0
     assert diagnose(history).pull["b"] > 0.8
 
 
@@ -169,7 +170,8 @@ def test_it_is_deterministic_and_leaves_the_history_alone() -> None:
     before = history._rows.clone()
     state = torch.get_rng_state()
     assert diagnose(history).to_dict() == diagnose(history).to_dict()
-    assert torch.equal(history._rows, before) and torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(history._rows, before, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_real_goal_set_can_be_diagnosed() -> None:
@@ -213,10 +215,11 @@ def test_nothing_in_a_record_makes_it_fail() -> None:
         given = {name: dice.choice(choice) for name in names}
         history = written({name: torch.randn(rows, generator=draw) for name in names}, {}, constraints=given)
         values = history._rows
-        values[:, :-1] = torch.randn(values[:, :-1].shape, generator=draw) * 10 ** dice.uniform(-6, 6)
+        values[:] = torch.randn(values.shape, generator=draw) * 10 ** dice.uniform(-6, 6)
         for bad in (torch.nan, torch.inf, -torch.inf, 0.0):
             values[torch.rand(values.shape, generator=draw) < dice.choice([0, 0.02, 0.5, 1.0])] = bad
-        values[:, -1] = (torch.rand(rows, generator=draw) > 0.1).float() * dice.choice([0.0, 0.5, 1.0])
+        finite = (torch.rand(rows, generator=draw) > 0.1).float() * dice.choice([0.0, 0.5, 1.0])
+        values[:, history.layout.at.finite] = finite
         diagnosis = diagnose(history)
         assert all(0 <= f.confidence <= 0.95 and 0 <= f.severity <= 1 for f in diagnosis)
         json.dumps(diagnosis.to_dict()), str(diagnosis)

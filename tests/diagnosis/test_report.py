@@ -146,8 +146,8 @@ def test_any_length(tmp_path: Path, rows: int) -> None:
 
 def test_nothing_finite_is_drawn_as_nothing(tmp_path: Path) -> None:
     history = locked(50)
-    history._rows[:, :-1] = torch.nan
-    history._rows[:, -1] = 0
+    history._rows[:] = torch.nan
+    history._rows[:, history.layout.at.finite] = 0
     assert "not finite" in page(tmp_path, history).text
     assert "nan" not in "".join(a.get("d") or "" for a in page(tmp_path, history).all("path"))
 
@@ -271,8 +271,8 @@ def test_axes_are_named_and_what_is_idle_is_counted_apart(tmp_path: Path) -> Non
 
 def test_lost_rows_at_the_end_are_no_numbers(tmp_path: Path) -> None:
     history = locked()
-    history._rows[-40:, :-1] = torch.nan
-    history._rows[-40:, -1] = 0
+    history._rows[-40:] = torch.nan
+    history._rows[-40:, history.layout.at.finite] = 0
     found = page(tmp_path, history)
     labels = [a.get("aria-label") or "" for a in found.all("svg")]
     assert any("at the end" in label.lower() for label in labels) and not any("nan" in label for label in labels)

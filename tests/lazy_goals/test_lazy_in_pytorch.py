@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bomkern
-from bomkern import Anchored, GoalSet, Lazy, Minimize, lazy, min_goal_loss
+from bomkern import Anchored, GoalSet, Lazy, Minimize, Spill, lazy, min_goal_loss
 from bomkern.lazy_goals.cost import statistics_of
 from tests.support.lazy_problem import REDUCTIONS, Problem, Wrap, check, error, of_list, plain, size
 
@@ -221,3 +221,17 @@ def test_any_small_graph(data: st.DataObject) -> None:
 
 def test_the_package_offers_it() -> None:
     assert bomkern.lazy is lazy and bomkern.Lazy is Lazy
+
+
+def test_a_function_that_says_that_its_rows_are_independent_is_not_checked() -> None:
+    calls: list[int] = []
+
+    def said(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x.square().mean(1)
+
+    said.independent_rows = True  # type: ignore[attr-defined]
+    goals = GoalSet(a=Minimize(1.0), b=Minimize(1.0), spill=Spill(0.5, budget=0.5))
+    x = torch.rand(40, 3, requires_grad=True)
+    goals({"a": lazy(said, x), "b": x.mean(1)}).loss.backward()
+    assert calls == [10]  # budget times weight times batch

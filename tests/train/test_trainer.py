@@ -72,17 +72,21 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
         poison(run, patch)
         run.advance()
     after = leaves(run.state_dict())
-    counted = {"/step": 3, "/goals/_extra_state//steps": 3, "/goals/monitor._extra_state//steps": 3}
-    counted |= {"/guard/rejected": 1, "/guard/rejected_in_a_row": 1}
-    for name, value in counted.items():
+    expected = {"/step": 3, "/goals/_extra_state//steps": 3, "/goals/monitor._extra_state//steps": 3}
+    expected |= {"/goals/monitor._extra_state//counted": 3}
+    expected |= {"/guard/rejected": 1, "/guard/rejected_in_a_row": 1}
+    for name, value in expected.items():
         assert after.pop(name) == value
         before.pop(name)
     assert after.pop("/tally/blame").sum() >= 1
     before.pop("/tally/blame")
-    for part in ("rows", "fresh"):  # the history holds the step, with a loss that is not finite
+    # The history holds the step, with a loss that is not finite.
+    for part, counted in {"rows": "counts", "fresh": "fresh_counts"}.items():
         name = f"/goals/monitor._extra_state//{part}"
         rows = after.pop(name)
         assert len(rows) == 3 and rows[2, -1] == 0 and torch.equal(rows[:2], before.pop(name))
+        counts = after.pop(f"/goals/monitor._extra_state//{counted}")
+        assert len(counts) == 3 and torch.equal(counts[:2], before.pop(f"/goals/monitor._extra_state//{counted}"))
     assert_same(before, after)
     if poison is not poison_gradient:  # the hook stays
         run.advance()
