@@ -39,7 +39,7 @@ LEFT_OUT = {
     2048: (step.SPILL, step.DEFAULT, step.COMPILED, *step.RULES),
 }
 CASES = [(batch, variant) for batch in BATCHES for variant in step.VARIANTS if variant not in LEFT_OUT[batch]]
-SAMPLE, TERM = 32e6, 40.0  # bytes of a sample in the networks, and of an element of B x B x D in eager statistics
+SAMPLE, TERM = 24e6, 40.0  # bytes of a sample in the networks, and of an element of B x B x D in eager statistics
 
 
 @functools.lru_cache(maxsize=1)

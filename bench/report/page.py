@@ -152,7 +152,7 @@ def steps(results: Results) -> Lines:
         return []
     lines = ["## The whole step", ""]
     lines += text(
-        "The trainer's nine-goal step at 32 px, networks, discriminator and updates included; every variant has "
+        "The trainer's nine-goal step at 64 px, networks, discriminator and updates included; every variant has "
         "the same networks and takes the same batch. The parts are timed apart, forward and backward, on a graph that"
         " is cut between them.",
         "Parts: `networks` are the VAE and the discriminator, `statistics` all that makes raw values of their outputs"
