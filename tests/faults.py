@@ -108,9 +108,9 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
         time.sleep(rng.uniform(0, 1.5 * first))
         os.kill(process.pid, signal.SIGKILL)
         finish(process, errors, -signal.SIGKILL)
-        if path.exists():
+        if _can_resume(path):  # a kill between two renames leaves the previous checkpoint alone
             reached.append(checkpoint.load(path)["step"])
-        elif not _can_resume(path) and broken.exists():
+        elif broken.exists():
             _clear(broken)  # a run killed before its first checkpoint has nothing to resume from
     steps = max(reached, default=0) + 2
     for out in (broken, straight):

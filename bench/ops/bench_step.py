@@ -95,10 +95,12 @@ def room(batch: int, name: str) -> None:
 
 @pytest.fixture
 def trial(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Tell whether this is a trial (`--trial`), which hardly warms up."""
+    """Tell whether this is a trial (`--trial`), which hardly warms up, takes small images and runs no compiler."""
     wanted = bool(request.config.getoption("--trial"))
     if wanted:
         monkeypatch.setattr(step, "WARM", 2)
+        monkeypatch.setattr(step, "SIZE", 32)
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     return wanted
 
 

@@ -174,6 +174,7 @@ def _compile(fn: Callable[..., Any], *first: Any) -> Any:
     """Return the compiled function of the other arguments. Its graphs are its own.
 
     torch.compile keeps graphs with a code object, at most eight, which other trainers of this process would share.
+    Beyond eight, calls of other shapes are not compiled.
     """
 
     def call(*args: Any) -> Any:
@@ -181,7 +182,7 @@ def _compile(fn: Callable[..., Any], *first: Any) -> Any:
 
     name = getattr(fn, "__name__", type(fn).__name__)
     own = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
-    return torch.compile(own, fullgraph=True)
+    return torch.compile(own)
 
 
 class Compiled:

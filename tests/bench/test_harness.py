@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -171,7 +172,10 @@ def test_every_default_peer_is_found() -> None:
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> step.Run:
-    """Return a fresh run of eight samples instead of one that was trained for a while."""
+    """Return a fresh run of eight small samples, not one that was trained for a while; no step runs a compiler."""
+    monkeypatch.setattr(step, "SIZE", 32)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    step.data.cache_clear()
     run = step.Run("bomkern", 8)
     monkeypatch.setattr(step, "started", lambda: run)
     bench_step.expected.cache_clear()
