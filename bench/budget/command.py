@@ -24,6 +24,7 @@ from typing import Any
 from bench.budget import report
 from bench.budget.arms import ARMS
 from bench.budget.run import Job, run
+from bench.policies.command import read_runs
 from bench.policies.faults import FAULTS
 from bench.policies.run import PROBLEMS
 from bench.results import HERE
@@ -45,15 +46,8 @@ def jobs(datas: list[str], seeds: tuple[int, ...], arms: list[str]) -> Iterator[
 
 
 def read(path: Path) -> Records:
-    """Return the runs so far, without a line that an interruption left unfinished."""
-    runs = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        runs[Job(*(record[field] for field in Job._fields))] = record
-    return runs
+    """Return the runs so far."""
+    return read_runs(path, Job, Job._fields)
 
 
 def _run(arguments: tuple[tuple[str, str, int], list[str], int | None]) -> list[dict[str, Any]]:

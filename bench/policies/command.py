@@ -15,9 +15,9 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.policies import report
 from bench.policies.arms import ARMS, BRIGHT, TUNED
@@ -25,6 +25,7 @@ from bench.policies.faults import FAULTS
 from bench.policies.peers import SUMS
 from bench.policies.run import PROBLEMS, Job, run
 
+J = TypeVar("J")
 RUNS = Path(__file__).parents[1] / "results" / "policies.jsonl"
 SEEDS = (10, 11, 12, 13, 14)  # not used while the rules were developed
 TUNING = 9  # the seed on which the weightings of the tuned sums are chosen
@@ -44,16 +45,21 @@ def jobs(data: str, seeds: tuple[int, ...], picks: dict[str, str]) -> Iterator[J
             yield from (Job(data, fault, arm, seed) for arm in dict.fromkeys(tuned))
 
 
-def read(path: Path) -> dict[Job, dict[str, Any]]:
-    """Return the runs so far, without a line that an interruption left unfinished."""
+def read_runs(path: Path, job: Callable[..., J], fields: Sequence[str]) -> dict[J, dict[str, Any]]:
+    """Return the records of a file of runs by job, without a line that an interruption left unfinished."""
     runs = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        runs[Job(*(record[field] for field in Job._fields))] = record
+        runs[job(*(record[field] for field in fields))] = record
     return runs
+
+
+def read(path: Path) -> dict[Job, dict[str, Any]]:
+    """Return the runs so far."""
+    return read_runs(path, Job, Job._fields)
 
 
 def picks(runs: dict[Job, dict[str, Any]], data: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .registry import bind, need
+from .registry import Internal, bind, need
 
 # Transforms of torch.func.
 
@@ -140,6 +140,14 @@ def mark_constant(fn: Any) -> None:
     fn._dynamo_marked_constant = True
 
 
+def _call_if_there(name: Internal, *arguments: Any) -> None:
+    try:
+        call = name.find()
+    except AttributeError:
+        return
+    call(*arguments)
+
+
 _mark_static_address = need(
     "torch._dynamo.mark_static_address",
     since="2.1",
@@ -150,11 +158,7 @@ _mark_static_address = need(
 
 def mark_static_address(x: Tensor) -> None:
     """Let the CUDA graph of a compiled graph read x in place, instead of a copy. Imports torch._dynamo."""
-    try:
-        mark = _mark_static_address.find()
-    except AttributeError:
-        return
-    mark(x)
+    _call_if_there(_mark_static_address, x)
 
 
 _maybe_mark_dynamic = need(
@@ -167,8 +171,4 @@ _maybe_mark_dynamic = need(
 
 def mark_rows_dynamic(x: Tensor) -> None:
     """Let torch.compile treat the first size of an argument as a symbol from its first call on."""
-    try:
-        mark = _maybe_mark_dynamic.find()
-    except AttributeError:
-        return
-    mark(x, 0)
+    _call_if_there(_maybe_mark_dynamic, x, 0)
