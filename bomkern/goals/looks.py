@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.devices import rng_state, set_rng_state
 from ..common.host_copy import capturing
 from ..common.process_group import Ranks, several_ranks
 from ..common.torch_internals import buffers_of
@@ -53,20 +52,15 @@ def all_rows(evaluation: Evaluation) -> dict[int, Tensor]:
     # Of several processes none checks a function on first use: see `Evaluation.rows_of_goals`.
     unchecked = {statistics_of(node.fn) for node in fresh} if several_ranks() else set()
     unchecked = {statistics for statistics in unchecked if not statistics.checked}
-    state = rng_state(fresh[0].device) if fresh else None
     try:
         for statistics in unchecked:
             statistics.checked = True
-        Evaluation(evaluation.goals).look()
-        goals = {k: goal for k, goal in enumerate(evaluation.goals) if type(goal) is Lazy}
-        return {k: goal.whole for k, goal in goals.items() if goal.whole is not None}
+        with Evaluation(evaluation.goals).looked():
+            goals = {k: goal for k, goal in enumerate(evaluation.goals) if type(goal) is Lazy}
+            return {k: goal.whole for k, goal in goals.items() if goal.whole is not None}
     finally:
         for statistics in unchecked:
             statistics.checked = False
-        if state is not None:
-            set_rng_state(fresh[0].device, state)
-        for node in fresh:
-            node.call, node.start, node.whole = None, 0, None
 
 
 def seen_by(

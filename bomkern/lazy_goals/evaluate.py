@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -243,15 +244,23 @@ class Evaluation:
         fresh = [node for node in self.nodes if node.whole is None]
         if not unknown or not fresh:
             return
-        device = fresh[0].device
-        state = rng_state(device)
+        with self.looked():  # a run that is resumed here draws as one that is not
+            pass
+        self._calls, self._starts = plan_calls(self.nodes)
+
+    @contextmanager
+    def looked(self) -> Iterator[None]:
+        """Have the values of all rows inside, by `look`; generators and lazies are afterwards as they were before."""
+        fresh = [node for node in self.nodes if node.whole is None]
+        state = rng_state(fresh[0].device) if fresh else None
         try:
             self.look()
+            yield
         finally:
-            set_rng_state(device, state)  # a run that is resumed here draws as one that is not
+            if state is not None:
+                set_rng_state(fresh[0].device, state)
             for node in fresh:
                 node.call, node.start, node.whole = None, 0, None
-        self._calls, self._starts = plan_calls(self.nodes)
 
     # Helpers of the steps.
 
