@@ -379,7 +379,7 @@ def _anchored(name: str, ideal: float, nadir: float) -> Anchored:
 def _refuse(
     name: str, what: str, fix: str = "leave the goal out, or give Anchored(0.0, nadir) with an error that you know"
 ) -> NoReturn:
-    raise ValueError(f"{name} leave no nadir: {what}, so that the trivial answer is perfect; {fix}")
+    raise ValueError(f"no nadir follows from {name}: {what}, so that the trivial answer is perfect; {fix}")
 
 
 def _short(x: Tensor) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 APART = 100.0  # deficits of two goals that differ by more are not in one unit
 FAR = 0.1  # a goal whose first deficit is lower may never come near its nadir
 BEYOND = -0.05  # a mean deficit above it can be chance: a statistic of a batch scatters around its floor
-CHANCE = 0.1  # a raw value nearer to its ideal than this part of it says nothing of the nadir
+CHANCE = 0.1  # a raw value that differs from its ideal by this part of it may do so by chance
 FITS = "every anchor fits"
 
 
@@ -98,6 +98,11 @@ class _Column(NamedTuple):
     def satisfiable(self) -> bool:
         """Whether some range of raw values satisfies it, so that a small deficit says nothing."""
         return self.info.curve == BARRIER or 0 in self.info.ramp[1:3]
+
+    @property
+    def at_ideal(self) -> bool:
+        """Whether its values are at their ideal, but for chance. Such a batch says nothing of the nadir."""
+        return self.deficit <= 0 or abs(self.raw - self.ideal) <= CHANCE * abs(self.ideal)
 
 
 def check_anchors(goals: GoalSet, raw: Raw, mask: Masks | None) -> AnchorCheck:
@@ -195,7 +200,7 @@ def _judge(goals: GoalSet, column: _Column, other: _Column | None) -> AnchorFind
     if other is not None and d > other.deficit:
         seen = f"{start}, which is {d:.3g} times as bad as its nadir, {column.nadir:.4g}{against}"
         return AnchorFinding("far beyond its nadir", name, column.raw, d, seen, _fitting(column))
-    if d < FAR and not column.satisfiable:
+    if not column.satisfiable and not column.at_ideal and d < FAR:
         seen = f"{start}, deficit {d:.2g}, far from its nadir, {column.nadir:.4g}, which it may never reach{against}"
         use = f"{_fitting(column)}, unless training makes it worse at first, as it does a KL"
         return AnchorFinding("far from its nadir", name, column.raw, d, seen, use)
@@ -219,14 +224,12 @@ def _unknown(goals: GoalSet, column: _Column) -> AnchorFinding:
 
 def _fitting(column: _Column) -> str:
     """Return a constraint as code under which the deficit of the batch is about 1."""
-    away = column.raw - column.ideal
-    if column.info.curve == BARRIER or column.deficit <= 0 or abs(away) <= CHANCE * abs(column.ideal):
-        return "the loss of a trivial answer (bomkern.anchors)"
-    if column.satisfiable:  # a limit, which the batch does not keep
-        return f"{column.info.kind}({column.ideal:.6g}, margin={abs(away):.3g})"
-    return (
-        f"MinimizeHard({abs(away):.3g})" if column.info.curve == HARD else _anchored(column.ideal, column.raw, column)
-    )
+    if column.info.curve == BARRIER:
+        return f"a {column.info.kind} that holds {column.raw:.3g}"
+    size = f"{abs(column.raw - column.ideal):.3g}"
+    if column.satisfiable:
+        return f"{column.info.kind}({column.ideal:.6g}, margin={size})"
+    return f"MinimizeHard({size})" if column.info.curve == HARD else _anchored(column.ideal, column.raw, column)
 
 
 def _anchored(ideal: float, nadir: float, column: _Column) -> str:

@@ -269,7 +269,8 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         A finding is a goal whose anchors are not known yet, whose raw values are not finite, that is better than its
         ideal, that is far beyond its nadir, or that is far from it: a deficit below 0.1, which only a goal that gets
         worse at first, such as a KL, may have. Deficits of two goals must not differ by more than 100 times; the goal
-        whose deficit is further from 1 is named. A policy that measures scales by itself is not judged.
+        whose deficit is further from 1 is named. A goal that starts at its ideal, and a policy that measures scales by
+        itself, are not judged.
 
         The call changes no state: no step is counted, nothing is recorded, and random generators stay as they are. It
         evaluates `lazy` goals for all samples without a graph, and waits for the device. With a ``process_group`` all
