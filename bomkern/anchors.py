@@ -41,7 +41,7 @@ __all__ = [
     "total_correlation",
     "variance_hinge",
 ]
-LEAST = 1e-12  # a nadir nearer to its ideal than this part of it is rounding
+_LEAST = 1e-12  # a nadir nearer to its ideal than this part of it is rounding
 
 
 def mse(targets: object, *, reduction: str = "mean") -> Anchored:
@@ -189,7 +189,7 @@ def ssim(
     loss = loss_of_flat_images(
         samples_of("images", images), similarity, finite_number("data_range", data_range, above=0)
     )
-    if loss <= LEAST:
+    if loss <= _LEAST:
         _refuse("images", "each is of one colour")
     return Anchored(1.0, 1 - loss) if maximize else Anchored(0.0, loss)
 
@@ -276,7 +276,7 @@ def total_correlation(
         raise ValueError(f"deviation must lie between 0 and 1, that of the prior, got {spread:g}")
     latents = Latents(batch, dims, spread) if posteriors is None else Latents(batch, dims, spread, *posteriors)
     nats = latents.with_copies(min(check_whole("copies", copies), dims - 1))
-    if nats <= LEAST:
+    if nats <= _LEAST:
         _refuse("posteriors", "means that do not vary do not depend on one another")
     floor = 0.0 if relative else latents.total_correlation(dataset_size, estimator)
     return Anchored(floor, floor + nats)
@@ -371,7 +371,7 @@ def _conditions(name: str, given: object, scale: float | None) -> Anchored:
 
 
 def _anchored(name: str, ideal: float, nadir: float) -> Anchored:
-    if nadir - ideal <= LEAST * nadir:
+    if nadir - ideal <= _LEAST * nadir:
         _refuse(name, "all samples are alike")
     return Anchored(ideal, nadir)
 

@@ -40,11 +40,14 @@ def signature(value: Any) -> str:
 def names() -> dict[str, str]:
     """Return the signatures of all public names."""
     import bomkern
+    import bomkern.anchors
     import bomkern.integrations
     import bomkern.nn
     import bomkern.report
 
     signatures = {f"bomkern.{name}": signature(getattr(bomkern, name)) for name in (*bomkern.__all__, "nn")}
+    for name in bomkern.anchors.__all__:
+        signatures[f"bomkern.anchors.{name}"] = signature(getattr(bomkern.anchors, name))
     for name in bomkern.nn.__all__:
         signatures[f"bomkern.nn.{name}"] = signature(getattr(bomkern.nn, name))
     for name in bomkern.integrations.__all__:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 APART = 100.0  # deficits of two goals that differ by more are not in one unit
 FAR = 0.1  # a goal whose first deficit is lower may never come near its nadir
 BEYOND = -0.05  # a mean deficit above it can be chance: a statistic of a batch scatters around its floor
-CHANCE = 0.1  # a raw value that differs from its ideal by this part of it may do so by chance
+CHANCE = 1.0  # a raw value that differs from its ideal by this part of it may do so by chance: a floor is crude
 FITS = "every anchor fits"
 
 

@@ -55,6 +55,7 @@ def paste(code: str) -> Any:
         (Anchored(0.0, 2.0), 0.3),
         (Anchored(0.5, 1.0), 0.48),  # at its ideal, but for chance
         (Anchored(0.5, 1.0), 0.51),
+        (Anchored(0.05, 7.0), 0.08),
         (Anchored(0.0, 1.0), 0.0),
         (Anchored(1.0, 0.0), 0.02),
         (Upper(3.0, 1.0), 0.1),  # kept, which is what a limit is for
@@ -81,7 +82,7 @@ def test_an_anchor_that_fits(goal: Any, value: float, of: str) -> None:
         ("far beyond its nadir", Box(-1.0, 1.0), 50.0, 982.9957, "a Box that holds 50"),
         ("far from its nadir", Anchored(0.0, 126.0), 2.0, 2 / 126, "Anchored(0, 2)"),
         ("far from its nadir", Anchored(0.0, 1e5), 1.0, 1e-5, "Anchored(0, 1)"),
-        ("far from its nadir", Anchored(1.0, -1000.0), 0.0, 1 / 1001, "Anchored(1, 0)"),
+        ("far from its nadir", Anchored(1.0, -1000.0), -2.0, 3 / 1001, "Anchored(1, -2)"),
         ("far from its nadir", MinimizeHard(100.0), 1.0, math.log1p(1e-4), "MinimizeHard(1)"),
         ("better than its ideal", Anchored(0.5, 1.0), 0.2, -0.6, "Anchored(0.2, 1)"),
         ("better than its ideal", Anchored(0.5, 0.0), 0.7, -0.4, "Anchored(0.7, 0)"),
@@ -159,7 +160,7 @@ def test_anchors_that_were_supplied_are_judged() -> None:
     assert "its nadir is not known yet" in goals.check({"a": torch.tensor(3.0)})[0].seen
     goals.anchor(baseline={"a": 3.0})
     assert goals.check({"a": torch.tensor(3.0)}).deficits == {"a": pytest.approx(1.0)}
-    assert goals.check({"a": torch.tensor(1.1)})[0].kind == "far from its nadir"
+    assert goals.check({"a": torch.tensor(-5.0)})[0].kind == "better than its ideal"
 
 
 def test_it_prints_a_line_for_each_finding() -> None:
