@@ -1,11 +1,13 @@
 """bomkern: multi-goal training by the bottleneck rule, fast and safe, in PyTorch."""
 
-from . import nn as nn  # not in __all__: a star import must not replace the user's torch.nn
+from . import anchors as anchors  # modules are not in __all__: a star import must not replace the user's torch.nn
+from . import nn as nn
 from ._version import __version__ as __version__
 from .constraints import Box, BoxAsymmetric, Constraint, ConstraintTable, Lower, Maximize, Minimize, MinimizeHard, Upper
 from .diagnosis.diagnose import Diagnosis, diagnose
 from .diagnosis.finding import Finding
 from .dispatch.info import info, warn_if_not_compiled
+from .goals.anchor_check import AnchorCheck, AnchorFinding
 from .goals.goal_set import GoalSet
 from .goals.history import GoalOutput, History
 from .goals.policies import Anchored, Calibrated, Fixed, Policy, Tracking
@@ -22,6 +24,8 @@ from .ops.min_goal import MinGoalStats, min_goal_loss
 from .ops.total_correlation import gaussian_total_correlation, total_correlation
 
 __all__ = [
+    "AnchorCheck",
+    "AnchorFinding",
     "Anchored",
     "Box",
     "BoxAsymmetric",

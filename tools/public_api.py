@@ -45,6 +45,9 @@ def names() -> dict[str, str]:
     import bomkern.report
 
     signatures = {f"bomkern.{name}": signature(getattr(bomkern, name)) for name in (*bomkern.__all__, "nn")}
+    anchors = getattr(bomkern, "anchors", None)  # a commit to compare with may lack it
+    for name in anchors.__all__ if anchors else ():
+        signatures[f"bomkern.anchors.{name}"] = signature(getattr(anchors, name))
     for name in bomkern.nn.__all__:
         signatures[f"bomkern.nn.{name}"] = signature(getattr(bomkern.nn, name))
     for name in bomkern.integrations.__all__:

@@ -25,7 +25,7 @@ FLOORS = (
     ("dispatch", "lazy_goals"),
     ("ops",),
     ("goals",),
-    ("diagnosis", "nn"),
+    ("anchors", "diagnosis", "nn"),
     ("report", "integrations"),
     ("train",),
     ("cli",),

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.checks import check_number
 from ..common.process_group import Ranks
 from ..constraints import Constraint, ConstraintTable, write_ramp
-from .policies import SMALLEST, Anchored, Policy
+from .policies import SMALLEST, SOURCES, Anchor, Anchored, Policy
 
 log = logging.getLogger("bomkern")
 Buffers = Mapping[str, Tensor]  # the buffers of a GoalSet, by name
@@ -62,15 +62,21 @@ class Anchors:
     def refuse(self) -> None:
         """Raise the error of a step before all anchors are known."""
         column = self.waiting[0]
-        waits, known = self.policies[column].waits, self._known[column]
-        name, source = next((name, source) for name, source in waits.items() if name not in known)
+        name, source = next(iter(self.so_far(column)[1].items()))
         what = f"{source}={{{column!r}: ...}}" if isinstance(source, str) else "a batch"
         raise RuntimeError(f"the {name} of {column} is not known yet: call GoalSet.anchor with {what} first")
+
+    def so_far(self, column: str) -> tuple[dict[str, float], dict[str, Anchor]]:
+        """Return the anchors of a column that are known, and the sources of the others."""
+        policy = self.policies[column]
+        assert isinstance(policy, Anchored)
+        known = {**policy.known, **self._known.get(column, {})}
+        return known, {name: source for name, source in policy.waits.items() if name not in known}
 
     def supply(self, buffers: Buffers, batch: Any, sources: Mapping[str, Any]) -> None:
         """Take in anchors from a batch or from sources; see `GoalSet.anchor`."""
         for source in sources:
-            if source not in ("floor", "baseline", "probe"):
+            if source not in SOURCES:
                 raise TypeError(f"anchors come from floor, baseline or probe, got {source!r}")
         for column in list(self.waiting):
             policy, known = self.policies[column], self._known[column]
@@ -106,7 +112,7 @@ class Anchors:
         """Write the known anchors of a column; return the ideal, the nadir, and how much worse the nadir is."""
         policy = self.policies[column]
         assert isinstance(policy, Anchored)
-        both = {**policy.known, **self._known[column]}
+        both, _ = self.so_far(column)
         ideal, nadir = both["ideal"], both["nadir"]
         away = ideal - nadir if policy.maximize else nadir - ideal
         write_anchor(buffers, self.index(column), ideal, max(away, SMALLEST))

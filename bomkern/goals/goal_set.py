@@ -16,6 +16,7 @@ from ..common.process_group import ranks_of
 from ..common.torch_internals import buffers_of, children_of
 from ..constraints import Constraint
 from ..dispatch.routing import bits
+from .anchor_check import AnchorCheck, check_anchors
 from .anchors import Anchors
 from .branches import Branches
 from .buffers import GoalBuffers
@@ -261,6 +262,34 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
             self.alone = None
 
     # Anchors.
+
+    def check(self, raw: Raw, mask: Masks | None = None) -> AnchorCheck:
+        """Say which anchors look wrong for a batch, and what to use. Call it before the first step.
+
+        A finding is a goal whose anchors are not known yet, whose raw values are not finite, that is better than its
+        ideal, that is far beyond its nadir, or that is far from it: a deficit below 0.1, which only a goal that gets
+        worse at first, such as a KL, may have. Deficits of two goals must not differ by more than 100 times; the goal
+        whose deficit is further from 1 is named. A goal that starts at its ideal, and a policy that measures scales by
+        itself, are not judged.
+
+        The call changes no state: no step is counted, nothing is recorded, and random generators stay as they are. It
+        evaluates `lazy` goals for all samples without a graph, and waits for the device. With a ``process_group`` all
+        ranks must call it, and get the same answer.
+
+        Args:
+            raw, mask: those of a step, see `forward`.
+
+        Returns:
+            The findings, which print as a line each. It is empty if every anchor fits.
+
+        Raises:
+            KeyError, TypeError, ValueError: those of a step.
+
+        Example:
+            >>> print(goals.check({"recon": recon, "kl": kl, "realism": realism}))
+            every anchor fits
+        """
+        return check_anchors(self, raw, mask)
 
     def anchor(self, batch: Any = None, **sources: Any) -> None:
         """Supply the anchors that `Anchored` policies wait for, before the first step.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -173,6 +174,15 @@ class Presence:
             gathered = self.ranks.gather(counts)
             counts, samples = gathered.sum(0), gathered[:, 0]
         return filled, Present(present, counts, samples, frozenset(masked), frozenset(absent))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Let a call of `of` inside leave no trace for the next step."""
+        batch = self._batch
+        try:
+            yield
+        finally:
+            self._batch = batch
 
     def _masks(self, mask: Masks | None, device: torch.device) -> list[Any]:
         """Return the mask of each column: a tensor, None where there is none, or False."""

@@ -58,11 +58,17 @@ def step(watched: GoalSet, raw: Any, mask: Any, look: bool) -> tuple[Any, Any, G
     """
     if not isinstance(raw, Mapping):
         return raw, mask, watched(raw)  # raises
-    seen, trained = _split(watched, raw)
-    masks, others = _split(watched, mask) if isinstance(mask, Mapping) else ({}, mask)
+    (trained, others), (seen, masks) = split_step(watched, raw, mask)
     if not look:
         return trained, others, None
-    return trained, others, watched({name: _detached(value) for name, value in seen.items()}, masks or None)
+    return trained, others, watched({name: _detached(value) for name, value in seen.items()}, masks)
+
+
+def split_step(watched: GoalSet, raw: Mapping[str, Any], mask: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return the raw values and masks of the trained goals, and those of the watched ones."""
+    seen, trained = _split(watched, raw)
+    masks, others = _split(watched, mask) if isinstance(mask, Mapping) else ({}, mask)
+    return (trained, others), (seen, masks or None)
 
 
 def is_of(watched: Collection[str], name: object) -> bool:

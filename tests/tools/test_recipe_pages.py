@@ -1,4 +1,4 @@
-"""Run the code of docs/recipes, page by page."""
+"""Run the code of docs/recipes and of docs/anchors.md, page by page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 PAGES = sorted(path for path in RECIPES.glob("*.md") if path.name != "index.md")
+RUN = [*PAGES, RECIPES.parent / "anchors.md"]
 
 
 def code_of(page: Path) -> str:
@@ -37,7 +38,7 @@ def a_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_process_of_torchrun")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without Inductor, which would need most of a minute to compile.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
