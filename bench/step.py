@@ -32,7 +32,11 @@ RULES = ("weighted sum", "UPGrad", "MGDA")  # other rules, on the same nine loss
 BLOCKS = "plain in blocks"
 SPILL = "bomkern spill"  # every goal takes all rows
 DEFAULT, COMPILED = "bomkern default", "bomkern default compiled"  # spill 1/2 with a budget of rows, as the trainer
-VARIANTS = ("bomkern lazy", "bomkern routed", "bomkern", SPILL, DEFAULT, COMPILED, "plain", BLOCKS, *RULES)
+DEAREST = "bomkern default, dearest first"  # the same where the order of the goals is the worst one for time
+BUDGETED = (DEFAULT, DEAREST, COMPILED)
+VARIANTS = ("bomkern lazy", "bomkern routed", "bomkern", SPILL, DEFAULT, DEAREST, COMPILED, "plain", BLOCKS, *RULES)
+# Three decodes; two, one of another code; then one. Goals without a decode come last.
+BY_COST = ("behavioral_separation", "cross_recon", "reconstruction", "realism", "consistency", "disentanglement")
 Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -101,7 +105,7 @@ class Run(CompiledTrainer):
 
     def __init__(self, variant: str, batch: int, start: Trainer | None = None) -> None:
         self.variant = variant
-        spill = 0.5 if variant in (SPILL, DEFAULT, COMPILED) else 0.0
+        spill = 0.5 if variant in (SPILL, *BUDGETED) else 0.0
         chosen = Config(image_size=SIZE, batch_size=batch, spill=spill, device=DEVICE)
         if variant == SPILL:
             chosen.budget = 0.0
@@ -165,7 +169,7 @@ class Run(CompiledTrainer):
 
     def backward(self) -> Tensor | Lazy | None:
         """Compute the gradients of the VAE. Return the reconstructions, or None if the judge has its gradients too."""
-        if self.variant in (DEFAULT, COMPILED):
+        if self.variant in BUDGETED:
             out, judged = self._walk()
             self.finite = out.finite & judged.isfinite()
             return None
@@ -176,6 +180,12 @@ class Run(CompiledTrainer):
         else:
             self.loss(values).backward()
         return out.recon
+
+    def _order(self, first: tuple[str, ...]) -> None:
+        """Give the goals the weights of an order, whatever their deficits are."""
+        order = [*first, *(name for name in goal.GOALS if name not in first)]
+        weights = dict(zip(order, self.goals.get_buffer("_weights_by_order").tolist(), strict=True))
+        self.goals.multipliers.copy_(torch.tensor([weights[name] for name in goal.GOALS]))
 
     def _descend(self, losses: Tensor) -> None:
         from torchjd import aggregation
@@ -197,6 +207,8 @@ class Run(CompiledTrainer):
 
     def whole(self) -> None:
         """Take one step."""
+        if self.variant == DEAREST:
+            self._order(BY_COST)
         self.update(self.backward())
         self.step += 1
 

@@ -17,6 +17,7 @@ from bench.policies.faults import FAULTS
 from bench.policies.report import NAMES, interval
 
 ADVISED = "budget 2"
+JUDGED = (ADVISED, "budget 3")  # the arms that are compared with what was asked
 WITHIN, WITHIN_WORST = 0.1, 0.02  # at equal steps the budget may lose so many dB, and so much of the worst goal
 AHEAD = 0.3  # dB that the budget should be ahead at equal time, on the photographs
 
@@ -82,28 +83,28 @@ def fault_table(results: Results, psnr: Read, worst: Read) -> str:
     return rows(["rule", *FAULTS], lines)
 
 
-def verdicts(results: Results, data: str) -> list[str]:
-    """Return sentences that compare the advised budget with what was asked of it."""
-    found = {fault: results.gains(ADVISED, at_steps(PSNR), fault) for fault in FAULTS}
+def verdicts(results: Results, data: str, arm: str) -> list[str]:
+    """Return sentences that compare an arm with what was asked of a budget."""
+    found = {fault: results.gains(arm, at_steps(PSNR), fault) for fault in FAULTS}
     faults = [fault for fault, gains in found.items() if len(gains)]
     if not faults:
         return []
     psnr, worst = (
-        {fault: results.gains(ADVISED, at_steps(column), fault).mean() for fault in faults} for column in (PSNR, WORST)
+        {fault: results.gains(arm, at_steps(column), fault).mean() for fault in faults} for column in (PSNR, WORST)
     )
     low, high = min(psnr, key=psnr.__getitem__), max(worst, key=worst.__getitem__)
     met = psnr[low] >= -WITHIN and worst[high] <= WITHIN_WORST
     lines = [
-        f"{ADVISED} at equal steps, over {', '.join(faults)}: PSNR at least {psnr[low]:+.2f} dB from exact ({low}), "
+        f"{arm} at equal steps, over {', '.join(faults)}: PSNR at least {psnr[low]:+.2f} dB from exact ({low}), "
         f"worst goal at most {worst[high]:+.3f} ({high}). At most {WITHIN} dB and {WITHIN_WORST} are asked for: "
         f"{'met' if met else 'missed'}."
     ]
-    gain, worse = (results.gains(ADVISED, at_time(column)).mean() for column in (PSNR, WORST))
+    gain, worse = (results.gains(arm, at_time(column)).mean() for column in (PSNR, WORST))
     ask = ""
     if data == "photographs":
         met = gain >= AHEAD and worse <= 0
         ask = f" At least {AHEAD:+} dB and a worst goal no worse are asked for: {'met' if met else 'missed'}."
-    lines.append(f"{ADVISED} at equal time: PSNR {gain:+.2f} dB from exact, worst goal {worse:+.3f}.{ask}")
+    lines.append(f"{arm} at equal time: PSNR {gain:+.2f} dB from exact, worst goal {worse:+.3f}.{ask}")
     return lines
 
 
@@ -123,7 +124,8 @@ def write(
         page += [f"![PSNR and worst goal against seconds of training]({to.name}.png)"]
     for data, results in sets.items():
         steps = " or ".join(map(str, results.steps))
-        page += [f"## {NAMES[data]}", f"{len(results.seeds)} seeds, {steps} steps.", *verdicts(results, data)]
+        page += [f"## {NAMES[data]}", f"{len(results.seeds)} seeds, {steps} steps."]
+        page += [line for arm in JUDGED for line in verdicts(results, data, arm)]
         page += [quality_table(results), "### Faults", "PSNR / worst goal; below `exact`, differences from it."]
         page += ["At equal steps:", fault_table(results, at_steps(PSNR), at_steps(WORST))]
         page += ["At equal time:", fault_table(results, at_time(PSNR), at_time(WORST))]

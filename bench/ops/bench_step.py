@@ -35,8 +35,8 @@ WALKS_MANY = ("UPGrad", "MGDA")  # these need a backward for each goal: timed at
 HARD = ("bomkern lazy", "bomkern routed", "bomkern", "plain", step.BLOCKS)
 LEFT_OUT = {
     64: (step.BLOCKS,),
-    512: (step.BLOCKS, *step.RULES),
-    2048: (step.SPILL, step.DEFAULT, step.COMPILED, *step.RULES),
+    512: (step.BLOCKS, step.DEAREST, *step.RULES),
+    2048: (step.SPILL, *step.BUDGETED, *step.RULES),
 }
 CASES = [(batch, variant) for batch in BATCHES for variant in step.VARIANTS if variant not in LEFT_OUT[batch]]
 SAMPLE, TERM = 24e6, 40.0  # bytes of a sample in the networks, and of an element of B x B x D in eager statistics
@@ -125,12 +125,7 @@ def measure(benchmark: Any, run: step.Run, trial: bool) -> None:
     batch, info = run.config.batch_size, benchmark.extra_info
     about(benchmark, "step", "nine-goal step", "whole", run.variant, {"B": batch})
     rounds, cuts = (1, 1) if trial else REPEATS[batch]
-    if run.variant not in (
-        *WALKS_MANY,
-        "bomkern lazy",
-        step.DEFAULT,
-        step.COMPILED,
-    ):  # these cannot be cut around their loss
+    if run.variant not in (*WALKS_MANY, "bomkern lazy", *step.BUDGETED):  # these cannot be cut around their loss
         parts: list[dict[str, float]] = []
         for _ in range(cuts):
             run.in_parts(clock := step.Clock())

@@ -33,7 +33,8 @@ SHORT = {
     "bomkern lazy": "owned rows alone",
     "bomkern spill": "spill, all rows",
     "bomkern default": "spill, budget 2",
-    "bomkern default compiled": "the same, compiled",
+    "bomkern default, dearest first": "the same, worst order",
+    "bomkern default compiled": "spill, compiled",
 }
 INK, FAINT = "#33373d", "#d9dce1"
 

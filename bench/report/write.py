@@ -29,7 +29,8 @@ SHOWN = {named_case(op, label): batches for op, benches in OPS.items() for label
 DIMS = 128  # the D of cases that have one
 DEFAULTS = {
     "bomkern default": "the same with the default rule, spill 1/2 and a budget of rows",
-    "bomkern default compiled": "the same with `--compile`",
+    "bomkern default, dearest first": "the same where the goals that decode most weigh most",
+    "bomkern default compiled": "the default rule with `--compile`",
 }
 PEERS = (EAGER, "torch.compile", "KeOps")
 
