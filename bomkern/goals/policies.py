@@ -108,9 +108,9 @@ class Calibrated(Policy):
     """``scale = margin * max(raw)`` over all samples of the first ``steps`` steps, ideal 0; then fixed.
 
     With a quantile q instead of the maximum, ``scale = margin * mean over those steps of quantile_q(raw over B)``.
-    During calibration the scale is that of the steps so far. The first steps say little about a goal whose difficulty
-    changes, such as one with an adversary that has not trained yet. Prefer `Anchored` where an ideal and a nadir can be
-    named.
+    During calibration the scale is that of the steps so far. Steps in which no sample has the goal count too. The
+    first steps say little about a goal whose difficulty changes, such as one with an adversary that has not trained
+    yet. Prefer `Anchored` where an ideal and a nadir can be named.
 
     Args:
         steps: number of training steps to calibrate on.
