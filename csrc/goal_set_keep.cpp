@@ -58,7 +58,7 @@ void check(const Tensor& record, const Tensor& ring, const Tensor& place, const 
 
 template <bool Cuda>
 void goal_set_keep(const Tensor& record, const Tensor& ring, const Tensor& place, const std::optional<Tensor>& deficit,
-                   const std::optional<Tensor>& by_order, double rate, TensorList spill) {
+                   const std::optional<Tensor>& by_order, double rate, TensorList spill, bool relative, double follow) {
   check(record, ring, place, deficit, by_order, spill);
   bomkern::with_number(record.scalar_type() == at::kDouble, [&](auto given) {
     bomkern::with_number(ring.scalar_type() == at::kDouble, [&](auto kept) {
@@ -71,6 +71,8 @@ void goal_set_keep(const Tensor& record, const Tensor& ring, const Tensor& place
         a.deficit = deficit->const_data_ptr<S>();
         a.by_order = by_order->const_data_ptr<T>();
         a.rate = rate;
+        a.relative = relative;
+        a.follow = follow;
         T** buffers[] = {&a.average, &a.multipliers, &a.average_before, &a.multipliers_before};
         for (int i = 0; i < 4; ++i) *buffers[i] = spill[i].mutable_data_ptr<T>();
       }
@@ -88,15 +90,16 @@ void goal_set_keep(const Tensor& record, const Tensor& ring, const Tensor& place
 }
 
 using KeepOp = void(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                    double, TensorList);
+                    double, TensorList, bool, double);
 
 // The op has no gradient; this tells autograd that the buffers have changed.
 void goal_set_keep_autograd(const Tensor& record, const Tensor& ring, const Tensor& place, const std::optional<Tensor>& deficit,
-                            const std::optional<Tensor>& by_order, double rate, TensorList spill) {
+                            const std::optional<Tensor>& by_order, double rate, TensorList spill, bool relative,
+                            double follow) {
   static const auto op = bomkern::operator_named<KeepOp>("bomkern::goal_set_keep", "");
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    op.call(record, ring, place, deficit, by_order, rate, spill);
+    op.call(record, ring, place, deficit, by_order, rate, spill, relative, follow);
   }
   const auto changed = [](const Tensor& x) {
     if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();

@@ -116,6 +116,8 @@ def goal_set_keep(
     by_order: Tensor | None,
     rate: float,
     spill: Sequence[Tensor],
+    relative: bool = False,
+    follow: float = 1.0,
 ) -> None:
     pass
 

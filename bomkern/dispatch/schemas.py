@@ -112,7 +112,7 @@ GOAL_SET = Op(
     more=(
         Schema(
             "goal_set_keep(Tensor record, Tensor(a!) ring, Tensor(b!) place, Tensor? deficit, Tensor? by_order, "
-            "float rate, Tensor(c!)[] spill) -> ()",
+            "float rate, Tensor(c!)[] spill, bool relative=False, float follow=1.0) -> ()",
             fakes.goal_set_keep,
             in_place=reference.goal_set_keep,
         ),

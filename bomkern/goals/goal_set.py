@@ -51,8 +51,8 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         goals: constraints, policies or `Group` by name, in a mapping or as keywords; 1 to 64 columns in all.
         reduction: "mean" (over samples), "sum", "none" ([B]), or "min": the single worst sample of the batch.
         temperature: mu >= 0, in units of deficit.
-        spill: a `Spill`, its ratio as a number, or 0 for none. The temperature must be 0 with a spill. With a
-            ``budget`` each goal takes a part of the samples of a training step.
+        spill: a `Spill`, its ratio as a number, "auto" for `Spill("auto")`, or 0 for none. The temperature must be 0
+            with a spill. With a ``budget`` each goal takes a part of the samples of a training step.
         guard: a `ShareGuard`, or None.
         route, materialize: whether backward skips the graphs of goals without a share in the batch, and the names of
             goals that always get a gradient, of zeros if they have no share; see `min_goal_loss`. With ``spill`` or a
@@ -106,7 +106,7 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         *,
         reduction: str = "mean",
         temperature: float = 0.0,
-        spill: float | Spill = 0.0,
+        spill: float | str | Spill = 0.0,
         guard: ShareGuard | None = None,
         impl: str | None = None,
         route: str = "auto",
@@ -127,7 +127,7 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
             raise ValueError(f"temperature must be 0 with spill, got temperature={temperature} and spill={spill}")
         own, theirs = split_options(monitor, optional, renamed, several=ranks.size > 1)
         self._lay_out({**(goals or {}), **named}, materialize, own[0])
-        rule = {"temperature": float(temperature), "spill": self.spill.ratio if self.spill else 0.0}
+        rule = {"temperature": float(temperature), "spill": self.spill.by_order if self.spill else 0.0}
         self._resume = Resume(resume, own[1], self.layout, self.policies, rule)
         self._register()
         self._watching = False  # whether this is the ``watched`` of another GoalSet

@@ -120,6 +120,8 @@ class Monitor(FullPrecisionBuffers):
         by_order: Tensor | None = None,
         rate: float = 0.0,
         spill: Sequence[Tensor] = (),
+        relative: bool = False,
+        follow: float = 1.0,
     ) -> None:
         """Keep the record of a step, [size], and the number of samples that it rests on, [K] or one for all columns.
 
@@ -140,7 +142,7 @@ class Monitor(FullPrecisionBuffers):
         if isinstance(rows, Tensor):  # after the ring was sent, which it may overwrite
             counts = buffers["ring_rows"]
             counts.index_copy_(0, place % len(counts), rows.to(counts.dtype)[None])
-        keep(record, ring, place, deficit, by_order, rate, spill)
+        keep(record, ring, place, deficit, by_order, rate, spill, relative, follow)
 
     def notice(self, rows: int) -> None:
         """Count a record that is about to be put into the ring, and send the ring to the host if it is full.

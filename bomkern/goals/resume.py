@@ -48,7 +48,7 @@ class Resume:
         renamed: the name in the checkpoint of goals or columns that now have another one.
         layout: names of the goals and columns.
         policies: by column.
-        rule: numbers of the rule by name, ``temperature`` and ``spill``.
+        rule: the rule by name, as plain values: ``temperature`` and ``spill`` (`Spill.by_order`, or 0).
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Resume:
         renamed: Mapping[str, str] | None,
         layout: Layout,
         policies: Mapping[str, Policy],
-        rule: Mapping[str, float],
+        rule: Mapping[str, Any],
     ) -> None:
         if which not in CHOICES:
             raise ValueError(f"resume must be one of {', '.join(map(repr, CHOICES))}, got {which!r}")
@@ -242,8 +242,7 @@ class Resume:
             return
         weights = torch.full_like(average, 1 / count)
         if goals.spill is not None and saved.values.get("steps", 1):
-            by_order = goals.spill.weights(count).to(average)
-            weights.scatter_(0, average.argsort(descending=True, stable=True), by_order)
+            weights = goals.spill.weights_of(average)
         state[prefix + "multipliers"] = weights
 
     def _fit_temperature(self, state: MutableMapping[str, Any], prefix: str, saved: Saved) -> None:

@@ -152,9 +152,9 @@ class RuleState:
             monitor.add(record, rows)
         else:
             deficit = record.narrow(0, self._deficit, self._goals)
-            monitor.add(
-                record, rows, deficit, buffers["_weights_by_order"], spill.rate, [buffers[name] for name in SPILL]
-            )
+            state = [buffers[name] for name in SPILL]
+            by_order = buffers["_weights_by_order"]
+            monitor.add(record, rows, deficit, by_order, spill.rate, state, spill.relative, spill.follow)
             self.changed += (
                 (buffers["average"], buffers["_average_before"]),
                 (buffers["multipliers"], buffers["_multipliers_before"]),

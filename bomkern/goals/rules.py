@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.checks import check_whole, finite_number
+from ..common.checks import check_flag, check_whole, finite_number
 from ..constraints import Constraint
+from ..reference import weights_of
 from .policies import Policy, policy_of
+
+AUTO = "auto"
+EVEN, INERTIA = 0.5, 50.0  # of ``Spill("auto")``, whose ratio is 1/2
 
 
 class ShareGuard:
@@ -55,6 +59,11 @@ class Spill:
     weighted averaging aggregation operators in multicriteria decisionmaking"). As ratio goes to 0 it becomes the
     deficit of the worst goal alone.
 
+    ``Spill("auto")`` is the rule to begin with on any problem and for any number of goals: ratio 1/2, half of the
+    weight shared evenly (``even``), goals beyond their nadirs pulled by their relative progress (``relative``), and
+    weights that change slowly (``inertia``). With many goals the last ones would otherwise weigh nothing, and a weight
+    that jumps upsets Adam, whose second moments remember the gradients of some thousand steps.
+
     The order is that of a moving average over the steps before, so the weights are known before a step. Only the order
     matters: a goal that can never be satisfied holds about ``1 - ratio`` of the gradient however bad it is. The hard
     minimum would give it everything. The rest is distributed as if that goal were not there.
@@ -65,10 +74,17 @@ class Spill:
     `lazy` goal is evaluated once, for its rows alone. See "A budget of rows" in the documentation of `GoalSet`.
 
     Args:
-        ratio: in (0, 1).
+        ratio: in (0, 1), or "auto".
         halflife: of the moving average, in steps, > 0.
         budget: goal rows of a step, in batches, > 0; None takes all rows. The reduction must be "mean" or "sum".
         seed: of the rows that are drawn, a whole number, at least 0. They are a function of seed, step and rank.
+        even: the part of the weight that all goals share evenly, from 0 to below 1; the rest goes by order. None: 0, or
+            0.5 with "auto".
+        relative: whether the weight of a goal whose average deficit D is above 1 is divided by D, and all weights by
+            their sum. The gradient of such a goal is then that of ``log D``: it pulls as much from 80 nadirs away as
+            from 2, and leaves the others theirs. None: False, or True with "auto".
+        inertia: half-life in steps with which the weights follow the order, >= 0; 0 follows at once. None: 0, or 50
+            with "auto".
         look: the first of every ``look`` steps looks at all samples, a whole number, at least 1; None for never. The
             record, policies and the order of the goals then learn from all samples. The loss is that of the rows that
             were drawn. A look evaluates `lazy` goals once more, without a graph. Generators are left as they were, so a
@@ -81,16 +97,33 @@ class Spill:
 
     def __init__(
         self,
-        ratio: float = 0.5,
+        ratio: float | str = 0.5,
         halflife: float = 7.0,
         budget: float | None = None,
         *,
         seed: int = 0,
         look: int | None = None,
+        even: float | None = None,
+        relative: bool | None = None,
+        inertia: float | None = None,
     ) -> None:
-        self.ratio = finite_number("Spill: ratio", ratio, above=0)
+        self.auto = isinstance(ratio, str) and ratio == AUTO
+        if isinstance(ratio, str) and not self.auto:
+            raise TypeError(f'Spill: ratio must be a number, got str {ratio!r}: write a number below 1, or "{AUTO}"')
+        self.ratio = 0.5 if self.auto else finite_number("Spill: ratio", ratio, above=0)
         if self.ratio >= 1:
             raise ValueError(f"Spill: ratio must be below 1, got {ratio}")
+        self.even = finite_number("Spill: even", EVEN * self.auto if even is None else even)
+        if not 0 <= self.even < 1:
+            raise ValueError(
+                f"Spill: even must be at least 0 and below 1, got {even}: with 1 no goal would be singled out"
+            )
+        self.relative = self.auto if relative is None else relative
+        check_flag("Spill: relative", self.relative)
+        self.inertia = finite_number("Spill: inertia", INERTIA * self.auto if inertia is None else inertia)
+        if self.inertia < 0:
+            raise ValueError(f"Spill: inertia must be at least 0, got {inertia}")
+        self.follow = 1 - 2 ** (-1 / self.inertia) if self.inertia else 1.0
         self.rate = 1 - 2 ** (-1 / finite_number("Spill: halflife", halflife, above=0))
         self.budget = None if budget is None else finite_number("Spill: budget", budget, above=0)
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -105,11 +138,32 @@ class Spill:
     def weights(self, goals: int) -> Tensor:
         """Return the weights by order, the worst goal's first, [goals]; they sum to 1."""
         weights = self.ratio ** torch.arange(goals, dtype=torch.float64, device="cpu")
-        return (weights / weights.sum()).float()
+        return (self.even / goals + (1 - self.even) * weights / weights.sum()).float()
+
+    def weights_of(self, average: Tensor) -> Tensor:
+        """Return the weights of goals whose deficits have these averages, [G], without inertia."""
+        return weights_of(average, self.weights(len(average)).to(average.device), self.relative)
+
+    @property
+    def by_order(self) -> float | list[float]:
+        """What the weights depend on, as plain values: the ratio, or all of it where there is more."""
+        more = [self.even, float(self.relative), self.inertia]
+        return [self.ratio, *more] if any(more) else self.ratio
+
+    @property
+    def name(self) -> str:
+        """The ratio as it was given."""
+        return AUTO if self.auto else f"{self.ratio:g}"
 
     def __repr__(self) -> str:
-        given = {"budget": self.budget, "look": self.look}
-        return f"Spill({self.ratio:g}{''.join(f', {n}={x:g}' for n, x in given.items() if x is not None)})"
+        usual = (EVEN, True, INERTIA) if self.auto else (0.0, False, 0.0)
+        given: dict[str, float | None] = {"budget": self.budget, "look": self.look}
+        for (name, value), normal in zip(
+            {"even": self.even, "relative": self.relative, "inertia": self.inertia}.items(), usual, strict=True
+        ):
+            given[name] = None if value == normal else value
+        parts = [f"{n}={x if isinstance(x, bool) else f'{x:g}'}" for n, x in given.items() if x is not None]
+        return f"Spill({', '.join([repr(AUTO) if self.auto else self.name, *parts])})"
 
 
 class Group:

@@ -27,7 +27,7 @@ def table(goals: GoalSet) -> str:
         rows += [(*cells[:4], "watched", *cells[5:]) for cells in _rows(goals.watched, parts)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     mu = "on meta" if goals.params.is_meta else f"{float(goals.temperature):g}"
-    rule = f"spill={goals.spill.ratio:g}" if goals.spill else f"temperature={mu}"
+    rule = f"spill={goals.spill.name}" if goals.spill else f"temperature={mu}"
     options = f"reduction={goals.reduction}, {rule}"
     lines = [f"GoalSet({options}{f', {goals.guard}' * bool(goals.guard)}), {goals.steps} steps"]
     for row in rows:

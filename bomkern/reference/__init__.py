@@ -5,6 +5,7 @@ from .goal_set import goal_set as goal_set
 from .goal_set import goal_set_keep as goal_set_keep
 from .goal_set import groups_of as groups_of
 from .goal_set import mean_of_members as mean_of_members
+from .goal_set import weights_of as weights_of
 from .min_goal import deficit as deficit
 from .min_goal import min_goal as min_goal
 from .min_goal import worst_of as worst_of

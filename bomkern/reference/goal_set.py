@@ -194,6 +194,8 @@ def goal_set_keep(
     by_order: Tensor | None,
     rate: float,
     spill: Sequence[Tensor],
+    relative: bool = False,
+    follow: float = 1.0,
 ) -> None:
     """Write the record of a step into the ring; with spill, update the goals' weights by order. All is in place.
 
@@ -205,6 +207,8 @@ def goal_set_keep(
         by_order: weights by order: of the worst goal, of the next, ..., [G].
         rate: weight of a step in the moving average of deficits, which orders the goals; of equals the first is worse.
         spill: no tensor, or four of [G]: the average and the multipliers, and both as they were before this step.
+        relative: whether the weight of a goal whose average is above 1 is divided by it. Weights then sum to 1.
+        follow: the part of the way, 0 to 1, that the multipliers go from what they were to these weights.
     """
     ring.index_copy_(0, place % len(ring), record.to(ring.dtype)[None])
     place.add_(1)
@@ -214,4 +218,15 @@ def goal_set_keep(
     average_before.copy_(average)
     multipliers_before.copy_(multipliers)
     average.add_((deficit.to(average.dtype) - average).nan_to_num_(0.0, 0.0, 0.0), alpha=rate)
-    multipliers.scatter_(0, average.argsort(descending=True, stable=True), by_order)
+    weights = weights_of(average, by_order, relative)
+    multipliers.copy_(weights if follow == 1 else multipliers + follow * (weights - multipliers))
+
+
+def weights_of(average: Tensor, by_order: Tensor, relative: bool) -> Tensor:
+    """Return the weights of goals with these averages, [G]; see `goal_set_keep`."""
+    weights = torch.empty_like(average)
+    weights.scatter_(0, average.argsort(descending=True, stable=True), by_order.to(average.dtype))
+    if relative:
+        weights = weights / average.clamp(min=1)
+        weights = weights / weights.sum()
+    return weights

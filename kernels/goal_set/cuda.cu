@@ -142,7 +142,7 @@ template <class S> cudaError_t run(const Backward<S>& a, void* base, cudaStream_
 
 template <class S, class T> cudaError_t run(const Keep<S, T>& a, cudaStream_t stream) {
   if (a.goals < 0 || a.goals > max_goals || a.size < 1 || a.rows < 1) return cudaErrorInvalidValue;
-  return start(keep_kernel<S, T>, 1, keep_threads, max_goals * sizeof(T), false, stream, a);
+  return start(keep_kernel<S, T>, 1, keep_threads, 2 * max_goals * sizeof(T), false, stream, a);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // goal_set_keep: updates the state of a goal set after a step. The record goes into a ring; with spill the goals' averages
-// move, and each goal gets the weight of its position among them. No torch here.
+// move, and each goal's weight moves towards that of its position among them. No torch here.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -20,6 +20,8 @@ template <class S, class T> struct Keep {
   const S* deficit;  // [goals] of this step
   const T* by_order;  // [goals] weights by position, the worst goal's first
   double rate;       // of the moving average
+  bool relative;     // whether the weight of a goal beyond its nadir is divided by its average
+  double follow;     // part of the way that the weights go, 0 to 1
   T* average;                          // [goals]
   T* multipliers;                      // [goals]
   T *average_before, *multipliers_before;  // the values before this step, to undo it
@@ -50,6 +52,24 @@ template <class T> BOMKERN_BOTH int position_of(const T* average, int goals, int
   return worse;
 }
 
+// Returns the weight of a goal before all are divided by their sum, which only the relative ones need.
+template <class S, class T> BOMKERN_BOTH T wanted(const Keep<S, T>& a, const T* average, int goal) {
+  const T weight = a.by_order[position_of(average, a.goals, goal)];
+  return a.relative && average[goal] > 1 ? weight / average[goal] : weight;
+}
+
+template <class T> BOMKERN_BOTH T sum_of(const T* weights, int goals) {
+  T sum = 0;
+  for (int g = 0; g < goals; ++g) sum += weights[g];
+  return sum;
+}
+
+// Returns the new weight of a goal. A weight that goes all of the way is that of the order to the bit.
+template <class S, class T> BOMKERN_BOTH T followed(const Keep<S, T>& a, T before, T weight, T sum) {
+  const T goal = a.relative ? weight / sum : weight;
+  return a.follow < 1 ? before + static_cast<T>(a.follow) * (goal - before) : goal;
+}
+
 template <class S, class T> void keep_on_cpu(const Keep<S, T>& a) {
   T* row = row_of(a);
   for (int64_t i = 0; i < a.size; ++i) row[i] = static_cast<T>(a.record[i]);
@@ -58,11 +78,13 @@ template <class S, class T> void keep_on_cpu(const Keep<S, T>& a) {
     a.average_before[g] = a.average[g];
     a.multipliers_before[g] = a.multipliers[g];
   }
-  T now[min_goal::max_goals];
+  T now[min_goal::max_goals], weights[min_goal::max_goals];
   for (int g = 0; g < a.goals; ++g) now[g] = moved(a, g);
+  for (int g = 0; g < a.goals; ++g) weights[g] = wanted(a, now, g);
+  const T sum = a.relative ? sum_of(weights, a.goals) : T(1);
   for (int g = 0; g < a.goals; ++g) {
     a.average[g] = now[g];
-    a.multipliers[g] = a.by_order[position_of(now, a.goals, g)];
+    a.multipliers[g] = followed(a, a.multipliers[g], weights[g], sum);
   }
 }
 

@@ -126,6 +126,8 @@ class Keep(Op):
             "rows": source.choice([1, 2, 3, 128]),
             "place": source.choice([0, 1, 127, 2**31 + 1]),
             "rate": source.choice([0.0, 0.02, 0.25, 1.0]),
+            "relative": source.random() < 0.4,
+            "follow": source.choice([1.0, 1.0, 0.25, 0.01]),
         }
         return sizes, given if source.random() < 0.8 else given[:1], options
 
@@ -146,7 +148,8 @@ class Keep(Op):
         by_order = 0.5 ** torch.arange(goals, dtype=dtype, device=device) if goals else None
         serve, deficit = keeper(device.type, impl), tensors[1] if goals else None
         for _ in range(2):
-            serve(tensors[0], ring, place, deficit, by_order, options.get("rate", 0.25), spill)
+            more = options.get("relative", False), options.get("follow", 1.0)
+            serve(tensors[0], ring, place, deficit, by_order, options.get("rate", 0.25), spill, *more)
         return {"ring": ring, "place": place, **{f"spill {k}": x for k, x in enumerate(spill)}}
 
     def indexed(self, name: str) -> bool:
