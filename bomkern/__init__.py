@@ -21,7 +21,7 @@ from .ops.covariance_penalty import covariance_penalty
 from .ops.gaussian_kl import gaussian_kl
 from .ops.latent_statistics import LatentStatistics, latent_statistics
 from .ops.min_goal import MinGoalStats, min_goal_loss
-from .ops.total_correlation import gaussian_total_correlation, total_correlation
+from .ops.total_correlation import KLParts, gaussian_total_correlation, total_correlation
 
 __all__ = [
     "AnchorCheck",
@@ -39,6 +39,7 @@ __all__ = [
     "GoalSet",
     "Group",
     "History",
+    "KLParts",
     "LatentStatistics",
     "Lazy",
     "Lower",

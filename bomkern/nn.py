@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from .ops.gaussian_kl import gaussian_kl
 from .ops.latent_statistics import LatentStatistics as Statistics
 from .ops.latent_statistics import latent_statistics
 from .ops.min_goal import Mask, MinGoalStats, min_goal_loss
-from .ops.total_correlation import gaussian_total_correlation, total_correlation
+from .ops.total_correlation import KLParts, gaussian_total_correlation, total_correlation
 
 log = logging.getLogger("bomkern")
 
@@ -137,20 +137,26 @@ class MinGoalLoss(FullPrecisionBuffers):
 
 
 class TotalCorrelation(_Bound):
-    """`bomkern.total_correlation`: maps (z, mu, logvar), [B, D] each, to [B]."""
+    """`bomkern.total_correlation`: maps (z, mu, logvar), [B, D] each, to [B], with ``parts`` to `bomkern.KLParts`."""
 
     def __init__(
         self,
-        dataset_size: int | None = None,
+        dataset_size: SupportsIndex | None = None,
         estimator: str = "mws",
         *,
+        parts: bool = False,
         process_group: dist.ProcessGroup | None = None,
         impl: str | None = None,
     ) -> None:
-        super().__init__(dataset_size=dataset_size, estimator=estimator, process_group=process_group, impl=impl)
+        super().__init__(
+            dataset_size=dataset_size, estimator=estimator, parts=parts, process_group=process_group, impl=impl
+        )
 
-    def forward(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        return total_correlation(z, mu, logvar, **self.options, process_group=self._ranks.group)
+    def forward(self, z: Tensor, mu: Tensor, logvar: Tensor, rows: Tensor | None = None) -> Tensor | KLParts:
+        found: Tensor | KLParts = total_correlation(
+            z, mu, logvar, rows=rows, **self.options, process_group=self._ranks.group
+        )
+        return found
 
 
 class GaussianTotalCorrelation(_Bound):

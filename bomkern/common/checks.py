@@ -53,6 +53,22 @@ def as_whole(value: object) -> int | None:
         return None
 
 
+def check_size(name: str, value: object) -> int:
+    """Return a number of any integer type, or a 0-dim integer tensor, as an int; a TypeError names anything else."""
+    scalar = isinstance(value, Tensor) and value.dim() == 0
+    found = value.item() if scalar else value  # type: ignore[attr-defined]
+    number = as_whole(found)
+    if number is not None:
+        return number
+    fix = "len(dataset)"
+    if isinstance(found, Tensor):
+        fix = ".item(), which waits for the device"
+    elif isinstance(found, numbers.Real) and not isinstance(found, bool):
+        fix = "int(x)"
+    kind = "a tensor of " * scalar + type(found).__name__
+    raise TypeError(f"{name} must be an integer or None, got {kind}: write {fix}")
+
+
 def check_number(name: str, value: object) -> float:
     """Return a number of Python or NumPy as one of Python; a TypeError says that ``value`` is no number."""
     number = as_number(value)

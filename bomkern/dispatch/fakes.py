@@ -135,6 +135,13 @@ def total_correlation(
     )
 
 
+def total_correlation_parts(
+    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, joint, marginal = total_correlation(z, mu, logvar, dataset_size, stratified, first)
+    return out, torch.empty_like(out, dtype=torch.float64), joint, marginal
+
+
 def total_correlation_backward(
     grad: Tensor,
     z: Tensor,
@@ -146,6 +153,7 @@ def total_correlation_backward(
     stratified: bool,
     first: int | None,
     want: Sequence[bool],
+    grad_log_q: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return tuple(gradient_of(x, w) for x, w in zip((z, mu, logvar), want, strict=True))
 

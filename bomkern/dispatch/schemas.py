@@ -49,6 +49,20 @@ def compiled_min_goal() -> Callable[..., Any]:
     return serve
 
 
+def compiled_total_correlation() -> Callable[..., Any]:
+    """Return a function that calls the compiled total_correlation, by the overload with or without log q."""
+    plain, with_log_q = torch.ops.bomkern.total_correlation.default, torch.ops.bomkern.total_correlation.parts
+
+    def serve(*arguments: Any, parts: bool = False) -> Any:
+        try:
+            return with_log_q(*arguments)[:2] if parts else plain(*arguments)[0]
+        except (RuntimeError, TypeError, ValueError):
+            TOTAL_CORRELATION.check(*arguments)
+            raise
+
+    return serve
+
+
 def min_goal_loss(goals: Sequence[Tensor], params: Tensor | None, curves: Sequence[int], reduction: int) -> Tensor:
     return reference.min_goal(goals, params, curves, reduction, False)[0]
 
@@ -130,17 +144,26 @@ GOAL_SET = Op(
 )
 
 # joint [R], marginal [D, R]: saved for backward, in an implementation's own units. dataset_size None: plain 1/B.
-# first: index in the batch of the first of the R rows of z; None: z holds all rows, R = B.
+# first: index in the batch of the first of the R rows of z; None: z holds all rows, R = B. log_q [R]: log q(z_b) in
+# float64, because the parts are small differences of it.
 TOTAL_CORRELATION = Op(
     forward=Schema(
         "total_correlation(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified, int? first=None) -> "
         "(Tensor out, Tensor joint, Tensor marginal)",
         fakes.total_correlation,
     ),
+    more=(
+        Schema(
+            "total_correlation.parts(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified, "
+            "int? first=None) -> (Tensor out, Tensor log_q, Tensor joint, Tensor marginal)",
+            fakes.total_correlation_parts,
+        ),
+    ),
     # want, here and below: the gradients to compute; the others have no elements.
     backward=Schema(
         "total_correlation_backward(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginal, "
-        "int? dataset_size, bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)",
+        "int? dataset_size, bool stratified, int? first, bool[3] want, Tensor? grad_log_q=None) -> "
+        "(Tensor, Tensor, Tensor)",
         fakes.total_correlation_backward,
     ),
     reference=statistics.total_correlation,
@@ -149,10 +172,10 @@ TOTAL_CORRELATION = Op(
     ),
     definition=(  # the gradient itself, whose memory stays bounded
         "total_correlation_gradients_reference(Tensor grad, Tensor z, Tensor mu, Tensor logvar, int? dataset_size, "
-        "bool stratified, int? first) -> (Tensor, Tensor, Tensor)",
+        "bool stratified, int? first, Tensor? grad_log_q=None) -> (Tensor, Tensor, Tensor)",
         statistics.total_correlation_gradients,
     ),
-    results=0,
+    compiled=compiled_total_correlation,
 )
 
 # block_size 1: the standard normal prior.

@@ -3,31 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from ..common.autocast import exactly
-from ..common.blame import LAST_BATCH, matrix_fix, number_fix
-from ..common.checks import as_whole, check_dense, check_latents, check_rows
+from ..common.blame import LAST_BATCH, matrix_fix
+from ..common.checks import check_dense, check_flag, check_latents, check_rows, check_size
 from ..common.process_group import ranks_of
 from ..common.products import loses_digits
 from ..dispatch import select
+from ..reference.statistics import log_normal
 
 ESTIMATORS = {"mws": False, "mss": True}
 
 
+class KLParts(NamedTuple):
+    """The three parts of the divergence from the prior N(0, 1), per sample, in nats; every part has a gradient.
+
+    Their sum is ``log q(z_b | x_b) - log p(z_b)`` for any weights: the estimate by one sample of the KL term of the
+    ELBO (Chen et al. 2018, "Isolating sources of disentanglement", equation 2).
+    """
+
+    mutual_information: Tensor  # [B] or [R], index-code mutual information, log q(z_b | x_b) - log q(z_b)
+    total_correlation: Tensor  # log q(z_b) - sum_d log q(z_bd)
+    dimension_wise_kl: Tensor  # sum_d log q(z_bd) - log p(z_bd)
+
+
+@overload
 def total_correlation(
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
-    dataset_size: int | None = None,
+    dataset_size: SupportsIndex | None = None,
     estimator: str = "mws",
     *,
+    parts: Literal[False] = False,
+    rows: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
     impl: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def total_correlation(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: SupportsIndex | None = None,
+    estimator: str = "mws",
+    *,
+    parts: Literal[True],
+    rows: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    impl: str | None = None,
+) -> KLParts: ...
+@overload
+def total_correlation(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: SupportsIndex | None = None,
+    estimator: str = "mws",
+    *,
+    parts: bool,
+    rows: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    impl: str | None = None,
+) -> Tensor | KLParts: ...
+def total_correlation(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: SupportsIndex | None = None,
+    estimator: str = "mws",
+    *,
+    parts: bool = False,
+    rows: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    impl: str | None = None,
+) -> Tensor | KLParts:
     """Compute the total correlation of a latent code, per sample, in nats: ``log q(z_b) - sum_d log q(z_bd)``.
 
     q is the mixture of the batch's posteriors ``N(mu_i, exp(logvar_i))`` (Chen et al. 2018, "Isolating sources of
@@ -42,9 +97,13 @@ def total_correlation(
         z: [B, D] samples, one from each posterior. float16, bfloat16, float32 or float64, any strides. With "mws" also
             [R, D], R <= B: samples of some of the posteriors, in any order. Time is then O(R B D).
         mu, logvar: [B, D] mean and log-variance of the posteriors. -87 < logvar < 87 in float32.
-        dataset_size: N, the number of samples that the model trains on, for the weights; None weights each by 1/B.
+        dataset_size: N, the number of samples that the model trains on, for the weights; None weights each by 1/B. Any
+            integer type; reading a 0-dim tensor waits for its device.
         estimator: "mws", minibatch weighted sampling: w = 1/(N B). "mss", minibatch stratified sampling: with
             M = B - 1, 1/N for a sample's own component, (N - M)/(N M) for the next one, 1/M for the rest.
+        parts: return all of `KLParts`, from the same pass.
+        rows: with ``parts``, [R] int64, the posterior from which each row of z was drawn; None: row b from posterior b.
+            Required if R < B. "mws" only.
         process_group: the W ranks that share the batch, each with the same number B of samples. Each rank gets the
             values of its own samples under the mixture of all W B posteriors, as in one process with the whole batch.
             DistributedDataParallel averages the gradients to those of that process. mu and logvar are gathered and
@@ -52,8 +111,8 @@ def total_correlation(
         impl: "reference", "cpu", "cuda" or "triton"; None selects the best one available on the device.
 
     Returns:
-        [B], or [R], float32 (float64 if any input is float64). z, mu and logvar get gradient. A NaN in z makes its row
-        NaN; a NaN in mu or logvar makes every row NaN.
+        [B], or [R], float32 (float64 if any input is float64); with ``parts`` three of these. z, mu and logvar get
+        gradient. A NaN in z makes its row NaN; a NaN in mu or logvar makes every row NaN.
 
     The estimates have large offsets that depend on B, N and D. As an example, take independent latents with
     mu ~ N(0, 1), deviations 0.5, D = 10 and N = 4,000. The true value is 0 for the distribution of the data, and 1.0
@@ -70,28 +129,62 @@ def total_correlation(
     Example:
         >>> tc = total_correlation(z, mu, logvar)
         >>> loss = min_goal_loss([recon, tc], [Minimize(0.1), Minimize(20.0, ideal=floor)])
+        >>> mi, tc, kl = total_correlation(z, mu, logvar, dataset_size=len(data), parts=True)
+        >>> loss = recon.mean() + (alpha * mi + beta * tc + gamma * kl).mean()  # of beta-TCVAE
     """
     if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be 'mws' or 'mss', got {estimator!r}")
-    if dataset_size is not None:
-        size = as_whole(dataset_size)
-        if size is None:
-            given = f"{type(dataset_size).__name__}{number_fix(dataset_size)}"
-            raise TypeError(f"dataset_size must be an int or None, got {given}")
-        dataset_size = size
+    size = None if dataset_size is None else check_size("dataset_size", dataset_size)
     if not isinstance(z, Tensor) or not isinstance(mu, Tensor) or not isinstance(logvar, Tensor):
         check_latents(z, mu, logvar)  # raises
-    serve: Callable[..., Tensor] = select.resolve("total_correlation", z.device.type, impl)
+    serve: Callable[..., Any] = select.resolve("total_correlation", z.device.type, impl)
     stratified, ranks = ESTIMATORS[estimator], ranks_of(process_group)
     part = not stratified and z.dim() == mu.dim() == 2 and len(z) < len(mu)  # the order matters to "mss" alone
-    if ranks.size == 1:
-        return serve(z, mu, logvar, dataset_size, stratified, 0 if part else None)
-    rows, dims, dtype = check_rows(z, mu, logvar, 0 if part else None)
-    ranks.check_shape("z", z)
-    # In the compute dtype: gradients in half precision would be rounded before they are summed.
-    posteriors = ranks.gather(torch.cat([mu, logvar], 1).to(dtype)).flatten(0, 1)
-    first = ranks.rank * rows
-    return serve(z, posteriors[:, :dims], posteriors[:, dims:], dataset_size, stratified, first)
+    if parts is not False or rows is not None:
+        _check_parts(parts, rows, z, mu, stratified, part)
+    first = 0 if part else None
+    among = mu, logvar
+    if ranks.size > 1:
+        batch, dims, dtype = check_rows(z, mu, logvar, first)
+        ranks.check_shape("z", z)
+        # In the compute dtype: gradients in half precision would be rounded before they are summed.
+        posteriors = ranks.gather(torch.cat([mu, logvar], 1).to(dtype)).flatten(0, 1)
+        among, first = (posteriors[:, :dims], posteriors[:, dims:]), ranks.rank * batch
+    if not parts:
+        value: Tensor = serve(z, *among, size, stratified, first)
+        return value
+    value, log_q = serve(z, *among, size, stratified, first, parts=True)
+    return _parts_of(value, log_q, z, *((mu, logvar) if rows is None else (mu[rows], logvar[rows])))
+
+
+def _check_parts(parts: bool, rows: Tensor | None, z: Tensor, mu: Tensor, stratified: bool, part: bool) -> None:
+    check_flag("parts", parts)
+    if not parts:
+        if rows is not None:
+            raise ValueError("rows must be None without parts=True: total correlation alone does not depend on it")
+    elif rows is None:
+        if part:
+            raise ValueError(
+                f"rows must be given for {len(z)} of {len(mu)} samples: pass the index of each one's posterior"
+            )
+    elif not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32):
+        given = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"rows must be an int64 tensor, got {given}: write torch.tensor(x, device=z.device)")
+    elif stratified:
+        raise ValueError(
+            "rows must be None for estimator 'mss', which takes all samples in the order of their posteriors"
+        )
+    elif rows.dim() != 1 or len(rows) != len(z):
+        raise ValueError(f"rows must have shape [{len(z)}], one index for each row of z, got {list(rows.shape)}")
+
+
+def _parts_of(value: Tensor, log_q: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> KLParts:
+    """Return the parts from the total correlation and log q(z_b), [R] each, and the posterior of each row, [R, D]."""
+    dtype, wide = value.dtype, log_q.dtype  # the parts are small differences of sums over D
+    z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
+    zero = torch.zeros((), dtype=dtype, device=z.device)
+    posterior, prior = (log_normal(z, *of).sum(1, dtype=wide) for of in ((mu, logvar), (zero, zero)))
+    return KLParts((posterior - log_q).to(dtype), value, (log_q - value - prior).to(dtype))
 
 
 @exactly

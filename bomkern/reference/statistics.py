@@ -41,9 +41,14 @@ def log_weights(rows: Tensor, batch: int, dataset_size: int | None, stratified: 
     return weights.scatter_(1, rows[:, None], 1 / n).log()
 
 
+def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """Return ``log N(z; mu, exp(logvar))``, element by element."""
+    return -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+
+
 def log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """Return ``log N(z_bd; mu_id, exp(logvar_id))``, [rows, B, D]."""
-    return -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+    return log_normal(z[:, None], mu, logvar)
 
 
 def _total_correlation_of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor) -> Tensor:
@@ -53,13 +58,19 @@ def _total_correlation_of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor
     return joint - marginals.sum(1)
 
 
+def _parts_of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    wide = widest_float(z.device)
+    joint = log_density(z, mu, logvar).sum(2, dtype=wide) + weights.to(wide)
+    return _total_correlation_of(z, mu, logvar, weights), joint.logsumexp(1)
+
+
 def _gradients_of(
-    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor
+    grad: Tensor, grad_joint: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_q = log_density(z, mu, logvar)
-    joint = (log_q.sum(2) + weights).softmax(1)
-    marginals = (log_q + weights[:, :, None]).softmax(1)
-    weight = grad[:, None, None] * (joint[:, :, None] - marginals)  # d loss / d log_q
+    joint = grad_joint[:, None] * (log_q.sum(2) + weights).softmax(1)
+    marginals = grad[:, None, None] * (log_q + weights[:, :, None]).softmax(1)
+    weight = joint[:, :, None] - marginals  # d loss / d log_q
     apart = z[:, None] - mu
     pull = weight * apart * torch.exp(-logvar)
     return -pull.sum(1), pull.sum(0), (pull * apart - weight).sum(0) / 2
@@ -107,8 +118,11 @@ def total_correlation(
     stratified: bool,
     first: int | None = None,
     limit: int = LIMIT,
-) -> Tensor:
+    parts: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return ``log q(z_b) - sum_d log q(z_bd)``, [R]. See `bomkern.total_correlation`.
+
+    With ``parts`` also return log q(z_b), [R], in the widest float, because the parts are small differences of it.
 
     With ``first``, z is [R, D]: samples of R consecutive posteriors from number ``first`` on, among the B of mu and
     logvar. Without it, R = B. A chunk of rows has at most ``limit`` elements in its [rows, B, D] temporary.
@@ -116,7 +130,12 @@ def total_correlation(
     batch, _, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
     z, mu, logvar = z.to(dtype), mu.to(dtype), logvar.to(dtype)
-    return torch.cat(_by_rows(_total_correlation_of, [z], mu, logvar, dataset_size, stratified, first, limit))
+    fn = _parts_of if parts else _total_correlation_of
+    chunks = _by_rows(fn, [z], mu, logvar, dataset_size, stratified, first, limit)
+    if not parts:
+        return torch.cat(chunks)
+    value, joint = zip(*chunks, strict=True)
+    return torch.cat(value), torch.cat(joint)
 
 
 def total_correlation_gradients(
@@ -127,17 +146,19 @@ def total_correlation_gradients(
     dataset_size: int | None,
     stratified: bool,
     first: int | None = None,
+    grad_log_q: Tensor | None = None,
     limit: int = LIMIT,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of z, mu and logvar for the gradient ``grad`` [R] of `total_correlation`.
+    """Return the gradients of z, mu and logvar for those of `total_correlation` and of log q(z_b), [R] each.
 
     They are differentiable, for second derivatives. The closed form allows chunks of rows here too, whereas autograd's
     own gradient of the value would keep every [B, B, D] temporary. Let p and q be the shares of component i in the
     joint and in the marginal of dimension d. The derivative by ``log N(z_bd; mu_id, exp(logvar_id))`` is
-    ``grad_b (p_bi - q_bid)``; the chain rule through the Gaussian gives the rest.
+    ``(grad_b + grad_log_q_b) p_bi - grad_b q_bid``; the chain rule through the Gaussian gives the rest.
     """
     _, _, dtype = check_rows(z, mu, logvar, first)
-    rows = [grad.to(dtype), z.to(dtype)]
+    grad = grad.to(dtype)
+    rows = [grad, grad if grad_log_q is None else (grad + grad_log_q).to(dtype), z.to(dtype)]
     parts = _by_rows(_gradients_of, rows, mu.to(dtype), logvar.to(dtype), dataset_size, stratified, first, limit)
     of_z, of_mu, of_logvar = zip(*parts, strict=True)
     grad_z, grad_mu, grad_logvar = torch.cat(of_z), torch.stack(of_mu).sum(0), torch.stack(of_logvar).sum(0)

@@ -74,7 +74,8 @@ def disentanglement(
     options: Any = {"impl": impl, "process_group": group}
     shuffled = total_correlation(z.gather(0, order), mu.gather(0, order), logvar.gather(0, order), **options)
     ranks = ranks_of(group)
-    return total_correlation(z, mu, logvar, **options) - ranks.total(shuffled.mean()) / ranks.size
+    correlation: Tensor = total_correlation(z, mu, logvar, **options)
+    return correlation - ranks.total(shuffled.mean()) / ranks.size
 
 
 def _row_by_row(fn: Any) -> Any:
@@ -104,7 +105,9 @@ def correlation_above_chance(
         impl, group: options of `bomkern.total_correlation`.
     """
     options: Any = {"impl": impl, "process_group": group}
-    return total_correlation(z, *posterior, **options) - total_correlation(shuffled, *by_chance, **options)
+    by_chance_alone: Tensor = total_correlation(shuffled, *by_chance, **options)
+    correlation: Tensor = total_correlation(z, *posterior, **options)
+    return correlation - by_chance_alone
 
 
 def capacity(code: LatentStatistics) -> Tensor:

@@ -34,15 +34,16 @@ template <class S> struct Gradients {
   S* z;                       // [parts, D, stride]: the gradients before their constants
   S *mu, *logvar;             // [D, component_stride]
   int64_t component_stride;
-  // [stride]; grad is 0 in the padding, and so is all that comes of it. The largest is below 2 zero_unit, so that what is
-  // multiplied by it is no subnormal number: see unit_of().
-  S *grad, *joint;
-  S *weights;                 // [B, rows of a chunk]: grad_b p_bi
+  // [stride]; both gradients are 0 in the padding, and so is all that comes of it. The largest is below 2 zero_unit, so that
+  // what is multiplied by it is no subnormal number: see unit_of().
+  S *grad, *grad_joint;       // dL / dTC_b, and with dL / dlog q(z_b) added
+  S *joint;
+  S *weights;                 // [B, rows of a chunk]: grad_joint_b p_bi
 
   static int64_t numbers(const Inputs<S>& in) {
     const Plan p = plan_of(in);
     const int64_t stride = Columns<S>::stride_of(in.rows), components = Columns<S>::stride_of(in.batch);
-    return Columns<S>::numbers(in) + stride * (in.dims * (1 + p.parts) + 2) + components * in.dims * 2 + in.batch * p.rows;
+    return Columns<S>::numbers(in) + stride * (in.dims * (1 + p.parts) + 3) + components * in.dims * 2 + in.batch * p.rows;
   }
 
   Gradients(const Inputs<S>& in, S* at)
@@ -53,18 +54,26 @@ template <class S> struct Gradients {
     mu = z + plan.parts * column;
     logvar = mu + component_column;
     grad = logvar + component_column;
-    joint = grad + x.stride;
+    grad_joint = grad + x.stride;
+    joint = grad_joint + x.stride;
     weights = joint + x.stride;
   }
 };
 
-// The power of two at or below the largest finite |grad|, from 2^-60 to 2^126: what gradients are in units of until the end,
+template <class S> S joint_gradient(const Backward<S>& a, int64_t b) {
+  return S(double(number_at(a.grad, b)) + number_at(a.grad_log_q, b));
+}
+
+// The power of two at or below the largest finite |grad| of both kinds, from 2^-60 to 2^126: what gradients are in units of until the end,
 // whatever the loss was multiplied by.
 template <class S> S unit_of(const Backward<S>& a) {
   S highest = 0;
   for (int64_t b = 0; b < a.in.rows; ++b) {
-    const S grad = a.grad[b * a.grad_stride], size = grad < 0 ? -grad : grad;
-    highest = size > highest && size <= largest<S> ? size : highest;
+    const S both[] = {number_at(a.grad, b), joint_gradient(a, b)};
+    for (const S grad : both) {
+      const S size = grad < 0 ? -grad : grad;
+      highest = size > highest && size <= largest<S> ? size : highest;
+    }
   }
   S unit = 1;
   while (unit * 2 <= highest && unit < S(0x1p126)) unit *= 2;
@@ -76,7 +85,8 @@ template <class S> void gather(const Backward<S>& a, const Gradients<S>& g, S un
   const int64_t rows = g.x.rows, stride = g.x.stride, components = g.component_stride;
   const S scale = S(zero_unit) / unit;
   for (int64_t b = 0; b < stride; ++b) {
-    g.grad[b] = b < rows ? a.grad[b * a.grad_stride] * scale : S(0);
+    g.grad[b] = b < rows ? number_at(a.grad, b) * scale : S(0);
+    g.grad_joint[b] = b < rows ? joint_gradient(a, b) * scale : S(0);
     g.joint[b] = a.joint[b < rows ? b : rows - 1];
   }
   each(parallel, g.x.dims, [&](int64_t d) {
@@ -90,7 +100,7 @@ template <class S> void gather(const Backward<S>& a, const Gradients<S>& g, S un
   });
 }
 
-// grad_b p_bi for a tile of rows from b on, into column `at` of the chunk's weights.
+// grad_joint_b p_bi for a tile of rows from b on, into column `at` of the chunk's weights.
 template <class S> void joint_weights(const Gradients<S>& g, const Weights<S>& weights, int64_t b, int64_t at) {
   typedef typename Lanes<S>::Vec V;
   constexpr int width = Lanes<S>::width, rows = tile_rows<S>;
@@ -99,7 +109,7 @@ template <class S> void joint_weights(const Gradients<S>& g, const Weights<S>& w
     const int n = g.x.batch - i < components ? int(g.x.batch - i) : components;
     joint_block<S, false>(g.x, weights, b, i, n, block, nullptr, nullptr);
     for (int r = 0; r < vectors; ++r) {
-      const V grad = load<V>(g.grad + b + r * width), joint = load<V>(g.joint + b + r * width);
+      const V grad = load<V>(g.grad_joint + b + r * width), joint = load<V>(g.joint + b + r * width);
       for (int k = 0; k < n; ++k) {
         V p[1] = {load<V>(block + k * rows + r * width) - joint}, power[1];
         exp2_parts<Low::zero>(p, power);
@@ -110,7 +120,7 @@ template <class S> void joint_weights(const Gradients<S>& g, const Weights<S>& w
 }
 
 template <class V> struct Sums {
-  V shift{}, stretch{}, all{};  // of e y, e y u and e: e = grad_b (p_bi - q_bi), u = mu_i - z_b, y = a_i u
+  V shift{}, stretch{}, all{};  // of e y, e y u and e: e = grad_joint_b p_bi - grad_b q_bi, u = mu_i - z_b, y = a_i u
 };
 
 // One dimension of one component against rows [from, to) of the chunk that starts at row b; both sides of every term.

@@ -84,8 +84,8 @@ void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::V
   constexpr int width = Lanes<S>::width, rows = tile_rows<S>;
   const Weights<S> weights(a.in);
   S block[components * rows];
-  double shift = 0;
-  for (int64_t d = 0; d < x.dims; ++d) shift += double(x.shift[d]);
+  double shift = 0, base = 0;
+  for (int64_t d = 0; d < x.dims; ++d) shift += double(x.shift[d]), base += double(x.base[d]);
   LogSumExp<S> joint;
   ranges_of(x, b, ranges);
   for (int64_t k = 0; k < x.dims * vectors; ++k) sums[k] = V{};
@@ -112,6 +112,9 @@ void forward_tile(const Forward<S>& a, const Columns<S>& x, typename Lanes<S>::V
       out[lane] = S(a.offset - ln_2 * (double(marginals.high[lane]) + double(marginals.low[lane]) + shift));
     __builtin_memcpy(a.joint + row, &log, n * sizeof(S));
     __builtin_memcpy(a.out + row, &out, n * sizeof(S));
+    if (!a.log_q) continue;
+    for (int lane = 0; lane < n; ++lane)
+      a.log_q[row + lane] = a.density_offset + ln_2 * (double(log[lane]) - shift + base);
   }
 }
 

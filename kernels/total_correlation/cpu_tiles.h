@@ -52,13 +52,14 @@ template <class S> struct Columns {
   // [D] minus what t is for a component's own sample, on average: added to the joint, it keeps the terms that count small
   // and so their rounding. Forward takes the total off again.
   S* shift;
+  S* base;  // [D] C_d
 
   static constexpr int64_t line = 64 / int64_t(sizeof(S));
   static int64_t stride_of(int64_t rows) { return round_up(rows, tile_rows<S>) + line; }
   static int64_t numbers(const Inputs<S>& in) {
     const int64_t padded = round_up(in.batch, components), dims = in.dims;
     return dims * stride_of(in.rows) + 3 * dims * padded + round_up(4 * dims * padded / components, line) +
-           round_up(dims, line);
+           2 * round_up(dims, line);
   }
 
   Columns(const Inputs<S>& in, S* at) : rows(in.rows), batch(in.batch), dims(in.dims), stride(stride_of(in.rows)), z(at) {
@@ -67,6 +68,7 @@ template <class S> struct Columns {
     S* after = parameters + 3 * dims * components * blocks;
     bounds = reinterpret_cast<Bounds<S>*>(after);
     shift = after + round_up(4 * dims * blocks, line);
+    base = shift + round_up(dims, line);
   }
   S* mu(int64_t d, int64_t i) const {
     return parameters + (i / components * dims + d) * 3 * components + i % components;
@@ -135,6 +137,7 @@ template <class S> void precisions_of(const Columns<S>& x, int64_t d) {
                                              highest_of<S>(fall)};
   });
   // The padding counts too: the mean need not be exact.
+  x.base[d] = base;
   x.shift[d] = S(log2_e / 2 - (sum.value() / double(round_up(x.batch, components)) - double(base)));
 }
 

@@ -90,7 +90,7 @@ template <class S> Weights<S> weights_of(const Inputs<S>& in) {
   return {S(std::log2(double(in.own))), S(std::log2(double(in.next))), int(in.batch), int(in.first)};
 }
 
-template <class S> PackLaunch<S> pack_of(const Inputs<S>& in, const S* marginal, Workspace& workspace) {
+template <class S> PackLaunch<S> pack_of(const Inputs<S>& in, const S* marginal, bool centers, Workspace& workspace) {
   PackLaunch<S> l{};
   l.in = in;
   l.weights = weights_of(in);
@@ -101,6 +101,7 @@ template <class S> PackLaunch<S> pack_of(const Inputs<S>& in, const S* marginal,
   l.dim_blocks = int(ceil_div(int64_t(l.chunks) * width, pack_dims));
   const int64_t padded = int64_t(l.chunks) * width;
   l.columns = workspace.take<Column<S>>(l.slices * padded);
+  if (centers) l.centers = workspace.take<double>(padded);
   l.components = workspace.take<S>(in.batch * padded * component_fields);
   l.rows = workspace.take<S>(in.rows * padded * (marginal ? 2 : 1));
   return l;
@@ -142,11 +143,12 @@ template <class S> struct ForwardPlan {
   ForwardPlan(const Forward<S>& a, void* memory) : l{} {
     Workspace workspace(memory);
     const int64_t rows = a.in.rows, batch = a.in.batch;
-    pack = pack_of<S>(a.in, nullptr, workspace);
+    pack = pack_of<S>(a.in, nullptr, a.log_q, workspace);
     n = thread_chunks<S>(a.in.dims);
     l.a = a;
     l.in = {pack.components, pack.rows, pack.chunks};
     l.weights = weights_of(a.in);
+    l.centers = pack.centers;
     l.geometry = geometry_of<S>(rows, pack.chunks, n);
     l.tiles = ceil_div(rows, l.geometry.quads * owned<S>);
     l.padded_rows = l.tiles * l.geometry.quads * owned<S>;
@@ -260,7 +262,7 @@ template <class S> struct BackwardPlan {
 
   BackwardPlan(const Backward<S>& a, void* base) {
     Workspace workspace(base);
-    pack = pack_of<S>(a.in, a.marginal, workspace);
+    pack = pack_of<S>(a.in, a.marginal, false, workspace);
     in = {pack.components, pack.rows, pack.chunks};
     row_side = int(min(a.in.rows, int64_t(square)));
     component_side = int(min(a.in.batch, int64_t(square)));

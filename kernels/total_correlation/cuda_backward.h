@@ -1,10 +1,11 @@
 // total_correlation's backward pass on the GPU, a square of rows and components at a time.
 //
-// responsibility_kernel() writes grad_b p_bi of the square, from sum_d t computed again to the same bits as in forward.
+// responsibility_kernel() writes (grad_b + grad_log_q_b) p_bi of the square, from sum_d t computed again to the same bits as in forward.
 // Then gradient_kernel() runs once for the rows and once for the components, each thread owning one side of the pairs
 // and meeting the other through shared memory: every exponential is computed once for each side. collect_kernel() adds
 // what the blocks found to the gradients, in a fixed order.
 #pragma once
+#include "../common/cuda_pieces.h"
 #include "cuda_terms.h"
 
 namespace bomkern {
@@ -129,7 +130,8 @@ __global__ void __launch_bounds__(backward_threads, 1)
   for (int r = 0; r < Tile::row_count; ++r) {
     const bool inside = row + r < l.rows.count;
     const int64_t b = l.rows.begin + (inside ? row + r : 0);
-    const S grad = l.a.grad[b * l.a.grad_stride], total = l.a.joint[b];
+    const S* const alone = l.a.grad.data + b * l.a.grad.stride;
+    const S grad = l.a.grad_log_q.data ? S(double(*alone) + grad_of(l.a.grad_log_q, b)) : *alone, total = l.a.joint[b];
     Vec<S> v;
 #pragma unroll
     for (int c = 0; c < Tile::component_count; ++c) {
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(backward_threads, gradient_blocks<S>)
 #pragma unroll
       for (int d = 0; d < width; ++d) sum[k][d][r] = 0;
     }
-    negative_grad[r] = by_rows ? -l.a.grad[owner * l.a.grad_stride] : S(0);
+    negative_grad[r] = by_rows ? -l.a.grad.data[owner * l.a.grad.stride] : S(0);
   }
 
   // A warp copies an element: its chunks, its responsibilities, and a row's grad.
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(backward_threads, gradient_blocks<S>)
       copy_async(to + element.responsibility, l.responsibility + int64_t(local) * square + first_owner, quads, lane,
                  warp_size);
       if (!by_rows && lane == 0) {
-        __pipeline_memcpy_async(to + element.grad, l.a.grad + global * l.a.grad_stride, sizeof(S));
+        __pipeline_memcpy_async(to + element.grad, l.a.grad.data + global * l.a.grad.stride, sizeof(S));
       }
     }
     __pipeline_commit();

@@ -26,6 +26,7 @@ template <class S> struct ForwardLaunch {
   Geometry geometry;
   int64_t tiles, splits, split_components;  // tiles of rows times splits of the components: a block each
   int64_t padded_rows;
+  const double* centers;  // [chunks * 4] C_d; null without log_q
   S* sums;       // [splits, chunks * 4, padded_rows]: sum_i w 2^t
   S* joint_max;  // [splits, padded_rows]
   S* joint_sum;
@@ -271,7 +272,13 @@ __global__ void __launch_bounds__(finish_threads, 1) finish_kernel(const __grid_
   }
   totals[threadIdx.x] = total;
   __syncthreads();
-  if (warp != 0 || !inside) return;
+  if (warp != 0) return;
+  double center = 0;
+  if (l.a.log_q) {
+    for (int64_t d = lane; d < l.a.in.dims; d += warp_size) center += l.centers[d];
+    center = __shfl_sync(all_lanes, warp_sum(center), 0);
+  }
+  if (!inside) return;
   for (int w = 1; w < warps; ++w) total += totals[w * warp_size + lane];
   PowerSum<S> all;
   for (int64_t p = 0; p < l.splits; ++p) {
@@ -279,7 +286,8 @@ __global__ void __launch_bounds__(finish_threads, 1) finish_kernel(const __grid_
   }
   const double joint = double(all.max) + double(log2(all.sum));
   l.a.joint[row] = S(joint);
-  l.a.out[row] = S(0.69314718055994530942 * (joint - total) + l.a.offset);
+  l.a.out[row] = S(ln_2 * (joint - total) + l.a.offset);
+  if (l.a.log_q) l.a.log_q[row] = ln_2 * (joint + center) + l.a.density_offset;
 }
 
 }  // namespace cuda

@@ -32,6 +32,7 @@ template <class S> struct PackLaunch {
   Weights<S> weights;
   const S* marginal;   // null in forward
   Column<S>* columns;  // [slices, chunks * 4]: of each slice of the components
+  double* centers;     // [chunks * 4] C_d; null where not wanted
   S* components;
   S* rows;
   int64_t slice_rows;  // matrix rows of a slice: components, and rows of z as far as there are any
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const __grid_constan
   if (!padded) return;
   for (int g = 0; g < pack_rows; ++g) all.add(found[g * pack_dims + lane]);  // in every block the same bits
   const double center = all.center(l.weights);
+  if (l.centers && slice == 0 && group == 0) l.centers[d] = -half_log2_e * center;
 
   const int64_t chunk = d / width, at = d % width, end = min((slice + 1) * l.slice_rows, l.in.batch);
   const int fields = l.marginal ? 2 : 1;

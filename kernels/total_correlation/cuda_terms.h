@@ -27,7 +27,7 @@ constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int warp_size = 32;
 constexpr int width = 4;  // dimensions of a chunk
 constexpr int component_fields = 3;
-constexpr double half_log2_e = 0.72134752044448170368;
+constexpr double half_log2_e = 0.72134752044448170368, ln_2 = 0.69314718055994530942;
 constexpr int highest_term = 8;  // a weight's logarithm adds 63 at most, and 2^30 components 30: no sum overflows
 constexpr int poly_period = 16;  // one exponential in so many is a polynomial: see forward_block()
 constexpr int joint_block = 8;  // groups of dimensions that are added up before they join a row's sum over all

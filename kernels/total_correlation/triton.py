@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..min_goal.triton_score import div
-from .triton_tiles import LINES, bits, joint_bits, lay, near, tile, weight
+from .triton_tiles import HALF_LOG2E, LINES, bits, joint_bits, lay, middle_of, near, tile, weight
 
 LN2 = tl.constexpr(0.6931471805599453)
 TWO_LN2 = tl.constexpr(2 * 0.6931471805599453)
+HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 LOWEST32 = tl.constexpr(-3.0e38)  # where a maximum begins: finite, so that -inf less it is no NaN
 LOWEST64 = tl.constexpr(-1.0e308)
 FAINT = tl.constexpr(2.0**-60)  # below this sum of exponentials, those that underflowed may count
@@ -119,10 +120,10 @@ def joint_parts(
 
 @triton.jit(do_not_specialize=["count", "batch", "splits"])
 def finish(
-    tops, weights, marginal, joint, out, count, batch, dims, size, padded_rows, splits,
+    tops, weights, marginal, low, high, joint, out, log_q, count, batch, dims, size, padded_rows, splits,
     STRATIFIED: tl.constexpr, LINE: tl.constexpr, CD: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of the joint, subtract the marginals, and convert bits to nats. LINE: D = 1."""
+    """Merge the parts of the joint, subtract the marginals, convert bits to nats. log_q may be None. LINE: D = 1."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < count
     marginal += rows[None, :]
@@ -159,7 +160,8 @@ def finish(
         others += tl.load(at, mask=used, other=0).to(tl.float64)
         others -= tl.log2(tl.load(at + apart, mask=used, other=1)).to(tl.float64)
         d += LANES
-    value = top.to(tl.float64) - tl.log2(inverse).to(tl.float64) - tl.sum(others, 0)[None, :]
+    both = top.to(tl.float64) - tl.log2(inverse).to(tl.float64)
+    value = both - tl.sum(others, 0)[None, :]
     # A single component factorises: what its difference holds is rounding, or NaN.
     nats = tl.full((), LN2, tl.float64) * (tl.full((), batch, tl.int32) != 1).to(tl.float64)
     among = tl.full((), batch, tl.float64)
@@ -167,22 +169,40 @@ def finish(
         among -= 1
     else:
         among *= tl.full((), size, tl.float64)
-    offset = (tl.full((), dims, tl.float64) - 1) * tl.log(among)
-    tl.store(out + rows[None, :], (nats * value + offset).to(CD), mask=mask[None, :])
+    among = tl.log(among)
+    count_d = tl.full((), dims, tl.float64)
+    tl.store(out + rows[None, :], (nats * value + (count_d - 1) * among).to(CD), mask=mask[None, :])
+    if log_q is not None:
+        total = tl.full((LANES,), 0, tl.float64)  # of -C
+        d = 0
+        while d < dims:
+            at = d + tl.arange(0, LANES)
+            total += middle_of(low, high, at, dims) * HALF_LOG2E
+            d += LANES
+        density = tl.full((), LN2, tl.float64) * (both - tl.sum(total, 0)) - count_d * HALF_LOG_2PI - among
+        tl.store(log_q + rows[None, :], density, mask=mask[None, :])
 
 
 @triton.jit(do_not_specialize=["first", "count", "batch"])
 def joint_weights(
-    zt, mt, st, sums, joint, by_row, by_comp, begin, width, first, count, batch, size, padded, lines,
+    zt, mt, st, sums, joint, grad, stride, more, more_stride, by_row, by_comp, begin, width, first, count, batch, size,
+    padded, lines,
     STRATIFIED: tl.constexpr, CD: tl.constexpr, TALL: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """p of a chunk of ``width`` rows, laid out for the kernel that owns rows and for the one that owns components."""
+    """p of a chunk of ``width`` rows, times the gradient of the joint: ``grad`` and ``more``, which may be None.
+
+    It is laid out for the kernel that owns rows and for the one that owns components.
+    """
     local, comps = tile(tl.program_id(1) * TALL * 8, tl.program_id(0) * 64, TALL)
     rows = begin + local
     t = joint_bits(zt, mt, st, sums, rows, comps, padded, lines, CD, TALL, LINES)
     used = rows < count  # past the end all p are 0
     p = tl.exp2(t - tl.load(joint + rows, mask=used, other=float("inf")))
-    p *= tl.load(joint + count + rows, mask=used, other=1)
+    pull = tl.load(grad + rows.to(tl.int64) * stride, mask=used, other=0)
+    if more is not None:
+        other = tl.load(more + rows.to(tl.int64) * more_stride, mask=used, other=0)
+        pull = (pull.to(tl.float64) + other).to(CD)
+    p *= tl.load(joint + count + rows, mask=used, other=1) * pull
     if STRATIFIED:
         p *= weight(first + rows, comps, batch, size, CD)
     if by_row is not None:
@@ -205,7 +225,8 @@ def pull_rows(
     z = tl.load(zt + d * padded + rows[None, :])[:, :, None]
     cell = marginal + d * count + rows[None, :]
     shift = tl.load(cell)[:, :, None]
-    scale = tl.load(cell + tl.full((), dims, tl.int64) * count)[:, :, None]
+    pull = tl.load(grad + rows.to(tl.int64) * stride)[None, :]
+    scale = (tl.load(cell + tl.full((), dims, tl.int64) * count) * pull)[:, :, None]  # of q, with its gradient
     p += local[:, None] * padded
     mine = first + begin + tl.program_id(0) * ROWS
     total = tl.full((DIMS, ROWS, COMPS), 0, CD)
@@ -222,9 +243,8 @@ def pull_rows(
         # In this order: where the difference is 0, what it multiplies may be large.
         total = tl.fma((tl.load(p + comps)[None, :, :] - q) * y, s, total)
         i += COMPS
-    pull = tl.load(grad + rows.to(tl.int64) * stride)[None, :]
     out += (tl.program_id(2).to(tl.int64) * length + local[None, :]) * dims + d
-    tl.store(out, tl.sum(total, 2) * pull * -TWO_LN2, mask=(dim < dims) & (begin + local < count)[None, :])
+    tl.store(out, tl.sum(total, 2) * -TWO_LN2, mask=(dim < dims) & (begin + local < count)[None, :])
 
 
 @triton.jit(do_not_specialize=["width", "first", "count", "batch"])
@@ -256,13 +276,13 @@ def pull_components(
         rows = tl.minimum(begin + local, count - 1)
         pull = tl.where(begin + local < count, tl.load(grad + rows.to(tl.int64) * stride), 0)[:, None, :]
         shift = tl.load(shifts + rows)[:, None, :]
-        scale = tl.load(scales + rows)[:, None, :]
+        scale = tl.load(scales + rows)[:, None, :] * pull
         y = (tl.load(zt + rows)[:, None, :] - mean) * s[:, :, None]
         q = tl.exp2(tl.fma(-y, y, c) - shift) * scale
         if STRATIFIED and near(first + begin + r, ROWS, comp, COMPS):
             q *= weight(first + rows, comps[:, None], batch, size, CD)[None, :, :]
         # In this order: where the difference is 0, what it multiplies may be large.
-        a = (tl.load(p + local)[None, :, :] - q) * pull
+        a = tl.load(p + local)[None, :, :] - q
         zeroth += a
         a *= y
         once += a
@@ -292,13 +312,14 @@ def launch_forward(
     stratified: bool,
     first: int,
     out: Tensor,
+    log_q: Tensor | None,
     joint: Tensor,
     marginal: Tensor,
 ) -> None:
-    """Fill ``out`` [R], ``joint`` [2, R] and ``marginal`` [2, D, R], in the compute dtype.
+    """Fill ``out`` [R], ``joint`` [2, R], ``marginal`` [2, D, R] in the compute dtype, and ``log_q`` [R] in float64.
 
-    The last two have, of each mixture, a shift k and the reciprocal of the weighted sum of 2^(t - k): a share of it
-    made from these is closer than one from the sum's logarithm.
+    Joint and marginals have, of each mixture, a shift k and the reciprocal of the weighted sum of 2^(t - k): a share of
+    it made from these is closer than one from the sum's logarithm.
     """
     x = lay(z, mu, logvar, dataset_size, stratified, out.dtype)
     rows, batch, dims, size, padded_rows, padded = x.rows, x.batch, x.dims, x.size, x.padded_rows, x.padded
@@ -316,13 +337,14 @@ def launch_forward(
             TALL=x.tall, LINES=LINES, num_warps=4, **x.shared,
         )  # fmt: skip
     finish[(triton.cdiv(rows, 32),)](
-        tops, weights, marginal, joint, out, rows, batch, dims, size, padded_rows, splits,
+        tops, weights, marginal, x.low, x.high, joint, out, log_q, rows, batch, dims, size, padded_rows, splits,
         LINE=dims == 1, ROWS=32, LANES=16, num_warps=4, **x.shared,
     )  # fmt: skip
 
 
 def launch_backward(
     grad: Tensor,
+    grad_log_q: Tensor | None,
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
@@ -344,13 +366,14 @@ def launch_backward(
     by_row = None if grad_z is None else new(width, padded)
     by_comp = new(padded, width) if comps else None
     sums = x.c.sum(0)
+    more = (None, 0) if grad_log_q is None else (grad_log_q, grad_log_q.stride(0))
     quads = triton.cdiv(dims, 4)
     for begin in range(0, rows, width):
         length = min(width, rows - begin)
         local = triton.cdiv(length, 128) * 128
         joint_weights[(padded // 64, local // (8 * x.tall))](
-            x.z, x.mu, x.s, sums, joint, by_row, by_comp, begin, width, first, rows, batch, size, padded,
-            x.lines, TALL=x.tall, LINES=LINES, num_warps=4, **x.shared,
+            x.z, x.mu, x.s, sums, joint, grad, grad.stride(0), *more, by_row, by_comp, begin, width, first, rows, batch,
+            size, padded, x.lines, TALL=x.tall, LINES=LINES, num_warps=4, **x.shared,
         )  # fmt: skip
         if grad_z is not None:
             programs = triton.cdiv(length, 32) * quads

@@ -23,6 +23,14 @@ PAD = 128  # B is padded to a multiple of this with components of no weight,
 LINES = 8  # and D to a multiple of this with dimensions where every distance is 0.
 
 
+@triton.jit
+def middle_of(low, high, d, dims):
+    """Return the log-variance whose c is C: the middle of the range, if then no exponential can overflow."""
+    least = cast(tl.load(low + d, mask=d < dims, other=0), tl.float64)
+    most = cast(tl.load(high + d, mask=d < dims, other=0), tl.float64)
+    return tl.minimum(0.5 * (least + most), least + REACH)
+
+
 @triton.jit(do_not_specialize=["count", "batch"])
 def prepare(
     z, mu, logvar, low, high, strides, count, batch, dims, padded, zt, mt, st, ct,
@@ -30,9 +38,8 @@ def prepare(
 ):  # fmt: skip
     """Write z, mu, s and c - C as [D, B] with their padding. In float64, as they are only B D.
 
-    Of z there may be fewer rows; it is laid out as wide as the others, so that one stride does in every loop.
-
-    C is the middle of c's range in each dimension, where rounding is least, if then no exponential can overflow.
+    Of z there may be fewer rows; it is laid out as wide as the others, so that one stride does in every loop. C is in
+    the middle of c's range in each dimension, where rounding is least; see middle_of().
     """
     i = tl.program_id(0) * COMPS + tl.arange(0, COMPS)
     d = tl.program_id(1) * LINES + tl.arange(0, LINES)
@@ -40,10 +47,11 @@ def prepare(
     b = i.to(tl.int64)[None, :]
     e = d.to(tl.int64)[:, None]
     lv = cast(tl.load(logvar + b * strides[4] + e * strides[5], mask=used, other=0), tl.float64)
-    least = cast(tl.load(low + d, mask=d < dims, other=0), tl.float64)[:, None]
-    most = cast(tl.load(high + d, mask=d < dims, other=0), tl.float64)[:, None]
-    middle = tl.minimum(0.5 * (least + most), least + REACH)
-    c = tl.where(used, (middle - lv) * HALF_LOG2E, tl.where(i < batch, 0.0, -float("inf"))[None, :])
+    c = tl.where(
+        used,
+        (middle_of(low, high, d, dims)[:, None] - lv) * HALF_LOG2E,
+        tl.where(i < batch, 0.0, -float("inf"))[None, :],
+    )
     s = tl.where(used, tl.exp(lv * -0.5) * ROOT_HALF_LOG2E, 0.0)
     at = e * padded + b
     rows = used & (i < count)[None, :]
@@ -60,6 +68,8 @@ class Laid(NamedTuple):
     mu: Tensor
     s: Tensor
     c: Tensor
+    low: Tensor  # of logvar, [D]
+    high: Tensor
     rows: int
     batch: int
     dims: int
@@ -90,11 +100,13 @@ def lay(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratif
     kind = tl.float64 if dtype == torch.float64 else tl.float32
     shared = dict(CD=kind, enable_fp_fusion=False)
     strides = (*z.stride(), *mu.stride(), *logvar.stride())
+    low, high = logvar.aminmax(dim=0)
     prepare[(padded // PAD, lines // LINES)](
         z,
         mu,
         logvar,
-        *logvar.aminmax(dim=0),
+        low,
+        high,
         strides,
         rows,
         batch,
@@ -106,7 +118,7 @@ def lay(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratif
         num_warps=4,
         **shared,
     )
-    return Laid(*laid, rows, batch, dims, dataset_size or 1, dict(STRATIFIED=stratified, **shared))
+    return Laid(*laid, low, high, rows, batch, dims, dataset_size or 1, dict(STRATIFIED=stratified, **shared))
 
 
 @triton.jit

@@ -100,6 +100,7 @@ NAMED = (
     "latent_statistics",
     "covariance_penalty sample normalized",
     "total_correlation mss",
+    "total_correlation parts",
     "min_goal_loss mean six",
     "min_goal_loss none scores matrix",
     "goal_set mean soft",

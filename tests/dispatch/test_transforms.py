@@ -61,6 +61,7 @@ CALLS: dict[str, Call] = {
     "GoalSet, soft": by_goal_set(temperature=0.1),
     "GoalSet, spill": by_goal_set(spill=0.5),
     "total_correlation": lambda z, mu, logvar, impl: (bomkern.total_correlation(z, mu, logvar, 100, "mss", impl=impl),),
+    "total_correlation, parts": lambda *x: bomkern.total_correlation(*x[:3], 100, parts=True, impl=x[3]),
     "gaussian_total_correlation": lambda z, mu, logvar, impl: (bomkern.gaussian_total_correlation(z),),
     "gaussian_kl": lambda z, mu, logvar, impl: (bomkern.gaussian_kl(mu, logvar, 3, 0.3, impl=impl),),
     "consistency_variance": lambda z, mu, logvar, impl: (bomkern.consistency_variance([z, mu, logvar], impl=impl),),

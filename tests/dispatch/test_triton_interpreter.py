@@ -9,7 +9,7 @@ import pytest
 from tests.support.processes import run_tests
 from tests.support.statistics import OPS
 
-FILES = ("min_goal", "goal_set", "goal_set_multipliers", "total_correlation", *OPS)
+FILES = ("min_goal", "goal_set", "goal_set_multipliers", "total_correlation", "total_correlation_parts", *OPS)
 # Sizes as in the test ids: goals in batches of one sample and of more than a warp, wide and high matrices.
 SIZES = ("raw-17-", "scores-64-", "raw-1-", "17-0.05-", "1-0.0-", "17-", "33-5-", "7-1-", "65-17-", "17-65-", "2-3-")
 

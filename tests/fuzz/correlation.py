@@ -17,7 +17,7 @@ from tests.fuzz.statistics import matrix_sizes
 
 
 class TotalCorrelation(Op):
-    """Fuzz total_correlation; with ``first`` in the options z holds the R rows of one rank."""
+    """Fuzz total_correlation; with ``first`` in the options z holds the R rows of one rank, with ``parts`` log q."""
 
     name = "total_correlation"
     needs: ClassVar = {"B": 1, "D": 1, "R": 1}
@@ -43,6 +43,8 @@ class TotalCorrelation(Op):
             sizes["R"] = source.randint(1, batch)
             options["first"] = source.randint(0, batch - sizes["R"])
             given[0] = replace(given[0], axes="RD")
+        if source.random() < 0.3:
+            options["parts"] = True
         return sizes, given, options
 
     def refuses(self, case: Case) -> Errors:
@@ -56,16 +58,25 @@ class TotalCorrelation(Op):
 
     def call(self, case: Case, tensors: list[Tensor], impl: str, narrow: bool) -> Outputs:
         options = dict(case.options)
-        if "first" not in options:
+        if "first" not in options and "parts" not in options:
             return {"value": total_correlation(*tensors, **options, impl=impl)}
         serve = select.resolve("total_correlation", tensors[0].device.type, impl)
         stratified = options.get("estimator", "mws") == "mss"
-        return {"value": serve(*tensors, options.get("dataset_size"), stratified, options["first"])}
+        arguments = *tensors, options.get("dataset_size"), stratified, options.get("first")
+        if "parts" not in options:
+            return {"value": serve(*arguments)}
+        value, log_q = serve(*arguments, parts=True)
+        return {"value": value, "log_q": log_q}
+
+    def dtype_of(self, case: Case, name: str) -> torch.dtype:
+        return torch.float64 if name == "log_q" else super().dtype_of(case, name)
 
     def spoil(self, source: Random, drawn: Drawn) -> Drawn:
-        return drawn if "first" in drawn[2] else super().spoil(source, drawn)
+        return drawn if drawn[2].keys() & {"first", "parts"} else super().spoil(source, drawn)
 
     def smaller(self, case: Case) -> list[Case]:
+        if "parts" in case.options:
+            return [replace(case, options={k: v for k, v in case.options.items() if k != "parts"})]
         if "first" not in case.options:
             return []
         sizes = {name: n for name, n in case.sizes.items() if name != "R"}
@@ -76,16 +87,18 @@ class TotalCorrelation(Op):
     def units(self, case: Case, tensors: list[Tensor], outputs: Outputs) -> dict[str, float]:
         """Return the sums of the terms' magnitudes: logarithms for a value, weights for a gradient."""
         z, mu, logvar = (torch.where(x.isfinite(), x, 0) for x in tensors)
-        names, value = [f"grad {g.name}" for g in case.given], outputs["value"].nan_to_num(0, 0, 0).abs().max().item()
+        names, values = [f"grad {g.name}" for g in case.given], outputs.keys() & {"value", "log_q"}
         if len(z) * mu.numel() > 2_000_000:
-            return {"value": 1 + value, **{name: outputs[name].abs().max().item() for name in names if name in outputs}}
+            sizes = {name: 1 + outputs[name].nan_to_num(0, 0, 0).abs().max().item() for name in values}
+            return {**sizes, **{name: outputs[name].abs().max().item() for name in names if name in outputs}}
         rows = torch.arange(len(z)) + case.options.get("first", 0)
         stratified = case.options.get("estimator", "mws") == "mss"
         weights = reference.log_weights(rows, len(mu), case.options.get("dataset_size"), stratified)
         each = reference.log_density(z, mu, logvar)
         joint, marginal = each.sum(2) + weights, each + weights[:, :, None]
         size = joint.logsumexp(1).abs() + marginal.logsumexp(1).abs().sum(1)
-        parts = joint.softmax(1)[:, :, None] + marginal.softmax(1)
+        # The CPU takes a weight below 2^-63.5 as 0, which is 2^-44 of the slack.
+        parts = len(values) * joint.softmax(1)[:, :, None] + marginal.softmax(1) + 2.0**-44
         pull = (z[:, None] - mu).abs() * (-logvar).exp()
         shift, stretch = 2 * parts * pull, parts * (pull * (z[:, None] - mu).abs() + 1)
         # A component's weight is an exponential. Its relative error grows with its exponent until no digit is left.
@@ -94,7 +107,7 @@ class TotalCorrelation(Op):
         sums = (shift.sum(1), shift.sum(0), stretch.sum(0))
         # Equal terms have equal rounding errors, so an average does not reduce them.
         return {
-            "value": 2 + 2 * size.max().item(),
+            **dict.fromkeys(values, 2 + 2 * size.max().item()),
             **{n: x.max().item() * unsure for n, x in zip(names, sums, strict=True)},
         }
 

@@ -126,6 +126,28 @@ def _errors(group: Any) -> None:
         bomkern.total_correlation(z, z, z, 7, process_group=group)
 
 
+def _parts(group: Any) -> None:
+    """The parts and the averaged gradients are those of one process; also of some rows, in any order."""
+    code = ranks.encode(ranks.weights(torch.float64), *ranks.batch(0, torch.float64))
+    whole = [x.detach().requires_grad_() for x in code]
+    own = [x.detach().requires_grad_() for x in ranks.part(group, *whole)]
+    count, world = len(own[0]), dist.get_world_size(group)
+    some, start = torch.tensor([3, 0, 2]), count * dist.get_rank(group)
+    for estimator, rows in (("mws", None), ("mss", None), ("mws", some)):
+        z = own[0] if rows is None else own[0][rows]
+        options: dict[str, Any] = {"dataset_size": 500, "estimator": estimator, "parts": True}
+        ours = bomkern.total_correlation(z, *own[1:], rows=rows, process_group=group, **options)
+        expected = bomkern.total_correlation(*whole, **options)
+        chosen = [count * r + k for r in range(world) for k in (range(count) if rows is None else rows.tolist())]
+        at = torch.arange(count) if rows is None else rows
+        for k, (a, b) in enumerate(zip(ours, expected, strict=True)):
+            assert ranks.difference(a.detach(), b.detach()[start + at]) < 1e-10
+            grads = torch.autograd.grad((k + 1) * a.mean(), own, retain_graph=True)
+            wanted = torch.autograd.grad((k + 1) * b[chosen].mean(), whole, retain_graph=True)
+            for x, y in zip(grads, wanted, strict=True):  # DistributedDataParallel divides by the number of ranks
+                assert ranks.difference(x / world, ranks.part(group, y)[0]) < 1e-10
+
+
 def _halves(group: Any) -> None:
     """Halves are gathered in float32. Values and gradients have the dtypes that a single process gives."""
     code = ranks.encode(ranks.weights(torch.float32), *ranks.batch(0, torch.float32))
@@ -235,7 +257,7 @@ def _copies(group: Any) -> None:
         bomkern.covariance_penalty(z, process_group=own[1 - dist.get_rank()])
 
 
-CHECKS = (_ddp, _one_bad_sample, _errors, _halves, _compiled, _twice, _accumulated, _copies)
+CHECKS = (_ddp, _one_bad_sample, _errors, _parts, _halves, _compiled, _twice, _accumulated, _copies)
 
 
 def _check(group: Any, rank: int) -> list[str]:

@@ -23,6 +23,7 @@ static void serial(int64_t tasks, void (*run)(void*, int64_t), void* state) {
 
 template <class S> struct Results {
   std::vector<S> out, joint, marginal, z, mu, logvar;
+  std::vector<double> log_q;
 };
 
 template <class S> static Results<S> run(const CpuKernels& kernels, const Inputs<S>& in) {
@@ -30,15 +31,17 @@ template <class S> static Results<S> run(const CpuKernels& kernels, const Inputs
   const auto numbers = [](int64_t n) { return std::vector<S>(n, S(NAN)); };
   Results<S> r{numbers(batch), numbers(batch), numbers(size), numbers(size), numbers(size), numbers(size)};
   const auto bytes = [](int64_t n) { return aligned_alloc(64, (n + 63) / 64 * 64); };
+  r.log_q.assign(batch, NAN);
   std::vector<S> grad(batch);
-  for (int64_t b = 0; b < batch; ++b) grad[b] = S(b % 3) - S(0.5);
+  std::vector<double> of_log_q(batch);
+  for (int64_t b = 0; b < batch; ++b) grad[b] = S(b % 3) - S(0.5), of_log_q[b] = double(b % 4);
   const auto start = [&](const auto& a) {
     void* const workspace = bytes(kernels.bytes(a));
     kernels.run(a, workspace, serial);
     free(workspace);
   };
-  start(Forward<S>{in, 0.0, r.out.data(), r.joint.data(), r.marginal.data()});
-  start(Backward<S>{in, grad.data(), 1, r.joint.data(), r.marginal.data(), r.z.data(), r.mu.data(), r.logvar.data()});
+  start(Forward<S>{in, 0.0, 0.0, r.out.data(), r.log_q.data(), r.joint.data(), r.marginal.data()});
+  start(Backward<S>{in, {grad.data(), 1}, {of_log_q.data(), 1}, r.joint.data(), r.marginal.data(), r.z.data(), r.mu.data(), r.logvar.data()});
   return r;
 }
 
@@ -72,7 +75,8 @@ template <class S> static double compare(int64_t batch, int64_t dims, bool strat
     const double d = difference(x.*member, y.*member);
     most = d > most || d != d ? d : most;
   }
-  return most;
+  const double d = difference(x.log_q, y.log_q);
+  return d > most || d != d ? d : most;
 }
 
 int main() {

@@ -41,6 +41,7 @@ CALLS: dict[str, Call] = {
     ),
     "GoalSet": goal_set,
     "total_correlation": lambda z, mu, logvar, impl: total_correlation(z, mu, logvar, impl=impl),
+    "total_correlation, parts": lambda *x: total_correlation(*x[:3], parts=True, impl=x[3]),
     "gaussian_kl": lambda z, mu, logvar, impl: gaussian_kl(mu, logvar, impl=impl),
     "consistency_variance": lambda z, mu, logvar, impl: consistency_variance([z, mu], impl=impl),
     "covariance_penalty": lambda z, mu, logvar, impl: covariance_penalty(z, normalize=True, impl=impl),

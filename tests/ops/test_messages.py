@@ -338,7 +338,6 @@ def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
     for call in (
         lambda n: Calibrated(n),
         lambda n: gaussian_kl(*x[:2], block_size=n),
-        lambda n: total_correlation(*x, n),
         lambda n: probe(lambda: None, GoalSet(a=Minimize(1.0)), n, state=[]),
     ):
         with pytest.raises((TypeError, ValueError), match=r"write \.item\(\)"):

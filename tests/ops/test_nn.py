@@ -23,6 +23,16 @@ def rand(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tenso
 Z, MU, LOGVAR = (rand(12, 4, seed=k) for k in range(3))
 PAIRS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     "tc": (nn.TotalCorrelation(100, "mss"), lambda *x: bomkern.total_correlation(*x, 100, "mss"), (Z, MU, LOGVAR)),
+    "tc, parts": (
+        nn.TotalCorrelation(100, parts=True),
+        lambda *x: bomkern.total_correlation(*x, 100, parts=True),
+        (Z, MU, LOGVAR),
+    ),
+    "tc, some rows": (
+        nn.TotalCorrelation(parts=True),
+        lambda z, mu, logvar, rows: bomkern.total_correlation(z, mu, logvar, parts=True, rows=rows),
+        (Z[[2, 7]], MU, LOGVAR, torch.tensor([2, 7])),
+    ),
     "gaussian tc": (nn.GaussianTotalCorrelation(), bomkern.gaussian_total_correlation, (Z,)),
     "kl": (nn.GaussianKL(2, 0.3), lambda *x: bomkern.gaussian_kl(*x, 2, 0.3), (MU, LOGVAR)),
     "consistency": (
@@ -71,7 +81,7 @@ def test_every_module_is_here() -> None:
 
 
 def test_options_are_printed() -> None:
-    assert repr(nn.TotalCorrelation(10)) == "TotalCorrelation(dataset_size=10, estimator='mws', impl=None)"
+    assert repr(nn.TotalCorrelation(10)) == "TotalCorrelation(dataset_size=10, estimator='mws', parts=False, impl=None)"
     printed = repr(nn.MinGoalLoss([Minimize(0.5)], reduction="sum"))
     assert "Minimize(" in printed and "reduction='sum'" in printed and "impl" not in printed
 

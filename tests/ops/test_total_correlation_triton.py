@@ -152,11 +152,12 @@ class TestKernels:
         z, *posteriors = make(5, 3)
         some = [z.detach()[1:3].requires_grad_(), *posteriors]
         for latents, first in ((make(5, 3), None), (mixed, None), (some, 1)):
-            torch.library.opcheck(torch.ops.bomkern.total_correlation_triton.default, (*latents, 50, True, first))
-            out, joint, marginal = torch.ops.bomkern.total_correlation_triton(*latents, 50, True, first)
-            for want in ([True] * 3, [False, True, False]):
+            given = (*latents, 50, True, first)
+            torch.library.opcheck(torch.ops.bomkern.total_correlation_triton.default, (*given, first is None))
+            out, log_q, joint, marginal = torch.ops.bomkern.total_correlation_triton(*given, True)
+            for want, more in (([True] * 3, log_q.detach()), ([False, True, False], None)):
                 pull = (torch.ones_like(out), *(x.detach() for x in latents), joint, marginal, 50, True, first, want)
-                torch.library.opcheck(torch.ops.bomkern.total_correlation_triton_backward.default, pull)
+                torch.library.opcheck(torch.ops.bomkern.total_correlation_triton_backward.default, (*pull, more))
 
 
 @needs_triton
@@ -196,9 +197,11 @@ def record_launches() -> Launches:
     def both(
         z: Tensor, mu: Tensor, logvar: Tensor, size: int | None, stratified: bool, want: list[bool], first: int = 0
     ) -> None:
-        out, joint, marginal = allocate(z, mu, logvar, size, stratified, first)
-        kernels.launch_forward(z, mu, logvar, size, stratified, first, out, joint, marginal)
-        kernels.launch_backward(out, z, mu, logvar, joint, marginal, size, stratified, first, want)
+        for parts in (False, True):
+            out, log_q, joint, marginal = allocate(z, mu, logvar, size, stratified, first, parts)
+            other = log_q if parts else None
+            kernels.launch_forward(z, mu, logvar, size, stratified, first, out, other, joint, marginal)
+            kernels.launch_backward(out, other, z, mu, logvar, joint, marginal, size, stratified, first, want)
 
     def empty(batch: int, dims: int, *dtypes: torch.dtype) -> list[Tensor]:
         return [torch.empty(batch, dims, dtype=dtype) for dtype in (dtypes * 3)[:3]]

@@ -219,13 +219,14 @@ def lazies(module: bool, route: str) -> Problem:
 # Statistics.
 
 
-def correlations(dataset_size: int | None, estimator: str, first: int | None = None) -> Problem:
+def correlations(dataset_size: int | None, estimator: str, first: int | None = None, parts: bool = False) -> Problem:
     z, mu, logvar = codes(6, 3, DOUBLE)
 
     def made(impl: str, device: str) -> Call:
-        def call(*given: Tensor) -> Tensor:
+        def call(*given: Tensor) -> Values:
             if first is None:
-                return bomkern.total_correlation(*given, dataset_size, estimator, impl=impl)
+                found = bomkern.total_correlation(*given, dataset_size, estimator, parts=parts, impl=impl)
+                return tuple(found) if isinstance(found, bomkern.KLParts) else found
             serve = select.resolve("total_correlation", device, impl)
             return serve(*given, dataset_size, estimator == "mss", first)
 
@@ -264,6 +265,8 @@ def problems() -> dict[str, Problem]:
         "total_correlation": correlations(None, "mws"),
         "total_correlation mws": correlations(100, "mws"),
         "total_correlation mss": correlations(100, "mss"),
+        "total_correlation parts": correlations(None, "mws", parts=True),
+        "total_correlation mss parts": correlations(100, "mss", parts=True),
         "total_correlation first": correlations(None, "mws", 3),
         "total_correlation mss first": correlations(100, "mss", 3),
     }

@@ -31,6 +31,7 @@ def losses(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     table = ConstraintTable([Minimize(0.1), Upper(30.0, margin=10.0), Box(0.0, 1.0)])
     parts = [
         bomkern.total_correlation(z, mu, logvar, 1000, "mss", impl="reference"),
+        bomkern.total_correlation(z, mu, logvar, torch.tensor(1000), parts=True).mutual_information,
         bomkern.gaussian_total_correlation(z).expand(len(z)),
         bomkern.gaussian_kl(mu, logvar, block_size=2, rho=0.1),
         bomkern.consistency_variance([z, mu]),

@@ -15,28 +15,47 @@ from .launcher import guard, load
 from .library import Grads, register
 
 Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _allocate(
-    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
-) -> Three:
-    """Allocate the outputs: the result [R], and for backward the joint [2, R] and the marginals [2, D, R]."""
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None = None,
+    parts: bool = False,
+) -> Four:
+    """Allocate the result [R], log q [R], and for backward the joint [2, R] and the marginals [2, D, R].
+
+    Without ``parts`` log q has no elements.
+    """
     batch, dims, dtype = check_rows(z, mu, logvar, first)
     check_estimator(batch, dataset_size, stratified)
     rows = z.shape[0]
     shapes: tuple[tuple[int, ...], ...] = ((rows,), (2, rows), (2, dims, rows))
     out, joint, marginal = (z.new_empty(shape, dtype=dtype) for shape in shapes)
-    return out, joint, marginal
+    log_q = z.new_empty((rows if parts else 0,), dtype=torch.float64)
+    return out, log_q, joint, marginal
 
 
 def _forward(
-    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
-) -> Three:
-    outputs = _allocate(z, mu, logvar, dataset_size, stratified, first)
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None = None,
+    parts: bool = False,
+) -> Four:
+    out, log_q, joint, marginal = _allocate(z, mu, logvar, dataset_size, stratified, first, parts)
     kernels = load("total_correlation", z.device.type)
     with guard(z):
-        kernels.launch_forward(z, mu, logvar, dataset_size, stratified, first or 0, *outputs)
-    return outputs
+        kernels.launch_forward(
+            z, mu, logvar, dataset_size, stratified, first or 0, out, log_q if parts else None, joint, marginal
+        )
+    return out, log_q, joint, marginal
 
 
 def _backward(
@@ -50,45 +69,58 @@ def _backward(
     stratified: bool,
     first: int | None,
     want: Sequence[bool],
+    grad_log_q: Tensor | None = None,
 ) -> Three:
     kernels = load("total_correlation", z.device.type)
     with guard(z):
-        out = kernels.launch_backward(grad, z, mu, logvar, joint, marginal, dataset_size, stratified, first or 0, want)
+        out = kernels.launch_backward(
+            grad, grad_log_q, z, mu, logvar, joint, marginal, dataset_size, stratified, first or 0, want
+        )
     grad_z, grad_mu, grad_logvar = (
         x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(out, (z, mu, logvar), strict=True)
     )
     return grad_z, grad_mu, grad_logvar
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    z, mu, logvar, *ctx.settings = inputs
-    _, joint, marginal = output
-    ctx.mark_non_differentiable(joint, marginal)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
+    z, mu, logvar, *ctx.settings, parts = inputs
+    _, log_q, joint, marginal = output
+    ctx.mark_non_differentiable(joint, marginal, *([] if parts else [log_q]))
     ctx.save_for_backward(z, mu, logvar, joint, marginal)
 
 
+def _gradients(grads: Grads, joint: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the result, zeros if it has none, and of log q."""
+    grad, grad_log_q, *_ = grads
+    return (joint.new_zeros(()).expand(joint.shape[1]) if grad is None else grad), grad_log_q
+
+
 def _pull(ctx: Any, grads: Grads, want: list[bool]) -> Three:
-    out: Three = torch.ops.bomkern.total_correlation_triton_backward(grads[0], *ctx.saved_tensors, *ctx.settings, want)
+    grad, grad_log_q = _gradients(grads, ctx.saved_tensors[3])
+    out: Three = torch.ops.bomkern.total_correlation_triton_backward(
+        grad, *ctx.saved_tensors, *ctx.settings, want, grad_log_q
+    )
     return out
 
 
 def _double_backward(ctx: Any, grads: Grads, want: list[bool]) -> Grads:
-    (grad, *_), (z, mu, logvar, *_) = grads, ctx.saved_tensors
-    assert grad is not None  # it is the gradient of the only differentiable result
-    return reference.total_correlation_gradients(grad, z, mu, logvar, *ctx.settings)
+    z, mu, logvar, joint, _ = ctx.saved_tensors
+    grad, grad_log_q = _gradients(grads, joint)
+    size, stratified, first = ctx.settings
+    return reference.total_correlation_gradients(grad, z, mu, logvar, size, stratified, first, grad_log_q)
 
 
 _library = register(
     "total_correlation",
     (
-        "(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified, int? first=None)"
-        " -> (Tensor, Tensor, Tensor)",
+        "(Tensor z, Tensor mu, Tensor logvar, int? dataset_size, bool stratified, int? first=None, bool parts=False)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
         _forward,
         _allocate,
     ),
     (
         "(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginal, int? dataset_size,"
-        " bool stratified, int? first, bool[3] want) -> (Tensor, Tensor, Tensor)",
+        " bool stratified, int? first, bool[3] want, Tensor? grad_log_q=None) -> (Tensor, Tensor, Tensor)",
         _backward,
         fakes.total_correlation_backward,
     ),
@@ -99,8 +131,16 @@ _library = register(
 
 
 def total_correlation(
-    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int | None, stratified: bool, first: int | None = None
-) -> Tensor:
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    dataset_size: int | None,
+    stratified: bool,
+    first: int | None = None,
+    *,
+    parts: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `bomkern.reference.total_correlation` by Triton kernels; same arguments and results, memory O(B D)."""
-    out: Tensor = torch.ops.bomkern.total_correlation_triton(z, mu, logvar, dataset_size, stratified, first)[0]
-    return out
+    op = torch.ops.bomkern.total_correlation_triton
+    out, log_q, *_ = op(z, mu, logvar, dataset_size, stratified, first, parts)
+    return (out, log_q) if parts else out

@@ -89,7 +89,7 @@ template <class S> struct Problem {
   Setting s;
   Input z, mu, logvar;
   Inputs<S> in{};
-  double offset = 0, own = 1, next = 1;
+  double offset = 0, density_offset = 0, own = 1, next = 1, log_weight = 0;
 
   static DType dtype(const Setting& s) {
     return s.layout ? DType(below(sizeof(S) == 8 ? 4 : 3)) : sizeof(S) == 8 ? DType::f64 : DType::f32;
@@ -120,21 +120,25 @@ template <class S> struct Problem {
     if (s.data == Data::nan_logvar) logvar.put(b, d, s.dims, NAN);
     in.z = z.matrix, in.mu = mu.matrix, in.logvar = logvar.matrix;
     in.rows = s.rows(), in.batch = s.batch, in.first = s.first, in.dims = s.dims, in.stratified = s.stratified;
-    double log_weight = -log(double(s.batch));
+    log_weight = -log(double(s.batch));
     if (s.stratified) {
       const double m = double(s.batch - 1), n = 10 * m + 3;
       own = m / n, next = (n - m) / n, log_weight = -log(m);
     }
     in.own = S(own), in.next = S(next);
     offset = double(1 - s.dims) * log_weight;
+    density_offset = log_weight - double(s.dims) * log(6.283185307179586) / 2;
   }
 };
 
 // The definition, in double.
 struct Truth {
-  std::vector<double> out, grad[3], size[3];  // size: the gradients' terms added up without their signs
+  std::vector<double> out, log_q, grad[3], size[3];  // size: the gradients' terms added up without their signs
 
-  template <class S> Truth(const Problem<S>& p, const std::vector<double>& upstream) : out(p.s.rows()) {
+  // upstream: the gradients of out. of_joint: the same with those of log_q added.
+  template <class S>
+  Truth(const Problem<S>& p, const std::vector<double>& upstream, const std::vector<double>& of_joint)
+      : out(p.s.rows()), log_q(out) {
     const int64_t R = p.s.rows(), B = p.s.batch, D = p.s.dims;
     for (int k = 0; k < 3; ++k) grad[k].assign((k == 0 ? R : B) * D, 0), size[k] = grad[k];
     std::vector<double> l(B * D), joint(B);
@@ -163,11 +167,13 @@ struct Truth {
       }
       // The common weight stands once in the joint, and once in each marginal.
       out[b] = lse - marginals + p.offset;
+      log_q[b] = lse + p.log_weight;
       for (int64_t i = 0; i < B; ++i) {
         for (int64_t d = 0; d < D; ++d) {
           const double lv = p.logvar.value[i * D + d], u = p.z.value[b * D + d] - p.mu.value[i * D + d];
           const double p = exp(joint[i] - lse), q = exp(l[i * D + d] - total[d]);
-          const double a = upstream[b] * (p - q), most = fabs(upstream[b]) * (p + q), slope = fabs(u) * exp(-lv);
+          const double a = of_joint[b] * p - upstream[b] * q, slope = fabs(u) * exp(-lv);
+          const double most = fabs(of_joint[b]) * p + fabs(upstream[b]) * q;
           grad[0][b * D + d] -= a * u * exp(-lv);
           grad[1][i * D + d] += a * u * exp(-lv);
           grad[2][i * D + d] += 0.5 * a * (u * u * exp(-lv) - 1);
@@ -190,21 +196,29 @@ template <class S> void check(const Setting& s) {
   begin("float%d B=%lld D=%lld data=%d stratified=%d layout=%d R=%lld first=%lld", int(sizeof(S)) * 8, (long long)s.batch,
         (long long)s.dims, int(s.data), s.stratified, s.layout, (long long)s.rows(), (long long)s.first);
   const Problem<S> p(s);
-  const int stride = below(3);
+  const int stride = below(3), other_stride = below(3);
+  const bool parts = below(2);
   const int64_t rows = s.rows();
   Buffer<S> upstream(stride * (rows - 1) + 1);
-  std::vector<double> grad(rows);
+  Buffer<double> of_log_q(other_stride * (rows - 1) + 1);
+  std::vector<double> grad(rows), of_joint(rows);
   for (size_t i = 0; i < upstream.n; ++i) upstream.data[i] = S(uniform(-2, 2));
-  for (int64_t b = 0; b < rows; ++b) grad[b] = upstream.data[b * stride];
-  const Truth truth(p, grad);
+  for (size_t i = 0; i < of_log_q.n; ++i) of_log_q.data[i] = uniform(-2, 2);
+  for (int64_t b = 0; b < rows; ++b) {
+    of_joint[b] = grad[b] = upstream.data[b * stride];
+    if (parts) of_joint[b] += of_log_q.data[b * other_stride];
+  }
+  const Truth truth(p, grad, of_joint);
 
   Buffer<S> out(rows), joint(rows), marginal(rows * s.dims);
-  const Forward<S> a{p.in, p.offset, out.data, joint.data, marginal.data};
+  Buffer<double> log_q(parts ? rows : 1);
+  const Forward<S> a{p.in,     p.offset,   p.density_offset, out.data, parts ? log_q.data : nullptr,
+                     joint.data, marginal.data};
   Buffer<unsigned char> workspace(cuda_workspace(a));
   cudaError_t error = cuda_run(a, workspace.data, nullptr);
   expect(error == cudaSuccess, "forward's error", 0, error, 0);
   workspace.check_guards("forward's workspace");
-  out.check_guards("out"), joint.check_guards("joint"), marginal.check_guards("marginal");
+  out.check_guards("out"), log_q.check_guards("log_q"), joint.check_guards("joint"), marginal.check_guards("marginal");
   // The rounding of t is a relative error of the largest exponents, which far and wide data have.
   const auto exponents_of = [](Data data) {
     switch (data) {
@@ -219,13 +233,18 @@ template <class S> void check(const Setting& s) {
   const double epsilon = sizeof(S) == 4 ? 2e-7 : 1e-14, tolerance = 4 * epsilon;
   for (int64_t b = 0; b < rows; ++b) {
     expect(close_or_unbounded(out.data[b], truth.out[b], tolerance, exponents + s.dims), "out", b, out.data[b], truth.out[b]);
+    if (parts) {
+      expect(close_or_unbounded(log_q.data[b], truth.log_q[b], tolerance, exponents + s.dims), "log_q", b, log_q.data[b],
+             truth.log_q[b]);
+    }
     if (s.data == Data::nan_mu || s.data == Data::nan_logvar || (s.data == Data::nan_z && b == rows / 2)) {
       expect(out.data[b] != out.data[b], "NaN in out", b, out.data[b], NAN);
     }
   }
 
   Buffer<S> got[3] = {Buffer<S>(rows * s.dims), Buffer<S>(s.batch * s.dims), Buffer<S>(s.batch * s.dims)};
-  Backward<S> back{p.in, upstream.data, stride, joint.data, marginal.data, nullptr, nullptr, nullptr};
+  Backward<S> back{p.in, {upstream.data, stride}, {parts ? of_log_q.data : nullptr, other_stride}, joint.data, marginal.data,
+                   nullptr, nullptr, nullptr};
   if (s.gradients & 1) back.grad_z = got[0].data;
   if (s.gradients & 2) back.grad_mu = got[1].data;
   if (s.gradients & 4) back.grad_logvar = got[2].data;
@@ -266,7 +285,7 @@ void check_periods() {
   const auto set = [](int64_t period) { return bomkern_tune_total_correlation("poly_period", period); };
   const Problem<float> p({.batch = 20, .dims = 40});
   Buffer<float> out(20), joint(20), marginal(20 * 40);
-  const Forward<float> a{p.in, p.offset, out.data, joint.data, marginal.data};
+  const Forward<float> a{p.in, p.offset, p.density_offset, out.data, nullptr, joint.data, marginal.data};
   Buffer<unsigned char> workspace(cuda_workspace(a));
   const auto marginals = [&] {
     expect(cuda_run(a, workspace.data, nullptr) == cudaSuccess, "error", 0, 1, 0);

@@ -32,17 +32,21 @@ void total_correlation(const Part& part, int64_t dims, bool stratified, Layout l
                      stratified,
                      S(stratified ? 0.1 : 1),
                      S(stratified ? 0.9 : 1)};
+  const bool parts = below(2);
   const Grads<S> grad(rows, below(3));
+  const Grads<double> of_log_q(rows, below(3));
   for_sets(sets(), [&](const CpuKernels& kernels, Parallel parallel, Seen& seen) {
     const Exact<S> out(rows), joint(rows), marginal(dims * rows);
-    call(kernels, Forward<S>{in, 0.5, out, joint, marginal}, parallel);
+    const Exact<double> log_q(parts ? rows : 0);
+    call(kernels, Forward<S>{in, 0.5, 0.5, out, parts ? log_q.data() : nullptr, joint, marginal}, parallel);
     for (const auto* x : {&out, &joint, &marginal}) seen.numbers(*x, "total_correlation");
+    seen.numbers(log_q, "total_correlation's log_q");
     const auto gradient = [&](int bit, int64_t n) { return wanted & bit ? n * dims : 0; };
     const Exact<S> by_z(gradient(1, rows)), by_mu(gradient(2, batch)), by_logvar(gradient(4, batch));
     const auto place = [&](int bit, const Exact<S>& x) { return wanted & bit ? x.data() : nullptr; };
     call(kernels,
-         Backward<S>{in, grad.memory, grad.stride, joint, marginal, place(1, by_z), place(2, by_mu),
-                     place(4, by_logvar)},
+         Backward<S>{in, grad.row(), parts ? of_log_q.row() : bomkern::RowGrad<double>{}, joint, marginal, place(1, by_z),
+                     place(2, by_mu), place(4, by_logvar)},
          parallel);
     for (const auto* x : {&by_z, &by_mu, &by_logvar}) seen.numbers(*x, "total_correlation's gradients");
   });

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -303,6 +304,7 @@ def total_correlation_cases() -> list[Case]:
         *cases,
         Case(op, "one chunk", "mws", 90, on_matrices(call, 10, 3, 60000, False)),
         Case(op, "one chunk", "no size", 90, on_matrices(call, 10, 3, None, False)),
+        Case(op, "one chunk", "parts", 90, on_matrices(partial(call, parts=True), 10, 3, 60000, True)),
         Case(op, "one dimension", "float", 90, on_matrices(call, 1, 3, 60000, True)),
         Case(op, "one chunk", "some rows", 90, rows),
         Case(op, "one chunk", "expanded", 90, on_matrices(call, 10, 3, 60000, True), expanded=True),
