@@ -1,4 +1,4 @@
-"""Insert measured figures into the pages while they are built, so that no figure is typed by hand.
+"""Insert figures, code and what it prints into the pages while they are built, so that none is typed by hand.
 
 A page marks the place with a line of its own:
 
@@ -8,6 +8,8 @@ A page marks the place with a line of its own:
     <!-- faults -->             how well `bomkern.diagnose` finds planted faults
     <!-- ranks -->              one batch on several processes: differences, and the numbers exchanged
     <!-- from PAGE: HEADING --> a section of a page in bench/results
+    <!-- example FILE -->       the code of a file in examples/
+    <!-- printed NAME -->       what an example printed in the run that made its picture, docs/pictures/NAME.txt
 
 The pages and pictures of bench/results are part of the site, as results/. Nothing here needs torch.
 """
@@ -31,7 +33,7 @@ from bench.report import worst  # noqa: E402
 from bench.report.tables import Lines, by_size, memory, table, text, time  # noqa: E402
 from bench.results import HERE, Results, committed  # noqa: E402
 
-MARKER = re.compile(r"^<!-- (bench|report|findings|faults|ranks|from)\b ?(.*?) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (bench|report|findings|faults|ranks|from|example|printed)\b ?(.*?) -->$", re.MULTILINE)
 PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
 
 
@@ -52,6 +54,8 @@ def expand(markdown: str) -> str:
         "faults": lambda _: faults(),
         "ranks": lambda _: ranks(),
         "from": section,
+        "example": example,
+        "printed": printed,
     }
     return MARKER.sub(lambda found: "\n".join(writers[found[1]](found[2])).strip(), markdown)
 
@@ -169,6 +173,21 @@ def section(asked: str) -> Lines:
     if not mark:
         raise Missing(f"bench/results/{name} has no section {heading!r}")
     return rest.partition("\n## ")[0].strip().splitlines()
+
+
+def example(name: str) -> Lines:
+    return _fenced("python", ROOT / "examples" / name)
+
+
+def printed(name: str) -> Lines:
+    return _fenced("text", ROOT / "docs" / "pictures" / f"{name}.txt")
+
+
+def _fenced(language: str, path: Path) -> Lines:
+    """Return a block of code with the content of a file."""
+    if not path.is_file():
+        raise Missing(f"{path.relative_to(ROOT)} is not there")
+    return [f"```{language}", *path.read_text().strip().splitlines(), "```"]
 
 
 # What mkdocs calls. It is imported here, so that the tests can do without it.

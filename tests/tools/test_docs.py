@@ -93,6 +93,8 @@ def test_links_lead_somewhere(page: Path) -> None:
         ("report nothing", "no part 'nothing'"),
         ("from nothing.md: Heading", r"nothing\.md is not there"),
         ("from route.md: Nothing", "no section 'Nothing'"),
+        ("example nothing.py", r"examples/nothing\.py is not there"),
+        ("printed nothing", r"docs/pictures/nothing\.txt is not there"),
     ],
 )
 def test_what_is_not_there_is_refused(marker: str, why: str) -> None:
@@ -112,6 +114,22 @@ def test_the_first_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert code
     exec(code[1], {})
     assert "recon" in capsys.readouterr().out
+
+
+def test_every_example_is_on_its_page() -> None:
+    shown = re.findall(r"^<!-- example (\S+) -->$", (DOCS / "examples.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_the_page_of_examples_says_which_rule_does_best() -> None:
+    page = " ".join((DOCS / "examples.md").read_text().split())
+    last = {f"{path.stem}.py": path.read_text().splitlines()[-1] for path in (DOCS / "pictures").glob("*.txt")}
+    for told, rule in (
+        ("the bottleneck rule does best in", "bottleneck rule"),
+        ("Equal weights of the deficits do best in", "equal weights of deficits"),
+    ):
+        named = page.partition(f"{told} ")[2].partition(". ")[0].split(", ")
+        assert sorted(named) == sorted(name for name, line in last.items() if rule in line)
 
 
 def test_the_plain_loop_of_the_readme_is_the_example() -> None:
