@@ -10,8 +10,9 @@ from .dispatch.info import info, warn_if_not_compiled
 from .goals.anchor_check import AnchorCheck, AnchorFinding
 from .goals.goal_set import GoalSet
 from .goals.history import GoalOutput, History
+from .goals.payoff import Payoff
 from .goals.policies import Anchored, Calibrated, Fixed, Policy, Tracking
-from .goals.probe import Payoff, probe
+from .goals.probe import probe
 from .goals.rules import Group, ShareGuard, Spill
 from .goals.step_guard import StepGuard
 from .lazy_goals.lazy import Lazy, lazy

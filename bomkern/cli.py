@@ -44,6 +44,10 @@ def _ratio(text: str) -> float:
     return value
 
 
+def _probe_steps(text: str) -> int | str:
+    return text if text == "auto" else int(_at_least(int, 0)(text))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bomkern", description="Multi-goal training by the bottleneck rule.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -75,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--spill", type=_ratio, help="weight of each goal over the next worse one's; 0: the minimum alone (0.5, or 0)")
     rows = f"goal rows of a step with spill, in batches; 0: every goal takes all rows ({default.budget:g})"
     add("--budget", type=_at_least(float, 0), help=rows)
-    add("--probe", type=_at_least(int, 0), help="steps of a short run for each goal alone, before the first step (0)")
+    alone = "steps of a run for each goal alone before the first step, or auto: until it has settled (0)"
+    add("--probe", type=_probe_steps, metavar="STEPS", help=alone)
     add("--lr", type=_at_least(float, 0, True), help=f"learning rate ({default.lr:g})")
     add("--discriminator-lr", type=_at_least(float, 0, True), help=f"({default.discriminator_lr:g})")
     add("--structure", type=_at_least(int, 2), help=f"latents of the structure ({default.structure})")

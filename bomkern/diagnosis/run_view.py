@@ -192,12 +192,13 @@ class RunView:
         return raw[raw.isfinite()]
 
     def alone(self, trained: int, measured: int | None = None) -> float | None:
-        """Return raw of column ``measured`` after training on column ``trained`` alone; None if the payoff lacks it.
+        """Return raw of column ``measured`` after training on column ``trained`` alone.
 
-        ``measured`` is ``trained`` by default.
+        It is None if the payoff lacks it, or if it is not finite. ``measured`` is ``trained`` by default.
         """
         names = self.columns[trained].name, self.columns[trained if measured is None else measured].name
-        return self.payoff.get(names)
+        value = self.payoff.get(names)
+        return value if value is not None and math.isfinite(value) else None
 
 
 def _last(ideal: Tensor, scale: Tensor) -> tuple[float, float]:

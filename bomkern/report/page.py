@@ -269,8 +269,13 @@ def _payoff(payoff: Any) -> str:
     for trained in names:
         cells = "".join(f"<td{OWN * (seen == trained)}>{escape(short(values[trained, seen]))}</td>" for seen in names)
         rows += f'<tr><th scope="row">{escape(trained)}</th>{cells}</tr>'
+    told = payoff.to_dict() if hasattr(payoff, "to_dict") else payoff
+    for anchor in ("ideal", "nadir"):
+        cells = "".join(f"<td>{escape(short(float(value)))}</td>" for value in told.get(f"{anchor}s", ()))
+        rows += f'<tr><th scope="row">{anchor}</th>{cells}</tr>' if cells else ""
     table = _table("numbers", ("trained on", *names), f"<tbody>{rows}</tbody>")
-    lead = "Raw values after training on each goal alone: on the diagonal its ideal, worst in its column its nadir."
+    own = "on the diagonal its ideal, worst in its column its nadir."
+    lead = f"Raw values after training on each goal alone: {'below them the anchors.' if told.get('ideals') else own}"
     return _section(
         "Payoff table", f'<div class="scroll" tabindex="0" role="region" aria-label="Payoff table">{table}</div>', lead
     )

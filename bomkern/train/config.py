@@ -52,7 +52,7 @@ class Config:
     temperature: float = 0.0
     spill: float | None = None  # None: `SPILL` with anchored scales and neither a temperature nor the global minimum
     budget: float = BUDGET  # goal rows of a step in batches, with a spill; 0: every goal takes all rows
-    probe: int = 0
+    probe: int | str = 0  # steps of a run, or "auto"
     lr: float = 1e-3
     discriminator_lr: float = 3e-4
     structure: int = 48

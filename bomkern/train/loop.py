@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import signal
@@ -152,9 +153,10 @@ def _run(config: Config, fabric: Fabric, stored: dict[str, Any] | None) -> dict[
     if chief:
         recorder.write_json(folder / recorder.CONFIG, {**config.to_dict(), "total_steps": steps, "images": data.names})
     if config.probe and not stored:
-        payoff = _probe(trainer)
+        payoff = _probe(trainer, steps)
         if chief:
             recorder.write_json(folder / recorder.PAYOFF, payoff.to_dict())
+            fabric.print(f"probe: {payoff.cost()}")
     images = to_float(data.held_out.grid(evaluate.HELD_OUT_CROPS), trainer.device)
     metrics, stop = recorder.Recorder(folder, trainer.step, chief), Stop()
     try:
@@ -175,27 +177,32 @@ def _trainer(config: Config, fabric: Fabric, crops: Crops, total: int | None) ->
     return CompiledTrainer(config, fabric, crops, total)
 
 
-def _probe(trainer: Trainer) -> bomkern.Payoff:
+def _probe(trainer: Trainer, training: int | None = None) -> bomkern.Payoff:
     """Measure the payoff table, the same on all ranks, and set the anchors that depend on it."""
-    config, chief = trainer.config, trainer.fabric.is_global_zero
+    config, chief, usual = trainer.config, trainer.fabric.is_global_zero, anchors(trainer.total)
+    bounds = {name: anchor.ideal for name, anchor in usual.items()}
     trainer.partial = trainer.fabric.world_size > 1 and not trainer.sharded
     try:
-        payoff = bomkern.probe(trainer.advance, trainer.goals, config.probe, progress=chief)
+        payoff = bomkern.probe(
+            trainer.advance, trainer.goals, config.probe, progress=chief, bounds=bounds, training=training
+        )
     except ValueError as why:
         raise TrainError(f"--probe {config.probe}: {why}") from why
     finally:
         trainer.partial = False
-    ideals, nadirs, least = payoff.anchors("ideal"), payoff.anchors("nadir"), payoff.table.amin(0).tolist()
-    late = [name for name, low in zip(GOALS, least, strict=True) if ideals[name] > low]
+    ideals, nadirs = payoff.anchors("ideal"), payoff.anchors("nadir")
+    results = zip(GOALS, payoff.table.diagonal().tolist(), payoff.table.amin(0).tolist(), strict=True)
+    late = [name for name, own, least in results if own > least]
     if late and chief:
-        log.warning("--probe %d is short: %s got further when another goal was trained", config.probe, ", ".join(late))
-    table = payoff.table.clone()
-    for k, (name, usual) in enumerate(anchors(trainer.total).items()):
-        if ideals[name] >= nadirs[name]:  # a zero scale would take all the gradient
-            table[:, k], table[k, k] = usual.nadir, usual.ideal
+        log.warning("--probe %s is short: %s got further when another goal was trained", config.probe, ", ".join(late))
+    for name, anchor in usual.items():
+        worst = ideals[name] >= nadirs[name]  # a zero scale would take all the gradient
+        if worst or name in payoff.unmoved:
+            ideals[name], nadirs[name] = anchor
             if chief and config.scales == "probed":
-                log.warning("%s came out worst when trained alone: it keeps its anchors %g and %g", name, *usual)
-    trainer.goals.anchor(probe=payoff._replace(table=table))
+                reason = "came out worst when trained alone" if worst else "was moved by no run"
+                log.warning("%s %s: it keeps its anchors %g and %g", name, reason, *anchor)
+    trainer.goals.anchor(probe=payoff._replace(ideals=tuple(ideals.values()), nadirs=tuple(nadirs.values())))
     return payoff
 
 
@@ -271,6 +278,14 @@ def _check(trainer: Trainer) -> None:
         )
 
 
+def _probe_updates(config: Config, folder: Path) -> int:
+    """Return the number of updates of the probe before the first step."""
+    path = folder / recorder.PAYOFF
+    if not config.probe or not path.is_file():
+        return 0 if isinstance(config.probe, str) else config.probe * len(GOALS)
+    return int(json.loads(path.read_text())["updates"])
+
+
 def _finish(
     trainer: Trainer, average: VAE, images: torch.Tensor, folder: Path, speed: float | None, impl: str
 ) -> dict[str, Any]:
@@ -298,7 +313,7 @@ def _finish(
         "temperature": config.temperature,
         "spill": config.spill_ratio,
         "budget": config.row_budget or 0.0,
-        "probe_updates": config.probe * len(GOALS),
+        "probe_updates": _probe_updates(config, folder),
         "seed": config.seed,
         "impl": impl,
         "compile": config.compile,

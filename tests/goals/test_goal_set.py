@@ -293,7 +293,8 @@ def test_probe_makes_the_table_and_puts_everything_back() -> None:
     assert "trained on" in str(payoff) and payoff.to_dict()["goals"] == ["a", "b"]
     goals.anchor(probe=payoff)
     step()
-    assert goals.anchors()["a"][0] == pytest.approx(payoff.table[0, 0].item())
+    ideal, scale = goals.anchors()["a"]
+    assert 0 <= ideal <= payoff.table[0, 0].item() and ideal + scale == pytest.approx(payoff.anchors("nadir")["a"])
 
 
 def test_probe_says_what_it_lacks() -> None:

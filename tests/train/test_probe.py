@@ -13,6 +13,7 @@ pytest.importorskip("lightning_fabric")
 import torch
 
 import bomkern
+from bomkern import cli
 from bomkern.train import loop, recorder
 from bomkern.train.config import Config, TrainError
 from bomkern.train.nine_goals import GOALS
@@ -58,6 +59,27 @@ def test_a_goal_of_which_a_probe_says_nothing_keeps_its_anchors(
         "--probe 7 is short: realism got further when another goal was trained",
         "realism came out worst when trained alone: it keeps its anchors 0.5 and 1",
     ]
+
+
+def test_a_goal_that_no_run_moved_keeps_its_anchors_and_others_take_the_estimates(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = bomkern.Payoff(list(GOALS), 2 - torch.eye(9), 9, ideals=(1.0,) * 9, nadirs=(3.0,) * 9, unmoved=("realism",))
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(bomkern, "probe", lambda *given, **options: asked.update(options, steps=given[2]) or told)
+    run = make_trainer(scales="probed", probe="auto")
+    loop._probe(run, 500)
+    assert run.goals.anchors()["realism"] == (0.5, 0.5) and run.goals.anchors()["consistency"] == pytest.approx((1, 2))
+    assert asked["steps"] == "auto" and asked["training"] == 500 and asked["bounds"]["realism"] == 0.5
+    assert caplog.messages == ["realism was moved by no run: it keeps its anchors 0.5 and 1"]
+
+
+def test_the_command_takes_a_number_of_steps_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._parser().parse_args(["train", "--probe", "auto"]).probe == "auto"
+    assert cli._parser().parse_args(["train", "--probe", "30"]).probe == 30
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args(["train", "--probe", "long"])
+    assert "'long' is not a whole number" in capsys.readouterr().err
 
 
 def test_a_probe_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
