@@ -42,7 +42,7 @@ def train(rule: str, steps: int) -> tuple[VAE, GoalSet]:
         recon=anchors.mse(TRAIN),
         kl=anchors.kl_budget(2.0 * LATENTS),  # nats: each latent may tell e^2 values apart
         realism=anchors.discriminator(),
-        spill=0.5,  # each goal gets half of the gradient of the next worse one
+        spill="auto",  # half of the gradient evenly, half by order
     )
     weights = {name: 1 / scale if rule == DEFICITS else 1.0 for name, (_, scale) in goals.anchors().items()}
     generating, judging = (torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.5, 0.99)) for net in (vae, judge))

@@ -42,7 +42,7 @@ def train(rule: str, steps: int) -> tuple[Tensor, GoalSet]:
     goals = GoalSet(
         {task: anchors.bce(labels) for task, labels in zip(TASKS[:11], BINARY[TRAIN].T, strict=True)}
         | {"ink": anchors.mse(INK[TRAIN]), "pixels": anchors.mse(PIXELS[TRAIN])},
-        spill=0.5,  # the worst task gets half of the gradient, the next a quarter, and so on
+        spill="auto",  # half of the gradient evenly, half by order, less to tasks that are worse than nothing
     )
     if rule == OURS:
         print("before the first step:", goals.check(losses(net, TRAIN)))

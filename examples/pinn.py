@@ -52,7 +52,7 @@ def train(rule: str, steps: int) -> tuple[nn.Module, GoalSet]:
         equation=anchors.residual(q),
         # u = 0 meets the edge, so its error is no nadir: the size of a solution that nothing holds there is one.
         edge=anchors.boundary(torch.zeros(1), scale=anchors.solution_scale(q, lengths=[2.0, 2.0])),
-        spill=0.5,  # the worse of two goals gets two thirds of the gradient
+        spill="auto",  # half of the gradient evenly, half by order
     )
     weights = {name: 1 / scale if rule == DEFICITS else 1.0 for name, (_, scale) in goals.anchors().items()}
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)

@@ -49,7 +49,7 @@ def train(rule: str, steps: int) -> tuple[nn.Module, GoalSet]:
         invariance=Anchored(0.0, 2.0),  # the squared difference of two unrelated codes of variance 1
         variance=anchors.variance_hinge(),
         covariance=anchors.covariance(BATCH, WIDTH),
-        spill=0.5,  # each goal gets half of the gradient of the next worse one
+        spill="auto",  # half of the gradient evenly, half by order
     )
     weights = {name: 1 / scale for name, (_, scale) in goals.anchors().items()}
     if rule == PAPER:

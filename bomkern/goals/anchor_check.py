@@ -29,6 +29,7 @@ APART = 100.0  # deficits of two goals that differ by more are not in one unit
 FAR = 0.1  # a goal whose first deficit is lower may never come near its nadir
 BEYOND = -0.05  # a mean deficit above it can be chance: a statistic of a batch scatters around its floor
 CHANCE = 1.0  # a raw value that differs from its ideal by this part of it may do so by chance: a floor is crude
+UNTRAINED = "training makes it worse at first, as it does a KL, or the covariance of a code that has not spread yet"
 FITS = "every anchor fits"
 
 
@@ -195,14 +196,14 @@ def _judge(goals: GoalSet, column: _Column, other: _Column | None) -> AnchorFind
         if d < -1:
             better = "smaller" if column.info.direction < 0 else "larger"
             seen += f"; if {better} values are better, it is {_anchored(column.ideal, column.raw, column)}"
-        use = _anchored(column.raw, column.nadir, column)
+        use = f"{_anchored(column.raw, column.nadir, column)}, unless {UNTRAINED}"
         return AnchorFinding("better than its ideal", name, column.raw, d, seen, use)
     if other is not None and d > other.deficit:
         seen = f"{start}, which is {d:.3g} times as bad as its nadir, {column.nadir:.4g}{against}"
         return AnchorFinding("far beyond its nadir", name, column.raw, d, seen, _fitting(column))
     if not column.satisfiable and not column.at_ideal and d < FAR:
         seen = f"{start}, deficit {d:.2g}, far from its nadir, {column.nadir:.4g}, which it may never reach{against}"
-        use = f"{_fitting(column)}, unless training makes it worse at first, as it does a KL"
+        use = f"{_fitting(column)}, unless {UNTRAINED}"
         return AnchorFinding("far from its nadir", name, column.raw, d, seen, use)
     return None
 
