@@ -138,7 +138,7 @@ template <class S> void goal_set(int count, int64_t batch, bool matrix, Reductio
 }
 
 // A ring that comes round, with the averages and weights of spill or without.
-template <class S, class T> void keep(int goals) {
+template <class S, class T> void keep(int goals, bool relative = false, double follow = 1) {
   using namespace bomkern::goal_set;
   ++cases;
   const int size = 3 * goals + 6;
@@ -147,11 +147,11 @@ template <class S, class T> void keep(int goals) {
       multipliers_before(goals);
   const Exact<int64_t> place(1);
   for (int i = 0; i < size; ++i) record[i] = S(i);
-  for (int g = 0; g < goals; ++g) deficit[g] = S(g % 5), by_order[g] = T(g), average[g] = multipliers[g] = T(1);
+  for (int g = 0; g < goals; ++g) deficit[g] = S(g % 5), by_order[g] = T(g + 1), average[g] = multipliers[g] = T(1);
   place[0] = 0;
   for (int step = 0; step < 4; ++step)
-    keep_on_cpu(Keep<S, T>{record, size, ring, 3, place, goals, deficit, by_order, 0.1, average, multipliers, before,
-                           multipliers_before});
+    keep_on_cpu(Keep<S, T>{record, size, ring, 3, place, goals, deficit, by_order, 0.1, relative, follow, average,
+                           multipliers, before, multipliers_before});
   Seen seen;
   for (const auto* x : {&ring, &average, &multipliers, &before, &multipliers_before}) seen.numbers(*x, "goal_set_keep");
 }
@@ -177,6 +177,7 @@ void check_goals() {
   check<double>();
   for (const int goals : {0, 1, 7, 64})
     keep<float, float>(goals), keep<float, double>(goals), keep<double, float>(goals);
+    keep<float, float>(goals, true), keep<float, double>(goals, true, 0.25);
 }
 
 }  // namespace driver
