@@ -175,9 +175,10 @@ template <class S> void check() {
 void check_goals() {
   check<float>();
   check<double>();
-  for (const int goals : {0, 1, 7, 64})
+  for (const int goals : {0, 1, 7, 64}) {
     keep<float, float>(goals), keep<float, double>(goals), keep<double, float>(goals);
     keep<float, float>(goals, true), keep<float, double>(goals, true, 0.25);
+  }
 }
 
 }  // namespace driver
