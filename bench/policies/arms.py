@@ -134,11 +134,19 @@ ARMS: dict[str, Entry] = {
     "PCGrad": Entry(lambda _: gradients.JacobianDescent(PCGrad), "gradient surgery (TorchJD)", peer=True),
     "MGDA": Entry(lambda _: gradients.JacobianDescent(MGDA), "multiple-gradient descent (TorchJD)", peer=True),
     "ReLoBRaLo": Entry(
-        lambda _: balancers.Lookback(), "relative loss balancing with random lookback", fits=on_equations, peer=True
+        lambda _: balancers.Lookback(),
+        "relative balancing of raw losses with random lookback",
+        fits=on_equations,
+        peer=True,
     ),
-    "SoftAdapt": Entry(lambda _: balancers.Soft(), "SoftAdapt, weighted by the losses", fits=on_equations, peer=True),
+    "SoftAdapt": Entry(
+        lambda _: balancers.Soft(), "SoftAdapt of raw losses, weighted by them", fits=on_equations, peer=True
+    ),
     "gradient norms": Entry(
-        lambda _: gradients.GradientNorms(), "learning-rate annealing by gradient norms", fits=on_equations, peer=True
+        lambda _: gradients.GradientNorms(),
+        "learning-rate annealing of raw losses by gradient norms",
+        fits=on_equations,
+        peer=True,
     ),
     "balancer": Entry(
         lambda _: gradients.Balancer(), "EnCodec's, by gradient norms at the code", fits=on_vaes, peer=True

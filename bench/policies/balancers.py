@@ -1,6 +1,7 @@
-"""Published balancers of losses, on the batch's mean deficits: TorchJD's where it has them.
+"""Published balancers of losses: TorchJD's where it has them.
 
-All see the deficits by the outside anchors, so that units do not hurt them, as they would hurt most on raw losses.
+They see the batch's mean deficits by the outside anchors, so that units do not hurt them. `Lookback` and `Soft` are
+made for equations, and see the raw losses as in their papers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torchjd.scalarization import DWA, FAMO, IMTLL, PBI, STCH, UW
 
-from bench.policies.peers import Rule, deficits
+from bench.policies.peers import Rule, deficits, units
 from bench.policies.problem import Problem
 
 EPOCH = 20  # steps that `DynamicAverage` averages over: those of an epoch of the digits
@@ -110,14 +111,15 @@ class Lookback(Rule):
         return len(now) * torch.softmax(now / (self.temperature * then), 0)
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        now = positive(problem, d.detach())
+        losses = positive(problem, d) * units(problem)
+        now = losses.detach()
         if self.first is None:
             self.first = self.last = now
         kept = float(torch.rand((), generator=self.draw) < self.chance)  # rho: without it, the look goes to the start
         history = kept * self.weights + (1 - kept) * self.balanced(now, self.first)
         self.weights = self.memory * history + (1 - self.memory) * self.balanced(now, self.last)
         self.last = now
-        return d.mean(0) @ self.weights
+        return losses @ self.weights
 
 
 class Soft(Rule):
@@ -132,9 +134,10 @@ class Soft(Rule):
         self.seen: list[Tensor] = []
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        self.seen = [*self.seen, positive(problem, d.detach())][-self.window :]
+        losses = positive(problem, d) * units(problem)
+        self.seen = [*self.seen, losses.detach()][-self.window :]
         recent = torch.stack(self.seen)
         time = torch.arange(len(recent)) - (len(recent) - 1) / 2
         slope = time @ recent / time.square().sum().clamp(min=0.5)
         weights = recent.mean(0) * torch.exp(self.beta * (slope - slope.max()))
-        return d.mean(0) @ (weights * (len(weights) / weights.sum()))
+        return losses @ (weights * (len(weights) / weights.sum()))

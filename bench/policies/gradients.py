@@ -9,7 +9,7 @@ from torch import Tensor
 from torchjd.aggregation import Aggregator
 from torchjd.autojac import backward, jac_to_grad
 
-from bench.policies.peers import Rule, deficits
+from bench.policies.peers import Rule, deficits, units
 from bench.policies.problem import Problem
 from bench.policies.rules import Arm
 from bench.policies.vae import VAE
@@ -48,8 +48,9 @@ class JacobianDescent(Arm):
 class GradientNorms(Rule):
     """Learning-rate annealing (Wang, Teng & Perdikaris 2021, algorithm 1), for a residual and its conditions.
 
-    Every 10 steps, as in their code, the weight of a condition moves by a tenth towards the largest entry of the
-    residual's gradient over the mean entry of the condition's. The residual is the first goal and has weight 1.
+    As in their code, every 10 steps the weight of a condition's raw loss moves by a tenth towards a quotient: the
+    largest entry of the residual's gradient over the mean entry of the condition's weighted one, both at the weight
+    matrices. The residual is the first goal and has weight 1.
     """
 
     every, speed = 10, 0.1
@@ -58,21 +59,21 @@ class GradientNorms(Rule):
         self.weights = torch.ones(len(problem.anchors))
 
     def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
-        means = deficits(problem, raw).mean(0)
+        means = deficits(problem, raw).mean(0) * units(problem)
         if problem.step % self.every == 0:
-            first, *others = (self._entries(problem, m) for m in means)
-            wanted = torch.stack([first.max() / g.mean().clamp(min=1e-12) for g in others])
-            self.weights[1:].lerp_(wanted, self.speed)
+            residual, *conditions = (self._entries(problem, loss) for loss in means * self.weights)
+            largest = torch.stack([g.max() for g in residual]).max()
+            sizes = torch.stack([torch.stack([g.mean() for g in each]).mean() for each in conditions])
+            self.weights[1:] = self.weights[1:].lerp(largest / sizes.clamp(min=1e-12), self.speed)
         (means @ self.weights).backward()
-        return self.weights / self.weights.sum()
+        share = self.weights * units(problem)
+        return share / share.sum()
 
     @staticmethod
-    def _entries(problem: Problem, loss: Tensor) -> Tensor:
-        """Return the absolute gradient of a loss, all parameters in a row, 0 where it has none."""
-        grads = torch.autograd.grad(
-            loss, problem.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return torch.cat([g.flatten() for g in grads]).abs()
+    def _entries(problem: Problem, loss: Tensor) -> list[Tensor]:
+        """Return the absolute gradient of a loss for each weight matrix."""
+        matrices = [p for p in problem.parameters if p.ndim == 2]
+        return [g.abs() for g in torch.autograd.grad(loss, matrices, retain_graph=True)]
 
 
 class Balancer(Rule):

@@ -27,6 +27,11 @@ def deficits(problem: Problem, raw: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*each), -1).reshape(-1, len(each))
 
 
+def units(problem: Problem) -> Tensor:
+    """Return the raw value of a deficit of 1 above the ideal, [K]."""
+    return torch.tensor([a.nadir - a.ideal for a in problem.anchors.values()])
+
+
 def drawn(number: int, count: int) -> Tensor:
     """Return random weighting ``number``, [count], log-uniform between 0.1 and 10."""
     return 10 ** (2 * torch.rand(count, generator=torch.Generator().manual_seed(number)) - 1)
@@ -69,8 +74,7 @@ class Raw(Rule):
         self.named = LITERATURE[family] if family is not None else {}
 
     def start(self, problem: Problem) -> None:
-        pairs = problem.anchors.items()
-        self.weights = torch.tensor([self.named.get(name, 1.0) * (a.nadir - a.ideal) for name, a in pairs])
+        self.weights = units(problem) * torch.tensor([self.named.get(name, 1.0) for name in problem.anchors])
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
         return d.mean(0) @ self.weights

@@ -126,14 +126,15 @@ goals) and on the trainer's photographs (nine goals), each with a live discrimin
 equations, solved by networks (Helmholtz and Burgers with two and three goals, Poisson with five); thirteen tasks and
 three tasks on the digits, with Adam and with SGD; and VICReg on the digits, with both. The seeds are paired, and were
 not used while the rules were developed; brackets hold bootstrap 95% intervals of the mean. Every rule and every peer
-gets the same ideals and nadirs, known before training, except *raw sum* and *literature*, which weigh raw losses. All
-rules have the same time: a step of each was timed in turn with one of equal weights, and a slower rule has so many
-fewer steps. Updates of a probe count. *Worst goal* is the largest held-out deficit by these outside ideals and nadirs,
-0 ideal and 1 no better than nothing. On the VAEs realism is judged there by the distribution of fixed features,
-because every run trains its own judge. *Tuned sum* is the best of 30 random weightings (log-uniform from 0.1 to 10) on
-a validation split, by its worst goal, or by the problem's measure among those that leave no goal worse than nothing;
-its 30 runs are not counted. *Starved* is the longest part of the worst run in which a goal at least half as badly off
-as the worst had under 1% of the gradient and got worse. Times are processor time on one thread.
+gets the same ideals and nadirs, known before training, except *raw sum*, *literature*, and the three peers made for
+equations, which weigh raw losses. All rules have the same time: a step of each was timed in turn with one of equal
+weights, and a slower rule has so many fewer steps. Updates of a probe count. *Worst goal* is the largest held-out
+deficit by these outside ideals and nadirs, 0 ideal and 1 no better than nothing. On the VAEs realism is judged there
+by the distribution of fixed features, because every run trains its own judge. *Tuned sum* is the best of 30 random
+weightings (log-uniform from 0.1 to 10) on a validation split, by its worst goal, or by the problem's measure among
+those that leave no goal worse than nothing; its 30 runs are not counted. *Starved* is the longest part of the worst
+run in which a goal at least half as badly off as the worst had under 1% of the gradient and got worse. Times are
+processor time on one thread.
 """
 FAULTY = """\
 *untrained*: the discriminator does not train while scales are calibrated. *hot*: its learning rate is 4 times as high.

@@ -62,7 +62,7 @@ class Tasks(Problem):
 
     family = "tasks13"
     extras = (Measure("least", "least score of a task", 3),)
-    rate, steps = 3e-3, 600
+    rate, steps = 3e-3, 1200
     samples = SPLITS["train"].stop
     hidden, narrow = 64, 12
     outputs: ClassVar[int]

@@ -78,9 +78,12 @@ FIRST = {  # the weights of the deficits in the first step
     "DWA": (balancers.DynamicAverage, [1, 1]),
     "UW": (lambda: balancers.Learnt(UW), [0.5, 0.5]),
     "IMTL-L": (lambda: balancers.Learnt(IMTLL), [1, 1]),
-    "ReLoBRaLo": (balancers.Lookback, [1, 1]),
-    "SoftAdapt": (balancers.Soft, [2 * 0.5 / 0.75, 2 * 0.25 / 0.75]),
-    "gradient norms": (gradients.GradientNorms, [1, 0.9 + 0.1 / 1.5]),  # the largest entry is 1, the mean of (2, 1) 1.5
+    "ReLoBRaLo": (balancers.Lookback, [1, 4]),
+    "SoftAdapt": (balancers.Soft, [2 * 0.5 / 1.5, 4 * 2 * 1.0 / 1.5]),  # raw losses are 0.5 and 1
+    "gradient norms": (
+        gradients.GradientNorms,
+        [1, 4 * (0.9 + 0.1 / 6)],
+    ),  # the largest entry is 1, the mean of (8, 4) 6
 }
 
 
@@ -146,22 +149,23 @@ def test_dynamic_average_weighs_by_the_ratio_of_two_epochs() -> None:
 def test_lookback_weighs_by_progress_since_the_last_or_the_first_step() -> None:
     ratios = softmax(2 / 0.5, 1 / 0.5)  # the first deficit doubles, at temperature 0.5
     kept = second(balancers.Lookback(0.5, 0.8, 1.0), [1.0, 0.25])  # 0.8 of the old weights, 0.2 of the last look
-    torch.testing.assert_close(kept, torch.tensor([0.8 + 0.2 * 2 * r for r in ratios]) @ G)
+    torch.testing.assert_close(kept, torch.tensor([0.8 + 0.2 * 2 * r for r in ratios]) * SCALES @ G)
     back = second(balancers.Lookback(0.5, 0.8, 0.0), [1.0, 0.25])  # both looks see the first step
-    torch.testing.assert_close(back, torch.tensor([2 * r for r in ratios]) @ G)
+    torch.testing.assert_close(back, torch.tensor([2 * r for r in ratios]) * SCALES @ G)
 
 
 def test_softadapt_weighs_by_loss_and_slope() -> None:
     found = second(balancers.Soft(), [1.0, 0.25])
-    sizes = [0.75 * math.exp(0.1 * 0.5), 0.25]  # means over two steps, slopes 0.5 and 0
-    torch.testing.assert_close(found, torch.tensor([2 * size / sum(sizes) for size in sizes]) @ G)
+    sizes = [0.75 * math.exp(0.1 * 0.5), 1.0]  # means of raw losses over two steps, slopes 0.5 and 0
+    torch.testing.assert_close(found, torch.tensor([2 * size / sum(sizes) for size in sizes]) * SCALES @ G)
 
 
 def test_gradient_norms_are_looked_at_every_tenth_step() -> None:
     arm, problem = started(gradients.GradientNorms())
     first = [step(arm, problem) for _ in range(10)]
     assert all(torch.equal(first[0], g) for g in first)
-    weight = 0.9 * (0.9 + 0.1 / 1.5) + 0.1 / 1.5
+    before = 0.9 + 0.1 / 6
+    weight = 4 * (0.9 * before + 0.1 / (6 * before))  # the gradient of the weighted loss is looked at
     torch.testing.assert_close(step(arm, problem), torch.tensor([1.0, weight]) @ G)
 
 
