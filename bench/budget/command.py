@@ -26,7 +26,7 @@ from bench.budget.arms import ARMS
 from bench.budget.run import Job, run
 from bench.policies.command import read_runs
 from bench.policies.faults import FAULTS
-from bench.policies.run import PROBLEMS
+from bench.policies.problems import VAES
 from bench.results import HERE
 
 RUNS = HERE / "budget.jsonl"
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="run nothing, and report what was measured so far")
     parser.add_argument("--variance", action="store_true", help="measure the variance of the gradient alone")
     parser.add_argument("--owners", action="store_true", help="measure alone whether owners can be predicted")
-    parser.add_argument("--data", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="data sets (both)")
+    parser.add_argument("--data", nargs="+", choices=list(VAES), default=list(VAES), help="data sets (both)")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds of the runs (20 to 24)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", default=list(ARMS), help="names of the arms to run (all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (one per core)")

@@ -13,8 +13,8 @@ from bench.budget.variance import gradients_of
 from bench.budget.visits import THIRDS, Visits, figures
 from bench.policies import peers
 from bench.policies.faults import FAULTS
-from bench.policies.problem import Problem
-from bench.policies.run import PROBLEMS
+from bench.policies.problems import VAES
+from bench.policies.vae import VAE
 
 AGES = (0, 1, 2, 5, 10, 20)  # steps after which batches are looked at again
 TRUSTED = (1, 5, 20)  # ages whose owners are trusted, to see which gradient that gives
@@ -48,13 +48,13 @@ class Batch(NamedTuple):
     before: Tensor | None
 
 
-def deficits(problem: Problem, image: Tensor, noise: int) -> Tensor:
+def deficits(problem: VAE, image: Tensor, noise: int) -> Tensor:
     """Return the deficits of a batch with the noise of a seed, [B, K]."""
     return peers.deficits(problem, problem.forward(image, torch.Generator().manual_seed(noise))[0])
 
 
 @torch.no_grad()
-def note(problem: Problem, batches: int, visits: Visits) -> list[Batch]:
+def note(problem: VAE, batches: int, visits: Visits) -> list[Batch]:
     """Draw batches, and note their owners; a sample that was never drawn before gets its owner of now as the last."""
     noted = []
     for index in range(batches):
@@ -66,7 +66,7 @@ def note(problem: Problem, batches: int, visits: Visits) -> list[Batch]:
 
 
 @torch.no_grad()
-def agreement(problem: Problem, noted: list[Batch], age: int) -> dict[str, float]:
+def agreement(problem: VAE, noted: list[Batch], age: int) -> dict[str, float]:
     """Return the fraction of samples that still have their owner, with the noise of then and with new noise."""
     found = {}
     for name, new in (("same", 0), ("fresh", 1 + age)):
@@ -75,11 +75,11 @@ def agreement(problem: Problem, noted: list[Batch], age: int) -> dict[str, float
     return found
 
 
-def trust(problem: Problem, noted: list[Batch], old: list[Tensor]) -> dict[str, list[float]]:
+def trust(problem: VAE, noted: list[Batch], old: list[Tensor]) -> dict[str, list[float]]:
     """Return what the gradients of old owners and of the true ones have in common.
 
     Args:
-        problem: see `Problem`. noted: M batches. old: owners of each, [B].
+        problem: see `VAE`. noted: M batches. old: owners of each, [B].
 
     Returns:
         ``one``: inner products of a batch's true gradient with itself, the old owners' with itself, and both, as parts
@@ -126,7 +126,7 @@ def measure(data: str, steps: int | None = None, quick: bool = False) -> dict[st
     stale: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
     for seed in plan.seeds:
         trusted: dict[int | str, list[dict[str, list[float]]]] = defaultdict(list)
-        problem, arm = PROBLEMS[data](seed, FAULTS["none"], steps), ARMS["hard"].make()
+        problem, arm = VAES[data](seed, FAULTS["none"], steps), ARMS["hard"].make()
         arm.start(problem)
         visits = Visits(problem.samples, len(problem.anchors))
         points = {int((point + 0.5) * problem.steps / plan.points) for point in range(plan.points)}

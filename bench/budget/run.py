@@ -10,8 +10,8 @@ import torch
 
 from bench.budget.arms import ARMS, EXACT, OnRows
 from bench.policies.faults import FAULTS
-from bench.policies.problem import Problem
-from bench.policies.run import PROBLEMS
+from bench.policies.problems import VAES
+from bench.policies.vae import VAE
 from bomkern import Lazy
 
 POINTS = 16  # evaluations in the steps of a run
@@ -36,7 +36,7 @@ class Runner:
         held_out: the last evaluation.
     """
 
-    def __init__(self, problem: Problem, name: str) -> None:
+    def __init__(self, problem: VAE, name: str) -> None:
         self.problem, self.entry, self.arm = problem, ARMS[name], ARMS[name].make()
         self.arm.start(problem)
         self.step, self.seconds, self.wall = 0, 0.0, 0.0
@@ -80,7 +80,7 @@ def run(data: str, fault: str, seed: int, arms: list[str], steps: int | None = N
     the seconds in which the exact rule made these.
     """
     torch.set_num_threads(1)
-    problem = PROBLEMS[data](seed, FAULTS[fault], steps)
+    problem = VAES[data](seed, FAULTS[fault], steps)
     runners = {name: Runner(copy.deepcopy(problem), name) for name in dict.fromkeys([EXACT, *arms])}
     for name in runners:
         Runner(copy.deepcopy(problem), name).advance(WARM)

@@ -12,8 +12,8 @@ from bench.budget.draws import METHODS, Step
 from bench.budget.run import Runner
 from bench.policies import peers
 from bench.policies.faults import FAULTS
-from bench.policies.problem import Problem
-from bench.policies.run import PROBLEMS
+from bench.policies.problems import VAES
+from bench.policies.vae import VAE
 from bomkern import GoalSet, Lazy, Spill
 from bomkern.goals.row_budget import RowBudget
 
@@ -56,14 +56,14 @@ def gradients_of(values: Tensor, parameters: list[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def rows_of(problem: Problem) -> Rows:
+def rows_of(problem: VAE) -> Rows:
     """Return the gradients of all rows of all goals for the next batch."""
     deficits = peers.deficits(problem, problem.raw()).T
     gradients = gradients_of(deficits.flatten(), problem.parameters)
     return Rows((gradients @ gradients.T).double(), deficits.detach().double())
 
 
-def budget_of(problem: Problem, ratio: float, rows: float) -> RowBudget:
+def budget_of(problem: VAE, ratio: float, rows: float) -> RowBudget:
     """Return the part of a `GoalSet` that knows how many rows a goal takes."""
     from bench.policies.rules import anchored
 
@@ -103,7 +103,7 @@ def measure(data: str, steps: int = STEPS, quick: bool = False) -> dict[str, Any
 
     torch.set_num_threads(1)
     plan = Plan(3, 1, 20) if quick else Plan()
-    runner = Runner(PROBLEMS[data](SEED, FAULTS["none"], steps), EXACT)
+    runner = Runner(VAES[data](SEED, FAULTS["none"], steps), EXACT)
     runner.advance(steps)
     problem = runner.problem
     names = list(problem.anchors)

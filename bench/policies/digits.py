@@ -10,7 +10,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from bench.policies.problem import Anchor, Problem, transport
+from bench.policies.problem import Anchor
+from bench.policies.vae import VAE, transport
 from bomkern import Lazy, active_units, consistency_variance, covariance_penalty, gaussian_kl, lazy
 
 BATCH, LATENTS, HIDDEN = 64, 16, 128
@@ -63,9 +64,11 @@ class Code(nn.Module):
         )
 
 
-class Digits(Problem):
+class Digits(VAE):
     """Six goals: reconstruction, KL, realism, decorrelation, consistency under contrast and noise, capacity."""
 
+    title = "Digits"
+    family = "digits"
     rate, steps = 2e-3, 1500
     samples = SPLITS["train"].stop
     blocked = "decorrelation"
@@ -78,7 +81,7 @@ class Digits(Problem):
         "capacity": Anchor(0.0, 1.0),
     }
 
-    def build(self) -> None:
+    def build(self, seed: int) -> None:
         self.model = Code()
         self.judge = nn.Sequential(nn.Flatten(), nn.Linear(64, HIDDEN), nn.LeakyReLU(0.2), nn.Linear(HIDDEN, 1))
         self.last = self.model.decoder[4].weight

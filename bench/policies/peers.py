@@ -1,12 +1,11 @@
-"""Alternatives to bomkern's rules: weighted sums, and balancers of losses and of gradients, on the outside anchors."""
+"""Alternatives to bomkern's rules: weighted sums, and rules of this study's own, on the outside anchors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-from torchjd.aggregation import UPGrad
-from torchjd.autojac import backward, jac_to_grad
-from torchjd.scalarization import FAMO, STCH
 
 from bench.policies.problem import Problem
 from bench.policies.rules import Arm
@@ -14,9 +13,23 @@ from bench.policies.rules import Arm
 SUMS = 30  # random weightings from which the tuned sum is chosen
 
 
-def deficits(problem: Problem, raw: dict[str, Tensor]) -> Tensor:
-    """Return the outside deficits, [B, K]."""
-    return torch.stack([(raw[name] - a.ideal) / (a.nadir - a.ideal) for name, a in problem.anchors.items()], 1)
+# Weights of raw losses from the literature, 1 where nothing is said.
+LITERATURE: dict[str, dict[str, float]] = {
+    "helmholtz": {"boundary": 100.0},  # 100 is usual for conditions: Wight & Zhao 2020
+    "burgers": {"initial": 100.0, "boundary": 100.0},
+    "vicreg": {"invariance": 25.0, "variance": 25.0, "covariance": 1.0},  # Bardes, Ponce & LeCun 2022
+}
+
+
+def deficits(problem: Problem, raw: Mapping[str, Tensor]) -> Tensor:
+    """Return the outside deficits, [B, K]; a batch's value counts for every row, and B is 1 if all are a batch's."""
+    each = [(raw[name] - a.ideal) / (a.nadir - a.ideal) for name, a in problem.anchors.items()]
+    return torch.stack(torch.broadcast_tensors(*each), -1).reshape(-1, len(each))
+
+
+def units(problem: Problem) -> Tensor:
+    """Return the raw value of a deficit of 1 above the ideal, [K]."""
+    return torch.tensor([a.nadir - a.ideal for a in problem.anchors.values()])
 
 
 def drawn(number: int, count: int) -> Tensor:
@@ -48,6 +61,23 @@ class Weighted(Rule):
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
         return d.mean(0).sum() if self.weights is None else d.mean(0) @ self.weights
+
+
+class Raw(Rule):
+    """A weighted sum of raw losses in their own units.
+
+    Args:
+        family: the problem whose weights of `LITERATURE` are taken; None for equal weights.
+    """
+
+    def __init__(self, family: str | None = None) -> None:
+        self.named = LITERATURE[family] if family is not None else {}
+
+    def start(self, problem: Problem) -> None:
+        self.weights = units(problem) * torch.tensor([self.named.get(name, 1.0) for name in problem.anchors])
+
+    def loss(self, problem: Problem, d: Tensor) -> Tensor:
+        return d.mean(0) @ self.weights
 
 
 class Half(Rule):
@@ -93,87 +123,3 @@ class Multipliers(Rule):
         mean = d.detach().mean(0)
         self.average = mean if self.average is None else self.average.lerp(mean, self.weight)
         return d.mean(0) @ torch.softmax(self.average / self.mu, 0)
-
-
-class SmoothTchebycheff(Rule):
-    """TorchJD's STCH (Lin et al. 2024) of the batch's mean deficits."""
-
-    def __init__(self, mu: float = 0.1) -> None:
-        self.mu = mu
-
-    def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        return STCH(self.mu, weights=torch.ones(d.shape[1]))(d.mean(0))
-
-
-class FastAdaptive(Rule):
-    """TorchJD's FAMO (Liu et al. 2023), which needs each loss again after the update.
-
-    Its losses must be positive: deficits better than ideal are clamped.
-    """
-
-    def start(self, problem: Problem) -> None:
-        self.famo = FAMO(len(problem.anchors))
-
-    def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        return self.famo(d.mean(0).clamp(min=1e-3))
-
-    def after(self, problem: Problem) -> None:
-        self.famo.update(deficits(problem, problem.values_after_update()).mean(0).clamp(min=1e-3))
-
-
-class Balancer(Rule):
-    """EnCodec's balancer (Defossez et al. 2022).
-
-    Each loss is weighted by ``1 / moving average of its gradient's norm`` at the latent code, where all goals meet.
-    """
-
-    def start(self, problem: Problem) -> None:
-        self.norms, self.count = torch.zeros(len(problem.anchors)), 0.0
-
-    def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
-        means = deficits(problem, raw).mean(0)
-        norms = torch.stack([norm(m, problem.code) for m in means])
-        self.norms, self.count = 0.999 * self.norms + norms, 0.999 * self.count + 1
-        weights = 1 / (self.norms / self.count).clamp(min=1e-12)
-        (means @ weights / len(weights)).backward()
-        return weights / weights.sum()
-
-
-class Adaptive(Rule):
-    """VQGAN's adaptive weight (Esser et al. 2021).
-
-    The weight of the adversarial loss is ``0.8 |grad reconstruction| / (|grad realism| + 1e-4)`` at the last layer; the
-    other goals have weight 1.
-    """
-
-    def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
-        means = dict(zip(problem.anchors, deficits(problem, raw).mean(0), strict=True))
-        here = [problem.last]
-        ratio = norm(means["reconstruction"], here) / (norm(means["realism"], here) + 1e-4)
-        weights = torch.stack(
-            [0.8 * ratio.clamp(max=1e4) if name == "realism" else torch.tensor(1.0) for name in means]
-        )
-        (torch.stack(list(means.values())) @ weights).backward()
-        return weights / weights.sum()
-
-
-def norm(loss: Tensor, at: list[Tensor]) -> Tensor:
-    """Return the norm of the gradient of a loss at the tensors ``at``."""
-    grads = torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True)
-    return torch.stack([g.norm() for g in grads if g is not None]).norm()
-
-
-class JacobianDescent(Arm):
-    """TorchJD's UPGrad (Quinton & Rey 2024) of the batch's mean deficits, with one backward for each goal."""
-
-    def start(self, problem: Problem) -> None:
-        self.aggregator = UPGrad()
-
-    def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
-        means = list(deficits(problem, raw).mean(0))
-        backward(means, inputs=problem.parameters, parallel_chunk_size=1)
-        weights = jac_to_grad(problem.parameters, self.aggregator)
-        if weights is None:
-            return torch.full((len(means),), 1 / len(means))
-        weights = weights.detach().abs()
-        return weights / weights.sum()

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.policies.problem import Anchor, Problem, transport
+from bench.policies import vae
+from bench.policies.problem import Anchor
 from bomkern import Lazy, active_units, lazy
 from bomkern.train import features as see
 from bomkern.train import nine_goals as goal
@@ -30,14 +31,16 @@ def _data() -> tuple[Data, goal.Trivial, dict[str, Tensor]]:
     return data, trivial, {"validation": held_out[::2], "test": held_out[1::2]}
 
 
-class Photographs(Problem):
+class Photographs(vae.VAE):
     """Nine goals, with raw values as in `bomkern.train.nine_goals`."""
 
+    title = "Photographs"
+    family = "photographs"
     rate, steps = 1e-3, 320
     blocked = "latent_stats"
     anchors: ClassVar = {name: Anchor(*pair) for name, pair in goal.anchors(BATCH).items()}
 
-    def build(self) -> None:
+    def build(self, seed: int) -> None:
         self.model = VAE(SIZE, STRUCTURE, APPEARANCE, WIDTH)
         self.judge = Discriminator(WIDTH // 2)
         self.last = self.model.decoder.out.weight
@@ -73,5 +76,5 @@ class Photographs(Problem):
             return [part.movedim(1, -1).flatten(0, 2) for part in see.early_vision(x)]
 
         real, flat = features(image), features(see.flat(image))
-        parts = [transport(a, b) / transport(c, b) for a, b, c in zip(features(recon), real, flat, strict=True)]
+        parts = [vae.transport(a, b) / vae.transport(c, b) for a, b, c in zip(features(recon), real, flat, strict=True)]
         return float(torch.stack(parts).mean())

@@ -76,8 +76,7 @@ class Bottleneck(Arm):
             self.backward(problem, problem.raw())
             problem.update()
 
-        state = [problem.model, problem.judge, problem.optimizer, problem.judge_optimizer, problem]
-        anchors = probe(step, self.goals, self.probes, state=state, progress=False)
+        anchors = probe(step, self.goals, self.probes, state=problem.state, progress=False)
         self.spent = anchors.updates
         return anchors
 

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from bench.policies.arms import ARMS
-from bench.policies.digits import Digits
 from bench.policies.faults import DRIFT_FROM, FAULTS
 from bench.policies.peers import Weighted, drawn
-from bench.policies.photographs import Photographs
 from bench.policies.problem import Problem
+from bench.policies.problems import PROBLEMS
 from bench.policies.rules import Arm
 from bomkern import diagnose
 
-PROBLEMS: dict[str, type[Problem]] = {"digits": Digits, "photographs": Photographs}
 STARVED, WORSENED = 0.01, 0.05  # a starved goal has less than this share, and got worse by more than this many scales
 ALARM = 0.5  # a finding of at least this confidence is a report
 LOOKS = 20  # how often the history is diagnosed, to find when a fault was first reported
 
 
 class Job(NamedTuple):
-    """A run: a data set, a fault, an arm (or "sum 7", random weighting number 7) and a seed."""
+    """A run: a problem, a fault, an arm (or "sum 7", random weighting number 7) and a seed."""
 
     data: str
     fault: str
@@ -61,26 +59,31 @@ class Starvation:
 def train(problem: Problem, arm: Arm) -> dict[str, Any]:
     """Train and evaluate, and return all figures of the run.
 
-    The run is shortened by the updates that the arm spends before the first step.
+    The run is shortened by the updates that the arm spends before the first step. It ends before a step whose raw
+    values are not finite, which is then the record's ``diverged``.
     """
     arm.start(problem)
     steps = problem.steps - arm.spent
     if steps < 1:
         raise ValueError(f"steps must exceed the {arm.spent} updates of the probes, got {problem.steps}")
     starvation = Starvation(len(problem.anchors))
-    total, seconds = torch.zeros(len(problem.anchors)), 0.0
+    total, seconds, diverged = torch.zeros(len(problem.anchors)), 0.0, None
     begun = time.process_time()
-    for _ in range(steps):
+    for step in range(steps):
         raw = problem.raw()
+        deficits = problem.outside(raw)
+        if not bool(deficits.isfinite().all()):
+            diverged = step
+            break
         before = time.process_time()
         share = arm.backward(problem, raw).detach().float()
         seconds += time.process_time() - before
         problem.update()
         arm.after(problem)
         total += share
-        starvation.add(share, problem.outside(raw))
+        starvation.add(share, deficits)
     spent = time.process_time() - begun
-    share = total / total.sum()
+    share = total / total.sum().clamp(min=1e-12)
     return {
         "validation": problem.evaluate("validation"),
         "test": problem.evaluate("test"),
@@ -90,6 +93,8 @@ def train(problem: Problem, arm: Arm) -> dict[str, Any]:
         "backward_ms": 1000 * seconds / steps,
         "step_ms": 1000 * spent / steps,
         "probes": arm.spent,
+        "steps": problem.steps,
+        **({} if diverged is None else {"diverged": diverged}),
     }
 
 
@@ -106,10 +111,16 @@ def reported(problem: Problem, arm: Arm) -> int | None:
     return None
 
 
-def run(job: Job, steps: int | None = None) -> dict[str, Any]:
-    """Run a job, and return its record."""
+def run(job: Job, steps: int | None = None, cost: float = 1.0) -> dict[str, Any]:
+    """Run a job, and return its record.
+
+    Args:
+        job: see `Job`. steps: steps of equal weights, None for the problem's.
+        cost: the time of the arm's step, in steps of equal weights; it gets so many fewer steps.
+    """
     torch.set_num_threads(1)
-    problem = PROBLEMS[job.data](job.seed, FAULTS[job.fault], steps)
+    kind = PROBLEMS[job.data]
+    problem = kind(job.seed, FAULTS[job.fault], max(1, round((steps or kind.steps) / cost)))
     if job.arm.startswith("sum "):
         arm: Arm = Weighted(drawn(int(job.arm[4:]), len(problem.anchors)))
     else:
