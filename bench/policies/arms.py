@@ -110,6 +110,7 @@ ARMS: dict[str, Entry] = {
     ),
     "spill 1/2": Entry(lambda _: Bottleneck(rules.anchored, spill=1 / 2), "`Anchored`, spill 1/2", 2),
     "spill 1/3": Entry(lambda _: Bottleneck(rules.anchored, spill=1 / 3), "`Anchored`, spill 1/3", 2),
+    "spill auto": Entry(lambda _: Bottleneck(rules.anchored, spill="auto"), '`Anchored`, `Spill("auto")`', 2),
     "spill 0.8": Entry(lambda _: Bottleneck(rules.anchored, spill=0.8), "`Anchored`, spill 0.8"),
     EQUAL: Entry(lambda _: peers.Weighted(), "equal weights", 1, peer=True),
     "raw sum": Entry(lambda _: peers.Raw(), "equal weights of the raw losses, without anchors", peer=True),

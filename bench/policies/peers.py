@@ -23,8 +23,13 @@ LITERATURE: dict[str, dict[str, float]] = {
 
 def deficits(problem: Problem, raw: Mapping[str, Tensor]) -> Tensor:
     """Return the outside deficits, [B, K]; a batch's value counts for every row, and B is 1 if all are a batch's."""
-    each = [(raw[name] - a.ideal) / (a.nadir - a.ideal) for name, a in problem.anchors.items()]
-    return torch.stack(torch.broadcast_tensors(*each), -1).reshape(-1, len(each))
+    each = [raw[name] for name in problem.anchors]
+    values = torch.stack(torch.broadcast_tensors(*each), -1).reshape(-1, len(each))
+    return (values - _ideals(problem)) / units(problem)
+
+
+def _ideals(problem: Problem) -> Tensor:
+    return torch.tensor([a.ideal for a in problem.anchors.values()])
 
 
 def units(problem: Problem) -> Tensor:
@@ -53,17 +58,20 @@ class Rule(Arm):
         return pull / pull.sum().clamp(min=1e-12)
 
 
-class Weighted(Rule):
+class Weighted(Arm):
     """The weighted sum ``sum_k w_k mean_b d_bk``; ``weights=None`` weighs all goals equally."""
 
     def __init__(self, weights: Tensor | None = None) -> None:
         self.weights = weights
 
-    def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        return d.mean(0).sum() if self.weights is None else d.mean(0) @ self.weights
+    def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
+        means = deficits(problem, raw).mean(0)
+        weights = torch.ones(len(means)) if self.weights is None else self.weights
+        (means @ weights).backward()
+        return weights / weights.sum()
 
 
-class Raw(Rule):
+class Raw(Weighted):
     """A weighted sum of raw losses in their own units.
 
     Args:
@@ -75,9 +83,6 @@ class Raw(Rule):
 
     def start(self, problem: Problem) -> None:
         self.weights = units(problem) * torch.tensor([self.named.get(name, 1.0) for name in problem.anchors])
-
-    def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        return d.mean(0) @ self.weights
 
 
 class Half(Rule):

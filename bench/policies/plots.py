@@ -53,7 +53,8 @@ def front(sets: Mapping[str, Results], to: Path) -> None:
     for ax, (data, results) in zip(axes.flat, sets.items(), strict=False):
         _front(ax, results)
         ax.set_title(NAMES[data], fontsize=10)
-    axes[0, 0].legend(loc="lower left", fontsize=8)
+    if axes[0, 0].get_legend_handles_labels()[1]:
+        axes[0, 0].legend(loc="lower left", fontsize=8)
     figure.suptitle(
         "Up and to the left is better (worst held-out goal: 0 ideal, 1 no better than nothing)", fontsize=10
     )
