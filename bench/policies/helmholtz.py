@@ -19,9 +19,8 @@ SOURCE = (1 + EIGENVALUE) ** 2 / 4  # mean square of the source
 class Helmholtz(Equation):
     """``u_xx + u_yy + u = q`` on [-1, 1]^2, u = 0 on the boundary, and ``u = sin(pi x) sin(4 pi y)``.
 
-    Nadirs: the residual of u = 0 is the source. The boundary's values are 0, so u = 0 has no error there; its nadir is
-    the mean square of the solution that the source asks for, ``mean(q^2)^2 / mean((L q)^2)`` with the operator L. That
-    needs no solution, and is exact for a source that is an eigenfunction, as here.
+    Nadirs, as `bomkern.anchors` has them: the residual of u = 0 is the source. The boundary's values are 0, so u = 0 has
+    no error there; its nadir is the square of `anchors.solution_scale`, the size of a solution that no boundary holds.
     """
 
     title = "Helmholtz"
@@ -32,7 +31,7 @@ class Helmholtz(Equation):
     drifting = "boundary"
     anchors: ClassVar = {
         RESIDUAL: Anchor(0.0, SOURCE),
-        "boundary": Anchor(0.0, SOURCE / (1 + EIGENVALUE) ** 2),
+        "boundary": Anchor(0.0, SOURCE / (math.pi**2 / 2) ** 2),
     }
 
     @staticmethod
