@@ -19,8 +19,8 @@ SOURCE = (1 + EIGENVALUE) ** 2 / 4  # mean square of the source
 class Helmholtz(Equation):
     """``u_xx + u_yy + u = q`` on [-1, 1]^2, u = 0 on the boundary, and ``u = sin(pi x) sin(4 pi y)``.
 
-    Nadirs, as `bomkern.anchors` has them: the residual of u = 0 is the source. The boundary's values are 0, so u = 0 has
-    no error there; its nadir is the square of `anchors.solution_scale`, the size of a solution that no boundary holds.
+    Nadirs, as `bomkern.anchors` has them: the residual of u = 0 is the source. The values at the boundary are 0, so
+    u = 0 meets them; their nadir is the square of `anchors.solution_scale`, of a solution that no boundary holds.
     """
 
     title = "Helmholtz"

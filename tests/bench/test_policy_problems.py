@@ -21,6 +21,7 @@ from bench.policies.poisson import Poisson
 from bench.policies.problems import PROBLEMS, VAES
 from bench.policies.tasks import Split, Tasks, Tasks3, Tasks13, digits, f1
 from bench.policies.vicreg import EMBEDDING, FLOOR, VICReg, probe, view
+from bomkern import anchors
 
 EQUATIONS = (Helmholtz, Burgers, Poisson)
 OTHERS = [name for name in PROBLEMS if name not in VAES]
@@ -102,9 +103,19 @@ def test_nothing_scores_as_nothing(kind: type[Equation]) -> None:
     found = solved_by(kind, nothing)
     assert found.pop("residual") == pytest.approx(1, rel=1e-4) and found.pop("error") == pytest.approx(1)
     assert set(found.values()) == {0.0}  # u = 0 has no error on the boundary
-    size = math.sqrt(float(kind.exact(torch.rand(100_000, 2, dtype=torch.float64)).square().mean()))
-    wrong = solved_by(kind, lambda x: nothing(x) + size)  # as large as the solution
+    size = math.sqrt(kind.anchors[next(iter(kind.faces))].nadir)
+    wrong = solved_by(kind, lambda x: nothing(x) + size)  # what ignores the boundary
     assert [wrong[name] for name in kind.faces] == pytest.approx([1.0] * len(kind.faces), rel=0.02)
+
+
+def test_nadirs_of_boundaries_whose_values_are_zero() -> None:
+    """Poisson's is the mean square of the solution, Helmholtz's what `bomkern.anchors` says."""
+    size = float(Poisson.exact(torch.rand(100_000, 2, dtype=torch.float64)).square().mean())
+    assert [Poisson.anchors[name].nadir for name in Poisson.faces] == pytest.approx([size] * 4, rel=0.02)
+    points = 2 * torch.rand(100_000, 2, dtype=torch.float64) - 1
+    source = (1 - 17 * math.pi**2) * Helmholtz.exact(points)
+    given = anchors.boundary(torch.zeros(4), scale=anchors.solution_scale(source, [2.0, 2.0]))
+    assert Helmholtz.anchors["boundary"].nadir == pytest.approx(given.known["nadir"], rel=0.02)
 
 
 def test_initial_values_that_never_change_have_the_residuals_nadir() -> None:
