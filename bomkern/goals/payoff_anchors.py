@@ -104,7 +104,7 @@ def anchors_of(runs: Sequence[Tensor], kept: Sequence[bool], low: Tensor, known:
     ideal = best.clone()
     for k in columns:
         if gained[k] and known[k].isnan():
-            limit = torch.clamp(low[k], min=0.0) if all((runs[i][:, k] >= 0).all() for i in used) else low[k]
+            limit = torch.clamp(low[k], min=0.0) if not any((runs[i][:, k] < 0).any() for i in used) else low[k]
             ideal[k] = torch.maximum(torch.minimum(_limit_of(runs[k][:, k], error[k], limit), best[k]), low[k])
     ideal = torch.where(known.isnan(), ideal, known)
     guessed = ~((nadir - best > 0) & moved(nadir - best, error, start))
