@@ -132,7 +132,7 @@ ARMS: dict[str, Entry] = {
         1,
         peer=True,
     ),
-    "PCGrad": Entry(lambda _: gradients.JacobianDescent(PCGrad), "gradient surgery (TorchJD)", peer=True),
+    "PCGrad": Entry(lambda _: gradients.JacobianDescent(PCGrad, sums=True), "gradient surgery (TorchJD)", peer=True),
     "MGDA": Entry(lambda _: gradients.JacobianDescent(MGDA), "multiple-gradient descent (TorchJD)", peer=True),
     "ReLoBRaLo": Entry(
         lambda _: balancers.Lookback(),

@@ -52,7 +52,7 @@ class Boundary(Rule):
     """PBI (Zhang & Li 2007) with its penalty of 5, from the ideals."""
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        return PBI(theta=5.0, weights=torch.ones(d.shape[1]))(d.mean(0))
+        return PBI(theta=5.0, weights=torch.ones(d.shape[1]))(d.mean(0)) / d.shape[1] ** 0.5
 
 
 class DynamicAverage(Rule):
@@ -62,7 +62,7 @@ class DynamicAverage(Rule):
         self.dwa = DWA()
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        return self.dwa(positive(problem, d))
+        return self.dwa(positive(problem, d)) / d.shape[1]
 
     def after(self, problem: Problem) -> None:
         if problem.step % EPOCH == 0:
@@ -84,7 +84,7 @@ class Learnt(Rule):
         self.optimizer = torch.optim.Adam(self.scalarizer.parameters(), lr=LEARNT)
 
     def loss(self, problem: Problem, d: Tensor) -> Tensor:
-        return self.scalarizer(positive(problem, d))
+        return self.scalarizer(positive(problem, d)) / d.shape[1]
 
     def after(self, problem: Problem) -> None:
         self.optimizer.step()

@@ -25,17 +25,17 @@ class JacobianDescent(Arm):
     """An aggregator of TorchJD, on the batch's mean deficits, with one backward for each goal.
 
     Args:
-        aggregator: makes the aggregator.
+        aggregator: makes the aggregator. sums: whether its weights sum to the number of goals, not to 1.
     """
 
-    def __init__(self, aggregator: Callable[[], Aggregator]) -> None:
-        self.make = aggregator
+    def __init__(self, aggregator: Callable[[], Aggregator], sums: bool = False) -> None:
+        self.make, self.sums = aggregator, sums
 
     def start(self, problem: Problem) -> None:
         self.aggregator = self.make()
 
     def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
-        means = list(deficits(problem, raw).mean(0))
+        means = list(deficits(problem, raw).mean(0) / (len(problem.anchors) if self.sums else 1))
         # One pass batched over the goals is faster, but the operations of the VAEs cannot all be batched.
         backward(means, inputs=problem.parameters, parallel_chunk_size=1 if isinstance(problem, VAE) else None)
         weights = jac_to_grad(problem.parameters, self.aggregator)

@@ -1,4 +1,7 @@
-"""Alternatives to bomkern's rules: weighted sums, and rules of this study's own, on the outside anchors."""
+"""Alternatives to bomkern's rules: weighted sums, and rules of this study's own, on the outside anchors.
+
+Weights of deficits sum to 1, or would if all goals had the same, as in a `GoalSet`: SGD's rate means the same to all.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class Rule(Arm):
 
 
 class Weighted(Arm):
-    """The weighted sum ``sum_k w_k mean_b d_bk``; ``weights=None`` weighs all goals equally."""
+    """The weighted mean ``sum_k w_k mean_b d_bk / sum_k w_k``; ``weights=None`` weighs all goals equally."""
 
     def __init__(self, weights: Tensor | None = None) -> None:
         self.weights = weights
@@ -67,12 +70,13 @@ class Weighted(Arm):
     def backward(self, problem: Problem, raw: dict[str, Tensor]) -> Tensor:
         means = deficits(problem, raw).mean(0)
         weights = torch.ones(len(means)) if self.weights is None else self.weights
-        (means @ weights).backward()
-        return weights / weights.sum()
+        share = weights / weights.sum()
+        (means @ share).backward()
+        return share
 
 
 class Raw(Weighted):
-    """A weighted sum of raw losses in their own units.
+    """A weighted mean of raw losses in their own units.
 
     Args:
         family: the problem whose weights of `LITERATURE` are taken; None for equal weights.

@@ -180,11 +180,11 @@ class Tasks13SGD(Tasks13):
     title = "13 tasks, SGD"
     faults = ("none",)
     momentum = True
-    rate, steps = 1e-2, 1200
+    rate, steps = 2e-2, 2000
 
 
 class Tasks3SGD(Tasks3):
     title = "3 tasks, SGD"
     faults = ("none",)
     momentum = True
-    rate, steps = 1e-2, 1200
+    rate, steps = 3e-2, 1200

@@ -99,4 +99,4 @@ class VICRegSGD(VICReg):
     title = "VICReg, SGD"
     faults = ("none",)
     momentum = True
-    rate, steps = 5e-2, 1000
+    rate, steps = 0.15, 1000

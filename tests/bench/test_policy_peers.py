@@ -6,6 +6,7 @@ The goals' deficits have gradients (1, 0) and (-2, 1), and start at 0.5 and 0.25
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -67,17 +68,16 @@ def softmax(*values: float) -> list[float]:
     return [math.exp(v) / total for v in values]
 
 
-DISTANCE = math.hypot(1, 1)
 FIRST = {  # the weights of the deficits in the first step
-    "sum": (peers.Weighted, [1, 1]),
-    "weighted": (lambda: peers.Weighted(torch.tensor([2.0, 3.0])), [2, 3]),
-    "raw": (peers.Raw, [1, 4]),
+    "sum": (peers.Weighted, [0.5, 0.5]),
+    "weighted": (lambda: peers.Weighted(torch.tensor([2.0, 3.0])), [0.4, 0.6]),
+    "raw": (peers.Raw, [0.2, 0.8]),
     "STCH": (balancers.SmoothTchebycheff, softmax(5, 2.5)),
     "FAMO": (balancers.FastAdaptive, [0.5 / 0.5 / 3, 0.5 / 0.25 / 3]),  # the weights over the deficits sum to 1 + 2
-    "PBI": (balancers.Boundary, [(1 + 5) / DISTANCE, (1 - 5) / DISTANCE]),  # d1 + 5 d2, and the first is worse
-    "DWA": (balancers.DynamicAverage, [1, 1]),
-    "UW": (lambda: balancers.Learnt(UW), [0.5, 0.5]),
-    "IMTL-L": (lambda: balancers.Learnt(IMTLL), [1, 1]),
+    "PBI": (balancers.Boundary, [(1 + 5) / 2, (1 - 5) / 2]),  # (d1 + 5 d2) / sqrt(2), and the first is worse
+    "DWA": (balancers.DynamicAverage, [0.5, 0.5]),
+    "UW": (lambda: balancers.Learnt(UW), [0.25, 0.25]),
+    "IMTL-L": (lambda: balancers.Learnt(IMTLL), [0.5, 0.5]),
     "ReLoBRaLo": (balancers.Lookback, [1, 4]),
     "SoftAdapt": (balancers.Soft, [2 * 0.5 / 1.5, 4 * 2 * 1.0 / 1.5]),  # raw losses are 0.5 and 1
     "gradient norms": (
@@ -94,15 +94,16 @@ def test_the_first_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "aggregator, expected",
+    "make, expected",
     [
-        (PCGrad, [0.2, 1.4]),  # (1, 0) without its part along (-2, 1) is (0.2, 0.4); the other way, (0, 1)
-        (UPGrad, [0.1, 0.7]),  # the mean of the same two projections onto the dual cone
-        (MGDA, [0.1, 0.3]),  # the shortest vector between them, at 0.7 and 0.3
+        (lambda: gradients.JacobianDescent(PCGrad), [0.2, 1.4]),  # (1, 0) less its part along (-2, 1), and (0, 1)
+        (lambda: gradients.JacobianDescent(PCGrad, sums=True), [0.1, 0.7]),
+        (lambda: gradients.JacobianDescent(UPGrad), [0.1, 0.7]),  # the mean of both projections onto the dual cone
+        (lambda: gradients.JacobianDescent(MGDA), [0.1, 0.3]),  # the shortest vector between them, at 0.7 and 0.3
     ],
 )
-def test_gradients_are_combined_as_published(aggregator: type, expected: list[float]) -> None:
-    found = step(*started(gradients.JacobianDescent(aggregator)))
+def test_gradients_are_combined_as_published(make: Callable[[], Arm], expected: list[float]) -> None:
+    found = step(*started(make()))
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-3, rtol=0)
 
 
@@ -117,13 +118,13 @@ def second(arm: Arm, deficits: list[float]) -> Tensor:
 def test_learnt_weights_move_towards_the_inverse_of_the_loss() -> None:
     """The first step of Adam is its rate: log variances and scales go where small losses weigh more."""
     rise, fall = math.exp(balancers.LEARNT), math.exp(-balancers.LEARNT)
-    for kind, weights in ((UW, [0.5 * rise, 0.5 * rise]), (IMTLL, [rise, rise])):
+    for kind, weights in ((UW, [0.25 * rise] * 2), (IMTLL, [0.5 * rise] * 2)):
         found = second(balancers.Learnt(kind), [0.5, 0.25])
         torch.testing.assert_close(found, torch.tensor(weights) @ G, rtol=1e-4, atol=1e-6)
     arm, problem = started(balancers.Learnt(UW))
     problem.start = torch.tensor([0.5, 3.0])  # above 1: it weighs less
     step(arm, problem)
-    torch.testing.assert_close(step(arm, problem), 0.5 * torch.tensor([rise, fall]) @ G, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(step(arm, problem), 0.25 * torch.tensor([rise, fall]) @ G, rtol=1e-4, atol=1e-6)
 
 
 def test_famo_weighs_more_what_improved_less() -> None:
@@ -142,7 +143,7 @@ def test_dynamic_average_weighs_by_the_ratio_of_two_epochs() -> None:
     problem.start = torch.tensor([0.5, 0.125])
     for _ in range(balancers.EPOCH):
         step(arm, problem)
-    weights = [2 * w for w in softmax(1 / 2, 0.5 / 2)]
+    weights = softmax(1 / 2, 0.5 / 2)
     torch.testing.assert_close(step(arm, problem), torch.tensor(weights) @ G)
 
 
@@ -172,7 +173,7 @@ def test_gradient_norms_are_looked_at_every_tenth_step() -> None:
 def test_weights_from_the_literature_are_those_of_raw_losses() -> None:
     arm = peers.Raw("helmholtz")
     arm.start(Helmholtz(0, FAULTS["none"], 4))
-    assert arm.weights.tolist() == pytest.approx([SOURCE, 100 * 0.25])
+    assert arm.weights.tolist() == pytest.approx([SOURCE, 100 * Helmholtz.anchors["boundary"].nadir])
 
 
 def test_positive_clamps_where_an_ideal_is_no_bound() -> None:

@@ -233,7 +233,7 @@ def test_equal_weights_train_each_problem(name: str) -> None:
     begin = problem.evaluate("validation")
     assert problem.measure.key in begin and begin["worst"] == max(begin["deficits"].values())
     for _ in range(40):
-        deficits(problem, problem.raw()).mean(0).sum().backward()
+        deficits(problem, problem.raw()).mean().backward()
         problem.update()
     assert sum(problem.evaluate("validation")["deficits"].values()) < sum(begin["deficits"].values())
     assert (type(problem.optimizer) is torch.optim.SGD) == name.endswith("-sgd")
