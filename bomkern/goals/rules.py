@@ -11,7 +11,12 @@ from ..reference import weights_of
 from .policies import Policy, policy_of
 
 AUTO = "auto"
-EVEN, INERTIA = 0.5, 50.0  # of ``Spill("auto")``, whose ratio is 1/2
+EVEN, INERTIA = 0.5, 50.0
+# What ``Spill("auto")``, whose ratio is 1/2, and a plain ratio take where nothing is given.
+USUAL: dict[bool, dict[str, float]] = {
+    True: {"even": EVEN, "relative": True, "inertia": INERTIA},
+    False: {"even": 0.0, "relative": False, "inertia": 0.0},
+}
 
 
 class ShareGuard:
@@ -113,14 +118,15 @@ class Spill:
         self.ratio = 0.5 if self.auto else finite_number("Spill: ratio", ratio, above=0)
         if self.ratio >= 1:
             raise ValueError(f"Spill: ratio must be below 1, got {ratio}")
-        self.even = finite_number("Spill: even", EVEN * self.auto if even is None else even)
+        usual = USUAL[self.auto]
+        self.even = finite_number("Spill: even", usual["even"] if even is None else even)
         if not 0 <= self.even < 1:
             raise ValueError(
                 f"Spill: even must be at least 0 and below 1, got {even}: with 1 no goal would be singled out"
             )
-        self.relative = self.auto if relative is None else relative
+        self.relative = bool(usual["relative"]) if relative is None else relative
         check_flag("Spill: relative", self.relative)
-        self.inertia = finite_number("Spill: inertia", INERTIA * self.auto if inertia is None else inertia)
+        self.inertia = finite_number("Spill: inertia", usual["inertia"] if inertia is None else inertia)
         if self.inertia < 0:
             raise ValueError(f"Spill: inertia must be at least 0, got {inertia}")
         self.follow = 1 - 2 ** (-1 / self.inertia) if self.inertia else 1.0
@@ -156,12 +162,8 @@ class Spill:
         return AUTO if self.auto else f"{self.ratio:g}"
 
     def __repr__(self) -> str:
-        usual = (EVEN, True, INERTIA) if self.auto else (0.0, False, 0.0)
         given: dict[str, float | None] = {"budget": self.budget, "look": self.look}
-        for (name, value), normal in zip(
-            {"even": self.even, "relative": self.relative, "inertia": self.inertia}.items(), usual, strict=True
-        ):
-            given[name] = None if value == normal else value
+        given |= {name: getattr(self, name) for name, x in USUAL[self.auto].items() if getattr(self, name) != x}
         parts = [f"{n}={x if isinstance(x, bool) else f'{x:g}'}" for n, x in given.items() if x is not None]
         return f"Spill({', '.join([repr(AUTO) if self.auto else self.name, *parts])})"
 

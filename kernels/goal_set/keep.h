@@ -66,8 +66,8 @@ template <class T> BOMKERN_BOTH T sum_of(const T* weights, int goals) {
 
 // Returns the new weight of a goal. A weight that goes all of the way is that of the order to the bit.
 template <class S, class T> BOMKERN_BOTH T followed(const Keep<S, T>& a, T before, T weight, T sum) {
-  const T goal = a.relative ? weight / sum : weight;
-  return a.follow < 1 ? before + static_cast<T>(a.follow) * (goal - before) : goal;
+  const T target = a.relative ? weight / sum : weight;
+  return a.follow < 1 ? before + static_cast<T>(a.follow) * (target - before) : target;
 }
 
 template <class S, class T> void keep_on_cpu(const Keep<S, T>& a) {

@@ -64,8 +64,8 @@ template <class S> S joint_gradient(const Backward<S>& a, int64_t b) {
   return S(double(number_at(a.grad, b)) + number_at(a.grad_log_q, b));
 }
 
-// The power of two at or below the largest finite |grad| of both kinds, from 2^-60 to 2^126: what gradients are in units of until the end,
-// whatever the loss was multiplied by.
+// The power of two at or below the largest finite |grad| of both kinds, from 2^-60 to 2^126: what gradients are in units of
+// until the end, whatever the loss was multiplied by.
 template <class S> S unit_of(const Backward<S>& a) {
   S highest = 0;
   for (int64_t b = 0; b < a.in.rows; ++b) {
