@@ -1,6 +1,6 @@
 """Compare bomkern's rules, scales and ideals with the alternatives, on eight problems, with and without faults.
 
-    python -m bench.policies             # everything: under two hours on 2 cores; continues an interrupted study
+    python -m bench.policies             # everything: some three hours on 2 cores; continues an interrupted study
     python -m bench.policies --report    # the tables and plots of the runs so far
     python -m bench.policies --toy       # the picture of the toy of two goals: some 3 minutes
 
@@ -45,7 +45,7 @@ def jobs(data: str, seeds: tuple[int, ...], picks: dict[str, str]) -> Iterator[J
     for seed in seeds:
         for fault in PROBLEMS[data].faults:
             yield from (Job(data, fault, name, seed) for name, arm in ARMS.items() if under(data, fault, arm))
-            tuned = [arm for name, arm in picks.items() if fault == "none" or name == TUNED]
+            tuned = [a for name, a in picks.items() if fault == "none" or (name == TUNED and data not in LONG)]
             yield from (Job(data, fault, arm, seed) for arm in dict.fromkeys(tuned))
 
 

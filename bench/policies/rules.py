@@ -48,7 +48,7 @@ class Bottleneck(Arm):
     """A `GoalSet`.
 
     Args:
-        goals: makes the goals. probes: steps of `bomkern.probe` for each goal, 0 for none.
+        goals: makes the goals. probes: the part of all updates that `bomkern.probe` has, 0 for no probe.
         schedule: temperature as a function of the completed fraction of the run.
         remeasure: steps between measurements of moving goals.
         options: options of the GoalSet.
@@ -58,7 +58,7 @@ class Bottleneck(Arm):
         self,
         goals: Goals,
         *,
-        probes: int = 0,
+        probes: float = 0.0,
         schedule: Callable[[float], float] | None = None,
         remeasure: int = 0,
         **options: Any,
@@ -76,7 +76,8 @@ class Bottleneck(Arm):
             self.backward(problem, problem.raw())
             problem.update()
 
-        anchors = probe(step, self.goals, self.probes, state=problem.state, progress=False)
+        each = max(1, int(self.probes * problem.steps / len(problem.anchors)))
+        anchors = probe(step, self.goals, each, state=problem.state, progress=False)
         self.spent = anchors.updates
         return anchors
 
