@@ -137,15 +137,14 @@ def test_right_or_refused(name: str, server: tuple[str, str], way: str) -> None:
     refused = theirs if impl == "reference" else ours
     refused = refused.format(name=NAMES.get(problem.op, problem.op))
     if impl == "triton" and way.startswith("func-"):  # eager mode serves after a graph break
-        try:
-            got = ask(loss, inputs)
-        except Exception as error:
-            assert re.search(f"cannot serve \\w+ in a compiled torch.func transform|{refused or '^$'}", str(error))
-            return
-    elif refused:
+        refused = f"cannot serve \\w+ in a compiled torch.func transform|{refused or '^$'}"
+    elif refused and impl != "reference":
         with pytest.raises(Exception, match=refused):
             ask(loss, inputs)
         return
-    else:
+    try:
         got = ask(loss, inputs)
+    except Exception as error:
+        assert re.search(refused or "^$", str(error))  # torch 2.15 serves dual-around, which 2.14 refuses
+        return
     assert differs(flat(got), flat(want(problem.definition, problem.leaves()))) is None
