@@ -4,17 +4,16 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from bomkern import Anchored, GoalSet, StepGuard, covariance_penalty, diagnose, gaussian_kl
+from bomkern import GoalSet, StepGuard, anchors, covariance_penalty, diagnose, gaussian_kl
 
 torch.manual_seed(0)
 images = torch.tensor(load_digits().data / 16, dtype=torch.float32)  # [1797, 64] in [0, 1]
-trivial = float((images - images.mean(0)).square().mean())  # the error of the mean image
 encoder = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
 decoder = nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 64), nn.Sigmoid())
 goals = GoalSet(
-    recon=Anchored(0.0, trivial),
-    kl=Anchored(0.0, 25.0),  # nats
-    apart=Anchored(7 / 127, 7.0),  # squared correlations of 8 latents: chance alone, and all of them one
+    recon=anchors.mse(images),  # 1 is the error of the mean image
+    kl=anchors.kl_budget(25.0),  # nats
+    apart=anchors.covariance(128, 8),  # of 8 latents in a batch of 128: chance alone, and two copies of each
     spill=0.5,
 )
 optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], lr=5e-3, fused=True)

@@ -90,11 +90,16 @@ class Bottleneck(Arm):
 
     def after(self, problem: Problem) -> None:
         if self.remeasure and problem.step % self.remeasure == 0:
-            with torch.no_grad():
-                image = problem.images("validation")
-                flat = image.mean((0, 2, 3), keepdim=True).expand_as(image)
-                pair = [(1 - torch.sigmoid(problem.judge(x).flatten(1))).mean(1) for x in (image, flat)]
-            self.goals.remeasure({"realism": (pair[0], pair[1])})
+            self.goals.remeasure({"realism": judged(problem)})
+
+
+def judged(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return realism's raw values of real images and of their mean colour by the current judge, [n] each."""
+    with torch.no_grad():
+        image = problem.images("validation")
+        flat = image.mean((0, 2, 3), keepdim=True).expand_as(image)
+        real, trivial = ((1 - torch.sigmoid(problem.judge(x).flatten(1))).mean(1) for x in (image, flat))
+    return real, trivial
 
 
 def anchored(problem: Problem) -> dict[str, Policy]:

@@ -15,7 +15,8 @@ class Finding(NamedTuple):
 
     Attributes:
         kind: the kind in one or two words: "locked", "starved". The docs list all kinds, under "Moving targets".
-        goals: names of the goals concerned: one, or two for a conflict; none if the record does not tell.
+        goals: names of the goals concerned: one, two for a conflict, all that a crowd leaves badly off; none if the
+            record does not tell.
         first, last: steps, counted from 1.
         confidence: in [0, 1]; see the docstring of `bomkern.diagnosis.thresholds`.
         severity: in [0, 1]; findings are sorted by it.
@@ -34,8 +35,8 @@ class Finding(NamedTuple):
 
     @property
     def goal(self) -> str:
-        """The names of the goals in one string."""
-        return " and ".join(self.goals) or "?"
+        """The names of the goals in one string; of more than two, their number."""
+        return f"{len(self.goals)} goals" if len(self.goals) > 2 else " and ".join(self.goals) or "?"
 
     def to_dict(self) -> dict[str, Any]:
         return {**self._asdict(), "goals": list(self.goals)}

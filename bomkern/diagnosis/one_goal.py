@@ -12,7 +12,7 @@ from . import thresholds
 from .finding import Finding, make, when
 from .registry import Kind, detects
 from .run_view import RunView, number
-from .suggestions import anchored, easier, feed, follow, wider
+from .suggestions import anchored, easier, feed, follow, spread, wider
 from .trends import blocks, last_rise, ramp, rise, smooth, stretches, trend
 
 INFEASIBLE = Kind(
@@ -48,6 +48,9 @@ STARVED = Kind(
     meaning="no gradient while it gets worse",
     explanation="The goal has no share of the gradient, gets worse and ends badly off.",
 )
+
+
+IN_PART = "none while every goal has its part of the gradient; if it cannot get better,"
 
 
 def _holding(run: RunView, g: int, share: float) -> Iterator[tuple[int, int]]:
@@ -138,12 +141,16 @@ def locked(run: RunView, g: int) -> Iterator[Finding]:
         height, moved = deficits[g].item(), abs(trend(run.worse[a:b, g]).change)
         gap = height - deficits[others].nan_to_num(-math.inf).max().item()
         wait = sum(not _improves(run, o, a, b) for o in others)
+        rule = spread(run) if run.largest_share == 1 else None  # by order the others have their part
+        alone = thresholds.CARRIED[rule is None]
+        advice = f"{rule}; or, if it cannot get better," if rule else IN_PART
         sure = min(
             ramp(share / run.largest_share, *thresholds.LOCKED),
             ramp((b - a) / run.rows, *thresholds.SPAN),
             ramp(moved, max(thresholds.CHANGE[1], thresholds.STILL * height), thresholds.CHANGE[0]),
             ramp(gap, *thresholds.GAP),
-            thresholds.CARRIED + (1 - thresholds.CARRIED) * ramp(wait / len(others), *thresholds.WAIT),
+            alone + (1 - alone) * ramp(wait / len(others), *thresholds.WAIT),
+            1 - _goes_on(run.worse[a:b, g], height),
         )
         k = max(run.members(g), key=lambda k: run.distance[a:b, k].nanmean().item())
         text = (
@@ -151,7 +158,13 @@ def locked(run: RunView, g: int) -> Iterator[Finding]:
             f"{number(run.anchor(k)[0])}; deficit {height:.2g}, {gap:.2g} above the next; {wait} of {len(others)} "
             "others improve little or not"
         )
-        yield make(run, LOCKED, (g,), (a, b), sure, text, easier(run, k))
+        yield make(run, LOCKED, (g,), (a, b), sure, text, f"{advice} {easier(run, k)}")
+
+
+def _goes_on(series: Tensor, height: float) -> float:
+    """Return the confidence that a goal is slow, not locked: it gets better, and at its pace has far to go."""
+    ahead = blocks(series, 3)[-1].item() - _limit(series)
+    return min(ramp(-trend(series).t, thresholds.T_NONE, thresholds.T_FULL), ramp(ahead / height, *thresholds.GOES_ON))
 
 
 def _settled(run: RunView, g: int, a: int, b: int) -> int:

@@ -95,7 +95,7 @@ class RunView:
         share, level, deficit: [T, G].
         smooth_share: moving mean of the shares over ``width`` rows, [T, G].
         own_share: the same over the rows in which a sample had the goal; NaN without one.
-        largest_share: the largest share that one goal can hold, `Layout.most`.
+        largest_share, least_share: the largest and the smallest share that the rule gives to one goal.
         least_window: smallest number of rows of a window.
         raw, ideal, scale, highest: [T, K].
         distance: [T, K], `Column.distance` by the last ideal and scale, so that it moves as raw does.
@@ -114,7 +114,7 @@ class RunView:
         for part in ("share", "level", "deficit", "raw"):
             values = getattr(self, part)
             setattr(self, part, torch.where(bad | ~values.isfinite(), torch.nan, values))
-        self.largest_share = layout.most
+        self.largest_share, self.least_share = layout.most, layout.least
         self.rows = len(self.finite)
         self.width = max(LEAST_WIDTH, self.rows // WINDOWS)
         self.least_window = max(2 * self.width, LEAST_WINDOW)

@@ -52,6 +52,13 @@ def reached(run: RunView, k: int) -> float:
     return (held if held.isfinite().any() else run.raw[:, k]).nanquantile(better).item()
 
 
+def spread(run: RunView) -> str | None:
+    """Suggest weights that leave every goal a part, where the rule leaves some goal nearly nothing; else None."""
+    if len(run.goals) > 1 and run.least_share * len(run.goals) < thresholds.SCANT:
+        return 'let every goal have a part of the gradient: GoalSet(..., spill="auto")'
+    return None
+
+
 def easier(run: RunView, k: int) -> str:
     """Suggest a limit, a box or an ideal that the goal can reach."""
     column, value = run.columns[k], reached(run, k)
@@ -83,13 +90,13 @@ def stricter(column: Column) -> str:
 
 
 def feed(run: RunView, holder: int, held: float, window: tuple[int, int]) -> str:
-    """Suggest a change that gives a starved goal gradient: a reachable ideal for the holder, or a share for all."""
-    k = run.worst_mover(holder, *window)
+    """Suggest a change that gives a starved goal gradient: a share for all, or a reachable ideal for the holder."""
+    rule, k = spread(run), run.worst_mover(holder, *window)
+    if rule is not None:
+        return rule
     if held >= thresholds.HOLDS * run.largest_share and run.columns[k].anchorable:
         return raised(run, k, reached(run, k))
-    if run.largest_share < 1:
-        return f"give {run.columns[k].name} a wider scale, which makes its deficit smaller"
-    return "let the gradient spill over to every goal: GoalSet(..., spill=0.5)"
+    return f"give {run.columns[k].name} a wider scale, which makes its deficit smaller"
 
 
 def follow(run: RunView, k: int) -> str:
@@ -99,7 +106,8 @@ def follow(run: RunView, k: int) -> str:
         return f"train the adversary of {column.name} more slowly, or measure its anchors more often"
     if not column.anchorable:
         return f"ask less of {column.name}, or train what it is measured against more slowly"
-    return f"{anchored(run, k, moving=True)} and measure its anchors (GoalSet.remeasure)"
+    change = f"{anchored(run, k, moving=True)} and measure its anchors (GoalSet.remeasure)"
+    return change if spread(run) else f"if {column.name} became harder by itself, {change}"
 
 
 def compromise(run: RunView, k: int, m: int) -> str:

@@ -12,7 +12,7 @@ from .finding import Finding, make, when
 from .one_goal import MISCALIBRATED
 from .registry import Kind, detects
 from .run_view import RunView, number
-from .suggestions import anchored, stricter
+from .suggestions import anchored, spread, stricter
 from .trends import ramp, smooth, stretches, trend
 
 NOT_FINITE = Kind(
@@ -20,6 +20,13 @@ NOT_FINITE = Kind(
     weight=1.0,
     meaning="steps were lost to NaN or infinity",
     explanation="The loss of some steps was NaN or infinite. The goals are named where the record still knows them.",
+)
+CROWDED = Kind(
+    "crowded",
+    weight=0.9,
+    meaning="too many goals for the rule",
+    explanation="The rule leaves the last goals nearly nothing, and most end hardly better than a trivial answer.",
+    explains=("locked", "starved", "conflict"),
 )
 COLLAPSE = Kind(
     "collapse",
@@ -67,6 +74,26 @@ def not_finite(run: RunView) -> Iterator[Finding]:
         yield make(run, NOT_FINITE, (g,), window, sure, why, change)
     if not guilty:
         yield make(run, NOT_FINITE, (), window, sure, f"{text}; the record does not say of which goal", change)
+
+
+@detects(CROWDED, each="run")
+def crowded(run: RunView) -> Iterator[Finding]:
+    """Find a run in which most goals end badly off, under a rule that leaves some of them nearly nothing."""
+    rule, a = spread(run), run.rows - run.rows // thresholds.LAST
+    ends = run.deficit[a:].nanmean(0)
+    ends = ends[ends.isfinite()]
+    if rule is None or not len(ends):
+        return
+    middle = ends.median().item()
+    least = min(middle, thresholds.CROWD[1])
+    badly = [g for g in range(len(run.goals)) if run.deficit[a:, g].nanmean() >= least]
+    share = run.share[a:, badly].nanmean(0).nan_to_num()
+    text = (
+        f"{when(run, (a, run.rows))}: {len(badly)} of {len(run.goals)} goals end with deficits of {least:.2g} and "
+        f"more, and have from {float(share.min()):.1%} of the gradient; the rule leaves the last {run.least_share:.1%}"
+    )
+    sure = min(ramp(len(run.goals), *thresholds.MANY), ramp(middle, *thresholds.CROWD))
+    yield make(run, CROWDED, tuple(badly), (0, run.rows), sure, text, rule)
 
 
 @detects(COLLAPSE, each="run")

@@ -169,8 +169,8 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
         self._may = bits([self.names[g] for g in self.owner], kept)
         described = [describe(policy) for policy in self.policies.values()]
         self.curves = [info.curve for info in described]
-        most = float(self.spill.weights(len(self.names))[0]) if self.spill else 1.0
-        self.layout = Layout(self.names, columns, self.owner, described, most)
+        order = self.spill.weights(len(self.names)).tolist() if self.spill else [1.0, 0.0]
+        self.layout = Layout(self.names, columns, self.owner, described, most=order[0], least=order[-1])
         averaged = averages(self.reduction, self.spill)
         self.presence = Presence(self.names, members, columns, self.owner, optional, self._ranks, averaged)
         self._raw = RawValues(self.names, members, columns, self.presence.optional)

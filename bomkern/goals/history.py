@@ -140,16 +140,17 @@ class History:
 
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write the history to a file that `load` reads. It holds plain numbers and tensors, no code."""
-        # Constraints stand beside the layout, because older versions take each key of the layout for an argument.
-        constraints = [constraint.to_dict() for constraint in self.layout.constraints]
-        torch.save({"layout": self.layout.to_dict(), "constraints": constraints, **self.state_dict()}, path)
+        # These stand beside the layout, because older versions take each key of the layout for an argument.
+        more: dict[str, Any] = {"constraints": [constraint.to_dict() for constraint in self.layout.constraints]}
+        more["least"] = self.layout.least
+        torch.save({"layout": self.layout.to_dict(), **more, **self.state_dict()}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
         """Read a file that `save` wrote, without running code. Raises OSError, or ValueError for any other file."""
         state = load_plain(path)
         try:
-            layout = dict(state["layout"])
+            layout = {**state["layout"], "least": state.get("least", 0.0)}
             if "constraints" in state:
                 layout["constraints"] = [ConstraintInfo.from_dict(given) for given in state["constraints"]]
             history = cls(Layout(**layout))

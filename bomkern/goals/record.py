@@ -22,7 +22,8 @@ class Layout:
         columns: K names: a goal's own, or "goal.member".
         owner: index of the goal of each column.
         constraints: description of each column's constraint or policy. A string, the text that it prints, is read too.
-        most: the largest share that one goal can hold. It is less than 1 if the rule gives every goal a part.
+        most: the largest share that the rule gives to one goal. It is less than 1 if every goal has a part.
+        least: the smallest share that the rule gives to one goal.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class Layout:
         owner: Sequence[int],
         constraints: Sequence[ConstraintInfo | str],
         most: float = 1.0,
+        least: float = 0.0,
     ) -> None:
-        self.most = most
+        self.most, self.least = most, least
         self.goals, self.columns, self.owner = list(goals), list(columns), list(owner)
         self.constraints = [from_text(given) if isinstance(given, str) else given for given in constraints]
 
@@ -71,7 +73,8 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values. Constraints are texts, as in files of every version; `History.save` adds the rest."""
-        return {**vars(self), "constraints": [str(constraint) for constraint in self.constraints]}
+        plain = {name: getattr(self, name) for name in ("goals", "columns", "owner", "most")}
+        return {**plain, "constraints": [str(constraint) for constraint in self.constraints]}
 
 
 def merge_records(records: Tensor, weights: Tensor, goals: int, columns: int, reduction: int) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,10 @@ def test_a_goal_at_a_floor_is_locked() -> None:
     assert found.goals == ("realism",) and found.confidence > 0.9
     assert (found.first, found.last) == (1, T)
     assert "97% of the gradient" in found.evidence and "2 of 2 others" in found.evidence
-    assert found.suggestion.startswith("give realism Anchored(1.4")
-    eval(found.suggestion.removeprefix("give realism "), {"Anchored": Anchored})  # the suggestion can be pasted
+    rule, _, ideal = found.suggestion.partition("; or, if it cannot get better, give realism ")
+    assert rule == 'let every goal have a part of the gradient: GoalSet(..., spill="auto")'
+    assert ideal.startswith("Anchored(1.4")
+    eval(ideal, {"Anchored": Anchored})  # the suggestion can be pasted
 
 
 def test_shares_by_order_are_judged_by_what_one_goal_can_hold() -> None:
@@ -287,7 +289,7 @@ def test_a_locked_goal_gets_an_ideal_that_it_can_reach_and_is_not_made_steep() -
         (Anchored(0.0, 1.5), 1.5, 1.5),
     ):
         found = only(written(raw, {"realism": 1.0}, {"realism": (0.0, scale)}, {"realism": given}), "locked")
-        assert found.suggestion == f"give realism Anchored(0.541, {nadir})"
+        assert found.suggestion.endswith(f", give realism Anchored(0.541, {nadir})")
 
 
 def test_what_is_to_change_fits_the_constraint() -> None:
@@ -297,9 +299,9 @@ def test_what_is_to_change_fits_the_constraint() -> None:
         return only(written({"a": raw, "b": flat(0.1, T, 1)}, share, {"a": anchor}, {"a": given}), kind).suggestion
 
     # A high value is good, so the suggestion takes the upper quartile.
-    assert told(flat(-1.0), Lower(1.0, 1.0), "locked", (1.0, math.inf)) == "give a Lower(-0.979, 1)"
-    assert told(flat(3.0), Upper(1.0, 1.0), "locked") == "give a Upper(2.95, 1)"
-    assert told(flat(0.95), Box(-1.0, 1.0), "locked") == "give a Box(-1, 1.9)"
+    assert told(flat(-1.0), Lower(1.0, 1.0), "locked", (1.0, math.inf)).endswith(", give a Lower(-0.979, 1)")
+    assert told(flat(3.0), Upper(1.0, 1.0), "locked").endswith(", give a Upper(2.95, 1)")
+    assert told(flat(0.95), Box(-1.0, 1.0), "locked").endswith(", give a Box(-1, 1.9)")
     falls = torch.cat([flat(0.5, 100), slope(0.5, -2.0, 300)])
     assert told(falls, Lower(1.0, 1.0), "moving target", (1.0, math.inf)).startswith("ask less of a, or train")
     for given, what in (
@@ -315,8 +317,39 @@ def test_what_is_to_change_fits_the_constraint() -> None:
 def test_a_starved_goal_is_fed_by_the_rule_where_nobody_holds_all() -> None:
     raw = {"a": slope(2.0, 1.0), "b": slope(2.0, 1.0, seed=1), "c": slope(2.0, 1.0, seed=2), "recon": slope(0.3, 0.9)}
     share: dict[str, Tensor | float] = {"a": 0.34, "b": 0.33, "c": 0.33}
-    assert "spill=0.5" in only(written(raw, share), "starved").suggestion
-    assert "wider scale" in only(written(raw, share, most=0.9), "starved").suggestion
+    assert 'spill="auto"' in only(written(raw, share), "starved").suggestion
+    assert "wider scale" in only(written(raw, share, most=0.9, least=0.1), "starved").suggestion
+
+
+def test_a_goal_that_is_slow_is_not_locked() -> None:
+    """A goal that falls from 1.5 to 1.1 at a steady pace has far to go; one that has settled at 1.1 has not."""
+    others = {"recon": flat(0.3, T, 1), "kl": flat(0.2, T, 2)}
+    share: dict[str, Tensor | float] = {"realism": 1.0}
+    assert "locked" not in kinds(written({"realism": slope(1.5, 1.1), **others}, share))
+    settles = (
+        1.1 + 0.4 * torch.exp(-torch.arange(T) / 30) + 0.02 * torch.randn(T, generator=torch.Generator().manual_seed(3))
+    )
+    assert only(written({"realism": settles, **others}, share), "locked").goals == ("realism",)
+
+
+def test_a_locked_goal_that_leaves_the_others_their_part_asks_for_nothing() -> None:
+    """Where the rule gives every goal a part, a lock harms those alone that wait, and needs no other rule."""
+    raw = {"realism": flat(1.5), "recon": flat(0.6, T, 1), "kl": flat(0.3, T, 2)}
+    share: dict[str, Tensor | float] = {"realism": 0.45, "recon": 0.3, "kl": 0.25}
+    found = only(written(raw, share, most=0.45, least=0.25), "locked")
+    assert found.suggestion.startswith("none while every goal has its part of the gradient; if it cannot get better, ")
+    better = {**raw, "recon": slope(1.4, 0.2), "kl": slope(1.3, 0.1)}
+    assert not [f for f in diagnose(written(better, share, most=0.45, least=0.25)).faults if f.confidence >= 0.5]
+
+
+def test_many_goals_that_end_badly_are_a_crowd_where_the_rule_leaves_them_nothing() -> None:
+    raw = {f"g{k}": flat(0.95, T, k) for k in range(12)} | {"easy": flat(0.1, T, 12)}
+    share: dict[str, Tensor | float] = {"g0": 0.5, "g1": 0.25, "g2": 0.25}
+    found = only(written(raw, share, most=0.5, least=0.0001), "crowded")
+    assert len(found.goals) == 12 and found.goal == "12 goals" and 'GoalSet(..., spill="auto")' in found.suggestion
+    assert "crowded" not in kinds(written(raw, share, most=0.5, least=0.04))  # everyone has a part
+    assert "crowded" not in kinds(written({name: x / 3 for name, x in raw.items()}, share, most=0.5))  # well off
+    assert "crowded" not in kinds(written({name: raw[name] for name in ("g0", "g1", "easy")}, {"g0": 0.6, "g1": 0.4}))
 
 
 def test_a_kl_that_only_began_high_has_not_collapsed() -> None:

@@ -82,7 +82,7 @@ def test_a_group_is_one_goal_and_its_worst_member_is_named() -> None:
 
     raw = {"b": flat(0.2), "latent.spread": flat(0.5, T, 1), "latent.correlation": flat(2.5, T, 2)}
     found = only(written(raw, {"latent": 1.0}), "locked")
-    assert found.goals == ("latent",) and found.suggestion.startswith("give latent.correlation Anchored(2.")
+    assert found.goals == ("latent",) and "give latent.correlation Anchored(2." in found.suggestion
 
 
 def test_columns_know_which_way_is_worse() -> None:
@@ -115,7 +115,7 @@ def test_lost_steps_at_the_end_do_not_silence_the_rest() -> None:
     history.append(steps._rows)
     assert history["ideal"][-1].isnan().all()
     assert {f.kind for f in diagnose(history).faults} == {"locked", "not finite"}
-    assert only(history, "locked").suggestion.startswith("give realism Anchored(1.4")
+    assert "give realism Anchored(1.4" in only(history, "locked").suggestion
 
     moving = {"realism": Anchored(0.5, 1.0, moving=True)}
     ideal = torch.linspace(0.5, 1.7, T)

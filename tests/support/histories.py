@@ -38,6 +38,7 @@ def written(
     constraints: dict[str, object] | None = None,
     highest: dict[str, Tensor] | None = None,
     most: float = 1.0,
+    least: float = 0.0,
 ) -> History:
     """Return a history of these raw values and shares.
 
@@ -49,7 +50,7 @@ def written(
     rows = len(raw[columns[0]])
     given = {column: (constraints or {}).get(column, Anchored(0.0, 1.0)) for column in columns}
     described = [describe(policy_of(column, constraint)) for column, constraint in given.items()]
-    layout = Layout(goals, columns, owner, described, most)
+    layout = Layout(goals, columns, owner, described, most, least)
 
     def wide(value: Tensor | float) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float32).expand(rows)
