@@ -50,9 +50,6 @@ STARVED = Kind(
 )
 
 
-IN_PART = "none while every goal has its part of the gradient; if it cannot get better,"
-
-
 def _holding(run: RunView, g: int, share: float) -> Iterator[tuple[int, int]]:
     """Yield windows in which a goal holds at least ``share`` of the gradient that the rule gives to one goal."""
     for a, b in stretches(run.smooth_share[:, g] >= share * run.largest_share, run.width):
@@ -143,7 +140,7 @@ def locked(run: RunView, g: int) -> Iterator[Finding]:
         wait = sum(not _improves(run, o, a, b) for o in others)
         rule = spread(run) if run.largest_share == 1 else None  # by order the others have their part
         alone = thresholds.CARRIED[rule is None]
-        advice = f"{rule}; or, if it cannot get better," if rule else IN_PART
+        advice = f"{rule}; or, if it cannot get better," if rule else "if it cannot get better,"
         sure = min(
             ramp(share / run.largest_share, *thresholds.LOCKED),
             ramp((b - a) / run.rows, *thresholds.SPAN),

@@ -26,7 +26,7 @@ CROWDED = Kind(
     weight=0.9,
     meaning="too many goals for the rule",
     explanation="The rule leaves the last goals nearly nothing, and most end hardly better than a trivial answer.",
-    explains=("locked", "starved", "conflict"),
+    explains=("starved",),
 )
 COLLAPSE = Kind(
     "collapse",

@@ -337,7 +337,7 @@ def test_a_locked_goal_that_leaves_the_others_their_part_asks_for_nothing() -> N
     raw = {"realism": flat(1.5), "recon": flat(0.6, T, 1), "kl": flat(0.3, T, 2)}
     share: dict[str, Tensor | float] = {"realism": 0.45, "recon": 0.3, "kl": 0.25}
     found = only(written(raw, share, most=0.45, least=0.25), "locked")
-    assert found.suggestion.startswith("none while every goal has its part of the gradient; if it cannot get better, ")
+    assert found.suggestion.startswith("if it cannot get better, give realism Anchored(1.4")
     better = {**raw, "recon": slope(1.4, 0.2), "kl": slope(1.3, 0.1)}
     assert not [f for f in diagnose(written(better, share, most=0.45, least=0.25)).faults if f.confidence >= 0.5]
 
