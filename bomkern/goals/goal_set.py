@@ -21,6 +21,7 @@ from .anchors import Anchors
 from .branches import Branches
 from .buffers import GoalBuffers
 from .constraint_info import describe
+from .from_config import goals_of
 from .history import GoalOutput, History
 from .micro_batches import MicroBatches, TakesMicroBatches
 from .monitor import Monitor
@@ -138,6 +139,30 @@ class GoalSet(GoalBuffers, TakesMicroBatches):
             self.watched = GoalSet(monitor, route="never", optional=theirs[0], renamed=theirs[1], **shared)
             self.watched._watching = True
         self.register_load_state_dict_pre_hook(fit_state)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **options: Any) -> GoalSet:
+        """Make a GoalSet from plain values, as a YAML or JSON file holds them.
+
+        Args:
+            config: by name of the goal, a mapping with its ``type`` and the arguments of that constraint or policy, or
+                ``{"members": {...}}`` for a `Group`. Constraints and policies themselves are taken as they are.
+            options: of the GoalSet.
+
+        A type is the name of a constraint or policy, in any case and with underscores: "MINIMIZE_SOFT" or "MINIMIZE",
+        "MINIMIZE_HARD", "MAXIMIZE", "UPPER", "LOWER", "BOX", "BOX_ASYMMETRIC", "ANCHORED", "CALIBRATED", "TRACKING". A
+        member of an enumeration counts by its name. The ``scale`` "auto" of MINIMIZE_SOFT is `Calibrated`.
+
+        Raises:
+            TypeError, ValueError: a goal's settings are invalid; the message names the goal and the key.
+
+        Example:
+            >>> goals = GoalSet.from_config({
+            ...     "recon": {"type": "MINIMIZE_SOFT", "scale": "auto"},
+            ...     "realism": {"type": "ANCHORED", "ideal": 0.5, "nadir": 1.0},
+            ... }, spill="auto")
+        """
+        return cls(goals_of(config), **options)
 
     def _lay_out(
         self,
