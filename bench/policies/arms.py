@@ -14,7 +14,7 @@ from bench.policies.faults import CALIBRATION
 from bench.policies.peers import LITERATURE
 from bench.policies.pinn import Equation
 from bench.policies.problem import Problem
-from bench.policies.problems import PROBLEMS
+from bench.policies.problems import LONG, PROBLEMS
 from bench.policies.rules import Arm, Bottleneck
 from bench.policies.vae import VAE
 from bomkern import Calibrated, ShareGuard, Tracking
@@ -34,6 +34,11 @@ def on_vaes(problem: type[Problem]) -> bool:
 def on_digits(problem: type[Problem]) -> bool:
     """Fit the small VAE alone: variants of bomkern's rule that were found to lose, and rules for a VAE's code."""
     return problem is Digits
+
+
+def where_quick(problem: type[Problem]) -> bool:
+    """Fit all but the problems whose runs take long: variants, which need not be tried everywhere."""
+    return not any(PROBLEMS[name] is problem for name in LONG)
 
 
 def on_equations(problem: type[Problem]) -> bool:
@@ -85,7 +90,9 @@ ARMS: dict[str, Entry] = {
         lambda _: Bottleneck(rules.anchored, reduction="min"), "`Anchored`, of the whole batch", fits=on_digits
     ),
     "anchored": Entry(lambda _: Bottleneck(rules.anchored), "`Anchored`, per sample"),
-    "smooth": Entry(lambda _: Bottleneck(rules.anchored, temperature=0.1), "`Anchored`, temperature 0.1"),
+    "smooth": Entry(
+        lambda _: Bottleneck(rules.anchored, temperature=0.1), "`Anchored`, temperature 0.1", fits=where_quick
+    ),
     "annealed": Entry(
         lambda _: Bottleneck(rules.anchored, schedule=lambda done: 10 ** (-2 * done)),
         "`Anchored`, temperature falls from 1 to 0.01",
@@ -110,15 +117,17 @@ ARMS: dict[str, Entry] = {
         lambda _: peers.Multipliers(), "softmax of averaged deficits weighs whole batches", fits=on_digits
     ),
     "spill 1/2": Entry(lambda _: Bottleneck(rules.anchored, spill=1 / 2), "`Anchored`, spill 1/2", 2),
-    "spill 1/3": Entry(lambda _: Bottleneck(rules.anchored, spill=1 / 3), "`Anchored`, spill 1/3"),
+    "spill 1/3": Entry(lambda _: Bottleneck(rules.anchored, spill=1 / 3), "`Anchored`, spill 1/3", fits=where_quick),
     "spill auto": Entry(lambda _: Bottleneck(rules.anchored, spill="auto"), '`Anchored`, `Spill("auto")`', 2),
     "probed, spill auto": Entry(
         lambda _: Bottleneck(rules.probed, probes=1 / 4, spill="auto"),
         '`Anchored("probe", "probe")`, `Spill("auto")`, a quarter of the updates for the probes',
     ),
-    "spill 0.8": Entry(lambda _: Bottleneck(rules.anchored, spill=0.8), "`Anchored`, spill 0.8"),
+    "spill 0.8": Entry(lambda _: Bottleneck(rules.anchored, spill=0.8), "`Anchored`, spill 0.8", fits=where_quick),
     EQUAL: Entry(lambda _: peers.Weighted(), "equal weights", 1, peer=True),
-    "raw sum": Entry(lambda _: peers.Raw(), "equal weights of the raw losses, without anchors", peer=True),
+    "raw sum": Entry(
+        lambda _: peers.Raw(), "equal weights of the raw losses, without anchors", fits=where_quick, peer=True
+    ),
     "literature": Entry(
         lambda data: peers.Raw(PROBLEMS[data].family),
         "weights of the raw losses from the literature",

@@ -33,7 +33,7 @@ class Burgers(Equation):
 
     title = "Burgers"
     family = "burgers"
-    rate, steps = 5e-3, 2000
+    rate, steps = 5e-3, 1500
     width, depth = 24, 4
     inside, outer = 100, 32
     low, high = (-1.0, 0.0), (1.0, 1.0)

@@ -25,7 +25,7 @@ class Helmholtz(Equation):
 
     title = "Helmholtz"
     family = "helmholtz"
-    rate, steps = 2e-3, 2000
+    rate, steps = 2e-3, 1500
     low, high = (-1.0, -1.0), (1.0, 1.0)
     faces: ClassVar = {"boundary": (Face(0, False), Face(0, True), Face(1, False), Face(1, True))}
     drifting = "boundary"
