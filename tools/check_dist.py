@@ -32,6 +32,7 @@ NOT_OF_A_WHEEL = (
     "test_build.py",
     "test_cuda_offline.py",
     "test_docs.py",
+    "test_release_files.py",
     "test_results_page.py",
     "test_security.py",
     "test_simd.py",
