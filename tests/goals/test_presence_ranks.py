@@ -19,6 +19,7 @@ RULES: dict[str, dict[str, Any]] = {
     "hard": {},
     "smooth": {"temperature": 0.3},
     "spill": {"spill": 0.5},
+    "spill auto": {"spill": "auto"},
     "guard": {"spill": 0.5, "guard": ShareGuard(halflife=1.0)},
 }
 

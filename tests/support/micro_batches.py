@@ -28,6 +28,7 @@ ANCHORED: dict[str, dict[str, Any]] = {
     **{name: rule for name, rule in RULES.items() if name != "budget"},  # each micro-batch draws rows of its own
     "sum": {"reduction": "sum"},
     "smooth, each": {"temperature": 0.1, "reduction": "none"},
+    "spill auto": {"spill": "auto"},
     "spill, each": {"spill": 0.5, "reduction": "none"},
 }
 PARTS = ("share", "level", "deficit", "raw", "highest", "ideal", "scale", "loss", "finite")
