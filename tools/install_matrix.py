@@ -64,7 +64,8 @@ torch.cuda.get_device_capability = lambda index=None: (99, 0)
 # A shell line that imitates a kind of compiler, before the machine's own compiler is called with "$@".
 COMPILERS = {
     "old g++": 'case "$*" in *-std=c++2*) echo "error: unrecognized command-line option" >&2; exit 1;; esac',
-    "g++ that nvcc refuses": 'set -- -U__GNUC__ -D__GNUC__=99 "$@"',  # nvcc's header checks __GNUC__
+    # nvcc's header checks __GNUC__; the system's own headers do not build with a false one.
+    "g++ that nvcc refuses": 'case "$*" in *__CUDACC__*) set -- -U__GNUC__ -D__GNUC__=99 "$@";; esac',
 }
 # The messages of the errors that some cells are expected to end with.
 NO_TORCH = r"needs torch in the environment"
@@ -271,6 +272,11 @@ class Bench:
             return argument
         return f"bomkern @ {next((self.work / 'dist').glob(argument.partition(' @ ')[2])).as_uri()}"
 
+    def installed(self, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Return the packages of the environment; torch may print warnings before."""
+        found: dict[str, Any] = json.loads(run([self.python, "-c", INSTALLED], environment, self.work).splitlines()[-1])
+        return found
+
     def attempt(self, cell: Cell) -> dict[str, Any]:
         """Run one cell, and return its result."""
         self.fresh(cell)
@@ -278,7 +284,7 @@ class Bench:
             self.sdist()
         environment, begun = self.environment(cell), time.monotonic()
         result: dict[str, Any] = {"cell": cell.name, "outcome": "works"}
-        before = json.loads(run([self.python, "-c", INSTALLED], environment, self.work))
+        before = self.installed(environment)
         try:
             for command in self.commands(cell):
                 run([self.file(argument) for argument in command], environment, self.work)
@@ -292,7 +298,7 @@ class Bench:
                 wrong = f"the CUDA kernels were expected to be {'built' if cell.cuda else 'left out'}"
             if cell.compiler in SAYS and not re.search(SAYS[cell.compiler], info):
                 wrong, result["said"] = "bomkern info does not say why", info[:500]
-            wrong = changed(before, json.loads(run([self.python, "-c", INSTALLED], environment, self.work))) or wrong
+            wrong = changed(before, self.installed(environment)) or wrong
         except Failed as why:
             text = str(why).replace(str(self.work), ".")
             result.setdefault("seconds", round(time.monotonic() - begun))
