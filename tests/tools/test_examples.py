@@ -21,6 +21,7 @@ LAST = {
     "many_tasks": ("held-out deficits", "lowest worst deficit: "),
     "pinn": ("relative L2 error", "nearest to the exact solution: "),
     "vicreg": ("held-out accuracy", "most accurate: "),
+    "water_filling": ("== automatic scales: held-out PSNR", "== anchored, spill: held-out PSNR"),
 }
 
 
