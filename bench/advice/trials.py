@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
-from ast import literal_eval
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,14 @@ class Measured(Bottleneck):
             self.goals.remeasure(now)
 
 
+def constraint_of(code: str) -> Any:
+    """Make the constraint of a piece of code such as ``Anchored(0.5, 1, moving=True)``."""
+    call = ast.parse(code, mode="eval").body
+    assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+    named = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+    return getattr(bomkern, call.func.id)(*map(ast.literal_eval, call.args), **named)
+
+
 def follow(advice: str, goals: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Return the goals and the options of a `GoalSet` with the change that an advice asks for.
 
@@ -69,10 +77,9 @@ def follow(advice: str, goals: dict[str, Any], options: dict[str, Any]) -> tuple
     if UNSURE.search(advice):
         return None
     if rule := RULE.search(advice):
-        return goals, {**options, rule[1]: literal_eval(rule[2])}
+        return goals, {**options, rule[1]: ast.literal_eval(rule[2])}
     if given := ANCHORS.search(advice):
-        constraint = eval(given[2], {}, vars(bomkern))  # the code that a user would paste
-        return {**goals, given[1]: constraint}, options
+        return {**goals, given[1]: constraint_of(given[2])}, options
     return None
 
 
