@@ -50,7 +50,9 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-@pytest.mark.parametrize("rule", [{"spill": 0.5}, {"spill": "auto"}, {"temperature": 0.1}, {}, {"route": "never"}], ids=str)
+@pytest.mark.parametrize(
+    "rule", [{"spill": 0.5}, {"spill": "auto"}, {"temperature": 0.1}, {}, {"route": "never"}], ids=str
+)
 def test_the_branch_is_found(rule: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     loop = Loop(rule)
     for step in range(12):
