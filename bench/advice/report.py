@@ -42,33 +42,26 @@ def gain(trial: Trial, noises: dict[tuple[str, str], float]) -> float:
     return total
 
 
-def score(trials: list[Trial]) -> dict[str, Any]:
+def score(trials: list[Trial], noises: dict[tuple[str, str], float]) -> dict[str, int]:
     """Return how many trials had advice, followed it, ended better, and ended worse by more than noise."""
-    noises = noise(trials)
-    followed = [t for t in trials if "after" in t]
-    gains = [gain(t, noises) for t in followed]
+    gains = [gain(t, noises) for t in trials if "after" in t]
     return {
         "runs": len(trials),
         "advised": sum("advice" in t for t in trials),
-        "followed": len(followed),
+        "followed": len(gains),
         "better": sum(g > 0 for g in gains),
         "worse": sum(g < -1 for g in gains),
     }
 
 
-def _by(trials: list[Trial], key: Callable[[Trial], str | None]) -> list[list[str]]:
-    noises, groups = noise(trials), defaultdict(list)
+def _by(
+    trials: list[Trial], noises: dict[tuple[str, str], float], key: Callable[[Trial], str | None]
+) -> list[list[str]]:
+    groups: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
-        groups[key(trial)].append(trial)
-    lines = []
-    for name, group in groups.items():
-        if name is None:
-            continue
-        followed = [gain(t, noises) for t in group if "after" in t]
-        counts = [len(group), sum("advice" in t for t in group), len(followed)]
-        counts += [sum(g > 0 for g in followed), sum(g < -1 for g in followed)]
-        lines.append([name, *map(str, counts)])
-    return lines
+        if (name := key(trial)) is not None:
+            groups[name].append(trial)
+    return [[name, *map(str, score(group, noises).values())] for name, group in groups.items()]
 
 
 HEADS = ["runs", "with a finding", "followed", "better", "worse by more than noise"]
@@ -84,7 +77,8 @@ standard deviation between seeds. *Worse by more than noise* is a gain below -1.
 
 def write(trials: list[Trial], to: Path) -> str:
     """Write the page ``to``.md, and return it."""
-    found = score(trials)
+    noises = noise(trials)
+    found = score(trials, noises)
     share = {key: found[key] / max(1, found["followed"]) for key in ("better", "worse")}
     page = [
         "# What the advice does",
@@ -93,10 +87,10 @@ def write(trials: list[Trial], to: Path) -> str:
         f"Of {found['runs']} runs {found['advised']} had a finding, and {found['followed']} followed its advice: "
         f"{share['better']:.0%} ended better (asked for: 80%), {share['worse']:.0%} worse by more than noise "
         "(asked for: at most 5%).",
-        rows(["problem", *HEADS], _by(trials, lambda t: PROBLEMS[t["data"]].title)),
-        rows(["fault", *HEADS], _by(trials, lambda t: t["fault"])),
-        rows(["rule", *HEADS], _by(trials, lambda t: t["rule"])),
-        rows(["first finding", *HEADS], _by(trials, lambda t: t.get("kind"))),
+        rows(["problem", *HEADS], _by(trials, noises, lambda t: PROBLEMS[t["data"]].title)),
+        rows(["fault", *HEADS], _by(trials, noises, lambda t: t["fault"])),
+        rows(["rule", *HEADS], _by(trials, noises, lambda t: t["rule"])),
+        rows(["first finding", *HEADS], _by(trials, noises, lambda t: t.get("kind"))),
     ]
     text = "\n\n".join(page) + "\n"
     to.with_suffix(".md").write_text(text)

@@ -8,9 +8,8 @@ from typing import Any
 
 from ..constraints import Box, BoxAsymmetric, Constraint, Lower, Maximize, Minimize, MinimizeHard, Upper
 from .policies import Anchored, Calibrated, Policy, Tracking
-from .rules import Group
+from .rules import AUTO, Group
 
-AUTO = "auto"
 # The kinds by their names without case and underscores: MINIMIZE_SOFT, minimize_soft and MinimizeSoft are one.
 KINDS: dict[str, Callable[..., Constraint | Policy]] = {
     **{

@@ -74,7 +74,7 @@ def test_a_gain_counts_in_noises_of_both_figures(tmp_path: Path) -> None:
     assert report.gain(error, {("poisson", "main"): 0.1, ("poisson", "worst"): 0.1}) == pytest.approx(-1 + 2)
     worse = trial(3, (0.8, 0.3), (0.7, 0.3), fault="drift")
     level = trial(4, (0.8, 0.3), (0.8, 0.3), fault="drift")
-    found = report.score([*same, other, worse, level])
+    found = report.score([*same, other, worse, level], report.noise([*same, other, worse, level]))
     assert found == {"runs": 5, "advised": 3, "followed": 3, "better": 1, "worse": 1}
     page = report.write([*same, other, worse, level], tmp_path / "advice")
     assert "33% ended better (asked for: 80%), 33% worse" in page and "| 3 tasks | 5 | 3 | 3 | 1 | 1 |" in page
