@@ -26,11 +26,12 @@ from bench.policies.rules import Arm
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.fits(Digits)])
 def test_every_arm_trains(name: str) -> None:
-    found = run.train(Digits(0, FAULTS["none"], 200 if name == "probed" else 4), ARMS[name].make("digits"))
+    arm, probes = ARMS[name].make("digits"), name.startswith("probed")
+    found = run.train(Digits(0, FAULTS["none"], 100 if probes else 4), arm)
     assert sum(found["share"].values()) == pytest.approx(1, abs=1e-4)
     assert 0 <= found["entropy"] <= 1 + 1e-6
     assert 4 < found["test"]["psnr"] < 30 and found["test"]["worst"] == max(found["test"]["deficits"].values())
-    assert found["probes"] == (180 if name == "probed" else 0)
+    assert found["probes"] == arm.spent and (0 < arm.spent <= 100 / 4 if probes else arm.spent == 0)
 
 
 def test_seeds_are_paired() -> None:
@@ -92,7 +93,7 @@ def test_every_arm_that_fits_trains_on_other_problems(data: str) -> None:
     kind = PROBLEMS[data]
     for name, arm in ARMS.items():
         if arm.fits(kind):
-            found = run.train(kind(0, FAULTS["none"], 3), arm.make(data))
+            found = run.train(kind(0, FAULTS["none"], 100 if name.startswith("probed") else 3), arm.make(data))
             assert sum(found["share"].values()) == pytest.approx(1, abs=1e-4), name
             assert 0 < found["test"][kind.measure.key] < 2, name
 
