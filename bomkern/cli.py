@@ -142,7 +142,7 @@ def _train(given: dict[str, object]) -> int:
         except ImportError as why:
             print(f"bomkern train needs {why.name or name}: pip install 'bomkern[train]'", file=sys.stderr)
             return 1
-    from .train import loop, processes
+    from .train import loop, processes, terminal
 
     config = Config(**given)  # type: ignore[arg-type]
     try:
@@ -157,7 +157,7 @@ def _train(given: dict[str, object]) -> int:
         processes.say(f"{why}; go on with: bomkern train --out {config.out} --resume")
         return 128 + why.number
     if summary:
-        print(loop.report(summary, config.out))
+        print(terminal.report(summary, config.out))
     return 0
 
 

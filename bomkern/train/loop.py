@@ -21,9 +21,8 @@ from tqdm import tqdm
 import bomkern
 from bomkern.common.files import write_atomically
 from bomkern.report import diagnose_folder
-from bomkern.report.page import NOTHING, is_information
 
-from . import checkpoint, evaluate, processes, recorder
+from . import checkpoint, evaluate, processes, recorder, terminal
 from .config import LEAST_BATCH, REDUCTIONS, SCALES, Config, TrainError
 from .data import Crops, Data, DataError, load, to_float
 from .networks import VAE
@@ -213,6 +212,7 @@ def _steps(
     config, fabric = trainer.config, trainer.fabric
     chief, first = fabric.is_global_zero, trainer.step
     paused_seconds = 0.0  # in evaluation and checkpoints
+    psnr: float | None = None
     begun = time.perf_counter()
     bar = tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=0.5, dynamic_ncols=True)
     with bar:
@@ -226,13 +226,13 @@ def _steps(
             line: dict[str, Any] = {"step": n}
             if logs and (window := trainer.window()):
                 line |= window
-                worst = max(GOALS, key=lambda name: window["goals"][name]["share"])
-                bar.set_postfix_str(f"loss {window['loss']:.3f}, {worst} {window['goals'][worst]['share']:.0%}")
+                bar.set_postfix_str(terminal.progress(window["goals"], psnr))
             paused = time.perf_counter()
             if evaluates:
                 trainer.remeasure(images)
                 average = trainer.averaged()
                 line |= evaluate.quality(average, images) if chief else {}
+                psnr = line.get("psnr")
             if len(line) > 1:
                 metrics.line(line)
             asked = stop.asked if fabric.world_size == 1 or logs else 0
@@ -307,7 +307,9 @@ def _finish(
         "raw": {name: last[name]["raw"] for name in last},
         "level": {name: last[name]["level"] for name in last},
         "constraints": {name: {"ideal": i, "scale": s} for name, (i, s) in trainer.goals.anchors().items()},
+        "deficit": {name: last[name]["deficit"] for name in last},
         "held_out_crops": len(images),
+        "data": config.data,
         "scales": config.scales,
         "reduction": config.reduction,
         "temperature": config.temperature,
@@ -341,44 +343,3 @@ def _diagnosis(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
         reason = " ".join(f"{type(why).__name__}: {why}".split())
         log.warning("the run is complete, but its diagnosis failed: %s", reason)
         return None
-
-
-def report(summary: dict[str, Any], folder: str) -> str:
-    """Format the summary as a short table for a terminal."""
-    verdict = "above" if summary["psnr"] > summary["baseline_psnr"] else "NOT above"
-    rows = [
-        "",
-        f"held-out PSNR {summary['psnr']:.2f} dB, {verdict} the {summary['baseline_psnr']:.2f} dB of each crop's "
-        f"mean colour; SSIM {summary['ssim']:.3f} (mean colour {summary['baseline_ssim']:.3f})",
-        f"{summary['steps']} steps, {summary['rejected_steps']} rejected"
-        + (f", {summary['steps_per_second']:.2f} steps/s" if summary["steps_per_second"] else "")
-        + (f" after a first one of {summary['first_seconds']:.0f} s" if summary["first_seconds"] else "")
-        + (f", {1 - summary['walked']:.0%} of the images' backward saved" if summary["walked"] < 1 else ""),
-        "",
-        f"{'goal':<22} {'raw':>9} {'level':>9} {'share':>7} {'longest starvation':>19}",
-    ]
-    for name in GOALS:
-        raw, level = summary["raw"].get(name, math.nan), summary["level"].get(name, math.nan)
-        rows.append(
-            f"{name:<22} {raw:>9.4g} {level:>9.3g} {summary['share'][name]:>7.1%} "
-            f"{summary['longest_starvation'][name]:>13} steps"
-        )
-    rows += ["", *_top_finding(summary["diagnosis"], folder)]
-    return "\n".join([*rows, f"pictures, metrics, checkpoint and {recorder.REPORT}: {folder}"])
-
-
-def _top_finding(diagnosis: dict[str, Any] | None, folder: str) -> list[str]:
-    """Format the worst finding in a few lines."""
-    if diagnosis is None:
-        return []
-    faults = [finding for finding in diagnosis["findings"] if not is_information(finding["kind"])]
-    if not faults:
-        return [f"diagnosis: {diagnosis['note'] or NOTHING}"]
-    top = faults[0]
-    maybe = "perhaps " * (top["confidence"] < 0.5)  # right about half the time: bench/results/faults.json
-    return [
-        f"diagnosis: {' and '.join(top['goals']) or 'the run'}: {maybe}{top['kind']} ({top['confidence']:.0%} sure)",
-        f"  {top['evidence']}",
-        f"  -> {top['suggestion']}",
-        *([f"  {len(faults) - 1} more: bomkern diagnose {folder}"] if len(faults) > 1 else []),
-    ]

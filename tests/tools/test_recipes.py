@@ -194,14 +194,14 @@ def test_a_finding(tmp_path: Path) -> None:
 TRAINER_GOAL_IS_SEEN = """
 import sys
 from pathlib import Path
-from bomkern.train import loop, presets
+from bomkern.train import loop, presets, terminal
 from bomkern.train.nine_goals import GOALS
 from tests.support.training import config
 assert len(GOALS) == 10 and all("brightness" in presets.policies(preset, 8, 3) for preset in ("moving", "auto"))
 summary = loop.train(config(Path(sys.argv[1]), steps=2, log_every=1))
 assert 0 < summary["raw"]["brightness"] and list(summary["share"]) == list(GOALS)
 page = (Path(sys.argv[1]) / "report.html").read_text(encoding="utf-8")
-assert "brightness" in page and "brightness" in loop.report(summary, "")
+assert "brightness" in page and "brightness" in terminal.report(summary, "")
 """
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("lightning_fabric")
 import torch
 
 from bomkern import History, cli
-from bomkern.train import checkpoint, loop, recorder
+from bomkern.train import checkpoint, loop, recorder, terminal
 from bomkern.train.config import SPILL, Config, TrainError
 from bomkern.train.nine_goals import GOALS, anchors
 from bomkern.train.presets import DIAGNOSIS
@@ -238,6 +238,23 @@ def test_info_and_train_print_something_useful(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["train", "--out", str(tmp_path), *SMALL, "--epochs", "0.01", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "mean colour" in printed and all(name in printed for name in GOALS) and str(tmp_path) in printed
+    learnt, look, following = printed.splitlines()[-3:]
+    assert learnt.startswith("learnt: held-out PSNR") and "worst goal" in learnt
+    assert look.startswith(f"open:   {tmp_path}/report.html")
+    assert following == "next:   bomkern train --data FOLDER_OF_YOUR_IMAGES --out runs/own"
+
+
+def test_the_progress_line_names_the_worst_goal() -> None:
+    goals = {"near": {"deficit": 0.1, "share": 0.9}, "far": {"deficit": 0.61, "share": 0.1}}
+    assert terminal.progress(goals, None) == "worst far 0.61"
+    assert terminal.progress(goals, 19.24) == "worst far 0.61, PSNR 19.2 dB"
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_run_on_own_images_is_told_to_go_on(tmp_path: Path) -> None:
+    summary = loop.train(config(tmp_path))
+    last = terminal.report({**summary, "data": "photos", "steps": 7}, "a folder").splitlines()[-1]
+    assert last == "next:   bomkern train --out 'a folder' --resume --steps 14"
 
 
 # The diagnosis.
@@ -262,16 +279,16 @@ def test_the_top_finding_is_printed_and_the_rest_can_be_asked_for(
     }
     more = {**finding, "kind": "starved", "evidence": "not shown"}
     for findings, tail in (([finding], ""), ([finding, more], "1 more: bomkern diagnose")):
-        printed = loop.report({**summary, "diagnosis": {"note": "", "findings": findings}}, str(tmp_path))
+        printed = terminal.report({**summary, "diagnosis": {"note": "", "findings": findings}}, str(tmp_path))
         assert "realism: locked (90% sure)\n  see here\n  -> do this" in printed and "not shown" not in printed
         assert tail in printed and ("1 more" in printed) == bool(tail)
-    unsure = loop.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "confidence": 0.3}]}}, "")
+    unsure = terminal.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "confidence": 0.3}]}}, "")
     assert "realism: perhaps locked (30% sure)" in unsure
-    calm = loop.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "kind": "idle"}]}}, "")
+    calm = terminal.report({**summary, "diagnosis": {"note": "", "findings": [{**finding, "kind": "idle"}]}}, "")
     assert "no bucket has a hole" in calm
     assert "of the images' backward saved" in calm and 0 < summary["walked"] < 1
-    assert "backward saved" not in loop.report({**summary, "walked": 1.0}, "")
-    assert "75% of the images' backward saved" in loop.report({**summary, "walked": 0.25}, "")
+    assert "backward saved" not in terminal.report({**summary, "walked": 1.0}, "")
+    assert "75% of the images' backward saved" in terminal.report({**summary, "walked": 0.25}, "")
 
 
 @pytest.mark.usefixtures("plain")
@@ -293,7 +310,7 @@ def test_a_run_is_not_lost_over_its_report(
     summary = loop.train(config(tmp_path))
     assert caplog.messages == ["the run is complete, but its diagnosis failed: ValueError: no room, nowhere"]
     assert summary["diagnosis"] is None and summary["psnr"] > 0 and (tmp_path / recorder.SUMMARY).is_file()
-    assert "diagnosis" not in loop.report(summary, str(tmp_path))
+    assert "diagnosis" not in terminal.report(summary, str(tmp_path))
 
 
 # Quality of the result.
