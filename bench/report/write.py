@@ -17,13 +17,13 @@ from pathlib import Path
 
 from bench.cases import OPS
 from bench.cases import named as named_case
+from bench.readme import README, put
 from bench.report.page import BOTH, CASES, page, plain_step
 from bench.report.tables import named, ratio, table, time
 from bench.report.worst import EAGER, LIMIT, by_case, told
 from bench.results import HERE, Results, committed, read
 
-README = HERE.parent.parent / "README.md"
-BEGIN, END = "<!-- written by python -m bench.report -->", "<!-- end of what it writes -->"
+COMMAND = "python -m bench.report"
 # The cases in the main README's table and their batch sizes, at which every regime is benched.
 SHOWN = {named_case(op, label): batches for op, benches in OPS.items() for label, batches in benches.shown.items()}
 DIMS = 128  # the D of cases that have one
@@ -65,25 +65,12 @@ def _step(what: str, ours: float, other: float) -> list[str]:
     return [what, time(ours), "", ratio(other / ours), "", "", ""]
 
 
-def readme_with(readme: str, table: str) -> str:
-    """Return the README with the table between its two marks replaced.
-
-    Raises:
-        ValueError: the README lacks the marks.
-    """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{README} has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{table.strip()}\n\n{END}{after}"
-
-
 def pages(folder: Path = HERE) -> dict[Path, str]:
     """Return the text of each page; the main README is among them for bench/results alone."""
     saved = committed(folder)
     texts = {folder / "README.md": page(saved, folder)}
     if folder.resolve() == HERE:
-        texts[README] = readme_with(README.read_text(), readme_table(saved[0]))
+        texts[README] = put(README.read_text(), COMMAND, readme_table(saved[0]))
     return texts
 
 

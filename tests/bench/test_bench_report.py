@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench import compare, kernels
+from bench import readme as readme_parts
 from bench.report import figures, growth, page, tables, write
 from bench.results import HERE, Results, committed, read
 from tests.support.bench_results import MACHINE, made, results, row
@@ -209,7 +210,7 @@ def test_the_pages_show_what_is_kept() -> None:
 def test_a_changed_figure_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = tmp_path / "README.md"
     text = write.README.read_text()
-    begin = text.index(write.BEGIN)
+    begin = text.index(readme_parts.begin(write.COMMAND))
     changed = text[:begin] + re.sub(r"(\d)x \|", "9\\1x |", text[begin:], count=1)
     assert changed != text
     readme.write_text(changed)
