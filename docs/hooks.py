@@ -8,6 +8,8 @@ A page marks the place with a line of its own:
     <!-- faults -->             how well `bomkern.diagnose` finds planted faults
     <!-- ranks -->              one batch on several processes: differences, and the numbers exchanged
     <!-- from PAGE: HEADING --> a section of a page in bench/results
+    <!-- study PROBLEM -->      what the study of rules measured of a problem, or that it has not yet
+    <!-- code FILE: NAME -->    the source of a class or function
     <!-- example FILE -->       the code of a file in examples/
     <!-- printed NAME -->       what an example printed in the run that made its picture, docs/pictures/NAME.txt
 
@@ -33,7 +35,11 @@ from bench.report import worst  # noqa: E402
 from bench.report.tables import Lines, by_size, memory, table, text, time  # noqa: E402
 from bench.results import HERE, Results, committed  # noqa: E402
 
-MARKER = re.compile(r"^<!-- (bench|report|findings|faults|ranks|from|example|printed)\b ?(.*?) -->$", re.MULTILINE)
+MARKER = re.compile(
+    r"^<!-- (bench|report|findings|faults|ranks|from|study|code|example|printed)\b ?(.*?) -->$", re.MULTILINE
+)
+# Pages of the site whose sources lie outside of docs/.
+OUTSIDE = {"results/tests.md": "tests/README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
 
 
@@ -54,6 +60,8 @@ def expand(markdown: str) -> str:
         "faults": lambda _: faults(),
         "ranks": lambda _: ranks(),
         "from": section,
+        "study": study,
+        "code": code,
         "example": example,
         "printed": printed,
     }
@@ -175,6 +183,26 @@ def section(asked: str) -> Lines:
     return rest.partition("\n## ")[0].strip().splitlines()
 
 
+def study(problem: str) -> Lines:
+    try:
+        lines = section(f"policies.md: {problem}")
+    except Missing:
+        return [f"{problem}: not measured yet; `python -m bench.policies` does."]
+    return [f"### {problem}", "", *lines]
+
+
+def code(asked: str) -> Lines:
+    name, _, wanted = asked.partition(": ")
+    path = ROOT / name
+    if not path.is_file():
+        raise Missing(f"{name} is not there")
+    text = path.read_text()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == wanted:
+            return ["```{.python .source}", *(ast.get_source_segment(text, node) or "").splitlines(), "```"]
+    raise Missing(f"{name} has no class or function {wanted!r}")
+
+
 def example(name: str) -> Lines:
     return _fenced("python", ROOT / "examples" / name)
 
@@ -218,8 +246,14 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
             files.append(File.generated(config, name, content=report.page(committed())))
         elif path.suffix in (".md", ".png"):
             files.append(File.generated(config, name, abs_src_path=str(path)))
-    files.append(File.generated(config, "results/tests.md", abs_src_path=str(ROOT / "tests" / "README.md")))
+    for name, source in OUTSIDE.items():
+        files.append(File.generated(config, name, content=inside((ROOT / source).read_text())))
     return files
+
+
+def inside(markdown: str) -> str:
+    """Return a page from the root with its links to docs/ and bench/results as they are in the site."""
+    return markdown.replace("](docs/", "](").replace("](bench/results/", "](results/")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -6,7 +6,7 @@
 
 `problems.py` lists the problems, `arms.py` the rules. Seeds are paired, and every rule has the time of equal weights
 (`costs.py`). Runs go to bench/results/policies.jsonl, one line each, the costs of a step to policies_costs.json. The
-page bench/results/policies.md and the plots beside it show the results.
+page bench/results/policies.md, the plots beside it and a table of the main README show the results.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.policies import costs, report, toy
+from bench.policies import costs, readme, report, toy
 from bench.policies.arms import ARMS, BRIGHT, TUNED, Entry, everywhere, where_quick
 from bench.policies.peers import SUMS
 from bench.policies.problems import LONG, PROBLEMS
 from bench.policies.run import Job, run
+from bench.readme import README, put
 
 J = TypeVar("J")
 RUNS = Path(__file__).parents[1] / "results" / "policies.jsonl"
@@ -158,4 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = read(args.runs)
     tuned = {data: picks(runs, data) for data in args.data}
     sys.stdout.write(report.write(runs, tuned, tuple(args.seeds), TUNING, args.runs.with_suffix("")))
+    if args.runs == RUNS and len(args.data) == len(PROBLEMS):
+        part = readme.table(report.sets_of(runs, tuned, tuple(args.seeds), TUNING))
+        README.write_text(put(README.read_text(), readme.COMMAND, part))
     return 0

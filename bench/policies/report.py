@@ -144,15 +144,22 @@ gradient, so drift and floor cannot hurt a sum with fixed weights: they are faul
 """
 
 
+def sets_of(
+    records: Mapping[Any, Record], tuned: Mapping[str, Mapping[str, str]], seeds: tuple[int, ...], tuning: int
+) -> dict[str, Results]:
+    """Return the results of each problem with runs."""
+    every = {
+        data: Results(data, [r for r in records.values() if r["data"] == data], picks, seeds, tuning)
+        for data, picks in tuned.items()
+    }
+    return {data: results for data, results in every.items() if results.arms}
+
+
 def write(
     records: Mapping[Any, Record], tuned: Mapping[str, Mapping[str, str]], seeds: tuple[int, ...], tuning: int, to: Path
 ) -> str:
     """Write ``to``.md and the plots beside it, and return the page."""
-    sets = {}
-    for data, picks in tuned.items():
-        results = Results(data, [r for r in records.values() if r["data"] == data], picks, seeds, tuning)
-        if results.arms:
-            sets[data] = results
+    sets = sets_of(records, tuned, seeds, tuning)
     page = ["# Which rule, scales and ideals", HOW]
     if len(sets) > 1:
         page += overview.section(sets)

@@ -21,13 +21,14 @@ from bench.readme import README, put
 from bench.report.page import BOTH, CASES, page, plain_step
 from bench.report.tables import named, ratio, table, time
 from bench.report.worst import EAGER, LIMIT, by_case, told
-from bench.results import HERE, Results, committed, read
+from bench.results import HERE, Results, Size, committed, read
 
 COMMAND = "python -m bench.report"
 # The cases in the main README's table and their batch sizes, at which every regime is benched.
 SHOWN = {named_case(op, label): batches for op, benches in OPS.items() for label, batches in benches.shown.items()}
 DIMS = 128  # the D of cases that have one
-DEFAULTS = {
+STEPS = {
+    "bomkern lazy": "the trainer's whole step, hard minimum",
     "bomkern default": "the same with the default rule, spill 1/2 and a budget of rows",
     "bomkern default, dearest first": "the same where the goals that decode most weigh most",
     "bomkern default compiled": "the default rule with `--compile`",
@@ -36,24 +37,23 @@ PEERS = (EAGER, "torch.compile", "KeOps")
 
 
 def readme_table(results: Results) -> str:
-    """Return the main README's table: each op on its worst kind of data, forward and backward, and a whole step."""
+    """Return the main README's table: forward and backward of each op, and whole steps of the trainer.
+
+    Each op is shown on its worst kind of data and, as each step, at the batch size where bomkern gains least.
+    """
     rows = []
     for case, batches in SHOWN.items():
         several = results.regimes(case, BOTH)
-        for size, figures in by_case(results, case, BOTH).items():
-            sized = dict(size)
-            if sized["B"] in batches and sized.get("D", DIMS) == DIMS:
-                cells = [ratio(figures.least[peer][0]) if peer in figures.least else "" for peer in PEERS]
-                where = figures.bad if len(several[size]) > 1 else ""
-                ours = [time(figures.slowest["seconds"]), told(figures.spread)]
-                rows.append([f"{CASES[case]}, B = {sized['B']:,}", *ours, *cells, where])
-    for size, peers in results.of("nine-goal step", "whole").items():
-        if (ours := peers.get("bomkern lazy")) and (plain := plain_step(peers)):
-            what = f"the trainer's whole step, hard minimum, {named(size)}"
-            rows.append(_step(what, ours["seconds"], plain["seconds"]))
-        for name, words in DEFAULTS.items():
-            if (ours := peers.get(name)) and (plain := plain_step(peers)):
-                rows.append(_step(f"{words}, {named(size)}", ours["seconds"], plain["seconds"]))
+        sized = {size: figures for size, figures in by_case(results, case, BOTH).items() if _shown(size, batches)}
+        if not sized:
+            continue
+        size = min(sized, key=lambda size: min((x for x, _ in sized[size].least.values()), default=0.0))
+        figures = sized[size]
+        cells = [ratio(figures.least[peer][0]) if peer in figures.least else "" for peer in PEERS]
+        where = figures.bad if len(several[size]) > 1 else ""
+        ours = [time(figures.slowest["seconds"]), told(figures.spread)]
+        rows.append([f"{CASES[case]}, B = {dict(size)['B']:,}", *ours, *cells, where])
+    rows += steps_table(results)
     head = ["forward and backward", "bomkern", "slowest / fastest", *PEERS, "worst regime"]
     lines = [*table(head, rows), f"(`{results.command}`; {results.title})"]
     if any("**" in row[2] for row in rows):
@@ -61,8 +61,21 @@ def readme_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _step(what: str, ours: float, other: float) -> list[str]:
-    return [what, time(ours), "", ratio(other / ours), "", "", ""]
+def _shown(size: Size, batches: tuple[int, ...]) -> bool:
+    sized = dict(size)
+    return sized["B"] in batches and sized.get("D", DIMS) == DIMS
+
+
+def steps_table(results: Results) -> list[list[str]]:
+    """Return a row for each of the trainer's steps, at the batch size where it gains least."""
+    gains: dict[str, list[tuple[float, float, str]]] = {}
+    for size, peers in results.of("nine-goal step", "whole").items():
+        if plain := plain_step(peers):
+            for name in STEPS.keys() & peers.keys():
+                ours = peers[name]["seconds"]
+                gains.setdefault(name, []).append((plain["seconds"] / ours, ours, named(size)))
+    least = {name: min(gains[name]) for name in STEPS if name in gains}
+    return [[f"{STEPS[name]}, {size}", time(s), "", ratio(gain), "", "", ""] for name, (gain, s, size) in least.items()]
 
 
 def pages(folder: Path = HERE) -> dict[Path, str]:
