@@ -81,8 +81,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert "://" not in target, target
         path = (page.parent / target).resolve()
-        if DOCS / "results" in path.parents:  # the hook puts them there
-            path = DOCS.parent / "tests" / "README.md" if path.name == "tests.md" else RESULTS / path.name
+        outside = hooks.OUTSIDE.get(str(path.relative_to(DOCS)) if path.is_relative_to(DOCS) else "")
+        if outside:  # the hook puts them there
+            path = ROOT / outside
+        elif DOCS / "results" in path.parents:
+            path = RESULTS / path.name
         assert path.is_file(), target
 
 
@@ -94,12 +97,42 @@ def test_links_lead_somewhere(page: Path) -> None:
         ("from nothing.md: Heading", r"nothing\.md is not there"),
         ("from route.md: Nothing", "no section 'Nothing'"),
         ("example nothing.py", r"examples/nothing\.py is not there"),
+        ("code bench/nothing.py: Nothing", r"bench/nothing\.py is not there"),
+        ("code bench/cases.py: Nothing", "no class or function 'Nothing'"),
         ("printed nothing", r"docs/pictures/nothing\.txt is not there"),
     ],
 )
 def test_what_is_not_there_is_refused(marker: str, why: str) -> None:
     with pytest.raises(hooks.Missing, match=why):
         hooks.expand(f"# Page\n\n<!-- {marker} -->\n")
+
+
+def test_a_problem_that_was_not_measured_says_so() -> None:
+    assert "not measured yet; `python -m bench.policies` does." in hooks.expand("<!-- study Nothing -->")
+    assert hooks.expand("<!-- study Digits -->").startswith("### Digits")
+
+
+def pages_of(navigation: Any) -> list[str]:
+    """Return the pages of a part of mkdocs.yml's navigation."""
+    if isinstance(navigation, str):
+        return [navigation]
+    parts = navigation.values() if isinstance(navigation, dict) else navigation
+    return [page for part in parts for page in pages_of(part)]
+
+
+def test_no_page_is_an_orphan() -> None:
+    """Every page is in the navigation, and another page links to it."""
+    yaml = pytest.importorskip("yaml")
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("nav:\n")[2].partition("\nvalidation:")[0]
+    listed = pages_of(yaml.safe_load(navigation)) + pages_of(hooks.ops_navigation())
+    own = {str(page.relative_to(DOCS)) for page in PAGES}
+    assert own <= set(listed) and len(listed) == len(set(listed))
+    linked = set()
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+\.md)", page.read_text()):
+            if (path := (page.parent / target).resolve()) != page:
+                linked.add(str(path.relative_to(DOCS)) if path.is_relative_to(DOCS) else "")
+    assert own - linked == {"index.md"}
 
 
 def test_a_case_without_results_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,11 +164,6 @@ def test_the_page_of_examples_says_which_rule_does_best() -> None:
     ):
         named = page.partition(f"{told} ")[2].partition(". ")[0].split(", ")
         assert sorted(named) == sorted(name for name, line in last.items() if rule in line)
-
-
-def test_the_plain_loop_of_the_readme_is_the_example() -> None:
-    root = DOCS.parent
-    assert (root / "examples" / "plain_loop.py").read_text().strip() in (root / "README.md").read_text()
 
 
 def test_a_star_import_brings_the_documented_names_and_no_module() -> None:

@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.pages import code_of, torchrun
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 PAGES = sorted(path for path in RECIPES.glob("*.md") if path.name != "index.md")
 RUN = [*PAGES, RECIPES.parent / "anchors.md"]
 
 
-def code_of(page: Path) -> str:
-    """Return the Python blocks of a page in order, as one program with the page's line numbers."""
-    kept, inside = [], False
-    for line in page.read_text().splitlines():
-        if line.startswith("```"):
-            inside = line == "```python"
-            line = ""
-        kept.append(line if inside else "")
-    return "\n".join(kept)
-
-
-@pytest.fixture
-def a_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the variables that torchrun sets for the only process of a run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
-
-
-@pytest.mark.usefixtures("a_process_of_torchrun")
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun(monkeypatch)
     # Without Inductor, which would need most of a minute to compile.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     try:

@@ -149,8 +149,8 @@ def test_what_cannot_start_is_said_once(tmp_path: Path) -> None:
 # Runs of several processes.
 
 
-def test_the_readmes_command(tmp_path: Path) -> None:
-    command = re.search(r"^torchrun (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_command_of_the_docs(tmp_path: Path) -> None:
+    command = re.search(r"^torchrun (.*)$", (ROOT / "docs" / "trainer.md").read_text(), re.MULTILINE)
     assert command
     arguments = shlex.split(command[1], comments=True)
     run = [sys.executable, "-m", "torch.distributed.run", *arguments]
