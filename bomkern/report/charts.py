@@ -90,6 +90,7 @@ class Chart:
         self.label, self.x, self.y, self.height, self.y_name = label, x, y, height, y_name
         self._shapes: list[str] = []
         self._notes: list[tuple[float, str]] = []
+        self._ends: list[tuple[float, str, int]] = []
 
     def _across(self, value: float) -> float:
         return UNIT * (value - self.x[0]) / max(self.x[1] - self.x[0], 1e-12)
@@ -138,6 +139,20 @@ class Chart:
                 return
         self._notes.append((top, text))
 
+    def end(self, y: float, text: str, index: int) -> None:
+        """Write text beside the chart, where a curve of a goal's colour ends at height y."""
+        if math.isfinite(y):
+            self._ends.append((self.height * self._down(y) / UNIT, text, index))
+
+    def _beside(self) -> str:
+        """Return the texts beside the chart in HTML, moved apart where they would overlap."""
+        ends = sorted(self._ends)
+        tops = spread([top for top, _, _ in ends], LINE + 1, self.height)
+        return "".join(
+            f'<span class="end" style="top:{top:.0f}px">{swatch(index)}{escape(text)}</span>'
+            for top, (_, text, index) in zip(tops, ends, strict=True)
+        )
+
     def _step(self, x: float, x_name: str) -> str:
         """Return a label of the x axis, aligned to the right edge if it is near that."""
         across = self._across(x) / UNIT
@@ -159,12 +174,25 @@ class Chart:
         steps = "".join(self._step(x, f"{x_name} " * bool(x_name and not i)) for i, x in enumerate(x_ticks))
         notes = "".join(f'<span class="note" style="top:{y:.1f}%">{escape(text)}</span>' for y, text in self._notes)
         name = f'<span class="y-name">{escape(self.y_name)}</span>' * bool(self.y_name)
+        labelled = " labelled" * bool(self._ends)
         return (
-            f'<div class="plot" style="height:{self.height}px">'
+            f'<div class="plot{labelled}" style="height:{self.height}px">'
             f'<svg viewBox="0 0 {UNIT} {UNIT}" preserveAspectRatio="none" role="img" aria-label="{escape(self.label)}">'
             f"{grid}{''.join(self._shapes)}</svg>"
-            f'<div aria-hidden="true">{heights}{steps}{notes}{name}</div></div>'
+            f'<div aria-hidden="true">{heights}{steps}{notes}{name}{self._beside()}</div></div>'
         )
+
+
+def spread(places: Sequence[float], apart: float, most: float) -> list[float]:
+    """Return sorted places, moved until they are ``apart``, and within 0 and ``most`` where there is room."""
+    moved = list(places)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + apart)
+    if moved and moved[-1] > most:
+        moved[-1] = max(most, apart * (len(moved) - 1))
+        for i in reversed(range(len(moved) - 1)):
+            moved[i] = min(moved[i], moved[i + 1] - apart)
+    return moved
 
 
 def lanes(marks: Sequence[tuple[float, float, str, int]], x: tuple[float, float]) -> str:

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..diagnosis.run_view import Column, columns_of, payoff_of
 from ..diagnosis.trends import smooth
 from ..goals.history import History
 from .charts import Chart, colour, dash, extent, lanes, short, swatch, thin, thin_extremes, ticks
+from .figures_as_data import disclosure
 from .style import style
 
 OWN = ' class="own"'
@@ -67,20 +69,23 @@ def write_report(
         parts.append(_pictures(pictures))
     if config:
         parts.append(_config(config))
+    titles = re.findall(r'<section id="([\w-]+)"><h2>(.*?)</h2>', "".join(parts))
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in titles)
+    contents = f'<nav aria-label="Contents"><ol>{links}</ol></nav>' * bool(links)
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         f"<title>bomkern: which bucket has a hole?</title><style>{style()}</style></head><body><main>"
-        f"{''.join(parts)}</main></body></html>\n"
+        f"{parts[0]}{contents}{''.join(parts[1:])}</main></body></html>\n"
     )
     Path(path).write_text(page, encoding="utf-8")
 
 
 def _section(title: str, body: str, lead: str = "") -> str:
     lead = f'<p class="lead">{lead}</p>' if lead else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
+    return f'<section id="{title.lower().replace(" ", "-")}"><h2>{escape(title)}</h2>{lead}{body}</section>'
 
 
 def _head(history: History, diagnosis: Diagnosis) -> str:
@@ -188,9 +193,11 @@ def _levels(history: History, diagnosis: Diagnosis) -> str:
     for first, last, _, _ in _marks(history, diagnosis)[:3]:
         if last - first < 0.9 * (chart.x[1] - chart.x[0]):  # a shade over the whole chart would say nothing
             chart.span(first, last)
-    for g, values in enumerate(thin(level).T.tolist()):
+    curves = dict(zip(history.layout.goals, thin(level).T.tolist(), strict=True))
+    for g, (name, values) in enumerate(curves.items()):
         chart.line(_steps(history), values, colour(g), dash(g))
-    body = _chart(history, diagnosis, chart, ticks(0, top))
+        chart.end(_end(level[:, g]), name, g)
+    body = _chart(history, diagnosis, chart, ticks(0, top)) + disclosure("levels", {"step": _steps(history), **curves})
     return _section("Water levels", body, "Mean score of each goal; 1 is its ideal, 0.37 its nadir.")
 
 
@@ -201,9 +208,12 @@ def _shares(history: History, diagnosis: Diagnosis) -> str:
     chart = Chart(label, _x(history), (0, 1), 260, "share")
     tops = thin(share.cumsum(1))
     below = torch.cat([torch.zeros_like(tops[:, :1]), tops[:, :-1]], dim=1)
+    parts = dict(zip(history.layout.goals, (tops - below).T.tolist(), strict=True))
     for g, name in enumerate(history.layout.goals):
         chart.area(_steps(history), below[:, g].tolist(), tops[:, g].tolist(), colour(g), name)
+        chart.end(float(below[-1, g] + tops[-1, g]) / 2, name, g)
     body = _chart(history, diagnosis, chart, [0, 0.25, 0.5, 0.75, 1], percent=True)
+    body += disclosure("shares", {"step": _steps(history), **parts})
     lead = "Who got the gradient: each goal's part of the samples, or its weight. First goal at the bottom."
     return _section("Shares of the gradient", body, lead)
 
@@ -214,7 +224,18 @@ def _raw(history: History, diagnosis: Diagnosis) -> str:
         "Mean over the batch: the band spans single rows, the line is their moving mean. Dashed: ideal; dotted: nadir, "
         "or the limits of a box. Shaded: findings about the goal."
     )
-    return _section("Raw values", f'<div class="grid">{figures}</div>', lead)
+    return _section("Raw values", f'<div class="grid">{figures}</div>{_raw_data(history)}', lead)
+
+
+def _raw_data(history: History) -> str:
+    """Return the numbers behind the charts of raw values: of each goal the mean, and the least and the largest row."""
+    columns: dict[str, Sequence[float]] = {"step": _steps(history)}
+    for k, column in enumerate(columns_of(history.layout)):
+        raw = history["raw"][:, k].double()
+        raw = torch.where(raw.isfinite(), raw, torch.nan)
+        columns[column.name] = thin(raw).tolist()
+        columns[f"{column.name} least"], columns[f"{column.name} largest"] = thin_extremes(raw)
+    return disclosure("raw_values", columns)
 
 
 def _end(values: Tensor) -> float:

@@ -11,8 +11,8 @@ def style() -> str:
     return f":root{{{ON_LIGHT};{light}}}@media(prefers-color-scheme:dark){{:root{{{ON_DARK};{dark}}}}}{CSS}"
 
 
-ON_LIGHT = "color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#57606a;--rule:#d0d7de"
-ON_DARK = "--paper:#14171a;--ink:#e8eaed;--soft:#a8b0b9;--rule:#3a4149"
+ON_LIGHT = "color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#57606a;--rule:#d0d7de;--link:#0b62a8"
+ON_DARK = "--paper:#14171a;--ink:#e8eaed;--soft:#a8b0b9;--rule:#3a4149;--link:#7cc0ff"
 CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:break-word}
@@ -40,7 +40,7 @@ figure{margin:0}figcaption{font-size:.875rem}.axis{text-align:center;padding-lef
 .plot{position:relative;margin:4px 0 26px 60px}.grid .plot{margin-left:44px}
 .y-name{position:absolute;right:calc(100% + 50px);top:50%;transform:translate(50%,-50%) rotate(-90deg);
 white-space:nowrap;font-size:.8rem;line-height:1;color:var(--soft)}
-.plot svg{position:absolute;inset:0;width:100%;height:100%;border-bottom:1px solid var(--soft);overflow:hidden}
+.plot>svg{position:absolute;inset:0;width:100%;height:100%;border-bottom:1px solid var(--soft);overflow:hidden}
 .line{fill:none;vector-effect:non-scaling-stroke;stroke-linejoin:round}
 .area{stroke:var(--paper);stroke-width:.5;vector-effect:non-scaling-stroke}
 .grid .area{opacity:.25;stroke:none}
@@ -51,11 +51,23 @@ line.grid{stroke:var(--rule);stroke-width:1;vector-effect:non-scaling-stroke}
 .note{right:2px;transform:translateY(-115%);color:var(--ink);
 text-shadow:0 0 2px var(--paper),0 0 2px var(--paper),0 0 4px var(--paper)}
 div.grid{gap:16px 28px}
+.labelled,.lanes{margin-right:min(13rem,24%)}
+.end{position:absolute;left:calc(100% + 6px);transform:translateY(-50%);font-size:12px;line-height:1;white-space:nowrap;
+display:flex;gap:5px;align-items:center}.end .swatch{width:20px}
+nav ol{list-style:none;margin:1em 0 0;padding:0;display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.875rem}
+a{color:var(--link)}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
+.data{font-size:.875rem;margin:.2em 0}.data summary{color:var(--soft);cursor:pointer;width:max-content}
+.data pre{max-height:18em;overflow:auto;margin:.3em 0;padding:8px;border:1px solid var(--rule);border-radius:4px;
+font-size:12px;line-height:1.4;user-select:all}
+@media(min-width:1400px){nav{position:fixed;top:24px;left:calc(50% - 700px);width:140px}nav ol{display:block;margin:0}
+nav li{margin:0 0 .5em}}
+@media print{nav,.data{display:none}}
 .scroll{overflow-x:auto}.numbers td,.numbers th{white-space:nowrap;padding-right:14px}
 .numbers tbody th{position:sticky;left:0;background:var(--paper)}
 .numbers td{font-variant-numeric:tabular-nums}.own{font-weight:700;text-decoration:underline}
 .config th{width:38%;font-weight:600}img{max-width:100%;height:auto;background:#fff;border-radius:4px}
 @media(max-width:480px){
+.labelled,.lanes{margin-right:0}.end{display:none}
 main{padding:12px 12px 40px}h1{font-size:1.4rem}table{font-size:.82rem}
 .findings small,.findings br:has(+small){display:none}
 .findings thead th:nth-child(1){width:1.7em}.findings thead th:nth-child(2){width:8.2em}

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
 
 from bomkern import Box, Calibrated, History, Lower, Payoff, Upper, cli, diagnose
 from bomkern.diagnosis.registry import KINDS
-from bomkern.report.charts import DARK, DASHES, LIGHT, POINTS, Chart, colour, dash, lanes, thin, thin_extremes, ticks
+from bomkern.report.charts import (
+    DARK,
+    DASHES,
+    LIGHT,
+    POINTS,
+    Chart,
+    colour,
+    dash,
+    lanes,
+    spread,
+    thin,
+    thin_extremes,
+    ticks,
+)
+from bomkern.report.figures_as_data import csv_of
 from bomkern.report.page import write_report
 from tests.support.histories import clean, flat, locked, slope, written
 
@@ -141,7 +158,7 @@ def test_any_length(tmp_path: Path, rows: int) -> None:
     found = page(tmp_path, history)
     assert ("too little to judge" in found.text.lower()) == (rows < 20)
     assert ("Water levels" in found.text) == (rows > 0)
-    assert (tmp_path / "report.html").stat().st_size < 100_000
+    assert (tmp_path / "report.html").stat().st_size < 120_000
 
 
 def test_nothing_finite_is_drawn_as_nothing(tmp_path: Path) -> None:
@@ -277,3 +294,47 @@ def test_lost_rows_at_the_end_are_no_numbers(tmp_path: Path) -> None:
     labels = [a.get("aria-label") or "" for a in found.all("svg")]
     assert any("at the end" in label.lower() for label in labels) and not any("nan" in label for label in labels)
     assert "ideal 0" in found.text and not re.search(r"\bnan\b", found.text)
+
+
+def test_every_section_is_in_the_contents(tmp_path: Path) -> None:
+    seen = page(tmp_path, locked(), config={"steps": 1})
+    links = [link["href"] for link in seen.all("a") if str(link["href"]).startswith("#")]
+    assert links == [f"#{section['id']}" for section in seen.all("section")] and len(links) >= 6
+
+
+def test_the_numbers_of_a_chart_can_be_saved(tmp_path: Path) -> None:
+    history = locked()
+    seen = page(tmp_path, history)
+    files = {
+        link["download"]: unquote(str(link["href"]).partition(",")[2]) for link in seen.all("a") if "download" in link
+    }
+    assert set(files) == {"levels.csv", "shares.csv", "raw_values.csv"}
+    assert all(text in seen.text for text in files.values())  # shown on the page, too
+    for name, field in (("levels.csv", "level"), ("shares.csv", "share")):
+        head, *lines = csv.reader(io.StringIO(files[name]))
+        assert head == ["step", *history.layout.goals]
+        means = torch.tensor([[float(x) for x in line[1:]] for line in lines]).mean(0)
+        torch.testing.assert_close(means, history[field].float().mean(0), atol=0.01, rtol=0.01)
+    head, *lines = csv.reader(io.StringIO(files["raw_values.csv"]))
+    assert len(head) == 1 + 3 * len(history.layout.columns) and len(lines) <= POINTS
+    middle, least, largest = ([float(line[k]) for line in lines] for k in (1, 2, 3))
+    assert all(a <= b + 1e-4 <= c + 2e-4 for a, b, c in zip(least, middle, largest, strict=True))
+
+
+def test_csv_keeps_names_and_leaves_out_what_is_missing() -> None:
+    text = csv_of({"step": [1.0, 2.0], 'a, "b"': [float("nan"), 0.123456789]})
+    assert list(csv.reader(io.StringIO(text))) == [["step", 'a, "b"'], ["1", ""], ["2", "0.12346"]]
+
+
+def test_labels_beside_a_chart_do_not_overlap() -> None:
+    for places in ([0.0, 1, 2, 3], [97.0, 98, 99, 100], [10.0, 50, 90], [50.0] * 6):
+        moved = spread(places, 14, 100)
+        assert all(b - a >= 14 - 1e-9 for a, b in pairwise(moved)) and moved[0] >= -1e-9 and moved[-1] <= 100
+    assert spread([10.0, 50, 90], 14, 100) == [10, 50, 90]
+    chart = Chart("", (0, 1), (0, 1), 100)
+    for index, name in enumerate(("near", EVIL)):
+        chart.end(0.5, name, index)
+    chart.end(float("nan"), "lost", 2)
+    html = chart.html()
+    assert html.count('class="end"') == 2 and "lost" not in html and "<script" not in html and "labelled" in html
+    assert "labelled" not in Chart("", (0, 1), (0, 1), 100).html()
