@@ -135,6 +135,14 @@ def test_no_page_is_an_orphan() -> None:
     assert own - linked == {"index.md"}
 
 
+def test_the_site_asks_nothing_of_a_network() -> None:
+    """Search works from the disk by the offline plugin, whose own helper is fetched unless another stands in its place."""
+    settings = (ROOT / "mkdocs.yml").read_text()
+    (helper,) = re.findall(r"polyfills: \[(.*?)\]", settings)
+    assert "iframe-worker" in helper and (DOCS / helper).is_file() and "  - offline" in settings
+    assert "font: false" in settings and "https://" not in settings
+
+
 def test_a_case_without_results_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "committed", list)
     for marker in ("bench gaussian_kl", "report whole step"):
