@@ -136,7 +136,7 @@ def test_no_page_is_an_orphan() -> None:
 
 
 def test_the_site_asks_nothing_of_a_network() -> None:
-    """Search works from the disk by the offline plugin, whose own helper is fetched unless another stands in its place."""
+    """Search works from the disk by the offline plugin, with our helper in place of one that it would fetch."""
     settings = (ROOT / "mkdocs.yml").read_text()
     (helper,) = re.findall(r"polyfills: \[(.*?)\]", settings)
     assert "iframe-worker" in helper and (DOCS / helper).is_file() and "  - offline" in settings
