@@ -44,6 +44,10 @@ def _ratio(text: str) -> float:
     return value
 
 
+def _spill(text: str) -> float | str:
+    return text if text == "auto" else _ratio(text)
+
+
 def _probe_steps(text: str) -> int | str:
     return text if text == "auto" else int(_at_least(int, 0)(text))
 
@@ -76,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibration-steps", type=one, help=f"of the auto scales ({default.calibration_steps})")
     add("--reduction", choices=REDUCTIONS, help=f"of the per-sample losses ({default.reduction})")
     add("--temperature", type=_at_least(float, 0), help=f"of the minimum over goals ({default.temperature:g}: hard)")
-    add("--spill", type=_ratio, help="weight of each goal over the next worse one's; 0: the minimum alone (0.5, or 0)")
+    by_order = "weight of each goal over the next worse one's, or auto; 0: the minimum alone (0.5, or 0)"
+    add("--spill", type=_spill, metavar="RATIO", help=by_order)
     rows = f"goal rows of a step with spill, in batches; 0: every goal takes all rows ({default.budget:g})"
     add("--budget", type=_at_least(float, 0), help=rows)
     alone = "steps of a run for each goal alone before the first step, or auto: until it has settled (0)"

@@ -50,7 +50,8 @@ class Config:
     calibration_steps: int = 50
     reduction: str = "mean"
     temperature: float = 0.0
-    spill: float | None = None  # None: `SPILL` with anchored scales and neither a temperature nor the global minimum
+    # A ratio or "auto". None: `SPILL` with anchored scales and neither a temperature nor the global minimum.
+    spill: float | str | None = None
     budget: float = BUDGET  # goal rows of a step in batches, with a spill; 0: every goal takes all rows
     probe: int | str = 0  # steps of a run, or "auto"
     lr: float = 1e-3
@@ -71,8 +72,8 @@ class Config:
     resume: bool = False
 
     @property
-    def spill_ratio(self) -> float:
-        """Ratio of each goal's weight to that of the next worse one; 0 for the minimum alone."""
+    def spill_ratio(self) -> float | str:
+        """Ratio of each goal's weight to that of the next worse one, or "auto"; 0 for the minimum alone."""
         if self.spill is not None:
             return self.spill
         anchored = self.scales in ("anchored", "moving", "probed")

@@ -119,7 +119,7 @@ def _resolve(config: Config, given: set[str]) -> tuple[Config, dict[str, Any] | 
     if config.scales == "probed" and not config.probe:
         raise TrainError("--scales probed takes its anchors from short runs: say how long with --probe STEPS")
     if config.temperature and config.spill_ratio:
-        raise TrainError(f"--temperature {config.temperature:g} and --spill {config.spill_ratio:g} exclude each other")
+        raise TrainError(f"--temperature {config.temperature:g} and --spill {config.spill_ratio} exclude each other")
     return config, stored
 
 

@@ -16,7 +16,7 @@ import torch
 
 from bomkern import History, cli
 from bomkern.train import checkpoint, loop, recorder, terminal
-from bomkern.train.config import SPILL, Config, TrainError
+from bomkern.train.config import BUDGET, SPILL, Config, TrainError
 from bomkern.train.nine_goals import GOALS, anchors
 from bomkern.train.presets import DIAGNOSIS
 from tests.support.training import SMALL, assert_same, config, leaves
@@ -242,6 +242,19 @@ def test_info_and_train_print_something_useful(tmp_path: Path, capsys: pytest.Ca
     assert learnt.startswith("learnt: held-out PSNR") and "worst goal" in learnt
     assert look.startswith(f"open:   {tmp_path}/report.html")
     assert following == "next:   bomkern train --data FOLDER_OF_YOUR_IMAGES --out runs/own"
+
+
+@pytest.mark.usefixtures("plain")
+def test_spill_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.main(["train", "--out", str(tmp_path), *SMALL, "--steps", "2", "--device", "cpu", "--spill", "auto"]) == 0
+    )
+    summary = json.loads((tmp_path / recorder.SUMMARY).read_text())
+    assert summary["spill"] == "auto" and summary["budget"] == BUDGET and summary["rejected_steps"] == 0
+    assert Config(spill="auto").row_budget == BUDGET
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--spill", "automatic"])
+    assert "argument --spill: 'automatic' is not a number" in capsys.readouterr().err
 
 
 def test_the_progress_line_names_the_worst_goal() -> None:
