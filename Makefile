@@ -17,7 +17,7 @@ TRITON_VENV ?= .venv-triton
 # One process per core, up to 8: most tests use one thread.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow fuzz trust lint tidy docs bench guard sanitize cuda-check triton-check gpu dist-check install-matrix lock audit clean
+.PHONY: demo test test-slow fuzz trust lint tidy docs bench guard sanitize cuda-check triton-check gpu release dist-check install-matrix lock audit clean
 
 demo: $(VENV)/.built $(VENV)/.extra-train
 	$(RUN)/bomkern train --out runs/demo --overwrite
@@ -103,9 +103,15 @@ gpu:
 	$(if $(DRY),$(RUN)/python,$(PYTHON)) tools/gpu.py --call $(CALL) $(if $(DRY),--dry) $(if $(ARCHIVE),--archive $(ARCHIVE)) \
 		$(if $(BEFORE),--before $(BEFORE)) $(if $(ONLY),--only $(ONLY))
 
-# Builds the sdist and the wheel twice, checks their files, and runs the quick tests on the wheel alone.
-dist-check: $(VENV)/.built $(VENV)/.extra-test
-	$(RUN)/python tools/check_dist.py --test
+# Builds the sdist, and the wheel for the torch of $(VENV), checks both, installs each into a fresh environment, runs the
+# quick tests on the wheel, and says how to publish (tools/release.py). FLAGS=--no-test leaves out the tests, --cuda
+# demands CUDA kernels.
+release: $(VENV)/.torch $(VENV)/.extra-release
+	$(RUN)/python tools/release.py $(FLAGS)
+
+# The same for a tree that is not ready, and without archives.
+dist-check: $(VENV)/.torch $(VENV)/.extra-release
+	$(RUN)/python tools/release.py --dry-run $(FLAGS)
 
 # Installs in every common way, each into a fresh environment; continues an interrupted run. ONLY='cpu/g++/*' for some,
 # CUDA=1 for all.

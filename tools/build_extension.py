@@ -4,7 +4,8 @@
 ``BOMKERN_BUILD_CUDA``: unset builds what it can, 0 never builds CUDA, 1 makes any shortfall fatal.
 ``BOMKERN_SANITIZE`` (``address,undefined`` or ``thread``): builds the CPU kernels with these sanitizers, for
 tools/sanitize.py. ``BOMKERN_DEBUG=1``: keeps debug lines, which make the library fifteen times as large; a sanitized
-build always has them.
+build always has them. ``BOMKERN_LOCAL_VERSION`` (setup.py reads it): the local part of a wheel's version, which says
+what the kernels are built for, as in ``torch2.13.cpu``.
 """
 
 from __future__ import annotations
@@ -128,6 +129,16 @@ def ladder() -> build_ladder.Ladder:
     if found.cuda and cuda == "1":
         raise SystemExit(f"bomkern: BOMKERN_BUILD_CUDA is 1 but {found.cuda}")
     return found
+
+
+def record(found: build_ladder.Ladder) -> dict[str, str]:
+    """Return what an installation keeps about its build, in bomkern/_build.json."""
+    if found.cpp:
+        return {"torch": "", "cuda": "", "not_compiled_because": found.cpp}
+    import torch
+
+    cuda = "" if found.cuda else str(torch.version.cuda)
+    return {"torch": torch.__version__, "cuda": cuda, "not_compiled_because": ""}
 
 
 def arguments(found: build_ladder.Ladder) -> dict[str, Any]:

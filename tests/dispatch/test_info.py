@@ -5,14 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 import bomkern
-from bomkern.dispatch import extension, schemas, select
+from bomkern.dispatch import schemas, select
 from tests.support.servers import PAIRS, why_skipped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,27 +49,6 @@ def test_without_compiled_kernels_it_says_so_once_and_works() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr.count("RuntimeWarning") == 1 and "compiler" in done.stderr
     assert done.stdout.startswith("1.386") and "'reference': None" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("found", "told"),
-    [
-        (ModuleNotFoundError("no _C"), "install a C++ compiler. Then reinstall bomkern"),
-        (ImportError("undefined symbol"), "do not load (undefined symbol); reinstall bomkern"),
-        (SimpleNamespace(build=lambda: {"torch": "2.3.1+cpu"}), "was built for torch 2.3.1, this is"),
-    ],
-)
-def test_what_lacks_is_told_with_the_way_to_get_it(found: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The advice avoids pip's cache, which may hold the previous wheel."""
-
-    def import_module(name: str) -> Any:
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    monkeypatch.setattr(extension.importlib, "import_module", import_module)
-    module, why = extension.load()
-    assert module is None and told in why and why.endswith("--no-cache-dir")
 
 
 def test_kernels_import_from_anywhere(tmp_path: Path) -> None:
