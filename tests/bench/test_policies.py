@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("torchjd")
 from torchjd.aggregation import UPGrad
 
-from bench.policies import balancers, command, costs, gradients, peers, report, results, run, toy
+from bench.policies import balancers, command, costs, gradients, peers, readme, report, results, run, toy
 from bench.policies.arms import ARMS, BRIGHT, DEFAULT, EQUAL, TUNED
 from bench.policies.digits import Digits
 from bench.policies.faults import DRIFT_FROM, FAULTS, lift
@@ -21,6 +21,7 @@ from bench.policies.overview import Overview
 from bench.policies.problems import LONG, PROBLEMS
 from bench.policies.results import Results
 from bench.policies.rules import Arm
+from bench.readme import README, put
 
 
 @pytest.mark.slow
@@ -190,6 +191,25 @@ def results_of(data: str, figures: dict[str, list[tuple[float, float]]]) -> Resu
         for seed, (good, bad) in enumerate(pairs)
     ]
     return Results(data, lines, {TUNED: "sum 4"}, (0, 1), command.TUNING)
+
+
+def test_the_readme_shows_the_committed_runs() -> None:
+    runs = command.read(command.RUNS)
+    tuned = {data: command.picks(runs, data) for data in PROBLEMS}
+    part = readme.table(report.sets_of(runs, tuned, command.SEEDS, command.TUNING))
+    text = README.read_text()
+    assert put(text, readme.COMMAND, part) == text, "run python -m bench.policies --report"
+
+
+def test_the_readme_names_the_best_peer_and_what_was_not_measured() -> None:
+    good, bad = [(0.9, 0.1)] * 2, [(0.5, 0.5)] * 2
+    sets = {"tasks3": results_of("tasks3", {DEFAULT: good, EQUAL: bad, "UPGrad": [(0.7, 0.3)] * 2, "sum 4": bad})}
+    part = readme.table(sets)
+    assert "| 0.500 / 0.50 | UPGrad: 0.700 / 0.30 | 0.500 / 0.50 | **0.900 / 0.10** |" in part
+    assert "mean rank of 1.0 among 3 rules; the best peer, UPGrad, has 2.0" in part
+    assert "no worse than equal weights on 1 of 1 problems" in part and "no lower, on 1." in part
+    assert "Not measured yet: Digits, Photographs, Helmholtz, Burgers, Poisson, 13 tasks, VICReg." in part
+    assert "at equal updates" in part
 
 
 def test_ranks_and_wins_over_problems() -> None:
