@@ -265,7 +265,7 @@ def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
     ),
     "docs/api.md": put(("[`covariance_penalty`]", "[`mean_square`][bomkern.mean_square], ")),
     "README.md": put(("apart = covariance_penalty(z", "size = mean_square(z)\n")),
-    "CHANGELOG.md": put(("- `torch>=2.11`", "- `mean_square`.\n")),
+    "CHANGELOG.md": put(("- `gaussian_kl`: `block_size`", "- `mean_square`.\n")),
 }
 
 POLICY: dict[str, Edit] = {
