@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -77,8 +78,11 @@ def test_files_that_name_another_version_or_date(tree: Path, file: str, old: str
 
 
 def test_the_files_of_this_checkout_are_those_of_its_version(tmp_path: Path) -> None:
-    for name in ("CHANGELOG.md", "CITATION.cff"):
-        shutil.copy2(ROOT / name, tmp_path)
+    shutil.copy2(ROOT / "CITATION.cff", tmp_path)
+    text = (ROOT / "CHANGELOG.md").read_text()
+    # Until the next release its entries have no version.
+    released = re.sub(r"^## Unreleased.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "CHANGELOG.md").write_text(released)
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "One"]):
         git(tmp_path, *command)
     assert release.not_ready(tmp_path, release.VERSION["__version__"]) == []
