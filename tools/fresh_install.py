@@ -22,8 +22,11 @@ OF_THE_CHECKOUT = (
     "test_build.py",
     "test_cuda_offline.py",
     "test_docs.py",
+    "test_recipes.py",
+    "test_release.py",
     "test_release_files.py",
     "test_results_page.py",
+    "test_rooms.py",
     "test_security.py",
     "test_simd.py",
     "test_torch_internals.py",
@@ -50,19 +53,23 @@ def places(distribution: metadata.Distribution) -> Iterator[Path]:
     yield from (Path(str(distribution.locate_file(name))) for name in sorted(names))
 
 
-def environment(folder: Path) -> Path:
-    """Make an environment with the torch of this Python and nothing else but pip, and return its Python."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = folder / "bin" / "python"
-    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+def share_torch(packages: Path) -> None:
+    """Link torch, triton and what they require from this Python's packages into another folder of packages."""
     for distribution in required("triton", required("torch", {})).values():
-        if distribution.name == "setuptools":  # the new environment may have its own
+        if distribution.name == "setuptools":  # the other environment may have its own
             continue
         for place in places(distribution):
             link = packages / place.name
             if not link.exists():
                 link.symlink_to(place.resolve())
+
+
+def environment(folder: Path) -> Path:
+    """Make an environment with the torch of this Python and nothing else but pip, and return its Python."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    share_torch(Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()))
     return python
 
 

@@ -264,7 +264,7 @@ def test_regimes_in_turn(benchmark: Any, size: Size) -> None:
         "# mean_square\n\n## API\n\n::: bomkern.mean_square\n\n## Numbers\n\n<!-- bench mean_square -->\n"
     ),
     "docs/api.md": put(("[`covariance_penalty`]", "[`mean_square`][bomkern.mean_square], ")),
-    "CHANGELOG.md": put(("- `torch>=2.11`", "- `mean_square`.\n")),
+    "CHANGELOG.md": put(("- `gaussian_kl`: `block_size`", "- `mean_square`.\n")),
 }
 
 POLICY: dict[str, Edit] = {
