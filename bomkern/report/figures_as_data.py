@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from urllib.parse import quote
 
 
 def csv_of(columns: Mapping[str, Sequence[float]]) -> str:
@@ -23,8 +23,9 @@ def csv_of(columns: Mapping[str, Sequence[float]]) -> str:
 def disclosure(name: str, columns: Mapping[str, Sequence[float]]) -> str:
     """Return a closed part of the page with the numbers of a chart, and a link that saves them as ``name``.csv."""
     text = csv_of(columns)
+    link = f"data:text/csv;charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
     return (
         f'<details class="data"><summary>Data</summary><p><a download="{escape(name)}.csv" '
-        f'href="data:text/csv;charset=utf-8,{quote(text, safe=",.-")}">Save {escape(name)}.csv</a></p>'
+        f'href="{link}">Save {escape(name)}.csv</a></p>'
         f'<pre tabindex="0" role="region" aria-label="Data of {escape(name)}">{escape(text)}</pre></details>'
     )

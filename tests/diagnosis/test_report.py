@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -9,7 +10,6 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 import torch
@@ -305,9 +305,8 @@ def test_every_section_is_in_the_contents(tmp_path: Path) -> None:
 def test_the_numbers_of_a_chart_can_be_saved(tmp_path: Path) -> None:
     history = locked()
     seen = page(tmp_path, history)
-    files = {
-        link["download"]: unquote(str(link["href"]).partition(",")[2]) for link in seen.all("a") if "download" in link
-    }
+    links = [link for link in seen.all("a") if "download" in link]
+    files = {a["download"]: base64.b64decode(str(a["href"]).partition(",")[2]).decode() for a in links}
     assert set(files) == {"levels.csv", "shares.csv", "raw_values.csv"}
     assert all(text in seen.text for text in files.values())  # shown on the page, too
     for name, field in (("levels.csv", "level"), ("shares.csv", "share")):
