@@ -8,7 +8,10 @@ A page marks the place with a line of its own:
     <!-- faults -->             how well `bomkern.diagnose` finds planted faults
     <!-- ranks -->              one batch on several processes: differences, and the numbers exchanged
     <!-- from PAGE: HEADING --> a section of a page in bench/results
-    <!-- study PROBLEM -->      what the study of rules measured of a problem, or that it has not yet
+    <!-- study DATA: TITLE -->  what the study of rules measured of a problem, or the command that does
+    <!-- readme COMMAND -->     the part of the main README that a command writes
+    <!-- rooms -->              the rooms of bomkern/ by floor, and what each may import
+    <!-- nine goals -->         the goals of the trainer: formula, ideal and nadir
     <!-- code FILE: NAME -->    the source of a class or function
     <!-- example FILE -->       the code of a file in examples/
     <!-- printed NAME -->       what an example printed in the run that made its picture, docs/pictures/NAME.txt
@@ -27,16 +30,20 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DIAGNOSIS = ROOT / "bomkern" / "diagnosis"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import rooms  # noqa: E402  where tools/ is on the path
 
 from bench.cases import OPS  # noqa: E402
+from bench.readme import END, begin  # noqa: E402
 from bench.report import page as report  # noqa: E402
 from bench.report import worst  # noqa: E402
 from bench.report.tables import Lines, by_size, memory, table, text, time  # noqa: E402
 from bench.results import HERE, Results, committed  # noqa: E402
 
 MARKER = re.compile(
-    r"^<!-- (bench|report|findings|faults|ranks|from|study|code|example|printed)\b ?(.*?) -->$", re.MULTILINE
+    r"^<!-- (bench|report|findings|faults|ranks|from|study|readme|rooms|nine goals|code|example|printed)\b ?(.*?) -->$",
+    re.MULTILINE,
 )
 # Pages of the site whose sources lie outside of docs/.
 OUTSIDE = {"results/tests.md": "tests/README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
@@ -61,6 +68,9 @@ def expand(markdown: str) -> str:
         "ranks": lambda _: ranks(),
         "from": section,
         "study": study,
+        "readme": readme,
+        "rooms": lambda _: floors(),
+        "nine goals": lambda _: nine_goals(),
         "code": code,
         "example": example,
         "printed": printed,
@@ -183,12 +193,57 @@ def section(asked: str) -> Lines:
     return rest.partition("\n## ")[0].strip().splitlines()
 
 
-def study(problem: str) -> Lines:
+def study(asked: str) -> Lines:
+    data, _, title = asked.partition(": ")
     try:
-        lines = section(f"policies.md: {problem}")
+        lines = section(f"policies.md: {title}")
     except Missing:
-        return [f"{problem}: not measured yet; `python -m bench.policies` does."]
-    return [f"### {problem}", "", *lines]
+        return text(f"*{title}.* Not measured yet: `python -m bench.policies --data {data}`.")
+    return [f"### {title}", "", *lines]
+
+
+def readme(command: str) -> Lines:
+    _, mark, rest = (ROOT / "README.md").read_text().partition(f"\n{begin(command)}\n")
+    if not mark:
+        raise Missing(f"README.md has no part that {command!r} writes")
+    return rest.partition(END)[0].strip().splitlines()
+
+
+def floors() -> Lines:
+    """Return a table of the rooms, the top floor first: the floors that tools/rooms.py checks, and docstrings."""
+    first: dict[str, Path] = {}  # the package of each room, or its only module
+    for module, path in rooms.modules().items():
+        first.setdefault(rooms.room_of(module), path)
+    lines = []
+    for room, floor in sorted(rooms.FLOOR.items(), key=lambda entry: -entry[1]):
+        name = f"{room}/" if first[room].name == "__init__.py" else f"{room}.py"
+        allowed = [f"`{other}`" for other in sorted(rooms.ALONE.get(room, ()))]
+        lines.append([str(floor), f"`{name}`", _summary(first[room]), ", ".join(allowed) or "all below" * (floor > 0)])
+    return table(["floor", "room", "what is in it", "may import"], lines)
+
+
+def _summary(path: Path) -> str:
+    """Return the first sentence of a module's docstring."""
+    told = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return re.split(r"(?<=\.)\s", " ".join(told.split()))[0].replace("``", "`")
+
+
+def nine_goals() -> Lines:
+    """Return a table of the trainer's goals: the docstrings of their functions, without the arguments."""
+    nodes = ast.parse((ROOT / "bomkern" / "train" / "nine_goals.py").read_text()).body
+    told = {node.name: ast.get_docstring(node) or "" for node in nodes if isinstance(node, ast.FunctionDef)}
+    goals = [
+        ast.literal_eval(call.args[0])
+        for node in nodes
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NINE"
+        for call in ast.walk(node.value)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Goal"
+    ]
+    words = {name: " ".join(told[name].partition("\nArgs:")[0].replace("``", "`").split()) for name in goals}
+    rows = [
+        [f"`{name}`", re.sub(r"^(?:Return|Compute) (.)", lambda first: first[1].upper(), words[name])] for name in goals
+    ]
+    return table(["goal", "raw value, ideal and nadir"], rows)
 
 
 def code(asked: str) -> Lines:

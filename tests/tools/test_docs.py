@@ -96,6 +96,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         ("report nothing", "no part 'nothing'"),
         ("from nothing.md: Heading", r"nothing\.md is not there"),
         ("from route.md: Nothing", "no section 'Nothing'"),
+        ("readme python -m nothing", "no part that 'python -m nothing' writes"),
         ("example nothing.py", r"examples/nothing\.py is not there"),
         ("code bench/nothing.py: Nothing", r"bench/nothing\.py is not there"),
         ("code bench/cases.py: Nothing", "no class or function 'Nothing'"),
@@ -107,9 +108,25 @@ def test_what_is_not_there_is_refused(marker: str, why: str) -> None:
         hooks.expand(f"# Page\n\n<!-- {marker} -->\n")
 
 
-def test_a_problem_that_was_not_measured_says_so() -> None:
-    assert "not measured yet; `python -m bench.policies` does." in hooks.expand("<!-- study Nothing -->")
-    assert hooks.expand("<!-- study Digits -->").startswith("### Digits")
+def test_a_problem_that_was_not_measured_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hooks, "HERE", tmp_path)
+    (tmp_path / "policies.md").write_text("# Study\n\n## Digits\n\n5 seeds.\n\n## The rules\n")
+    assert hooks.expand("<!-- study digits: Digits -->") == "### Digits\n\n5 seeds."
+    told = hooks.expand("<!-- study tasks13: 13 tasks -->")
+    assert told == "*13 tasks.* Not measured yet: `python -m bench.policies --data tasks13`."
+
+
+def test_the_rooms_are_those_that_are_checked() -> None:
+    (page,) = [page for page in PAGES if "<!-- rooms -->" in page.read_text()]
+    rows = re.findall(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \| (.+\.) \|", hooks.expand(page.read_text()), re.MULTILINE)
+    assert {room: int(floor) for floor, room, _ in rows} == hooks.rooms.FLOOR
+
+
+def test_the_nine_goals_are_those_of_the_trainer() -> None:
+    nine_goals = pytest.importorskip("bomkern.train.nine_goals")
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", hooks.expand("<!-- nine goals -->"), re.MULTILINE)
+    assert tuple(name for name, _ in rows) == nine_goals.GOALS
+    assert all("Ideal" in words and "adir" in words for _, words in rows)
 
 
 def pages_of(navigation: Any) -> list[str]:
