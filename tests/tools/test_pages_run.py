@@ -1,13 +1,10 @@
-"""Run the Python code of every page of docs/ and of the README, page by page, and check the commands they name."""
+"""Run the Python code of every page of docs/ and of the README, page by page."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import io
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import bomkern
-from bomkern import Anchored, GoalSet, Minimize, StepGuard, cli
+from bomkern import Anchored, GoalSet, Minimize, StepGuard
 from tests.support.pages import code_of, torchrun
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-ELSEWHERE = ("recipes/", "anchors.md")  # tests/tools/test_recipe_pages.py runs these
-# Pages that need a trainer's module: tests/goals/test_lightning.py and test_transformers.py run such code in full.
-COMPILED = {"trainers.md": "the user's Lightning module and transformers' model"}
+# tests/tools/test_recipe_pages.py and test_problem_pages.py run these.
+ELSEWHERE = ("recipes/", "anchors.md", "problems/")
+LANGUAGES = {"", "python", "text", "sh", "bash"}
+# A page that makes its own data is a whole program: nothing is given to it.
+WHOLE = ("index.md", "start.md", "water_filling.md", "how_it_works.md")
 B, D = 16, 8
 
 
@@ -169,6 +168,29 @@ def ranks(names: dict[str, Any]) -> None:
     names |= {"DistributedDataParallel": nn.parallel.DistributedDataParallel}
 
 
+def trainers(names: dict[str, Any]) -> None:
+    """The Trainer of transformers: a model with a GoalSet that waits for its anchor, and some rows."""
+    pytest.importorskip("pytorch_lightning")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder, self.goals = nn.Linear(12, 12), GoalSet(recon=Anchored(0.0, "baseline"))
+
+        def trivial(self) -> dict[str, float]:
+            return {"recon": 0.08}
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": self.goals({"recon": names["error"](self.decoder(x), x)}).loss}
+
+    names |= {"model": Model(), "data": [{"x": row} for row in names["x"]]}
+    names["args"] = transformers.TrainingArguments(
+        output_dir=".", max_steps=2, use_cpu=True, disable_tqdm=True, report_to=[], save_strategy="no"
+    )
+
+
 def user_code(names: dict[str, Any]) -> None:
     """The README: scores, a loop over a loader, and lazies."""
     label = nn.functional.cross_entropy(torch.randn(B, 3), names["labels"], reduction="none")
@@ -186,6 +208,7 @@ GIVEN: dict[str, Callable[[dict[str, Any]], None]] = {
     "moving_targets.md": judged,
     "scales.md": probed,
     "distributed.md": ranks,
+    "trainers.md": trainers,
     "README.md": user_code,
 }
 PAGES = {str(path.relative_to(DOCS)): path for path in sorted(DOCS.rglob("*.md"))} | {"README.md": ROOT / "README.md"}
@@ -197,12 +220,8 @@ def test_the_code_of_a_page_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.chdir(tmp_path)
     torchrun(monkeypatch)
     program = compile(code_of(PAGES[name]), str(PAGES[name]), "exec")
-    if name in COMPILED:
-        return
-    # A page that makes its own data is a whole program: nothing is given to it.
-    whole = name in ("index.md", "start.md", "water_filling.md") or name.startswith("problems/")
     with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()):
-        given: dict[str, Any] = {} if whole else common()
+        given: dict[str, Any] = {} if name in WHOLE else common()
         GIVEN.get(name, lambda names: None)(given)
         try:
             exec(program, given)
@@ -211,62 +230,26 @@ def test_the_code_of_a_page_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp
                 torch.distributed.destroy_process_group()
 
 
+def test_the_first_page_prints_what_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with torch.random.fork_rng(), contextlib.redirect_stdout(printed):
+        exec(compile(code_of(PAGES["start.md"]), "start.md", "exec"), {})
+    first, *others = printed.getvalue().splitlines()
+    assert first == "every anchor fits"
+    assert [line.split()[0] for line in others[2:5]] == ["name", "paint", "apart"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
 def test_no_page_is_listed_in_vain() -> None:
-    assert {*GIVEN, *COMPILED} <= set(RUN)
+    assert {*GIVEN, *WHOLE} <= set(RUN)
 
 
-# Commands.
-
-
-def shell_lines(path: Path) -> list[str]:
-    """Return the commands in a page's blocks without a language or for a shell, and those in its text."""
-    text = path.read_text()
-    blocks = re.findall(r"^ *```(?:sh|bash|)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
-    outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
-    return lines + re.findall(r"`((?:bomkern|make|python -m|python) [^`]+)`", outside)
-
-
-COMMANDS = [
-    pytest.param(shlex.split(line, comments=True), id=f"{name}: {line.partition('#')[0].strip()}")
-    for name, path in PAGES.items()
-    for line in shell_lines(path)
-    if line.split()[:1] in (["bomkern"], ["make"], ["python"]) and ".NAME" not in line
-]
-
-
-@functools.cache
-def targets() -> set[str]:
-    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-
-
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_exists(words: list[str]) -> None:
-    """The target, the module or the file is there, and every option is in its help or source."""
-    if words[0] == "make":
-        assert words[1] in targets()
-        return
-    if words[0] == "python" and words[1] == "-m":
-        module, arguments = words[2], words[3:]
-    elif words[0] == "python":
-        if words[1].endswith(".py") and "/" in words[1]:
-            assert (ROOT / words[1]).is_file()
-            source = (ROOT / words[1]).read_text()
-            assert all(f'"{word}"' in source for word in words[2:] if word.startswith("--"))
-        return
-    else:
-        module, arguments = "bomkern", words[1:]
-    if module == "bomkern":
-        options = [word.split("=")[0] for word in arguments if word.startswith("--")]
-        help_text = io.StringIO()
-        with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
-            cli.main([*arguments[:1], "--help"])
-        assert all(option in help_text.getvalue() for option in options)
-        return
-    spec = importlib.util.find_spec(module)
-    assert spec, f"there is no module {module}"
-    if module.split(".")[0] in ("bench", "tests"):
-        folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-        sources = [path for folder in folders for path in folder.glob("*.py")] or [Path(spec.origin or "")]
-        source = "".join(path.read_text() for path in sources)
-        assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
+@pytest.mark.parametrize("name", PAGES)
+def test_no_code_is_left_out(name: str) -> None:
+    """`code_of` sees a block of Python only if it is marked as such and not indented."""
+    text = PAGES[name].read_text()
+    fences = re.findall(r"^( *)(```+|~~~+)(.*)$", text, re.MULTILINE)
+    assert all(indent == "" and mark == "```" and language in LANGUAGES for indent, mark, language in fences)
+    others = re.findall(r"^```(?:text|sh|bash|)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert not [block for block in others if re.search(r"^(import \w|from \w+ import)", block, re.MULTILINE)]
