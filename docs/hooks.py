@@ -30,7 +30,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DIAGNOSIS = ROOT / "bomkern" / "diagnosis"
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tools"))
 
 import rooms  # noqa: E402  where tools/ is on the path
 
@@ -218,7 +219,9 @@ def floors() -> Lines:
     for room, floor in sorted(rooms.FLOOR.items(), key=lambda entry: -entry[1]):
         name = f"{room}/" if first[room].name == "__init__.py" else f"{room}.py"
         allowed = [f"`{other}`" for other in sorted(rooms.ALONE.get(room, ()))]
-        lines.append([str(floor), f"`{name}`", _summary(first[room]), ", ".join(allowed) or "all below" * (floor > 0)])
+        lines.append(
+            [str(floor), f"`{name}`", _summary(first[room]), ", ".join(allowed) or ("all below" if floor else "none")]
+        )
     return table(["floor", "room", "what is in it", "may import"], lines)
 
 
