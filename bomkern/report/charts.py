@@ -144,12 +144,15 @@ class Chart:
         if math.isfinite(y):
             self._ends.append((self.height * self._down(y) / UNIT, text, index))
 
+    def _fits(self) -> bool:
+        return (LINE + 1) * (len(self._ends) - 1) <= self.height
+
     def _beside(self) -> str:
-        """Return the texts beside the chart in HTML, moved apart where they would overlap."""
-        ends = sorted(self._ends)
+        """Return the texts beside the chart in HTML, moved apart where they would overlap; none if they do not fit."""
+        ends = sorted(self._ends) if self._fits() else []
         tops = spread([top for top, _, _ in ends], LINE + 1, self.height)
         return "".join(
-            f'<span class="end" style="top:{top:.0f}px">{swatch(index)}{escape(text)}</span>'
+            f'<span class="end" style="top:{top:.0f}px">{swatch(index)}<span>{escape(text)}</span></span>'
             for top, (_, text, index) in zip(tops, ends, strict=True)
         )
 
@@ -174,7 +177,7 @@ class Chart:
         steps = "".join(self._step(x, f"{x_name} " * bool(x_name and not i)) for i, x in enumerate(x_ticks))
         notes = "".join(f'<span class="note" style="top:{y:.1f}%">{escape(text)}</span>' for y, text in self._notes)
         name = f'<span class="y-name">{escape(self.y_name)}</span>' * bool(self.y_name)
-        labelled = " labelled" * bool(self._ends)
+        labelled = " labelled" * bool(self._ends and self._fits())
         return (
             f'<div class="plot{labelled}" style="height:{self.height}px">'
             f'<svg viewBox="0 0 {UNIT} {UNIT}" preserveAspectRatio="none" role="img" aria-label="{escape(self.label)}">'

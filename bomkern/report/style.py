@@ -53,7 +53,8 @@ text-shadow:0 0 2px var(--paper),0 0 2px var(--paper),0 0 4px var(--paper)}
 div.grid{gap:16px 28px}
 .labelled,.lanes{margin-right:min(13rem,24%)}
 .end{position:absolute;left:calc(100% + 6px);transform:translateY(-50%);font-size:12px;line-height:1;white-space:nowrap;
-display:flex;gap:5px;align-items:center}.end .swatch{width:20px}
+display:flex;gap:5px;align-items:center;width:min(13rem,31.6%)}.end .swatch{width:20px}
+.end span{overflow:hidden;text-overflow:ellipsis;line-height:1.2}
 nav ol{list-style:none;margin:1em 0 0;padding:0;display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.875rem}
 a{color:var(--link)}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 .data{font-size:.875rem;margin:.2em 0}.data summary{color:var(--soft);cursor:pointer;width:max-content}

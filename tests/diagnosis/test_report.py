@@ -337,3 +337,14 @@ def test_labels_beside_a_chart_do_not_overlap() -> None:
     html = chart.html()
     assert html.count('class="end"') == 2 and "lost" not in html and "<script" not in html and "labelled" in html
     assert "labelled" not in Chart("", (0, 1), (0, 1), 100).html()
+
+
+@pytest.mark.parametrize(("count", "fits"), [(8, True), (9, False), (64, False)])
+def test_labels_that_do_not_fit_beside_a_chart_are_left_to_the_list_of_goals(count: int, fits: bool) -> None:
+    chart = Chart("", (0, 1), (0, 1), 100)
+    for index in range(count):
+        chart.end(index / count, str(index), index)
+    html = chart.html()
+    tops = [int(top) for top in re.findall(r'class="end" style="top:(\d+)px', html)]
+    assert len(tops) == (count if fits else 0) and ("labelled" in html) == fits
+    assert all(0 <= top <= 100 for top in tops)
