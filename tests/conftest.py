@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,21 @@ def built_once(
         return made
 
     return folder
+
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_is_left() -> Iterator[None]:
+    """Take away what a test leaves of torchrun's variables. Accelerate sets LOCAL_WORLD_SIZE and keeps it."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

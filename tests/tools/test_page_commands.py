@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def parses(monkeypatch: pytest.MonkeyPatch, arguments: list[str], program: Calla
     monkeypatch.setattr(argparse.ArgumentParser, "error", refuse)
     monkeypatch.setattr(cli.Parser, "error", refuse)
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
-    with pytest.raises(Parsed):
+    with pytest.raises(Parsed), warnings.catch_warnings():
+        # The module may be there already. It stays: a second copy of it would fail other tests.
+        warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)
         program()
 
 
@@ -85,8 +88,6 @@ def check_python(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
         sources = [path for folder in spec.submodule_search_locations or () for path in Path(folder).glob("*.py")]
         sources = sources or [Path(spec.origin or "")]
         program = functools.partial(runpy.run_module, module, run_name="__main__")
-        for name in [name for name in sys.modules if name in (module, f"{module}.__main__")]:
-            monkeypatch.delitem(sys.modules, name)  # runpy warns of a module that is there already
     else:
         file, arguments = ROOT / words[0], words[1:]
         assert file.is_file(), f"there is no file {words[0]}"
