@@ -218,8 +218,9 @@ def covariance(batch: int, dims: int, *, copies: int = 2) -> Anchored:
     """Anchor `bomkern.covariance_penalty`, of one code: chance, and latents that each have ``copies`` copies.
 
     The floor is ``(D - 1) / (B - 1)``, the sum of squared correlations over D of independent columns. The nadir is
-    ``floor + copies``: each exact copy adds 1. All latents being one, D - 1, is too far away to pull at a code. Both
-    hold for ``normalize=True``, and for columns whose variance is 1, as VICReg's hinge makes them.
+    ``floor + copies``: each exact copy adds 1. All latents being one, D - 1, is the most that a code can reach, and too
+    far away to pull at one. Both hold for ``normalize=True``, and for columns whose variance is 1, as VICReg's hinge
+    makes them.
 
     Args:
         batch: B, at least 3, over all processes.
@@ -229,7 +230,7 @@ def covariance(batch: int, dims: int, *, copies: int = 2) -> Anchored:
     check_whole("batch", batch, 3)
     check_whole("dims", dims, 2)
     floor = (dims - 1) / (batch - 1)
-    return Anchored(floor, floor + min(check_whole("copies", copies), dims - 1))
+    return Anchored(floor, min(floor + check_whole("copies", copies), dims - 1))
 
 
 def variance_hinge(target: float = 1.0) -> Anchored:

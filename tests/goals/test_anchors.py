@@ -140,7 +140,11 @@ def test_covariance_by_chance_and_with_copies() -> None:
     assert (ideal, nadir) == (pytest.approx(11 / 63), pytest.approx(11 / 63 + 2))
     assert chance.mean().item() == pytest.approx(ideal, rel=0.03)
     assert copied.mean().item() == pytest.approx(nadir, rel=0.03)
-    assert both(anchors.covariance(64, 2))[1] == pytest.approx(1 / 63 + 1)  # one copy is all there can be
+    assert both(anchors.covariance(64, 2))[1] == 1  # one copy is all there can be
+    one = drawn(64, 1, seed=0).expand(64, 4)  # all latents are one: nothing is worse
+    assert both(anchors.covariance(64, 4, copies=9))[1] == pytest.approx(
+        float(covariance_penalty(one, normalize=True).mean())
+    )
 
 
 def test_variance_hinge_of_a_collapsed_code() -> None:
