@@ -14,8 +14,9 @@ from ..diagnosis.trends import blocks
 
 POINTS = 240  # largest number of points of a curve; a phone cannot show more
 UNIT = 1000  # the size of the SVG on both axes; the browser stretches it
-# Okabe & Ito's palette, which colour-blind readers can tell apart; the second row is for dark pages.
-LIGHT = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#000000", "#7F3C8D")
+# Okabe & Ito's palette, which colour-blind readers can tell apart, with its light colours darkened until their contrast
+# with the page is 3 (WCAG 1.4.11); the second row is for dark pages.
+LIGHT = ("#0072B2", "#C08500", "#009E73", "#CC79A7", "#3C9BD6", "#D55E00", "#A39500", "#000000", "#7F3C8D")
 DARK = ("#4FA3E0", "#F5B83D", "#2CC79B", "#E7A3CB", "#9AD8FF", "#FF8A3D", "#DCCB2A", "#C5CCD3", "#C08FD6")
 DASHES = ("", "6 4", "8 3 2 3", "2 3", "10 2", "14 4 2 4", "4 8", "8 3 2 3 2 3")
 LINE = 13  # height of a line of text in CSS pixels

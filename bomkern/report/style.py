@@ -35,7 +35,7 @@ thead th{border-bottom:2px solid var(--rule);color:var(--soft);font-weight:600}
 .swatch{width:28px;height:10px;flex:none;vertical-align:middle}.swatch line{stroke-width:3}
 figure{margin:0}figcaption{font-size:.875rem}.axis{text-align:center;padding-left:60px}
 .lanes{position:relative;margin-left:60px;font-size:12px;line-height:16px}
-.bar{position:absolute;height:4px;border-radius:2px}
+.bar{position:absolute;height:4px;border-radius:2px;print-color-adjust:exact}
 .tag{position:absolute;white-space:nowrap;max-width:100%;overflow:hidden;text-overflow:ellipsis}
 .plot{position:relative;margin:4px 0 26px 60px}.grid .plot{margin-left:44px}
 .y-name{position:absolute;right:calc(100% + 50px);top:50%;transform:translate(50%,-50%) rotate(-90deg);

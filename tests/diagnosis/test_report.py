@@ -219,7 +219,7 @@ def test_colours_stand_out_from_their_page() -> None:
         (LIGHT, "#ffffff", ("#1b1f24", "#57606a")),
         (DARK, "#14171a", ("#e8eaed", "#a8b0b9")),
     ):
-        for one, least in [*((c, 1.9) for c in palette), *((c, 4.5) for c in words)]:
+        for one, least in [*((c, 3.0) for c in palette), *((c, 4.5) for c in words)]:
             bright, dim = sorted((light(one), light(paper)), reverse=True)
             assert (bright + 0.05) / (dim + 0.05) >= least, one
 
