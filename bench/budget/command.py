@@ -41,7 +41,7 @@ def jobs(datas: list[str], seeds: tuple[int, ...], arms: list[str]) -> Iterator[
         for data in datas:
             for fault in FAULTS:
                 for arm in arms:
-                    if fault == "none" or ARMS[arm].faults or data not in LONG:
+                    if fault == "none" or ARMS[arm].faults or (data not in LONG and not ARMS[arm].peer):
                         yield Job(data, fault, seed, arm)
 
 

@@ -126,7 +126,7 @@ def measure(data: str, steps: int | None = None, quick: bool = False) -> dict[st
     stale: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
     for seed in plan.seeds:
         trusted: dict[int | str, list[dict[str, list[float]]]] = defaultdict(list)
-        problem, arm = VAES[data](seed, FAULTS["none"], steps), ARMS["hard"].make()
+        problem, arm = VAES[data](seed, FAULTS["none"], steps), ARMS["hard"].make(data)
         arm.start(problem)
         visits = Visits(problem.samples, len(problem.anchors))
         points = {int((point + 0.5) * problem.steps / plan.points) for point in range(plan.points)}

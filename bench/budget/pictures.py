@@ -15,11 +15,13 @@ from matplotlib.axes import Axes
 
 from bench.budget.arms import EXACT
 from bench.budget.results import PSNR, SECONDS, WORST, Record, Results, at_steps, curve
+from bench.policies.arms import TUNED
 from bench.policies.report import NAMES
 from bomkern.report.charts import LIGHT
 
 # Colour, dashes and width of each arm that is drawn.
-STYLES: dict[str, tuple[str, str, float]] = {
+Styles = dict[str, tuple[str, str, float]]
+STYLES: Styles = {
     "sum": ("#8a8f98", "--", 1.4),
     "hard": (LIGHT[2], "-.", 1.4),
     EXACT: (LIGHT[0], "-", 1.8),
@@ -27,7 +29,18 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "budget 2": (LIGHT[5], "-", 2.4),
     "budget 3": (LIGHT[3], "--", 1.6),
 }
+PEERS: Styles = {
+    "sum": STYLES["sum"],
+    TUNED: (LIGHT[7], ":", 1.8),
+    "STCH": (LIGHT[2], "-.", 1.6),
+    "FAMO": (LIGHT[1], "--", 1.4),
+    "UPGrad": (LIGHT[3], "--", 1.8),
+    EXACT: STYLES[EXACT],
+    "budget 2": STYLES["budget 2"],
+}
 LABELS = {
+    **{name: name for name in PEERS},
+    TUNED: "best of 30 weightings",
     "sum": "plain sum",
     "hard": "hard minimum",
     EXACT: "spill 1/2, all rows",
@@ -38,7 +51,7 @@ LABELS = {
 EARLY = 0.25  # part of the time whose curves the axes may cut off: all rise alike there
 
 
-def curves(sets: Mapping[str, Results], to: Path) -> None:
+def curves(sets: Mapping[str, Results], to: Path, styles: Styles = STYLES) -> None:
     """Draw the median over seeds and the band from the lowest to the highest; dots are the steps of a run."""
     datas = sorted(sets, key=lambda data: data != "photographs")
     figure, axes = plt.subplots(2, len(datas), figsize=(6.2 * len(datas), 7.4), squeeze=False)
@@ -46,7 +59,7 @@ def curves(sets: Mapping[str, Results], to: Path) -> None:
         for ax, figure_of, name in zip(
             axes[:, column], (PSNR, WORST), ("held-out PSNR, dB", "worst held-out goal"), strict=True
         ):
-            _panel(ax, sets[data], figure_of)
+            _panel(ax, sets[data], figure_of, styles)
             ax.set_ylabel(name)
             ax.set_xlabel("seconds of training, one core")
             ax.grid(alpha=0.3)
@@ -59,12 +72,12 @@ def curves(sets: Mapping[str, Results], to: Path) -> None:
     plt.close(figure)
 
 
-def _panel(ax: Axes, results: Results, column: int) -> None:
+def _panel(ax: Axes, results: Results, column: int, styles: Styles) -> None:
     """Draw one figure of one data set against seconds, up to those of the exact rule's steps."""
     end = float(np.median([r["clock"] for r in results.runs(EXACT)]))
     grid = np.linspace(0, end, 200)
     shown: list[np.ndarray] = []
-    for arm, (colour, dashes, width) in STYLES.items():
+    for arm, (colour, dashes, width) in styles.items():
         runs = results.runs(arm)
         if not runs:
             continue

@@ -122,6 +122,7 @@ def write(
     page = ["# A budget of rows", HOW]
     if sets:
         page += [f"![PSNR and worst goal against seconds of training]({to.name}.png)"]
+        page += [f"![The same of the plain sum, a tuned one, and others' balancers]({to.name}_peers.png)"]
     for data, results in sets.items():
         steps = " or ".join(map(str, results.steps))
         page += [f"## {NAMES[data]}", f"{len(results.seeds)} seeds, {steps} steps."]
@@ -141,6 +142,7 @@ def write(
 
         if sets:
             pictures.curves(sets, to.with_name(f"{to.name}.png"))
+            pictures.curves(sets, to.with_name(f"{to.name}_peers.png"), pictures.PEERS)
         if measured:
             pictures.variance(measured, to.with_name(f"{to.name}_variance.png"))
     return text

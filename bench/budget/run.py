@@ -37,7 +37,7 @@ class Runner:
     """
 
     def __init__(self, problem: VAE, name: str) -> None:
-        self.problem, self.entry, self.arm = problem, ARMS[name], ARMS[name].make()
+        self.problem, self.entry, self.arm = problem, ARMS[name], ARMS[name].make(problem.family)
         self.arm.start(problem)
         self.step, self.seconds, self.wall = 0, 0.0, 0.0
         self.points: list[tuple[float, ...]] = []

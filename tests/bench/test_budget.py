@@ -15,6 +15,7 @@ pytest.importorskip("torchjd")
 from bench.budget import command, draws, owners, owners_report, report, results, run, variance
 from bench.budget.arms import ARMS, EXACT
 from bench.budget.visits import Visits
+from bench.policies import command as policies
 from bench.policies import peers
 from bench.policies.digits import Digits
 from bench.policies.faults import FAULTS
@@ -62,7 +63,9 @@ def test_long_runs_have_few_arms_under_faults_and_short_ones_all() -> None:
     jobs = list(command.jobs(["digits", "photographs"], (20, 21), list(ARMS)))
     faulty = {job.arm for job in jobs if job.data == "photographs" and job.fault != "none"}
     assert faulty == {"sum", "hard", EXACT, "budget 2"}
-    assert {job.arm for job in jobs if job.data == "digits" and job.fault == "drift"} == set(ARMS)
+    peers = {name for name, arm in ARMS.items() if arm.peer}
+    assert {job.arm for job in jobs if job.data == "digits" and job.fault == "drift"} == set(ARMS) - peers
+    assert {job.arm for job in jobs if job.fault == "none"} == set(ARMS)
     assert len(jobs) == len(set(jobs))
 
 
@@ -82,6 +85,17 @@ def test_lazy_goals_are_the_same_goals() -> None:
     assert {name for name, x in lazies.items() if isinstance(x, Lazy)} == {"reconstruction", "realism"}
     for (name, x), y in zip(raw.items(), Lazy.tensors(list(lazies.values())), strict=True):
         torch.testing.assert_close(x, y, msg=name)
+
+
+def test_the_tuned_sum_is_the_best_of_the_committed_study() -> None:
+    problem = Digits(0, FAULTS["none"], 8)
+    runner = run.Runner(problem, "tuned sum")
+    runs = [json.loads(line) for line in policies.RUNS.read_text().splitlines()]
+    sums = [r for r in runs if r["data"] == "digits" and r["arm"].startswith("sum ") and r["seed"] == policies.TUNING]
+    best = min(sums, key=lambda r: r["validation"]["worst"])
+    torch.testing.assert_close(runner.arm.weights, peers.drawn(int(best["arm"][4:]), len(problem.anchors)))
+    runner.advance(2)
+    assert runner.step == 2
 
 
 def test_the_judge_trains_on_the_rows_that_were_made() -> None:
