@@ -56,7 +56,7 @@ tidy: $(VENV)/.torch
 
 # Builds the pages of docs/ into site/, with the measured figures; a warning is an error. Needs neither torch nor a build.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict
 
 # Times everything against its peers on this machine, and writes the report in bench/results.
 bench: $(VENV)/.built $(VENV)/.extra-bench

@@ -6,6 +6,7 @@ A page marks the place with a line of its own:
     <!-- report PART -->        a part of the report: one of `PARTS`
     <!-- findings -->           the kinds of findings of `bomkern.diagnose`
     <!-- faults -->             how well `bomkern.diagnose` finds planted faults
+    <!-- trainer -->            what settings of `bomkern train` lead to, and what the diagnosis says of them
     <!-- ranks -->              one batch on several processes: differences, and the numbers exchanged
     <!-- from PAGE: HEADING --> a section of a page in bench/results
     <!-- study DATA: TITLE -->  what the study of rules measured of a problem, or the command that does
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import ast
 import json
+import posixpath
 import re
 import sys
 from pathlib import Path
@@ -43,10 +45,13 @@ from bench.report.tables import Lines, by_size, memory, table, text, time  # noq
 from bench.results import HERE, Results, committed  # noqa: E402
 
 MARKER = re.compile(
-    r"^<!-- (bench|report|findings|faults|ranks|from|study|readme|rooms|nine goals|code|example|printed)\b ?(.*?) -->$",
+    r"^<!-- (bench|report|findings|faults|trainer|ranks|from|study|readme|rooms|nine goals|code|example|printed)\b"
+    r" ?(.*?) -->$",
     re.MULTILINE,
 )
+INTERVAL = re.compile(r"(?<= )\(([+-]?[\d.]+), ([+-]?[\d.]+)\)")
 # Pages of the site whose sources lie outside of docs/.
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)[^)#\s]+")
 OUTSIDE = {"results/tests.md": "tests/README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
 
@@ -55,8 +60,12 @@ class Missing(Exception):
     """The content of a marker is not in bench/results."""
 
 
-def expand(markdown: str) -> str:
+def expand(markdown: str, page: str = "") -> str:
     """Return the page with its markers replaced by their content.
+
+    Args:
+        markdown: the page's text.
+        page: the page's place in the site, such as problems/digits_vae.md; links in what is inserted start there.
 
     Raises:
         Missing: a marker has no content.
@@ -66,10 +75,11 @@ def expand(markdown: str) -> str:
         "report": part,
         "findings": lambda _: findings(),
         "faults": lambda _: faults(),
+        "trainer": lambda _: trainer(),
         "ranks": lambda _: ranks(),
-        "from": section,
-        "study": study,
-        "readme": readme,
+        "from": lambda asked: section(asked, page),
+        "study": lambda asked: study(asked, page),
+        "readme": lambda asked: readme(asked, page),
         "rooms": lambda _: floors(),
         "nine goals": lambda _: nine_goals(),
         "code": code,
@@ -154,6 +164,33 @@ def faults() -> Lines:
     return lines + table(["planted", "runs", "named", "median steps until it is"], rows)
 
 
+def trainer() -> Lines:
+    path = HERE / "trainer.json"
+    if not path.exists():
+        raise Missing("bench/results/trainer.json is not there: `python tools/trainer_figures.py FOLDER` writes it")
+    found: dict[str, Any] = json.loads(path.read_text())
+    lines = text(
+        f"`{found['command']}` trains each of these for {found['steps']:,} steps with seed {found['seed']} "
+        f"({found['machine']}, torch {found['torch']}, {found['date']}). PSNR and SSIM are those of held-out "
+        f"reconstructions; each crop's own mean colour has {found['baseline_psnr']:.1f} dB and "
+        f"{found['baseline_ssim']:.2f}."
+    )
+    rows, told = [], []
+    for options, run in found["runs"].items():
+        shares = sorted(run["share"].items(), key=lambda entry: -entry[1])
+        most = ", ".join(f"{goal} {share:.0%}" for goal, share in shares if share >= 0.05)
+        name, finding = f"`{options}`" if options else "the default", run["finding"]
+        says = "no fault"
+        if finding:
+            says = f"{' and '.join(finding['goals']) or 'the run'}: {finding['kind']}, {finding['confidence']:.0%} sure"
+            told += [f"- {name}: *{says}: {finding['evidence']}; {finding['suggestion']}*"]
+        rows.append([name, run["says"], f"{run['psnr']:.1f} dB", f"{run['ssim']:.2f}", most, says])
+    lines += table(
+        ["`bomkern train`", "what it is", "PSNR", "SSIM", "who got the gradient", "the diagnosis, at the top"], rows
+    )
+    return [*lines, "In full, `bomkern diagnose` says:", "", *told] if told else lines
+
+
 def ranks() -> Lines:
     path = HERE / "ranks.json"
     if not path.exists():
@@ -183,7 +220,7 @@ def ranks() -> Lines:
     return lines + table(["", *(f"{world} process{'es' * (world > 1)}" for world in worlds)], rows)
 
 
-def section(asked: str) -> Lines:
+def section(asked: str, page: str) -> Lines:
     name, _, heading = asked.partition(": ")
     path = HERE / name
     if not path.exists():
@@ -191,23 +228,24 @@ def section(asked: str) -> Lines:
     _, mark, rest = path.read_text().partition(f"\n## {heading}\n")
     if not mark:
         raise Missing(f"bench/results/{name} has no section {heading!r}")
-    return rest.partition("\n## ")[0].strip().splitlines()
+    return relinked(rest.partition("\n## ")[0], f"bench/results/{name}", page).strip().splitlines()
 
 
-def study(asked: str) -> Lines:
+def study(asked: str, page: str) -> Lines:
     data, _, title = asked.partition(": ")
     try:
-        lines = section(f"policies.md: {title}")
+        lines = section(f"policies.md: {title}", page)
     except Missing:
         return text(f"*{title}.* Not measured yet: `python -m bench.policies --data {data}`.")
-    return [f"### {title}", "", *lines]
+    kept = [line for line in lines if not line.startswith("![")]  # the study's pictures are of several problems
+    return [f"### {title}", "", *kept]
 
 
-def readme(command: str) -> Lines:
+def readme(command: str, page: str) -> Lines:
     _, mark, rest = (ROOT / "README.md").read_text().partition(f"\n{begin(command)}\n")
     if not mark:
         raise Missing(f"README.md has no part that {command!r} writes")
-    return rest.partition(END)[0].strip().splitlines()
+    return relinked(rest.partition(END)[0], "README.md", page).strip().splitlines()
 
 
 def floors() -> Lines:
@@ -276,6 +314,26 @@ def _fenced(language: str, path: Path) -> Lines:
     return [f"```{language}", *path.read_text().strip().splitlines(), "```"]
 
 
+def relinked(markdown: str, source: str, page: str) -> str:
+    """Return text with its relative links as they are from a page of the site.
+
+    Args:
+        markdown: the text.
+        source: the file that it is from, by its path in the repository.
+        page: the page that it goes to, by its path in the site.
+    """
+    pages = {path: name for name, path in OUTSIDE.items()}
+
+    def link(found: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[0]))
+        for folder, place in (("docs/", ""), ("bench/results/", "results/")):
+            if path.startswith(folder):
+                path = place + path.removeprefix(folder)
+        return posixpath.relpath(pages.get(path, path), posixpath.dirname(page) or ".")
+
+    return LINK.sub(link, markdown)
+
+
 # What mkdocs calls. It is imported here, so that the tests can do without it.
 
 
@@ -305,19 +363,20 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
         elif path.suffix in (".md", ".png"):
             files.append(File.generated(config, name, abs_src_path=str(path)))
     for name, source in OUTSIDE.items():
-        files.append(File.generated(config, name, content=inside((ROOT / source).read_text())))
+        files.append(File.generated(config, name, content=relinked((ROOT / source).read_text(), source, name)))
     return files
 
 
-def inside(markdown: str) -> str:
-    """Return a page from the root with its links to docs/ and bench/results as they are in the site."""
-    return markdown.replace("](docs/", "](").replace("](bench/results/", "](results/")
+def unbroken(markdown: str) -> str:
+    """Return a page whose intervals, in the cells of tables, stay on one line."""
+    lines = markdown.split("\n")
+    return "\n".join(INTERVAL.sub("(\\1,\u00a0\\2)", line) if line.startswith("|") else line for line in lines)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     from mkdocs.exceptions import PluginError
 
     try:
-        return expand(markdown)
+        return unbroken(expand(markdown, page.file.src_uri))
     except Missing as why:
         raise PluginError(f"{page.file.src_path}: {why}") from why

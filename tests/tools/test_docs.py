@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import posixpath
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +79,51 @@ def test_markers_are_replaced(page: Path) -> None:
     assert "<!--" not in hooks.expand(page.read_text())
 
 
+def broken_links(markdown: str, place: str) -> list[str]:
+    """Return the links of a page that lead nowhere in the site, without those in its blocks of code."""
+    known = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*")} | set(hooks.OUTSIDE)
+    known |= {f"results/{path.name}" for path in RESULTS.iterdir()}
+    text = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not link.startswith("https://")]
+    return [link for link in links if posixpath.normpath(posixpath.join(posixpath.dirname(place), link)) not in known]
+
+
 @pytest.mark.parametrize("page", by_name(PAGES))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        assert "://" not in target, target
-        path = (page.parent / target).resolve()
-        outside = hooks.OUTSIDE.get(str(path.relative_to(DOCS)) if path.is_relative_to(DOCS) else "")
-        if outside:  # the hook puts them there
-            path = ROOT / outside
-        elif DOCS / "results" in path.parents:
-            path = RESULTS / path.name
-        assert path.is_file(), target
+    """Links in what markers insert count, too."""
+    place = str(page.relative_to(DOCS))
+    assert broken_links(hooks.expand(page.read_text(), place), place) == []
+    assert "://" not in re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("place", hooks.OUTSIDE)
+def test_links_of_a_page_from_elsewhere_lead_somewhere(place: str) -> None:
+    source = hooks.OUTSIDE[place]
+    assert broken_links(hooks.relinked((ROOT / source).read_text(), source, place), place) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "page", "told", "meant"),
+    [
+        ("CONTRIBUTING.md", "contributing.md", "[a](docs/start.md#x)", "[a](start.md#x)"),
+        ("CONTRIBUTING.md", "contributing.md", "[a](tests/README.md)", "[a](results/tests.md)"),
+        ("bench/results/policies.md", "problems/vicreg.md", "![a](front.png)", "![a](../results/front.png)"),
+        ("tests/README.md", "results/tests.md", "[a](../bench/results/sass.md)", "[a](sass.md)"),
+        ("README.md", "index.md", "[a](https://example.org) [b](#here)", "[a](https://example.org) [b](#here)"),
+    ],
+)
+def test_links_start_where_the_text_goes(source: str, page: str, told: str, meant: str) -> None:
+    assert hooks.relinked(told, source, page) == meant
+
+
+def test_intervals_in_tables_stay_on_one_line() -> None:
+    told = "18.1 (17.9, 18.3) dB\n| a | +0.2 (-0.1, +0.5) | `Anchored(0.0, 1.0)` |"
+    assert hooks.unbroken(told) == told.replace("(-0.1, +0.5)", "(-0.1,\u00a0+0.5)")
+
+
+def test_a_link_that_leads_nowhere_is_found() -> None:
+    assert broken_links("[a](start.md) [b](nowhere.md)\n```\n[c](none.md)\n```\n", "index.md") == ["nowhere.md"]
+    assert broken_links("![a](front.png) [b](../start.md)", "problems/vicreg.md") == ["front.png"]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +147,10 @@ def test_what_is_not_there_is_refused(marker: str, why: str) -> None:
 
 def test_a_problem_that_was_not_measured_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hooks, "HERE", tmp_path)
-    (tmp_path / "policies.md").write_text("# Study\n\n## Digits\n\n5 seeds.\n\n## The rules\n")
-    assert hooks.expand("<!-- study digits: Digits -->") == "### Digits\n\n5 seeds."
+    told = "5 seeds, see [a](budget.md).\n\n![all problems](front.png)\n"
+    (tmp_path / "policies.md").write_text(f"# Study\n\n## Digits\n\n{told}\n## The rules\n")
+    shown = hooks.expand("<!-- study digits: Digits -->", "problems/digits_vae.md")
+    assert shown == "### Digits\n\n5 seeds, see [a](../results/budget.md)."
     told = hooks.expand("<!-- study tasks13: 13 tasks -->")
     assert told == "*13 tasks.* Not measured yet: `python -m bench.policies --data tasks13`."
 
@@ -201,3 +240,19 @@ def test_a_star_import_brings_the_documented_names_and_no_module() -> None:
     brought = names.keys() - {"__builtins__"}
     assert brought == set(re.findall(r"\[`(\w+)`\]\[bomkern\.", (DOCS / "api.md").read_text()))
     assert not [name for name in brought if inspect.ismodule(names[name])]
+
+
+def test_warnings_fail_the_build() -> None:
+    """mkdocs counts no warning under --quiet, so that --strict would let all of them pass."""
+    (command,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if "mkdocs build" in line]
+    assert "--strict" in command and "-q" not in command
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    for needed in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(needed)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "index.html").is_file() and "WARNING -" not in run.stderr
