@@ -14,6 +14,7 @@ from torch import Tensor
 BLOCKS = 24
 LEAST_BLOCKS = 6  # with fewer blocks, residuals say nothing about the noise
 # Largest autocorrelation of blocks in the correction; beyond it a series is a random walk, and t is nearly 0.
+CYCLES, SHORTEST = 8, 4  # a rhythm has at least so many periods in a series, of at least so many rows
 MOST_CORRELATED = 0.95
 BEST_T = 99.0  # t of a rise without noise
 ONSET = 0.03  # part of a rise that noise may have caused before the rise began
@@ -94,6 +95,25 @@ def _slope(x: Tensor, y: Tensor) -> tuple[float, Tensor]:
     x, y = x - x.mean(), y - y.mean()
     slope = float((x * y).sum() / (x * x).sum())
     return slope, y - slope * x
+
+
+def rhythm(series: Tensor) -> tuple[int, float]:
+    """Return the period of a series [T] in rows, and how regular it is, in [0, 1]; (0, 0) if there is none.
+
+    A series with period p is like itself p rows later, and its own opposite p / 2 rows later. The regularity is the
+    smaller of the two autocorrelations in size. Noise that keeps its value for a while has neither of them.
+    """
+    values = torch.where(series.isfinite(), series, series.nanmean())
+    values, rows = values - values.mean(), len(series)
+    power = torch.fft.rfft(values, 2 * rows).abs().square()  # twice as long, so that the end does not meet the start
+    like = torch.fft.irfft(power, 2 * rows)[:rows]
+    longest = rows // CYCLES
+    if longest < SHORTEST or not float(like[0]) > 0:
+        return 0, 0.0
+    periods = torch.arange(SHORTEST, longest + 1, device="cpu")
+    regular = torch.minimum(like[periods], -like[periods // 2]) / like[0]
+    best = int(regular.argmax())
+    return (int(periods[best]), float(regular[best])) if regular[best] > 0 else (0, 0.0)
 
 
 def stretches(mask: Tensor, gap: int = 0) -> list[tuple[int, int]]:

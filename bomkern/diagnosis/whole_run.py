@@ -13,7 +13,7 @@ from .one_goal import MISCALIBRATED
 from .registry import Kind, detects
 from .run_view import RunView, number
 from .suggestions import anchored, spread, stricter
-from .trends import ramp, smooth, stretches, trend
+from .trends import ramp, rhythm, smooth, stretches, trend
 
 NOT_FINITE = Kind(
     "not finite",
@@ -33,6 +33,13 @@ COLLAPSE = Kind(
     weight=0.85,
     meaning="the latent code is shut",
     explanation="A KL divergence fell to nearly nothing and stays there, so that the code says nothing.",
+)
+SWINGING = Kind(
+    "swinging",
+    weight=0.08,
+    meaning="goals trade places",
+    explanation="Shares rise and fall with a period: goals of nearly one deficit trade places in the rule's order.",
+    information=True,
 )
 BEATEN = Kind(
     "past ideal",
@@ -177,6 +184,31 @@ def estimated_pull(run: RunView) -> tuple[Tensor, Tensor]:
     width = torch.stack([columns[run.members(g)].mean() for g in range(len(run.goals))])
     pull = run.share.nanmean(0).nan_to_num() * width
     return pull / pull.sum().clamp(min=1e-300), columns
+
+
+@detects(SWINGING, each="run")
+def swinging(run: RunView) -> Iterator[Finding]:
+    """Find goals whose shares rise and fall with a period in the second half of the run."""
+    half = run.rows // 2
+    found: dict[int, tuple[float, int]] = {}  # by goal: confidence, period in rows
+    for g in range(len(run.goals)):
+        share = run.share[half:, g]
+        period, regular = rhythm(share)
+        width = float((share - share.nanmean()).square().nanmean().sqrt())
+        sure = min(ramp(regular, *thresholds.RHYTHM), ramp(width, *thresholds.SWING))
+        if sure >= thresholds.LEAST:
+            found[g] = sure, period
+    if not found:
+        return
+    goals = sorted(found, key=lambda g: -found[g][0])
+    sure, period = found[goals[0]]
+    low, high = (float(run.share[half:, goals[0]].nanquantile(q)) for q in (0.05, 0.95))
+    text = (
+        f"{when(run, (half, run.rows))}: the share of {run.goals[goals[0]]} swings between {low:.0%} and {high:.0%} "
+        f"about every {period * run.history.stride} steps"
+    )
+    change = 'none needed; GoalSet(..., spill="auto") would move the weights slowly'
+    yield make(run, SWINGING, tuple(sorted(goals)), (half, run.rows), sure, text, change)
 
 
 @detects(BEATEN, each="goal")

@@ -250,6 +250,20 @@ def test_a_satisfied_goal_is_idle_and_comes_last() -> None:
     assert diagnosis[-1].kind == "idle" and diagnosis[-1].goals == ("c",) and diagnosis[-1] not in diagnosis.faults
 
 
+def test_goals_that_trade_places_swing_and_others_do_not() -> None:
+    first = (torch.sin(2 * torch.pi * torch.arange(T) / 20) > 0).float()
+    raw = {"a": flat(0.5), "b": flat(0.5, T, 1), "c": slope(0.6, 0.4, T, 2)}
+    share = {"a": 0.15 + 0.15 * first, "b": 0.3 - 0.15 * first, "c": 0.55}
+    diagnosis = diagnose(written(raw, share, most=0.55))
+    (found,) = [f for f in diagnosis if f.kind == "swinging"]
+    assert found.goals == ("a", "b") and (found.first, found.last) == (T // 2 + 1, T) and found not in diagnosis.faults
+    assert "swings between 15% and 30% about every 20 steps" in found.evidence and 'spill="auto"' in found.suggestion
+    little = {"a": 0.15 + 0.01 * first, "b": 0.3 - 0.01 * first, "c": 0.55}
+    noisy = {"a": 0.2 + noise(0.1), "b": 0.25 - noise(0.1), "c": 0.55}
+    for shares in (little, noisy):
+        assert "swinging" not in [f.kind for f in diagnose(written(raw, shares, most=0.55))]
+
+
 def test_the_run_that_bomkern_began_with() -> None:
     """The run described in shared/DESIGN.md gets the right diagnosis.
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bomkern.diagnosis.trends import BEST_T, ramp, rise, smooth, stretches, trend
+from bomkern.diagnosis.trends import BEST_T, ramp, rhythm, rise, smooth, stretches, trend
 from tests.support.histories import noise
 
 
@@ -22,6 +22,28 @@ def test_trends_allow_for_noise_that_remembers_itself() -> None:
                 series.append(x)
             beyond += abs(trend(torch.stack(series).double()).t) > 2.5
         assert beyond / 200 <= most, memory
+
+
+def test_a_rhythm_has_its_period_and_noise_has_none() -> None:
+    steps = torch.arange(500).double()
+    wave = (torch.sin(2 * math.pi * steps / 29) > 0).double()
+    assert rhythm(wave) == (29, pytest.approx(0.9, abs=0.1))
+    period, regular = rhythm(wave + noise(0.5, 500).double())
+    assert period == pytest.approx(29, abs=1) and 0.4 < regular < 0.6
+    wave[100:140] = torch.nan
+    assert rhythm(wave)[0] == pytest.approx(29, abs=1)
+    assert rhythm(steps) == rhythm(torch.ones(500)) == rhythm(wave[:20]) == (0, 0)
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5, 0.9, 0.98])
+def test_noise_that_keeps_its_value_has_no_rhythm(memory: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    kernel = memory ** torch.arange(400.0)
+    for _ in range(100):
+        e = torch.randn(899, generator=draw)
+        series = torch.nn.functional.conv1d(e[None, None], kernel.flip(0)[None, None])[0, 0].double()
+        for x in (series, (series > 0).double()):
+            assert rhythm(x)[1] < 0.3
 
 
 def test_trends_see_bent_rises_and_gaps() -> None:
