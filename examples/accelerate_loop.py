@@ -33,7 +33,7 @@ group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
 images = torch.tensor(load_digits().data / 16, dtype=torch.float32)  # [1797, 64] in [0, 1]
 trivial = float((images - images.mean(0)).square().mean())  # the error of the mean image
 anchors = {"recon": Anchored(0.0, trivial), "kl": Anchored(0.0, 25.0), "apart": Anchored(7 / 63, 7.0)}
-goals = GoalSet(anchors, spill=0.5, process_group=group).to(accelerator.device)
+goals = GoalSet(anchors, spill="auto", process_group=group).to(accelerator.device)
 model = VAE()
 model, optimizer, loader = accelerator.prepare(
     model,

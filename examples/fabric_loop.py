@@ -34,7 +34,7 @@ group = torch.distributed.group.WORLD
 images = torch.tensor(load_digits().data / 16, dtype=torch.float32)  # [1797, 64] in [0, 1]
 trivial = float((images - images.mean(0)).square().mean())  # the error of the mean image
 anchors = {"recon": Anchored(0.0, trivial), "kl": Anchored(0.0, 25.0), "apart": Anchored(7 / 63, 7.0)}
-goals = GoalSet(anchors, spill=0.5, process_group=group).to(fabric.device)
+goals = GoalSet(anchors, spill="auto", process_group=group).to(fabric.device)
 model = VAE()
 model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=5e-3, fused=True))
 guard = StepGuard(optimizer, goals=goals, process_group=group)  # all ranks take a step, or none

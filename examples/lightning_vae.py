@@ -40,7 +40,7 @@ class DigitsVAE(pl.LightningModule):
             edges=Anchored(0.0, "baseline"),
             kl=Anchored(0.0, 25.0),  # nats
             apart=Anchored("floor", LATENTS - 1.0),  # squared correlations of the latents
-            spill=0.5,
+            spill="auto",
         )
 
     def anchors(self) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ goals = GoalSet(
     recon=anchors.mse(images),  # 1 is the error of the mean image
     kl=anchors.kl_budget(25.0),  # nats
     apart=anchors.covariance(128, 8),  # of 8 latents in a batch of 128: chance alone, and two copies of each
-    spill=0.5,
+    spill="auto",
 )
 optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], lr=5e-3, fused=True)
 guard = StepGuard(optimizer, goals=goals)  # a step with a NaN or inf changes nothing

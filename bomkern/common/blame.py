@@ -9,7 +9,7 @@ from torch import Tensor
 
 LAST_BATCH = "use a larger batch, and drop_last=True if it was the last one of a DataLoader"
 TOO_MANY = "pass the mean of similar goals as one goal, or make two losses and add them"
-RAGGED = "take .mean() of each, or use GoalSet(..., spill=0.5), which needs only means"
+RAGGED = 'take .mean() of each, or use GoalSet(..., spill="auto"), which needs only means'
 
 
 def odd_one(values: Sequence[object]) -> tuple[int, int, bool]:
