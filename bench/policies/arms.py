@@ -19,7 +19,7 @@ from bench.policies.rules import Arm, Bottleneck
 from bench.policies.vae import VAE
 from bomkern import Calibrated, ShareGuard, Tracking
 
-DEFAULT = "spill 1/2"  # bomkern's default, which the study evaluates
+DEFAULT = "spill auto"  # the rule that bomkern advises to begin with, which the study evaluates
 EQUAL = "sum"  # equal weights, whose steps set the time that all arms get
 
 

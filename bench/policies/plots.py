@@ -21,6 +21,7 @@ OURS, PEER, LEAD = "#2a6fbb", "#8a8f98", "#c8401e"
 # Labelled arms, and the offset of each label from its point.
 LABELS = {
     DEFAULT: (-7, 9),
+    "spill 1/2": (6, -9),
     "spill 1/3": (-50, 4),
     "anchored": (-7, -16),
     EQUAL: (6, 4),
@@ -34,7 +35,7 @@ LABELS = {
     BRIGHT: (6, 6),
 }
 FAR = 1.05  # arms no better than nothing are in the table alone
-FAULTY = ("auto", "anchored", DEFAULT, EQUAL, TUNED)
+FAULTY = ("auto", "anchored", "spill 1/2", DEFAULT, EQUAL, TUNED)
 COLUMNS = 4
 
 
@@ -103,7 +104,7 @@ def faults(sets: Mapping[str, Results], to: Path) -> None:
                 if not np.isfinite(mean):
                     continue
                 ax.bar(
-                    j + (i - len(shown) / 2 + 0.5) * 0.16, mean, 0.15, yerr=[[mean - low], [high - mean]],
+                    j + (i - len(shown) / 2 + 0.5) * 0.14, mean, 0.13, yerr=[[mean - low], [high - mean]],
                     color=_colour(arm), alpha=1 - 0.2 * (i % 3), hatch="//" if arm == TUNED else None,
                     edgecolor="white", label=arm if j == 0 else None, error_kw={"lw": 1},
                 )  # fmt: skip

@@ -59,12 +59,12 @@ def summary(found: Overview) -> str:
     """Return sentences about the default beside the other rules."""
     peers = [arm for arm in found.field if ARMS[arm].peer]
     best = min(peers, key=lambda arm: found.mean_rank(arm).mean(), default=None)
-    rank = "" if best is None else f"; the best peer, {best}, has {found.mean_rank(best).mean():.1f}"
+    rank = "" if best is None else f"; that of the best peer, {best}, is {found.mean_rank(best).mean():.1f}"
     level, ahead = found.level(DEFAULT, EQUAL)[0], found.ahead(DEFAULT, TUNED)[0]
     return (
-        f"bomkern's {DEFAULT} has a mean rank of {found.mean_rank(DEFAULT).mean():.1f} among {len(found.field)} "
-        f"rules{rank}. It is no worse than equal weights on {level} of {len(found.families)} problems, and ahead of "
-        f"the best of 30 weightings in the worst goal, with the measure no lower, on {ahead}."
+        f'bomkern is `GoalSet(..., spill="auto")`. Its mean rank is {found.mean_rank(DEFAULT).mean():.1f} among '
+        f"{len(found.field)} rules{rank}. It is no worse than equal weights on {level} of {len(found.families)} "
+        f"problems, and ahead of the best of 30 weightings in the worst goal, with the measure no lower, on {ahead}."
     )
 
 
