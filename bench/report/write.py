@@ -29,9 +29,9 @@ SHOWN = {named_case(op, label): batches for op, benches in OPS.items() for label
 DIMS = 128  # the D of cases that have one
 STEPS = {
     "bomkern lazy": "the trainer's whole step, hard minimum",
-    "bomkern default": "the same with the default rule, spill 1/2 and a budget of rows",
+    "bomkern default": "the same with the trainer's default, spill 1/2 and a budget of rows",
     "bomkern default, dearest first": "the same where the goals that decode most weigh most",
-    "bomkern default compiled": "the default rule with `--compile`",
+    "bomkern default compiled": "the trainer's default with `--compile`",
 }
 PEERS = (EAGER, "torch.compile", "KeOps")
 
