@@ -154,15 +154,16 @@ def default_table(found: Overview) -> str:
 def target(found: Overview) -> str:
     """Return a sentence about the default and what is asked of it."""
     count = len(found.families)
-    peers = [arm for arm in found.field if ARMS[arm].peer]
+    peers = [arm for arm in found.field if ARMS[arm].peer and arm != EQUAL]
     mine = found.mean_rank(DEFAULT).mean() if DEFAULT in found.arms else math.nan
     best = min(peers, key=lambda arm: found.mean_rank(arm).mean(), default=None)
     level, ahead = found.level(DEFAULT, EQUAL)[0], found.ahead(DEFAULT, TUNED)[0]
-    rank = "" if best is None else f" (the best peer: {best}, {found.mean_rank(best).mean():.1f})"
+    rank = "" if best is None else f"; the best balancer, {best}: {found.mean_rank(best).mean():.1f}"
+    equal = f"equal weights: {found.mean_rank(EQUAL).mean():.1f}" if EQUAL in found.arms else ""
     return (
-        f"The default, {DEFAULT}: mean rank {mine:.1f}{rank}; no worse than equal weights on {level} of {count} "
-        f"problems (asked for: all); ahead of the tuned sum in the worst goal, with the measure no lower, on {ahead} "
-        f"(asked for: 6)."
+        f"The default, {DEFAULT}: mean rank {mine:.1f} ({equal}{rank}); no worse than equal weights on {level} of "
+        f"{count} problems (asked for: all); ahead of the tuned sum in the worst goal, with the measure no lower, on "
+        f"{ahead} (asked for: 6)."
     )
 
 

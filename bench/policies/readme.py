@@ -57,14 +57,16 @@ def _budget(sets: Mapping[str, Results]) -> str:
 
 def summary(found: Overview) -> str:
     """Return sentences about the default beside the other rules."""
-    peers = [arm for arm in found.field if ARMS[arm].peer]
+    peers = [arm for arm in found.field if ARMS[arm].peer and arm != EQUAL]
     best = min(peers, key=lambda arm: found.mean_rank(arm).mean(), default=None)
-    rank = "" if best is None else f"; that of the best peer, {best}, is {found.mean_rank(best).mean():.1f}"
+    others = {"equal weights": EQUAL} | ({} if best is None else {f"the best published balancer, {best},": best})
+    ranks = ", ".join(f"that of {name} is {found.mean_rank(arm).mean():.1f}" for name, arm in others.items())
     level, ahead = found.level(DEFAULT, EQUAL)[0], found.ahead(DEFAULT, TUNED)[0]
     return (
-        f'bomkern is `GoalSet(..., spill="auto")`. Its mean rank is {found.mean_rank(DEFAULT).mean():.1f} among '
-        f"{len(found.field)} rules{rank}. It is no worse than equal weights on {level} of {len(found.families)} "
-        f"problems, and ahead of the best of 30 weightings in the worst goal, with the measure no lower, on {ahead}."
+        f'bomkern is `GoalSet(..., spill="auto")`. Its mean rank among {len(found.field)} rules is '
+        f"{found.mean_rank(DEFAULT).mean():.1f}, {ranks}. It is no worse than equal weights on {level} of "
+        f"{len(found.families)} problems, and ahead of the best of 30 weightings in the worst goal, with the measure "
+        f"no lower, on {ahead}."
     )
 
 

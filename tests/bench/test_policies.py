@@ -206,7 +206,8 @@ def test_the_readme_names_the_best_peer_and_what_was_not_measured() -> None:
     sets = {"tasks3": results_of("tasks3", {DEFAULT: good, EQUAL: bad, "UPGrad": [(0.7, 0.3)] * 2, "sum 4": bad})}
     part = readme.table(sets)
     assert "| 0.500 / 0.50 | UPGrad: 0.700 / 0.30 | 0.500 / 0.50 | **0.900 / 0.10** |" in part
-    assert "mean rank of 1.0 among 3 rules; the best peer, UPGrad, has 2.0" in part
+    assert "Its mean rank among 3 rules is 1.0, that of equal weights is 3.0" in part
+    assert "that of the best published balancer, UPGrad, is 2.0. It is" in part
     assert "no worse than equal weights on 1 of 1 problems" in part and "no lower, on 1." in part
     assert "Not measured yet: Digits, Photographs, Helmholtz, Burgers, Poisson, 13 tasks, VICReg." in part
     assert "at equal updates" in part
