@@ -92,8 +92,14 @@ class Overview:
 
     def level(self, arm: str, other: str) -> tuple[int, int]:
         """Return on how many problems neither figure is worse beyond its interval, and of how many."""
-        pairs = list(self.gains(arm, other))
-        return sum(all(interval(x)[2] >= 0 for x in pair) for pair in pairs), len(pairs)
+        of = len(list(self.gains(arm, other)))
+        return of - len(self.worse(arm, other)), of
+
+    def worse(self, arm: str, other: str) -> list[str]:
+        """Return the problems on which a figure is worse beyond its interval, by their names."""
+        shared = [name for name, sets in self.families.items() if any({arm, other} <= set(r.arms) for r in sets)]
+        pairs = zip(shared, self.gains(arm, other), strict=True)
+        return [name for name, pair in pairs if any(interval(x)[2] < 0 for x in pair)]
 
 
 def _name(arm: str) -> str:

@@ -40,7 +40,7 @@ def table(sets: Mapping[str, Results]) -> str:
                 _cell(results, EQUAL),
                 f"{peer}: {_cell(results, peer)}" if peer else "",
                 _cell(results, TUNED),
-                f"**{_cell(results, DEFAULT)}**",
+                _cell(results, DEFAULT),
             ]
         )
     seeds = max((len(results.seeds) for results in sets.values()), default=0)
@@ -62,11 +62,13 @@ def summary(found: Overview) -> str:
     others = {"equal weights": EQUAL} | ({} if best is None else {f"the best published balancer, {best},": best})
     ranks = ", ".join(f"that of {name} is {found.mean_rank(arm).mean():.1f}" for name, arm in others.items())
     level, ahead = found.level(DEFAULT, EQUAL)[0], found.ahead(DEFAULT, TUNED)[0]
+    worse = [WORDS.get(name, PROBLEMS[name].title) for name in found.worse(DEFAULT, EQUAL)]
+    but = f" (a figure is worse beyond its interval on {', '.join(worse)})" if worse else ""
     return (
         f'bomkern is `GoalSet(..., spill="auto")`. Its mean rank among {len(found.field)} rules is '
         f"{found.mean_rank(DEFAULT).mean():.1f}, {ranks}. It is no worse than equal weights on {level} of "
-        f"{len(found.families)} problems, and ahead of the best of 30 weightings in the worst goal, with the measure "
-        f"no lower, on {ahead}."
+        f"{len(found.families)} problems{but}, and ahead of the best of 30 weightings in the worst goal, with the "
+        f"measure no lower, on {ahead}."
     )
 
 
