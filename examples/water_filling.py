@@ -2,7 +2,7 @@
 
 python examples/water_filling.py --picture water_filling.png  # about 40 s on one core; --steps 20 is a short form
 
-All three train `-log(min score)`. The first two are configurations as people have them; the last one heals the run.
+The first two train `-log(min score)`, configured as people have it; the last one, with a spill, heals the run.
 """
 
 import argparse

@@ -87,19 +87,30 @@ class Overview:
 
     def ahead(self, arm: str, other: str) -> tuple[int, int]:
         """Return on how many problems the worst goal is better and the main figure no lower, and of how many."""
-        pairs = list(self.gains(arm, other))
-        return sum(bad.mean() > 0 and good.mean() >= 0 for good, bad in pairs), len(pairs)
+        return len(self.winning(arm, other)), len(list(self.gains(arm, other)))
 
     def level(self, arm: str, other: str) -> tuple[int, int]:
         """Return on how many problems neither figure is worse beyond its interval, and of how many."""
-        of = len(list(self.gains(arm, other)))
-        return of - len(self.worse(arm, other)), of
+        found = self.verdicts(arm, other)
+        return sum(verdict != "worse" for verdict in found.values()), len(found)
 
-    def worse(self, arm: str, other: str) -> list[str]:
-        """Return the problems on which a figure is worse beyond its interval, by their names."""
+    def verdicts(self, arm: str, other: str) -> dict[str, str]:
+        """Return "better", "worse" or "undecided" by problem.
+
+        Worse: a figure is worse beyond its interval. Better: a figure is better beyond it, and none is worse.
+        """
+        shared = [name for name, sets in self.families.items() if any({arm, other} <= set(r.arms) for r in sets)]
+        found = {}
+        for name, pair in zip(shared, self.gains(arm, other), strict=True):
+            lows, highs = zip(*(interval(x)[1:] for x in pair), strict=True)
+            found[name] = "worse" if min(highs) < 0 else "better" if max(lows) > 0 else "undecided"
+        return found
+
+    def winning(self, arm: str, other: str) -> list[str]:
+        """Return the problems on which the worst goal is better and the main figure no lower, in the mean."""
         shared = [name for name, sets in self.families.items() if any({arm, other} <= set(r.arms) for r in sets)]
         pairs = zip(shared, self.gains(arm, other), strict=True)
-        return [name for name, pair in pairs if any(interval(x)[2] < 0 for x in pair)]
+        return [name for name, (good, bad) in pairs if bad.mean() > 0 and good.mean() >= 0]
 
 
 def _name(arm: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from bench.policies.arms import ARMS, DEFAULT, EQUAL, TUNED
+from bench.policies.arms import ARMS, BRIGHT, DEFAULT, EQUAL, TUNED
 from bench.policies.overview import Overview
 from bench.policies.problems import PROBLEMS
 from bench.policies.results import Results, mean, rows, worst
@@ -38,15 +38,17 @@ def table(sets: Mapping[str, Results]) -> str:
                 WORDS.get(data, PROBLEMS[data].title),
                 f"{results.measure.says}{better}",
                 _cell(results, EQUAL),
-                f"{peer}: {_cell(results, peer)}" if peer else "",
                 _cell(results, TUNED),
+                _cell(results, BRIGHT),
+                f"{peer}: {_cell(results, peer)}" if peer else "",
                 _cell(results, DEFAULT),
             ]
         )
     seeds = max((len(results.seeds) for results in sets.values()), default=0)
-    heads = ["problem", "measure / worst goal", "equal weights", "best peer there", "best of 30 weightings", "bomkern"]
-    told = f"means of {seeds} seeds, {_budget(sets)}. {summary(Overview(sets))}{missing(sets)}"
-    return f"{rows(heads, lines)}\n\n(`{COMMAND}`; {told})"
+    heads = ["problem", "measure / worst goal", "equal weights", "best of 30 by worst goal", "best of 30 by measure"]
+    told = "\n".join(f"- {line}" for line in summary(Overview(sets)))
+    means = f"(`{COMMAND}`; means of {seeds} seeds, {_budget(sets)}.{missing(sets)})"
+    return f"{rows([*heads, 'best peer there', 'bomkern'], lines)}\n\n{means}\n\n{told}"
 
 
 def _budget(sets: Mapping[str, Results]) -> str:
@@ -55,21 +57,34 @@ def _budget(sets: Mapping[str, Results]) -> str:
     return "at one time budget" if all(timed) else "partly at equal updates" if any(timed) else "at equal updates"
 
 
-def summary(found: Overview) -> str:
+def summary(found: Overview) -> list[str]:
     """Return sentences about the default beside the other rules."""
     peers = [arm for arm in found.field if ARMS[arm].peer and arm != EQUAL]
     best = min(peers, key=lambda arm: found.mean_rank(arm).mean(), default=None)
-    others = {"equal weights": EQUAL} | ({} if best is None else {f"the best published balancer, {best},": best})
-    ranks = ", ".join(f"that of {name} is {found.mean_rank(arm).mean():.1f}" for name, arm in others.items())
-    level, ahead = found.level(DEFAULT, EQUAL)[0], found.ahead(DEFAULT, TUNED)[0]
-    worse = [WORDS.get(name, PROBLEMS[name].title) for name in found.worse(DEFAULT, EQUAL)]
-    but = f" (a figure is worse beyond its interval on {', '.join(worse)})" if worse else ""
-    return (
-        f'bomkern is `GoalSet(..., spill="auto")`. Its mean rank among {len(found.field)} rules is '
-        f"{found.mean_rank(DEFAULT).mean():.1f}, {ranks}. It is no worse than equal weights on {level} of "
-        f"{len(found.families)} problems{but}, and ahead of the best of 30 weightings in the worst goal, with the "
-        f"measure no lower, on {ahead}."
-    )
+    others = {"bomkern": DEFAULT, "equal weights": EQUAL}
+    others |= {} if best is None else {f"the best published balancer of these, {best}": best}
+    ranks = [
+        f"{name} {found.mean_rank(arm).mean():.1f} ({found.mean_rank(arm, ('main',)).mean():.1f} by the measure, "
+        f"{found.mean_rank(arm, ('worst',)).mean():.1f} by the worst goal)"
+        for name, arm in others.items()
+    ]
+    verdicts = found.verdicts(DEFAULT, EQUAL)
+    each = [
+        f"{says} on {_names(name for name, verdict in verdicts.items() if verdict == says) or 'none'}"
+        for says in ("better", "worse", "undecided")
+    ]
+    won = found.winning(DEFAULT, TUNED)
+    return [
+        f"Against equal weights: {'; '.join(each)}. *Worse* means one figure beyond its 95% interval, *better* one "
+        "figure and none worse.",
+        f"Ahead of the best of 30 by worst goal, with the measure no lower, on {len(won)} of {len(found.families)}: "
+        f"{_names(won) or 'none'}.",
+        f"Mean rank among the {len(found.field)} rules that fit all of them: {'; '.join(ranks)}.",
+    ]
+
+
+def _names(problems: Iterable[str]) -> str:
+    return ", ".join(PROBLEMS[name].title for name in problems)
 
 
 def missing(sets: Mapping[str, Results]) -> str:

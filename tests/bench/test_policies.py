@@ -205,10 +205,10 @@ def test_the_readme_names_the_best_peer_and_what_was_not_measured() -> None:
     good, bad = [(0.9, 0.1)] * 2, [(0.5, 0.5)] * 2
     sets = {"tasks3": results_of("tasks3", {DEFAULT: good, EQUAL: bad, "UPGrad": [(0.7, 0.3)] * 2, "sum 4": bad})}
     part = readme.table(sets)
-    assert "| 0.500 / 0.50 | UPGrad: 0.700 / 0.30 | 0.500 / 0.50 | 0.900 / 0.10 |" in part
-    assert "Its mean rank among 3 rules is 1.0, that of equal weights is 3.0" in part
-    assert "that of the best published balancer, UPGrad, is 2.0. It is" in part
-    assert "no worse than equal weights on 1 of 1 problems" in part and "no lower, on 1." in part
+    assert "| 0.500 / 0.50 | 0.500 / 0.50 |  | UPGrad: 0.700 / 0.30 | 0.900 / 0.10 |" in part
+    assert "among the 3 rules that fit all of them: bomkern 1.0 (1.0 by the measure, 1.0 by the worst goal)" in part
+    assert "equal weights 3.0 (3.0 by the" in part and "published balancer of these, UPGrad 2.0 (2.0 by" in part
+    assert "better on 3 tasks; worse on none; undecided on none" in part and "no lower, on 1 of 1: 3 tasks." in part
     assert "Not measured yet: Digits, Photographs, Helmholtz, Burgers, Poisson, 13 tasks, VICReg." in part
     assert "at equal updates" in part
 
@@ -233,7 +233,10 @@ def test_ranks_and_wins_over_problems() -> None:
     assert found.mean_rank("SoftAdapt").tolist() == [3.5, 3.5]  # as bad as the worst of the three
     assert found.ahead(DEFAULT, EQUAL) == (1, 2)  # level on the tasks, over both optimizers
     assert found.level(DEFAULT, EQUAL) == (2, 2) and found.level(EQUAL, DEFAULT) == (1, 2)
-    assert found.worse(DEFAULT, EQUAL) == [] and found.worse(EQUAL, DEFAULT) == ["poisson"]
+    assert (
+        found.verdicts(DEFAULT, EQUAL)["poisson"] == "better" and found.verdicts(EQUAL, DEFAULT)["poisson"] == "worse"
+    )
+    assert found.winning(DEFAULT, EQUAL) == ["poisson"]
     assert found.ahead(DEFAULT, TUNED) == (0, 2)
 
 
