@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,18 @@ def test_the_index_has_the_goals_and_the_measure_of_each_problem() -> None:
     for page, goals, measure in rows:
         problem = PROBLEMS[next(iter(problems_of(FOLDER / page)))]
         assert (int(goals), measure) == (len(problem.anchors), problem.measure.says.partition(",")[0])
+
+
+def test_the_equations_pages_are_right_about_gradient_norms() -> None:
+    pytest.importorskip("torchjd")
+    from bench.policies.arms import ARMS
+
+    runs = [json.loads(line) for line in (ROOT / "bench" / "results" / "policies.jsonl").read_text().splitlines()]
+    for data in ("helmholtz", "burgers", "poisson"):
+        errors: dict[str, list[float]] = {}
+        for r in runs:
+            if r["data"] == data and r["fault"] == "none" and not r["arm"].startswith("sum "):
+                errors.setdefault(r["arm"], []).append(r["test"]["error"])
+        ours = [sum(errors[arm]) / len(errors[arm]) for arm in errors if not ARMS[arm].peer]
+        norms = errors["gradient norms"]
+        assert len(ours) > 3 and sum(norms) / len(norms) < min(ours), data
