@@ -29,11 +29,11 @@ STYLES: Styles = {
     "budget 2": (LIGHT[5], "-", 2.4),
     "budget 3": (LIGHT[3], "--", 1.6),
 }
+# FAMO is in the table alone: it hardly leaves its start, and would flatten the other curves.
 PEERS: Styles = {
     "sum": STYLES["sum"],
     TUNED: (LIGHT[7], ":", 1.8),
     "STCH": (LIGHT[2], "-.", 1.6),
-    "FAMO": (LIGHT[1], "--", 1.4),
     "UPGrad": (LIGHT[3], "--", 1.8),
     EXACT: STYLES[EXACT],
     "budget 2": STYLES["budget 2"],

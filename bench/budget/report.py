@@ -125,7 +125,9 @@ def write(
         page += [f"![The same of the plain sum, a tuned one, and others' balancers]({to.name}_peers.png)"]
     for data, results in sets.items():
         steps = " or ".join(map(str, results.steps))
-        page += [f"## {NAMES[data]}", f"{len(results.seeds)} seeds, {steps} steps."]
+        counts = {arm: len(results.runs(arm)) for arm in results.arms}
+        few = ", ".join(f"{arm} {n}" for arm, n in counts.items() if 0 < n < len(results.seeds))
+        page += [f"## {NAMES[data]}", f"{len(results.seeds)} seeds{f' (but {few})' if few else ''}, {steps} steps."]
         page += [line for arm in JUDGED for line in verdicts(results, data, arm)]
         page += [quality_table(results), "### Faults", "PSNR / worst goal; below `exact`, differences from it."]
         page += ["At equal steps:", fault_table(results, at_steps(PSNR), at_steps(WORST))]
