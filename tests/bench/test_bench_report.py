@@ -232,4 +232,4 @@ def test_a_compiled_step_is_told_beside_the_eager_one() -> None:
     assert "the default step is 1.6x as fast as it is eager; its first call, which compiles, took 1 s." in " ".join(
         page.page([results()]).split()
     )
-    assert "| the default rule with `--compile`, B = 64 | 125 ms |  | 2.4x |" in write.readme_table(results())
+    assert "| the trainer's default with `--compile`, B = 64 | 125 ms |  | 2.4x |" in write.readme_table(results())

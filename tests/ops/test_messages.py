@@ -39,7 +39,7 @@ from bomkern.common.blame import odd_length, odd_one
 from tests.support.servers import servers
 
 B, TOKENS = 8, 5
-SPILL = r"take .mean\(\) of each, or use GoalSet\(..., spill=0.5\)"
+SPILL = r'take .mean\(\) of each, or use GoalSet\(..., spill="auto"\)'
 NAMES = ("a", "b", "c")
 # The bad goal beside two goals [8], the error, and the fix that it must name.
 GOALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
