@@ -50,8 +50,8 @@ MARKER = re.compile(
     re.MULTILINE,
 )
 INTERVAL = re.compile(r"(?<= )\(([+-]?[\d.]+), ([+-]?[\d.]+)\)")
-# Pages of the site whose sources lie outside of docs/.
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)[^)#\s]+")
+# Pages of the site whose sources lie outside of docs/.
 OUTSIDE = {"results/tests.md": "tests/README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 PARTS = {"whole step": report.steps, "loss section": report.section, "small calls": report.small}
 
@@ -149,10 +149,7 @@ def findings() -> Lines:
 
 
 def faults() -> Lines:
-    path = HERE / "faults.json"
-    if not path.exists():
-        raise Missing("bench/results/faults.json is not there: `python -m bench.faults` writes it")
-    found: dict[str, Any] = json.loads(path.read_text())
+    found = _recorded("faults.json", "python -m bench.faults")
     lines = text(
         f"`{found['command']}` plants faults in small simulated runs. Of all faults {found['recall']:.0%} are named at "
         f"50% sure or more; of the runs without a fault {found['clean runs with an alarm']:.1%} raise such an alarm."
@@ -164,11 +161,17 @@ def faults() -> Lines:
     return lines + table(["planted", "runs", "named", "median steps until it is"], rows)
 
 
-def trainer() -> Lines:
-    path = HERE / "trainer.json"
+def _recorded(name: str, command: str) -> dict[str, Any]:
+    """Return the content of a JSON file in bench/results that a command writes."""
+    path = HERE / name
     if not path.exists():
-        raise Missing("bench/results/trainer.json is not there: `python tools/trainer_figures.py FOLDER` writes it")
+        raise Missing(f"bench/results/{name} is not there: `{command}` writes it")
     found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def trainer() -> Lines:
+    found = _recorded("trainer.json", "python tools/trainer_figures.py FOLDER")
     lines = text(
         f"`{found['command']}` trains each of these for {found['steps']:,} steps with seed {found['seed']} "
         f"({found['machine']}, torch {found['torch']}, {found['date']}). PSNR and SSIM are those of held-out "
@@ -192,10 +195,7 @@ def trainer() -> Lines:
 
 
 def ranks() -> Lines:
-    path = HERE / "ranks.json"
-    if not path.exists():
-        raise Missing("bench/results/ranks.json is not there: `python -m bench.ranks` writes it")
-    found: dict[str, Any] = json.loads(path.read_text())
+    found = _recorded("ranks.json", "python -m bench.ranks")
     worlds, scale = found["worlds"], found["scale"]
     lines = text(
         f"`{found['command']}` gives {found['batch']} samples to {', '.join(map(str, worlds))} gloo processes, and "

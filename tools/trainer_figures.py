@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for bench
 FIGURES = ROOT / "bench" / "results" / "trainer.json"
 # Options of `bomkern train`, and what they mean; the first is the default.
 SETTINGS = {
@@ -25,13 +25,6 @@ SETTINGS = {
     "--scales auto": "scale = largest value of the first steps, ideal 0",
     "--budget 0": "the default, but every goal takes all rows",
 }
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return model or platform.processor() or platform.machine()
 
 
 def place(folder: Path, options: str) -> Path:
@@ -65,7 +58,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="steps of each run (1000, those of the page)")
     parser.add_argument("--to", type=Path, default=FIGURES, help="the file to write (bench/results/trainer.json)")
     args = parser.parse_args()
-    from bomkern.report.page import is_information
+    from bench.machine import name as machine
+    from bomkern.diagnosis.registry import is_information
 
     summaries = {options: train(args.folder, options, args.steps) for options in SETTINGS}
     first = summaries[""]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -72,22 +72,24 @@ class Overview:
         count = min(map(len, each), default=0)
         return np.mean([ranks[:count] for ranks in each], axis=0) if each else np.array([])
 
-    def gains(self, arm: str, other: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield paired gains of the main figure and of the worst goal on each problem that both were run on.
+    def gains(self, arm: str, other: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return paired gains of the main figure and of the worst goal, by each problem that both were run on.
 
         Both are signed so that a larger one is better.
         """
-        for variants in self.families.values():
+        found = {}
+        for name, variants in self.families.items():
             shared = [results for results in variants if {arm, other} <= set(results.arms)]
             if shared:
-                yield (
+                found[name] = (
                     np.concatenate([r.better(arm, other) for r in shared]),
                     -np.concatenate([r.gain(arm, other, "none", worst) for r in shared]),
                 )
+        return found
 
     def ahead(self, arm: str, other: str) -> tuple[int, int]:
         """Return on how many problems the worst goal is better and the main figure no lower, and of how many."""
-        return len(self.winning(arm, other)), len(list(self.gains(arm, other)))
+        return len(self.winning(arm, other)), len(self.gains(arm, other))
 
     def level(self, arm: str, other: str) -> tuple[int, int]:
         """Return on how many problems neither figure is worse beyond its interval, and of how many."""
@@ -99,18 +101,16 @@ class Overview:
 
         Worse: a figure is worse beyond its interval. Better: a figure is better beyond it, and none is worse.
         """
-        shared = [name for name, sets in self.families.items() if any({arm, other} <= set(r.arms) for r in sets)]
         found = {}
-        for name, pair in zip(shared, self.gains(arm, other), strict=True):
+        for name, pair in self.gains(arm, other).items():
             lows, highs = zip(*(interval(x)[1:] for x in pair), strict=True)
             found[name] = "worse" if min(highs) < 0 else "better" if max(lows) > 0 else "undecided"
         return found
 
     def winning(self, arm: str, other: str) -> list[str]:
         """Return the problems on which the worst goal is better and the main figure no lower, in the mean."""
-        shared = [name for name, sets in self.families.items() if any({arm, other} <= set(r.arms) for r in sets)]
-        pairs = zip(shared, self.gains(arm, other), strict=True)
-        return [name for name, (good, bad) in pairs if bad.mean() > 0 and good.mean() >= 0]
+        gains = self.gains(arm, other).items()
+        return [name for name, (good, bad) in gains if bad.mean() > 0 and good.mean() >= 0]
 
 
 def _name(arm: str) -> str:
